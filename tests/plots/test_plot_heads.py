@@ -1,0 +1,223 @@
+"""Layer × head maps say what the table says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tl_asymmetry.plots import heads_figure, style
+
+
+def trace(figure, name):
+    return next(t for t in figure.data if t.name == name)
+
+
+def at(table, matrix, subspace, rank, layer, head):
+    rows = table[
+        (table["matrix"] == matrix) & (table["subspace"] == subspace) & (table["rank"] == rank)
+    ].set_index(["layer", "head"])  # fmt: skip
+    return rows.loc[(layer, head)]
+
+
+def test_cells_are_log2_of_the_tables_values(table):
+    figure = heads_figure(table, "W_Q", rank=4)
+    for layer in range(4):
+        for head in range(4):
+            row = at(table, "W_Q", "attn_in", 4, layer, head)
+            for name in ("relative", "excess"):
+                assert trace(figure, name).z[layer][head] == pytest.approx(np.log2(row[name]), abs=6e-4)
+            assert trace(figure, "z").z[layer][head] == pytest.approx(row["isotropic_z"], abs=6e-4)
+            unrounded = row["fraction_unrounded"] * 64 / 4
+            if unrounded > 0:
+                assert trace(figure, "unrounded").z[layer][head] == pytest.approx(np.log2(unrounded), abs=6e-4)
+
+
+def test_scale_is_centred_on_chance_and_symmetric(table):
+    for shown in heads_figure(table, "W_Q").data[:4]:
+        assert shown.zmin == -shown.zmax
+        assert shown.zmid == 0
+    bar = trace(heads_figure(table, "W_Q"), "relative").colorbar
+    assert bar.ticktext[list(bar.tickvals).index(0)] == "1"
+
+
+def test_hover_names_head_interval_both_nulls_and_rounding(table):
+    figure = heads_figure(table, "W_Q", rank=4)
+    row = at(table, "W_Q", "attn_in", 4, 2, 3)
+    hover = figure.data[-1]
+    cell = hover.customdata[2][3]
+    assert cell[0] == "L2H3"
+    assert cell[1] == f"{row['relative']:.3g}"
+    assert cell[3] == f"{row['ci_low']:.3g} to {row['ci_high']:.3g}"
+    assert f"z {row['isotropic_z']:.3g}" in cell[4]
+    assert f"q {row['isotropic_q']:.2g}" in cell[4]
+    assert "(beta)" in cell[4]
+    # The reference is a fraction in the table and relative in the hover, where excess is their plain ratio.
+    assert cell[5] == f"{row['activation_matched'] * 64 / 4:.3g}"
+    assert cell[6] == f"{row['excess']:.3g}"
+    assert cell[8].startswith(f"{row['rounding_share']:.3g}")
+    for words in (
+        "isotropic null",
+        "activation-matched",
+        "rounding share",
+        "95 % interval over texts",
+        "· W_Q",
+        "eigengap",
+        "‖ΔW‖/‖W‖",
+    ):
+        assert words in hover.hovertemplate
+
+
+def test_nan_is_said_in_words(table):
+    cell = heads_figure(table, "W_O", rank=4).data[-1].customdata[0][0]
+    assert cell[3] == "none (weights only)"
+    assert cell[5] == cell[6] == "–"
+
+
+def test_menu_switches_what_it_says_and_the_title_says_what_one_means(table):
+    figure = heads_figure(table, "W_Q")
+    menu = figure.layout.updatemenus[0]
+    shown = [t.name for t in figure.data if t.visible is True]
+    assert shown[0] == "relative"
+    meanings = {
+        "relative": "1 = chance", "excess": "1 = what a plain sum", "unrounded": "1 = chance", "z": "0 = chance"
+    }  # fmt: skip
+    assert [b.label for b in menu.buttons] == [
+        "relative subspace fraction",
+        "excess over the activation-matched reference",
+        "relative subspace fraction, rounding removed",
+        "isotropic z",
+    ]
+    for button, (name, meaning) in zip(menu.buttons, meanings.items(), strict=True):
+        visible = button.args[0]["visible"]
+        assert len(visible) == len(figure.data)
+        assert [t.name for t, v in zip(figure.data[:4], visible, strict=False) if v] == [name]
+        assert all(visible[4:])  # marks and hover stay
+        assert meaning in button.args[1]["title.text"].replace("</span><br><span style='font-size:12px'>", " ")
+
+
+def test_slider_refills_values_dots_and_hover_whatever_the_menu_stands_at(table):
+    figure = heads_figure(table, "W_Q")
+    slider = figure.layout.sliders[0]
+    assert [s.label for s in slider.steps] == ["1", "4", "16"]
+    assert slider.active == 1  # d // 16
+    for step, rank in zip(slider.steps, (1, 4, 16), strict=True):
+        update, targets = step.args
+        alone = heads_figure(table, "W_Q", rank=rank)
+        assert "visible" not in update
+        for i, target in enumerate(targets):
+            assert figure.data[target].name == alone.data[target].name
+            if figure.data[target].name in ("relative", "excess", "unrounded", "z"):
+                assert update["z"][i] == [list(r) for r in alone.data[target].z]
+                assert update["zmax"][i] == alone.data[target].zmax
+        assert list(update["x"][-2]) == list(alone.data[targets[-2]].x)
+        assert update["customdata"][-1][1][2] == list(alone.data[-1].customdata[1][2])
+
+
+@pytest.mark.parametrize(("given", "active"), [({"default_rank": 16}, 2), ({"default_rank": 1}, 0)])
+def test_default_rank(table, given, active):
+    assert heads_figure(table, "W_Q", **given).layout.sliders[0].active == active
+
+
+def test_marks_stand_where_the_table_says(table):
+    figure = heads_figure(table, "W_Q", rank=4)
+    rows = table[(table["matrix"] == "W_Q") & (table["subspace"] == "attn_in") & (table["rank"] == 4)]
+    significant = rows[rows["isotropic_q"] < 0.05]
+    dots = trace(figure, "q < 0.05 (isotropic null)")
+    assert set(zip(dots.x, dots.y, strict=True)) == set(zip(significant["head"], significant["layer"], strict=True))
+    dominated = rows[rows["rounding_share"] >= 0.5]
+    assert len(dominated)
+    crosses = trace(figure, "rounding share ≥ 0.5 (mostly storage)")
+    assert set(zip(crosses.x, crosses.y, strict=True)) == set(zip(dominated["head"], dominated["layer"], strict=True))
+    grey = np.array(trace(figure, "greyed").z, dtype=float)
+    assert np.isfinite(grey).sum() == len(dominated)
+    marked = rows[(rows["rounding_share"] >= 0.1) & (rows["rounding_share"] < 0.5)]
+    assert len(trace(figure, "rounding share ≥ 0.1").x) == len(marked)
+    assert len({t.marker.symbol for t in figure.data if t.type == "scatter"}) == 3  # told apart without colour
+
+
+def test_mlp_matrix_is_one_column(table):
+    figure = heads_figure(table, "W_in", rank=4)
+    assert np.shape(figure.data[0].z) == (4, 1)
+    assert figure.layout.xaxis.ticktext == ("MLP",)
+    assert figure.data[-1].customdata[3][0][0] == "L3"
+
+
+def test_kv_heads_are_named_with_the_query_heads_they_serve(grouped):
+    figure = heads_figure(grouped, "W_K", rank=4)
+    assert np.shape(figure.data[0].z) == (4, 2)
+    assert figure.data[-1].customdata[3][1][0] == "L3 KV head 1 (query heads 2–3)"
+    assert figure.layout.xaxis.title.text == "KV head"
+    assert heads_figure(grouped, "W_Q", rank=4).layout.xaxis.title.text == "head"
+    assert heads_figure(grouped, "W_K", rank=4, kv=False).data[-1].customdata[3][1][0] == "L3H1"
+
+
+def test_value_absent_from_a_matrix_is_not_offered(table):
+    labels = [b.label for b in heads_figure(table, "W_O").layout.updatemenus[0].buttons]
+    assert not any("activation-matched" in label for label in labels)
+
+
+def test_zero_delta_is_said(table):
+    empty = table.copy()
+    for column in ("fraction", "relative", "excess", "isotropic_z", "isotropic_q", "ci_low", "ci_high"):
+        empty[column] = np.nan
+    figure = heads_figure(empty, "W_Q")
+    assert "delta is zero" in figure.layout.annotations[0].text.replace("<br>", " ")
+
+
+def test_zero_fraction_takes_the_far_end_of_the_scale(table):
+    table.loc[table["matrix"] == "W_Q", "relative"] = np.where(table.loc[table["matrix"] == "W_Q", "head"] == 0, 0, 2)
+    shown = trace(heads_figure(table, "W_Q", rank=4, d_model=64), "relative")
+    assert shown.z[0][0] == shown.zmin == -1
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"matrix": "W_X"}, "expected matrix to be one of 'W_Q', 'W_K'"),
+        ({"matrix": "W_Q", "subspace": "resid_post"}, "expected subspace of W_Q to be one of 'attn_in', 'prediction'"),
+        ({"matrix": "W_Q", "rank": 5}, "expected rank to be one of 1, 4, 16, got 5; pass rank=1"),
+        ({"matrix": "W_Q", "default_rank": 5}, "expected default_rank to be one of 1, 4, 16, got 5"),
+        ({"matrix": "W_Q", "value": "p"}, "expected value to be one of 'relative', 'excess'"),
+        ({"matrix": "W_O", "value": "excess"}, "got 'excess', which is NaN in every row; pass value='relative'"),
+        ({"matrix": "W_Q", "d_model": 0}, "expected d_model >= 1, got 0"),
+        ({"matrix": "W_Q", "template": "sepia"}, "sepia"),
+    ],
+)
+def test_errors_say_what_to_pass(table, kwargs, words):
+    with pytest.raises(ValueError, match="^(?s:.*)$") as error:
+        heads_figure(table, **kwargs)
+    assert words in str(error.value)
+
+
+def test_errors_about_the_table(table):
+    with pytest.raises(ValueError, match="expected a table with the columns relative, got one without"):
+        heads_figure(table.drop(columns="relative"), "W_Q")
+    with pytest.raises(ValueError, match="expected one row per layer, head and rank of W_Q against attn_in"):
+        heads_figure(pd.concat([table, table]), "W_Q")
+
+
+def test_foreign_text_is_escaped(table):
+    bad = '"><img onerror=alert(1)> %{x} $a$'
+    table["subspace"] = table["subspace"].replace({"attn_in": bad})
+    figure = heads_figure(table, "W_Q", title=bad, rank=4, subspace=bad)
+    text = figure.layout.title.text
+    assert "<img" not in text
+    assert "&lt;img" in text
+    assert "%{" not in text
+    assert "$" not in text
+
+
+def test_templates_and_size(table):
+    assert heads_figure(table, "W_Q").layout.template.layout.paper_bgcolor == "#ffffff"
+    dark = heads_figure(table, "W_Q", template="dark", width=500, height=400)
+    assert dark.layout.template.layout.paper_bgcolor == style.PAPER["dark"]
+    assert (dark.layout.width, dark.layout.height) == (500, 400)
+    assert dark.data[0].colorscale[3][1] == style.DIVERGING["dark"][3][1]
+    assert heads_figure(table, "W_Q", template="plotly_white").layout.template.layout.paper_bgcolor == "white"
+
+
+def test_table_is_left_alone(table):
+    before = table.copy()
+    heads_figure(table, "W_Q")
+    pd.testing.assert_frame_equal(table, before)

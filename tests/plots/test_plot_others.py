@@ -1,0 +1,240 @@
+"""Layer summaries, rank curves, asymmetry and spectra say what their tables say."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import numpy as np
+import pytest
+from conftest import make_asymmetry, make_table
+
+from tl_asymmetry import plots
+from tl_asymmetry.plots import asymmetry_figure, layers_figure, rank_curve_figure, spectrum_figure
+
+
+def trace(figure, name):
+    return next(t for t in figure.data if t.name == name)
+
+
+def words(figure):
+    """The title without its markup and line breaks."""
+    return re.sub("<[^>]*>", "", figure.layout.title.text.replace("<br>", " "))
+
+
+def rows_of(table, matrix, subspace, rank):
+    return table[(table["matrix"] == matrix) & (table["subspace"] == subspace) & (table["rank"] == rank)]
+
+
+def test_every_figure_takes_the_same_keywords():
+    for name in plots.__all__:
+        if name.endswith("_figure"):
+            parameters = inspect.signature(getattr(plots, name)).parameters
+            for keyword in ("title", "template", "width", "height"):
+                assert parameters[keyword].kind is inspect.Parameter.KEYWORD_ONLY
+                assert parameters[keyword].default is None
+
+
+# Layers
+
+
+def test_layers_draw_the_median_head_and_the_reference(table):
+    figure = layers_figure(table, rank=4)
+    for matrix, space in (("W_Q", "attn_in"), ("W_O", "prediction"), ("W_in", "mlp_in"), ("W_out", "prediction")):
+        rows = rows_of(table, matrix, space, 4)
+        line = trace(figure, f"{matrix} · {space}")
+        np.testing.assert_allclose(line.y, rows.groupby("layer")["relative"].median())
+        reference = trace(figure, f"{matrix} matched reference").y
+        if matrix in ("W_O", "W_out"):
+            assert set(reference) == {None}
+        else:
+            np.testing.assert_allclose(reference, rows.groupby("layer")["activation_matched"].median() * 64 / 4)
+    band = trace(figure, "W_Q middle half")
+    quartiles = rows_of(table, "W_Q", "attn_in", 4).groupby("layer")["relative"].quantile([0.25, 0.75]).unstack()
+    np.testing.assert_allclose(band.y, [*quartiles[0.25], *quartiles[0.75][::-1]])
+
+
+def test_layers_show_reads_above_writes_and_both_nulls(table):
+    figure = layers_figure(table, rank=4)
+    assert trace(figure, "W_Q · attn_in").yaxis == "y"
+    assert trace(figure, "W_O · prediction").yaxis == "y2"
+    assert figure.layout.yaxis.range == figure.layout.yaxis2.range
+    assert [s.y0 for s in figure.layout.shapes] == [1, 1]
+    hover = trace(figure, "W_Q · attn_in")
+    assert "isotropic null" in hover.hovertemplate
+    assert hover.customdata[0][5].startswith("activation-matched: ")
+    assert hover.customdata[2][4].endswith(" of 4")
+    assert "1 = chance" in words(figure)
+    assert "without gradients" in words(figure)
+
+
+def test_layers_use_gradients_where_there_are_some():
+    figure = layers_figure(make_table(gradients=True), rank=4)
+    assert all(v > 0 for v in trace(figure, "W_O matched reference").y)
+    assert trace(figure, "W_O · prediction").customdata[0][5].startswith("gradient-matched: ")
+    assert "without gradients" not in words(figure)
+
+
+def test_layers_slider_equals_the_single_rank(table):
+    figure = layers_figure(table)
+    for step, rank in zip(figure.layout.sliders[0].steps, (1, 4, 16), strict=True):
+        alone = layers_figure(table, rank=rank)
+        for i in step.args[1]:
+            assert list(step.args[0]["y"][i]) == list(alone.data[i].y)
+
+
+def test_layers_errors(table):
+    with pytest.raises(ValueError, match="expected matrices among 'W_Q', .*got 'W_X'; pass matrices=None"):
+        layers_figure(table, matrices=["W_X"])
+    with pytest.raises(ValueError, match="expected at least one matrix, got none"):
+        layers_figure(table, matrices=[])
+    with pytest.raises(ValueError, match="expected subspace of W_K to be one of .*got 'mlp_in'"):
+        layers_figure(table, matrices=["W_K"], subspace="mlp_in")
+
+
+# Rank curves
+
+
+def test_rank_curve_draws_the_row_its_interval_its_nulls_and_the_bound(table):
+    rows = table[(table["matrix"] == "W_Q") & (table["subspace"] == "attn_in")]
+    rows = rows[(rows["layer"] == 1) & (rows["head"] == 2)]
+    figure = rank_curve_figure(table, "W_Q", layer=1, head=2)
+    np.testing.assert_allclose(trace(figure, "L1H2").y, rows["relative"])
+    np.testing.assert_allclose(
+        trace(figure, "activation-matched reference").y, rows["activation_matched"] * 64 / rows["rank"]
+    )
+    np.testing.assert_allclose(trace(figure, "most possible, d/k").y, [64, 16, 4])
+    band = trace(figure, "95 % interval (over texts)")
+    np.testing.assert_allclose(band.y, [*rows["ci_low"], *rows["ci_high"][::-1]])
+    assert figure.layout.shapes[0].y0 == 1
+    assert figure.layout.xaxis.type == figure.layout.yaxis.type == "log"
+    filled = [not s.endswith("-open") for s in trace(figure, "L1H2").marker.symbol]
+    assert filled == (rows["isotropic_q"] < 0.05).tolist()
+
+
+def test_rank_curve_without_interval_or_reference(table):
+    figure = rank_curve_figure(table, "W_O", layer=0, head=0)
+    names = [t.name for t in figure.data]
+    assert names == ["most possible, d/k", "L0H0"]
+    assert figure.data[-1].customdata[0][3] == "none (weights only)"
+
+
+def test_rank_curve_of_all_heads_and_of_an_mlp(table, grouped):
+    figure = rank_curve_figure(table, "W_Q", layer=0)
+    assert [t.name for t in figure.data][-4:] == ["L0H0", "L0H1", "L0H2", "L0H3"]
+    assert "95 % interval (over texts)" not in [t.name for t in figure.data]
+    many = rank_curve_figure(make_table(layers=1, heads=16), "W_Q", layer=0)
+    assert {t.showlegend for t in many.data[-16:]} == {False}
+    assert "Hover names the head" in words(many)
+    assert rank_curve_figure(table, "W_in", layer=2).data[-1].name == "L2"
+    assert rank_curve_figure(grouped, "W_K", layer=2, head=1).data[-1].name == "L2 KV head 1 (query heads 2–3)"
+
+
+def test_rank_curve_errors(table):
+    with pytest.raises(ValueError, match="expected layer to be one of 0, 1, 2, 3, got 9; pass layer=0"):
+        rank_curve_figure(table, "W_Q", layer=9)
+    with pytest.raises(ValueError, match="expected head of W_Q to be one of 0, 1, 2, 3, got 4; pass head=0"):
+        rank_curve_figure(table, "W_Q", layer=0, head=4)
+    with pytest.raises(ValueError, match="expected head of W_in to be one of None, got 0; pass head=None"):
+        rank_curve_figure(table, "W_in", layer=0, head=0)
+
+
+# Asymmetry
+
+
+def test_asymmetry_draws_heads_layers_and_intervals(asymmetry):
+    figure = asymmetry_figure(asymmetry, rank=4)
+    rows = asymmetry[asymmetry["rank"] == 4]
+    heads, layers = rows[rows["head"].notna()], rows[rows["head"].isna()]
+    scatter = trace(figure, "head")
+    np.testing.assert_allclose(scatter.x, heads["write"], rtol=1e-5)
+    np.testing.assert_allclose(scatter.y, heads["read"], rtol=1e-5)
+    pooled = trace(figure, "layer, heads pooled (95 % over texts)")
+    np.testing.assert_allclose(pooled.y, layers["log2_ratio"], rtol=1e-5)
+    np.testing.assert_allclose(pooled.error_y.array, layers["ci_high"] - layers["log2_ratio"], rtol=1e-5)
+    np.testing.assert_allclose(pooled.error_y.arrayminus, layers["log2_ratio"] - layers["ci_low"], rtol=1e-5)
+    diagonal = trace(figure, "read = write")
+    assert list(diagonal.x) == list(diagonal.y)
+    lines = [(s.x0, s.x1, s.y0, s.y1) for s in figure.layout.shapes]
+    assert (0, 1, 1, 1) in lines
+    assert (1, 1, 0, 1) in lines
+    assert scatter.customdata[0][0] == "L0H0"
+    assert scatter.customdata[0][5] == "unknown without gradients"
+    assert "need not be 0" in words(figure)
+
+
+def test_asymmetry_with_expectation(table):
+    figure = asymmetry_figure(make_asymmetry(table, expected=True), rank=4)
+    assert list(trace(figure, "expected by matched references").y) == [0.7] * 4
+    assert trace(figure, "head").customdata[0][5] == "0.7"
+    assert "Green bars" in words(figure)
+
+
+def test_asymmetry_slider_equals_the_single_rank(asymmetry):
+    figure = asymmetry_figure(asymmetry)
+    for step, rank in zip(figure.layout.sliders[0].steps, (1, 4, 16), strict=True):
+        data, layout, targets = step.args
+        alone = asymmetry_figure(asymmetry, rank=rank)
+        for i, target in enumerate(targets):
+            assert list(data["x"][i]) == list(alone.data[target].x)
+            assert list(data["y"][i]) == list(alone.data[target].y)
+        assert list(layout["xaxis.range"]) == list(alone.layout.xaxis.range)
+
+
+def test_asymmetry_with_nan_and_errors(asymmetry):
+    asymmetry.loc[asymmetry["layer"] == 0, ["read", "log2_ratio", "ci_low", "ci_high"]] = np.nan
+    figure = asymmetry_figure(asymmetry, rank=4)
+    assert trace(figure, "head").y[0] is None
+    assert trace(figure, "head").customdata[0][3] == "–"
+    with pytest.raises(ValueError, match="expected rank to be one of 1, 4, 16, got 2"):
+        asymmetry_figure(asymmetry, rank=2)
+    with pytest.raises(ValueError, match="expected a table with the columns read, .*pass PairAnalysis.asymmetry"):
+        asymmetry_figure(asymmetry.drop(columns="read"))
+
+
+# Spectra
+
+
+def test_spectrum_draws_descending_values_and_their_shares():
+    values = np.random.default_rng(0).gamma(1, 1, (3, 20))
+    figure = spectrum_figure(values, name="attn_in", edge=2.0, ranks=[4])
+    for layer in range(3):
+        np.testing.assert_allclose(trace(figure, f"L{layer}").y, np.sort(values[layer])[::-1])
+        share = figure.layout.updatemenus[0].buttons[1].args[0]["y"][layer]
+        np.testing.assert_allclose(share, np.sort(values[layer])[::-1] / values[layer].sum())
+    assert list(trace(figure, "L1: Marchenko–Pastur edge").y) == [2.0, 2.0]
+    assert figure.layout.shapes[0].x0 == 4
+    steps = figure.layout.sliders[0].steps
+    assert [s.label for s in steps] == ["all", "L0", "L1", "L2"]
+    assert list(steps[2].args[0]["visible"]) == [False, True, False, False, True, False]
+
+
+def test_spectrum_of_names_escapes_them_and_takes_one_vector():
+    figure = spectrum_figure({"<b>a</b>": np.arange(1.0, 5.0), "b": np.arange(2.0, 6.0)})
+    assert figure.data[0].name == "&lt;b&gt;a&lt;/b&gt;"
+    assert len(spectrum_figure(np.arange(1.0, 9.0)).data) == 1
+
+
+def test_spectrum_counts_what_a_log_axis_cannot_hold_and_says_when_it_thins():
+    figure = spectrum_figure(np.array([[1.0, 0.5, 0.0, -1e-12]]))
+    assert len(figure.data[0].y) == 2
+    assert "2 eigenvalues" in words(figure)
+    large = spectrum_figure(np.linspace(1, 2, 5000)[None])
+    assert len(large.data[0].y) <= 400
+    assert {1, 2, 64, 5000} <= set(large.data[0].x)
+    assert "400 log-spaced" in words(large)
+
+
+def test_spectrum_errors():
+    with pytest.raises(ValueError, match=r"expected eigenvalues of shape \[d\] or \[layer, d\], got \[1, 2, 3\]"):
+        spectrum_figure(np.ones((1, 2, 3)))
+    with pytest.raises(ValueError, match="without NaN or infinity"):
+        spectrum_figure(np.array([np.nan]))
+    with pytest.raises(ValueError, match="expected at least one spectrum, got none"):
+        spectrum_figure({})
+    with pytest.raises(ValueError, match="expected layer to be one of 'L0', 'L1', got 'L2'"):
+        spectrum_figure(np.ones((2, 4)), layer=2)
+    with pytest.raises(ValueError, match="expected edge's name to be one of 'a', got 'b'"):
+        spectrum_figure({"a": np.ones(3)}, edge={"b": 1.0})
+    with pytest.raises(ValueError, match="expected ranks >= 1, got 0"):
+        spectrum_figure(np.ones((2, 4)), ranks=[0])

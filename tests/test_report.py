@@ -1,0 +1,238 @@
+"""The report is one file that opens offline, says what it was given, and runs nothing it was not meant to."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import importlib.util
+import inspect
+import io
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+
+from tl_asymmetry.plots import asymmetry_figure, heads_figure, layers_figure, page, rank_curve_figure, spectrum_figure
+from tl_asymmetry.report import (
+    CITATIONS,
+    DEFINITIONS,
+    MARKS,
+    FigureSection,
+    Html,
+    Report,
+    TableSection,
+    report_html,
+    write_report,
+)
+
+_spec = importlib.util.spec_from_file_location("synthetic", Path(__file__).parent / "plots" / "conftest.py")
+synthetic = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(synthetic)
+
+BAD = '"><img src=x onerror=alert(1)></script><script>alert(2)</script>'
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+
+class Reader(HTMLParser):
+    """Elements, attributes and text; fails on an element closed out of turn."""
+
+    def __init__(self, document: str):
+        super().__init__(convert_charrefs=True)
+        self.open, self.elements, self.text, self.scripts = [], [], "", []
+        self.feed(document)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "script":
+            self.scripts.append((self.elements[-1][1].get("type"), data))
+        elif self.open and self.open[-1] != "style":
+            self.text += data
+
+
+@pytest.fixture(name="full", scope="module")
+def full_fixture() -> str:
+    table = synthetic.make_table()
+    asymmetry = synthetic.make_asymmetry(table)
+    return report_html(
+        Report(
+            title=BAD,
+            subtitle=BAD,
+            summary=f"First {BAD}.\n\nSecond.",
+            notes=[BAD],
+            figures=[
+                FigureSection("Heads", {m: heads_figure(table, m, title=BAD) for m in ("W_Q", "W_O")}, pick="matrix"),
+                FigureSection("Layers", layers_figure(table)),
+                FigureSection("Curve", rank_curve_figure(table, "W_Q", layer=0, head=0), BAD),
+                FigureSection("Asymmetry", asymmetry_figure(asymmetry)),
+                FigureSection("Spectra", spectrum_figure({BAD: np.arange(1.0, 9.0)}, name=BAD)),
+            ],
+            tables=[TableSection(BAD, table.assign(note=BAD), filename="rows"), TableSection("Index", asymmetry)],
+            methods=[("Rank", BAD)],
+            config={"model": BAD, "versions": {"torch": "2"}, "seed": 0},
+        )
+    )
+
+
+def test_parses_and_carries_plotly_once(full):
+    reader = Reader(full)
+    code = [data for kind, data in reader.scripts if kind is None]
+    assert sum("plotly.js v" in c for c in code) == 1
+    assert full.count("plotly.js v") == page.plotly_code().count("plotly.js v")
+    assert len(code) == 2
+    assert len({a["id"] for _, a in reader.elements if "id" in a}) == sum("id" in a for _, a in reader.elements)
+
+
+def test_asks_the_network_for_nothing(full):
+    reader = Reader(full)
+    for tag, attributes in reader.elements:
+        assert tag not in ("link", "img", "iframe", "object", "embed", "base")
+        for name in ("src", "href", "srcset", "action", "data", "poster"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:")), (tag, attributes)
+    policy = next(a["content"] for t, a in reader.elements if a.get("http-equiv") == "Content-Security-Policy")
+    assert "default-src 'none'" in policy
+    assert "http" not in policy
+    assert "http" not in page.CSS
+    assert "url(" not in page.CSS
+    assert "@import" not in page.CSS
+
+
+def test_foreign_text_stays_text(full):
+    reader = Reader(full)
+    assert not any(tag == "img" or any(n.startswith("on") for n in a) for tag, a in reader.elements)
+    assert not any(data.strip() == "alert(2)" for _, data in reader.scripts)
+    assert reader.text.count(BAD) >= 7
+    for kind, data in reader.scripts:
+        if kind == "application/json":
+            assert "<" not in data
+            json.loads(data)
+
+
+def test_figures_hold_what_they_were_given(full):
+    figures = [json.loads(d) for kind, d in Reader(full).scripts if kind == "application/json"]
+    settings = [f for f in figures if "light" in f]
+    drawn = [f for f in figures if "data" in f]
+    assert len(settings) == 1
+    assert len(drawn) == 6
+    expected = heads_figure(synthetic.make_table(), "W_Q", title=BAD)
+    assert drawn[0]["data"][0]["z"] == [list(row) for row in expected.data[0].z]
+    assert all("template" not in f["layout"] and "width" not in f["layout"] for f in drawn)
+
+
+def test_a_foreign_figure_keeps_its_template():
+    content = json.loads(page.figure_json(go.Figure(layout={"template": "plotly_dark", "width": 300})))
+    assert content["layout"]["template"]["layout"]["paper_bgcolor"]
+    with pytest.raises(ValueError, match="expected a plotly Figure, got str; pass what a plot_"):
+        inspect.unwrap(page.figure_json)("figure")
+
+
+def test_a_large_figure_is_packed_and_unpacks_to_the_same():
+    figure = heads_figure(synthetic.make_table(layers=24, heads=24), "W_Q")
+    ((kind, data),) = Reader(page.figure_script(figure)).scripts
+    assert kind == "application/gzip"
+    assert gzip.decompress(base64.b64decode(data)).decode() == page.figure_json(figure)
+    assert len(data) < 0.6 * len(page.figure_json(figure))
+
+
+def test_several_figures_are_picked_from_a_labelled_choice(full):
+    reader = Reader(full)
+    boxes = [a for t, a in reader.elements if t == "figure"]
+    assert [("hidden" in a) for a in boxes] == [False, True, False, False, False, False]
+    assert any(t == "select" and a.get("id") == "pick-0" for t, a in reader.elements)
+    assert any(t == "label" and a.get("for") == "pick-0" for t, a in reader.elements)
+
+
+def download(document: str, name: str) -> pd.DataFrame:
+    link = next(a for t, a in Reader(document).elements if t == "a" and a.get("download", "").startswith(name))
+    content = base64.b64decode(link["href"].split(",", 1)[1])
+    if link["download"].endswith(".gz"):
+        content = gzip.decompress(content)
+    return pd.read_csv(io.BytesIO(content), dtype={"head": "Int64"}, keep_default_na=True)
+
+
+def test_tables_show_a_bounded_number_of_rows_and_give_all_of_them(full):
+    table = synthetic.make_table()
+    reader = Reader(full)
+    assert f"200 of {len(table)} rows shown." in reader.text
+    read = download(full, "rows")
+    assert read["note"].tolist() == [BAD] * len(table)
+    np.testing.assert_allclose(read["relative"], table["relative"], rtol=1e-12)
+    boxes = [a for t, a in reader.elements if "scroll" in a.get("class", "")]
+    assert boxes
+    assert all(a["tabindex"] == "0" and a["role"] == "region" and a["aria-label"] for a in boxes)
+
+
+def test_a_large_table_is_zipped_and_the_same_every_time():
+    table = synthetic.make_table(layers=12)
+    make = lambda: report_html(Report("t", tables=[TableSection("Rows", table)]), max_rows=3)  # noqa: E731
+    document = make()
+    assert document == make()
+    assert "table.csv.gz" in document
+    assert len(download(document, "table")) == len(table)
+    assert "plotly.js v" not in document  # no figure, no plotly
+
+
+def test_cells_show_na_as_a_dash():
+    table = pd.DataFrame({"head": pd.array([1, None], dtype="Int64"), "x": [np.nan, 0.123456], "s": ["None", "<NA>"]})
+    document = report_html(Report("t", tables=[TableSection("Rows", table)]))
+    assert "<td class=n>1</td><td class=n>–</td><td>None</td>" in document
+    assert "<td class=n>–</td><td class=n>0.1235</td><td>&lt;NA&gt;</td>" in document
+
+
+def test_html_is_trusted_only_when_marked():
+    document = report_html(Report("t", summary=Html("<em>a</em>"), notes=["<em>b</em>"]))
+    assert "<em>a</em>" in document
+    assert "&lt;em&gt;b" in document
+
+
+def test_definitions_say_whose_they_are_and_cite_three_papers(full):
+    text = Reader(full).text
+    assert {d.mark for d in DEFINITIONS} == set(MARKS)
+    for definition in DEFINITIONS:
+        assert definition.term in text
+        assert definition.text in text
+    terms = " ".join(d.term for d in DEFINITIONS).lower()
+    for word in ("relative", "excess", "isotropic", "activation-matched", "interval", "rounding share", "asymmetry"):
+        assert word in terms
+    assert [c.arxiv for c in CITATIONS] == ["2605.16600", "2604.08764", "2604.25143"]
+    for citation in CITATIONS:
+        assert f"arXiv:{citation.arxiv}" in text
+        assert citation.title in text
+
+
+def test_headings_are_linked_from_the_contents(full):
+    reader = Reader(full)
+    ids = {a["id"] for _, a in reader.elements if "id" in a}
+    links = [a["href"][1:] for t, a in reader.elements if t == "a" and a["href"].startswith("#")]
+    assert len(links) > 8
+    assert set(links) <= ids
+
+
+def test_write_report(tmp_path):
+    path = write_report(tmp_path / "report.html", Report("naïve → aligned"))
+    assert "naïve → aligned" in path.read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="expected the path of a file, got the folder"):
+        write_report(tmp_path, Report("t"))
+    with pytest.raises(ValueError, match="expected an existing folder, got"):
+        write_report(tmp_path / "none" / "report.html", Report("t"))
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"expected a Report, got dict; pass Report\(title=…\)"):
+        inspect.unwrap(report_html)({})  # without the tests' own type checker
+    with pytest.raises(ValueError, match="expected max_rows >= 1, got 0"):
+        report_html(Report("t"), max_rows=0)
+    with pytest.raises(ValueError, match="expected at least one figure under 'Heads', got none"):
+        report_html(Report("t", figures=[FigureSection("Heads", {})]))

@@ -1,0 +1,86 @@
+"""The ordered bases that one layer's deltas are held against, and their delete-one-group replicates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from tl_asymmetry.geometry.fraction import gram_energy
+from tl_asymmetry.geometry.moments import StreamingMoments
+from tl_asymmetry.geometry.subspace import Subspace, ordered_eigh, principal_subspace
+from tl_asymmetry.models.capture import Site, merged
+
+# Above this ratio of the largest eigenvalue to the smallest one in use, float32 rounding (ε λ_1) would no longer be
+# small beside the sampling error (λ_k / √tokens) that a replicate is there to show.
+_FLOAT32_RANGE = 1e3
+
+
+class LayerBases:
+    """The bases of one layer, each made when it is first asked for.
+
+    Args:
+        layer: which layer.
+        groups: captured moments per group of sequences.
+        given: subspaces that do not come from activations, by name, one for each layer.
+        centered: principal directions of the covariance instead of the uncentred second moment.
+        exact: float64 in replicates too (for float64 models, whose tables agree to 1e-10).
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        groups: Sequence[Mapping[Site, StreamingMoments]],
+        given: Mapping[str, Sequence[Subspace]],
+        *,
+        centered: bool,
+        exact: bool,
+    ) -> None:
+        self.layer = layer
+        self._groups = groups
+        self._given = given
+        self._centered = centered
+        self._exact = exact
+        self._totals: dict[str, StreamingMoments] = {}
+        self._subspaces: dict[str, Subspace] = {}
+
+    def is_captured(self, name: str) -> bool:
+        """Whether the subspace comes from activations, so that other texts would have given another one."""
+        return name not in self._given
+
+    def subspace(self, name: str) -> Subspace:
+        """The ordered basis of that name, float64 on CPU."""
+        if name in self._given:
+            return self._given[name][self.layer]
+        if name not in self._subspaces:
+            self._subspaces[name] = principal_subspace(self.total(name), centered=self._centered, name=name)
+        return self._subspaces[name]
+
+    def total(self, point: str) -> StreamingMoments:
+        """Moments at a hook point over all groups."""
+        if point not in self._totals:
+            self._totals[point] = merged(group[point, self.layer] for group in self._groups)
+        return self._totals[point]
+
+    def replicates(self, name: str, k: int) -> Iterator[Float[Tensor, "d_model k"]]:
+        """The top k directions with one group of sequences left out, for each group."""
+        eigenvalues = self.subspace(name).eigenvalues
+        narrow = eigenvalues is not None and bool(eigenvalues[0] < _FLOAT32_RANGE * eigenvalues[k - 1])
+        for group in self._groups:
+            rest = self.total(name).without(group[name, self.layer])
+            moment = rest.covariance if self._centered else rest.second_moment
+            yield ordered_eigh(moment.float() if narrow and not self._exact else moment)[1][:, :k]
+
+    def reference(self, point: str, name: str, *, within_sequences: bool) -> Float64[Tensor, " k"]:
+        """tr(QᵀΣQ)/tr Σ for every leading part Q of a basis, Σ the uncentred second moment of a matrix's input.
+
+        Args:
+            point: hook point of that input.
+            name: the subspace at hand.
+            within_sequences: take Σ about each sequence's mean instead: all W_K sees where softmax removes the mean.
+        """
+        moments = self.total(point)
+        Σ = moments.within_covariance if within_sequences else moments.second_moment
+        return gram_energy(Σ, self.subspace(name).basis).cumsum(0) / Σ.trace()

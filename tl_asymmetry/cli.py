@@ -1,0 +1,112 @@
+"""The command line: `tl-asymmetry demo | analyze | report`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tl_asymmetry.pair import analyze_pair
+from tl_asymmetry.pair_result import PairAnalysis
+
+_DEMO_STORIES = 400
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 done, 2 bad input with one line on standard error."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"tl-asymmetry: {' '.join(str(error).split())}\n")
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tl-asymmetry",
+        description="Where pretraining and alignment left their marks in a transformer's weights.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="the embedded pair, offline")
+    demo.add_argument("--out", type=Path, default=Path("tl-asymmetry-demo"), help="folder for the result and report")
+    demo.set_defaults(run=_demo)
+
+    analyze = commands.add_parser("analyze", help="a base and an aligned model")
+    analyze.add_argument("base", metavar="BASE", help="hub name or local Hugging Face directory")
+    analyze.add_argument("aligned", metavar="ALIGNED", help="hub name or local Hugging Face directory")
+    analyze.add_argument("--texts", type=Path, help="UTF-8 text file (texts apart by blank lines) or .jsonl (see below)")
+    analyze.add_argument("--out", type=Path, default=Path("tl-asymmetry-result"), help="folder for result and report")
+    analyze.add_argument("--ranks", type=int, nargs="+", help="ranks of the subspaces")
+    analyze.add_argument("--max-tokens", type=int, help="use no more tokens than this")
+    analyze.add_argument("--batch-size", type=int, default=8, help="sequences per forward pass")
+    analyze.add_argument("--groups", type=int, default=8, help="jackknife groups; 1 switches intervals off")
+    analyze.add_argument("--seed", type=int, default=0, help="of the null's draws")
+    analyze.epilog = 'a .jsonl file has one string, {"text": …} or {"messages": […]} a line'
+    analyze.set_defaults(run=_analyze)
+
+    report = commands.add_parser("report", help="write the report of a saved result again")
+    report.add_argument("folder", metavar="DIR", type=Path, help="folder that holds a saved result")
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from tl_asymmetry.demo import demo_pair, demo_texts
+
+    base, aligned = demo_pair()
+    _finish(analyze_pair(base, aligned, demo_texts(_DEMO_STORIES, seed=0), batch_size=32), options.out)
+
+
+def _analyze(options: argparse.Namespace) -> None:
+    from tl_asymmetry.models.loading import open_model
+
+    texts = None if options.texts is None else _read_texts(options.texts)
+    result = analyze_pair(
+        open_model(options.base),
+        options.aligned,
+        texts,
+        ranks=options.ranks,
+        max_tokens=options.max_tokens,
+        batch_size=options.batch_size,
+        groups=options.groups,
+        seed=options.seed,
+    )
+    _finish(result, options.out)
+
+
+def _report(options: argparse.Namespace) -> None:
+    result = PairAnalysis.load(options.folder)
+    sys.stdout.write(f"report: {result.to_html(options.folder / 'report.html')}\n")
+
+
+def _finish(result: PairAnalysis, folder: Path) -> None:
+    result.save(folder)
+    report = result.to_html(folder / "report.html")
+    sys.stdout.write(f"{result.summary()}\n\nreport: {report}\n")
+
+
+def _read_texts(path: Path) -> list[Any]:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".jsonl":
+        return [passage.strip() for passage in text.split("\n\n") if passage.strip()]
+    texts = []
+    for number, line in enumerate(filter(str.strip, text.splitlines()), start=1):
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"expected JSON in line {number} of {path}, got {error}; pass one value a line") from error
+        if isinstance(entry, dict):
+            entry = entry.get("text", entry.get("messages"))
+        if not isinstance(entry, str | list):
+            raise ValueError(
+                f'expected a string, {{"text": …}} or {{"messages": […]}} in line {number} of {path}, got something '
+                "else; pass one text a line"
+            )
+        texts.append(entry)
+    return texts

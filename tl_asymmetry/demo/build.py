@@ -1,0 +1,381 @@
+"""Train the demonstration models and write them: `python -m tl_asymmetry.demo.build [--out DIR]`.
+
+One seed gives every file, bit for bit on one machine with the same versions. The base learns the stories by
+next-token cross-entropy. The aligned model starts from the base and is trained by DPO to prefer happy endings, on
+pairs sampled from the base. The control starts from the base too and gets as many steps of the same shape and
+learning rate, but plain cross-entropy on fresh stories: what any further training does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import math
+import platform
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from tl_asymmetry.demo.models import (
+    Tensors,
+    gpt2_model,
+    initial_tensors,
+    model_config,
+    read_tensors,
+    tensors_from_gpt2,
+)
+from tl_asymmetry.demo.preferences import (
+    Preference,
+    attempts,
+    encode_preferences,
+    ending_score,
+    sample_preferences,
+)
+from tl_asymmetry.demo.sampling import seeded
+from tl_asymmetry.demo.stories import held_out_texts, stories
+from tl_asymmetry.demo.tokenizer import encode_stories, read_tokenizer, write_tokenizer
+from tl_asymmetry.training.objectives import DPO, CrossEntropy, Objective, TokenBatch, sequence_log_probs
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every number that goes into the build."""
+
+    seed: int = 0
+    threads: int = 1
+    """CPU threads; another number adds up in another order and gives other last bits. One is not much slower than
+    two for matrices this small, and does not stall on a machine that is busy otherwise."""
+    vocabulary_stories: int = 20_000
+    """Training stories read to collect the words."""
+    base_steps: int = 1200
+    base_batch: int = 32
+    """Stories per step."""
+    base_lr: float = 2e-3
+    base_warmup: int = 50
+    """Steps of linear warm-up; a cosine to a tenth follows."""
+    base_weight_decay: float = 0.01
+    checkpoints: tuple[int, ...] = (0, 50, 150, 400)
+    """Steps kept besides the last one."""
+    tune_steps: int = 160
+    """Steps of DPO, and of the control."""
+    tune_pairs: int = 32
+    """Pairs per DPO step; the control reads twice as many stories."""
+    tune_lr: float = 3e-5
+    tune_warmup: int = 16
+    """Steps of linear warm-up; constant after that. No weight decay: it would shrink both models alike."""
+    beta: float = 0.3
+    pairs: int = 2560
+    """Training pairs; gone through as often as the steps need."""
+    held_out_stories: int = 512
+    held_out_pairs: int = 512
+    judged_prompts: int = 256
+    """Held-out openings continued by each model to count its happy endings."""
+    judged_per_prompt: int = 4
+    gradient_clip: float = 1.0
+
+
+def build(out: Path, recipe: Recipe = Recipe(), *, progress: bool = True) -> dict[str, Any]:
+    """Train all demonstration models and write checkpoints, tokenizer, `config.json` and `log.json`.
+
+    Args:
+        out: folder for the files, made if missing; files of the same names are replaced.
+        recipe: sizes, rates and the seed.
+        progress: show progress bars.
+
+    Returns:
+        What `log.json` holds.
+
+    Example:
+        >>> from pathlib import Path
+        >>> log = build(Path("models"), Recipe(base_steps=10))  # doctest: +SKIP
+        >>> sorted(log["models"])  # doctest: +SKIP
+        ['base', 'control', 'dpo', 'step0', 'step50', ...]
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with _reproducible(recipe.threads):
+        return _Build(out, recipe, progress).run()
+
+
+@contextmanager
+def _reproducible(threads: int) -> Iterator[None]:
+    """Deterministic kernels and a fixed number of threads inside, the caller's settings again after."""
+    before = torch.get_num_threads()
+    deterministic, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.set_num_threads(before)
+
+
+class _Build:
+    def __init__(self, out: Path, recipe: Recipe, progress: bool) -> None:
+        self.out, self.recipe, self.progress = out, recipe, progress
+        self.config: dict[str, Any] = {}
+        self.tokenizer: PreTrainedTokenizerFast
+        self.models: dict[str, dict[str, Any]] = {}
+
+    def run(self) -> dict[str, Any]:
+        r = self.recipe
+        self._prepare()
+        base, base_curve = self._train_base()
+        pairs = self._pairs(base, n=r.pairs, seed=r.seed, split="train")
+        dpo, dpo_curve = self._train_dpo(base, pairs)
+        control, control_curve = self._train_control(base)
+        log = {
+            "recipe": asdict(r),
+            "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")}
+            | {"python": platform.python_version()},
+            "data": self._describe_data(),
+            "models": self.models,
+            "preference": self._judge_pairs(base, dpo, control),
+            "endings": {
+                name: self._judge_endings(model) for name, model in (("base", base), ("dpo", dpo), ("control", control))
+            },
+            "change": {name: self._relative_change(name) for name in ("dpo", "control")},
+            "curves": {"base": base_curve, "dpo": dpo_curve, "control": control_curve},
+            "sha256": {path.name: _sha256(path) for path in sorted(self.out.iterdir()) if path.name != "log.json"},
+        }
+        _write_json(self.out / "log.json", log)
+        return log
+
+    # ------------------------------------------------------------------------------------------ training
+
+    def _prepare(self) -> None:
+        r, path = self.recipe, self.out / "tokenizer.json"
+        texts = (story.text for story in islice(stories(seed=f"base:{r.seed}", split="train"), r.vocabulary_stories))
+        self.config = model_config(write_tokenizer(path, texts))
+        _write_json(self.out / "config.json", self.config)
+        self.tokenizer = read_tokenizer(path, self.config["n_ctx"])
+        self.held_out = encode_stories(self.tokenizer, held_out_texts(r.held_out_stories, seed=r.seed))
+
+    def _train_base(self) -> tuple[GPT2LMHeadModel, list[float]]:
+        r = self.recipe
+        model = self._trainable(initial_tensors(self.config, seeded("init", r.seed)))
+
+        def keep(step: int) -> None:
+            if step in r.checkpoints:
+                self._keep(f"step{step}", model, step=step)
+
+        def cosine(step: int) -> float:
+            t = (step - r.base_warmup) / max(1, r.base_steps - r.base_warmup)
+            return 0.1 + 0.45 * (1 + math.cos(math.pi * t))
+
+        curve = self._train(
+            model,
+            CrossEntropy(),
+            self._story_batches(f"base:{r.seed}", r.base_batch),
+            steps=r.base_steps,
+            lr=lambda step: (
+                r.base_lr * (min(1.0, (step + 1) / r.base_warmup) if step < r.base_warmup else cosine(step))
+            ),
+            weight_decay=r.base_weight_decay,
+            name="base",
+            before_step=keep,
+        )
+        self._keep("base", model, step=r.base_steps)
+        return model, curve
+
+    def _train_dpo(self, base: GPT2LMHeadModel, pairs: Sequence[Preference]) -> tuple[GPT2LMHeadModel, list[float]]:
+        r = self.recipe
+        model = self._trainable(tensors_from_gpt2(self.config, base))
+        base.requires_grad_(False)
+
+        def batches() -> Iterator[Any]:
+            rng = random.Random(f"order:{r.seed}")
+            while True:
+                order = list(pairs)
+                rng.shuffle(order)
+                for first in range(0, len(order) - r.tune_pairs + 1, r.tune_pairs):
+                    rows = order[first : first + r.tune_pairs]
+                    yield encode_preferences(self.tokenizer, rows, length=self.config["n_ctx"])
+
+        curve = self._tune(model, DPO(reference=base, beta=r.beta), batches(), name="dpo")
+        self._keep("dpo", model, step=r.tune_steps)
+        return model, curve
+
+    def _train_control(self, base: GPT2LMHeadModel) -> tuple[GPT2LMHeadModel, list[float]]:
+        r = self.recipe
+        model = self._trainable(tensors_from_gpt2(self.config, base))
+        batches = self._story_batches(f"control:{r.seed}", 2 * r.tune_pairs, length=self.config["n_ctx"])
+        curve = self._tune(model, CrossEntropy(), batches, name="control")
+        self._keep("control", model, step=r.tune_steps)
+        return model, curve
+
+    def _tune(
+        self, model: GPT2LMHeadModel, objective: Objective[Any], batches: Iterator[Any], *, name: str
+    ) -> list[float]:
+        """The optimiser that DPO and its control share."""
+        r = self.recipe
+        return self._train(
+            model,
+            objective,
+            batches,
+            steps=r.tune_steps,
+            lr=lambda step: r.tune_lr * min(1.0, (step + 1) / r.tune_warmup),
+            weight_decay=0.0,
+            name=name,
+        )
+
+    def _train(
+        self,
+        model: GPT2LMHeadModel,
+        objective: Objective[Any],
+        batches: Iterator[Any],
+        *,
+        steps: int,
+        lr: Callable[[int], float],
+        weight_decay: float,
+        name: str,
+        before_step: Callable[[int], None] = lambda step: None,
+    ) -> list[float]:
+        """AdamW; returns the loss of every step, in nats."""
+        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=weight_decay)
+        losses: list[float] = []
+        bar = tqdm(range(steps), desc=name, unit="step", disable=not self.progress)
+        for step in bar:
+            before_step(step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr(step)
+            loss = objective(model, next(batches))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), self.recipe.gradient_clip)
+            optimizer.step()
+            losses.append(loss.item())
+            bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+        return [round(value, 5) for value in losses]
+
+    def _trainable(self, tensors: Tensors) -> GPT2LMHeadModel:
+        model = gpt2_model(self.config, tensors)
+        model.config.use_cache = False
+        return model
+
+    def _story_batches(self, seed: str, rows: int, length: int | None = None) -> Iterator[TokenBatch]:
+        stream = stories(seed=seed, split="train")
+        while True:
+            yield encode_stories(self.tokenizer, [story.text for story in islice(stream, rows)], length=length)
+
+    def _pairs(self, base: GPT2LMHeadModel, *, n: int, seed: int, split: Any) -> list[Preference]:
+        with tqdm(total=n, desc=f"{split} pairs", unit="pair", disable=not self.progress) as bar:
+            return sample_preferences(base, self.tokenizer, n=n, seed=seed, split=split, advance=bar.update)
+
+    # ------------------------------------------------------------------------------------- what came of it
+
+    def _keep(self, name: str, model: GPT2LMHeadModel, *, step: int) -> None:
+        path = self.out / f"{name}.safetensors"
+        # One metadata key only: safetensors writes several in no fixed order.
+        save_file(tensors_from_gpt2(self.config, model), path, metadata={"format": "pt"})
+        self.models[name] = {"file": path.name, "step": step, "held_out_loss": self._held_out_loss(model)}
+        logger.info("%s: held-out loss %.4f nats per token", name, self.models[name]["held_out_loss"])
+
+    @torch.no_grad()
+    def _held_out_loss(self, model: GPT2LMHeadModel) -> float:
+        return CrossEntropy()(model, self.held_out).item()
+
+    def _describe_data(self) -> dict[str, Any]:
+        r = self.recipe
+        told = list(islice(stories(seed=f"texts:{r.seed}", split="held_out"), r.held_out_stories))
+        tokens = int(self.held_out.mask.sum())
+        return {
+            "held_out": {"stories": len(told), "seed": r.seed, "tokens": tokens},
+            "moods": {
+                mood: sum(story.mood == mood for story in told) / len(told) for mood in ("happy", "neutral", "sad")
+            },
+        }
+
+    @torch.no_grad()
+    def _judge_pairs(self, base: Any, dpo: Any, control: Any) -> dict[str, Any]:
+        """How often the held-out pairs, sampled from the base, are ranked as preferred."""
+        r = self.recipe
+        pairs = self._pairs(base, n=r.held_out_pairs, seed=r.seed + 1, split="held_out")
+        batch = encode_preferences(self.tokenizer, pairs, length=self.config["n_ctx"])
+        result: dict[str, Any] = {"pairs": len(pairs)}
+        for name, model in (("base", base), ("dpo", dpo), ("control", control)):
+            margins = DPO(reference=base, beta=r.beta).margins(model, batch)
+            likelier = sequence_log_probs(model, batch.chosen) > sequence_log_probs(model, batch.rejected)
+            result[name] = {
+                # The base against itself has margins of exactly zero; its likelihood ranking is the "before".
+                "margin_accuracy": (margins > 0).double().mean().item(),
+                "mean_margin": margins.double().mean().item(),
+                "likelihood_accuracy": likelier.double().mean().item(),
+            }
+            logger.info("%s: %s", name, result[name])
+        return result
+
+    def _judge_endings(self, model: GPT2LMHeadModel) -> dict[str, float]:
+        """Shares among continuations of the same held-out openings, drawn with the same random numbers."""
+        r = self.recipe
+        stream = attempts(model, self.tokenizer, seed=r.seed + 2, split="held_out", per_prompt=r.judged_per_prompt)
+        tried = list(islice(stream, r.judged_prompts))
+        scores = [ending_score(text) for attempt in tried for text in attempt.continuations]
+        unfinished = sum(attempt.unfinished for attempt in tried)
+        total = len(scores) + unfinished
+        shares = {
+            "happy": sum(score > 0 for score in scores) / total,
+            "neutral": sum(score == 0 for score in scores) / total,
+            "sad": sum(score < 0 for score in scores) / total,
+            "unfinished": unfinished / total,
+        }
+        logger.info("endings: %s", shares)
+        return shares
+
+    def _relative_change(self, name: str) -> dict[str, Any]:
+        """||ΔW|| / ||W|| against the base: over all parameters, and per tensor."""
+        base, tuned = (read_tensors(self.out / f"{which}.safetensors") for which in ("base", name))
+        squares = {
+            key: ((tuned[key] - W).double().square().sum().item(), W.double().square().sum().item())
+            for key, W in base.items()
+        }
+        total = math.sqrt(sum(d for d, _ in squares.values()) / sum(w for _, w in squares.values()))
+        logger.info("%s: relative change %.5f", name, total)
+        return {
+            "relative_norm": total,
+            "per_tensor": {key: math.sqrt(d / w) if w > 0 else None for key, (d, w) in squares.items()},
+        }
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tl_asymmetry.demo.build", description="train the demonstration models"
+    )
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data", help="folder for the files")
+    out = parser.parse_args(arguments).out
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    with logging_redirect_tqdm():
+        build(out)
+
+
+if __name__ == "__main__":
+    main()

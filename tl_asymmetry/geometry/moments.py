@@ -1,0 +1,252 @@
+"""Streaming first and second moments: what is left of the activations once they have passed a hook."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_asymmetry.geometry.precision import exact_products, product_dtype
+
+
+class StreamingMoments:
+    """Mean, second moment and covariance of row vectors that arrive in batches.
+
+    Rows are reduced as they come: a product in float32 (float64 for float64 rows), added up in float64 on the rows'
+    device. Memory is d(d+1)/2 float64 numbers (the packed upper triangle), whatever the number of rows. All rows are
+    taken relative to the mean of the first batch (Chan, Golub & LeVeque 1983), so that neither the covariance nor the
+    second moment loses digits to a large mean; the shift is undone in float64 on reading.
+
+    Args:
+        d: length of a row.
+        sequences: also keep the between-sequence part, which `within_covariance` needs (twice the memory). `update`
+            then takes `[batch, pos, d]`, one sequence for each index of `batch`.
+
+    Example:
+        >>> moments = StreamingMoments(2)
+        >>> moments.update(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
+        >>> moments.second_moment.tolist(), moments.covariance.tolist(), moments.count
+        ([[5.0, 0.0], [0.0, 0.0]], [[1.0, 0.0], [0.0, 0.0]], 2)
+    """
+
+    def __init__(self, d: int, *, sequences: bool = False) -> None:
+        if d < 1:
+            raise ValueError(f"expected a positive row length d, got {d}; pass the width of the activations")
+        self.d = d
+        self.sequences = sequences
+        self._sums: _Sums | None = None  # made by the first batch, on its device
+
+    def update(
+        self, x: Float[Tensor, "*batch d"], mask: Bool[Tensor, "*batch"] | None = None
+    ) -> None:
+        """Take in the rows of `x` where `mask` is true (all rows without a mask).
+
+        Raises:
+            ValueError: rows of another length, or a mask that does not fit.
+        """
+        if x.shape[-1] != self.d:
+            raise ValueError(f"expected rows of length {self.d}, got {tuple(x.shape)}; pass [..., {self.d}]")
+        if mask is not None and mask.shape != x.shape[:-1]:
+            raise ValueError(f"expected a mask of shape {tuple(x.shape[:-1])}, got {tuple(mask.shape)}")
+        if self.sequences and x.ndim < 2:
+            raise ValueError(f"expected [batch, pos, {self.d}] for per-sequence moments, got {tuple(x.shape)}")
+        x = x.detach().to(product_dtype(x))
+        if self._sums is None:
+            self._sums = _Sums.about_mean(x, mask, sequences=self.sequences)
+        self._sums.add(x, mask)
+
+    def merge(self, other: StreamingMoments) -> StreamingMoments:
+        """Take in all that `other` has seen, and return self. `other` stays as it is; the order does not matter.
+
+        Raises:
+            ValueError: another row length, or only one of the two keeps per-sequence moments.
+        """
+        if (other.d, other.sequences) != (self.d, self.sequences):
+            raise ValueError(f"expected moments like {self!r}, got {other!r}; pass moments of the same kind")
+        if other._sums is not None:
+            self._sums = other._sums.clone() if self._sums is None else self._sums.plus(other._sums)
+        return self
+
+    def without(self, other: StreamingMoments) -> StreamingMoments:
+        """The moments of all rows but those of `other`, which must have been merged into self before (jackknife)."""
+        result = StreamingMoments(self.d, sequences=self.sequences)
+        sums = self._require_rows()
+        result._sums = sums.clone() if other._sums is None else sums.plus(other._sums, sign=-1)
+        return result
+
+    def pooled(self) -> StreamingMoments:
+        """A copy that has forgotten which sequence a row came from."""
+        result = StreamingMoments(self.d)
+        result._sums = None if self._sums is None else replace(self._sums.clone(), between=None)
+        return result
+
+    def cpu(self) -> StreamingMoments:
+        """The same moments on CPU."""
+        result = StreamingMoments(self.d, sequences=self.sequences)
+        result._sums = None if self._sums is None else self._sums.cpu()
+        return result
+
+    @property
+    def count(self) -> int:
+        """Number of rows taken in."""
+        return 0 if self._sums is None else int(self._sums.count.item())
+
+    @property
+    def mean(self) -> Float[Tensor, " d"]:
+        """Mean row, float64."""
+        sums = self._require_rows()
+        return sums.shift + sums.total / sums.count
+
+    @property
+    def second_moment(self) -> Float[Tensor, "d d"]:
+        """Uncentred second moment Σ x xᵀ / n, float64."""
+        sums = self._require_rows()
+        sums = sums.moved(torch.zeros_like(sums.shift))
+        return _unpack(sums.gram, self.d) / sums.count
+
+    @property
+    def covariance(self) -> Float[Tensor, "d d"]:
+        """Centred second moment Σ (x − x̄)(x − x̄)ᵀ / n (not n − 1), float64."""
+        sums = self._require_rows()
+        mean = sums.total / sums.count
+        return _unpack(sums.gram, self.d) / sums.count - torch.outer(mean, mean)
+
+    @property
+    def within_covariance(self) -> Float[Tensor, "d d"]:
+        """Second moment about each sequence's own mean, Σ_s Σ_t (x_t − x̄_s)(x_t − x̄_s)ᵀ / n, float64.
+
+        Raises:
+            ValueError: made without `sequences=True`.
+        """
+        sums = self._require_rows()
+        if sums.between is None:
+            raise ValueError("expected per-sequence moments, got plain ones; pass sequences=True to StreamingMoments")
+        return _unpack(sums.gram - sums.between, self.d) / sums.count
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What `from_state` needs to make the same moments again: float64 tensors on CPU."""
+        return {name: value.cpu() for name, value in vars(self._require_rows()).items() if value is not None}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> StreamingMoments:
+        """The inverse of `state_dict`."""
+        moments = cls(len(state["total"]), sequences="between" in state)
+        moments._sums = _Sums(**{"between": None, **state}).clone()
+        return moments
+
+    def __repr__(self) -> str:
+        return f"StreamingMoments(d={self.d}, sequences={self.sequences})"
+
+    def _require_rows(self) -> _Sums:
+        if self._sums is None:
+            raise ValueError("expected moments of at least one row, got none; call update first")
+        return self._sums
+
+
+@dataclass
+class _Sums:
+    """Float64 sums of rows taken relative to `shift`, on the device of the rows."""
+
+    shift: Tensor
+    """c `[d]`: the first batch's mean."""
+    gram: Tensor
+    """Packed upper triangle of Σ (x − c)(x − c)ᵀ."""
+    total: Tensor
+    """Σ (x − c) `[d]`."""
+    count: Tensor
+    """n, a scalar."""
+    between: Tensor | None
+    """Packed Σ_s n_s (x̄_s − c)(x̄_s − c)ᵀ over sequences s, if kept."""
+
+    @classmethod
+    def about_mean(cls, x: Tensor, mask: Tensor | None, *, sequences: bool) -> _Sums:
+        """Empty sums, their shift the mean of these rows."""
+        d = x.shape[-1]
+        counted = x if mask is None else torch.where(mask.unsqueeze(-1), x, _zero(x))
+        mean = counted.reshape(-1, d).sum(0, dtype=torch.float64) / _counts(x, mask).sum().clamp(min=1)
+        gram = torch.zeros(d * (d + 1) // 2, dtype=torch.float64, device=x.device)
+        return cls(
+            # Rounded to the rows' dtype: what `add` subtracts there and `moved` adds in float64 is the same number.
+            shift=mean.to(x.dtype).to(torch.float64),
+            gram=gram,
+            total=torch.zeros(d, dtype=torch.float64, device=x.device),
+            count=torch.zeros((), dtype=torch.float64, device=x.device),
+            between=torch.zeros_like(gram) if sequences else None,
+        )
+
+    def add(self, x: Tensor, mask: Tensor | None) -> None:
+        centred = x - self.shift.to(x.device, x.dtype)
+        if mask is not None:
+            # where, not a product: a masked NaN must not survive. Not x[mask]: shapes stay static for fake tensors.
+            centred = torch.where(mask.unsqueeze(-1), centred, _zero(x))
+        rows = centred.reshape(-1, x.shape[-1])
+        counts = _counts(x, mask)
+        with exact_products(x.device):
+            self.gram += _pack(rows.mT @ rows)
+        self.count += counts.sum()
+        if self.between is None:
+            self.total += rows.sum(0, dtype=torch.float64)
+        else:
+            totals = centred.sum(-2, dtype=torch.float64).reshape(-1, x.shape[-1])
+            means = totals / counts.sum(-1).reshape(-1, 1).clamp(min=1)
+            self.between += _pack(means.mT @ totals)
+            self.total += totals.sum(0)
+
+    def moved(self, shift: Tensor) -> _Sums:
+        """The same rows relative to another shift, on its device: Σ (x − c + e)(x − c + e)ᵀ with e = c − shift."""
+        here = {name: None if value is None else value.to(shift.device) for name, value in vars(self).items()}
+        c, s, n = here["shift"], here["total"], here["count"]
+        e = c - shift
+        cross = torch.outer(s, e)
+        correction = _pack(cross + cross.mT + n * torch.outer(e, e))
+        between = None if here["between"] is None else here["between"] + correction
+        return _Sums(shift=shift, gram=here["gram"] + correction, total=s + n * e, count=n, between=between)
+
+    def plus(self, other: _Sums, sign: int = 1) -> _Sums:
+        theirs = other.moved(self.shift)
+        sums = {
+            name: None if value is None else value + sign * getattr(theirs, name)
+            for name, value in vars(self).items()
+            if name != "shift"
+        }
+        return _Sums(shift=self.shift, **sums)
+
+    def cpu(self) -> _Sums:
+        return _Sums(**{name: None if value is None else value.cpu() for name, value in vars(self).items()})
+
+    def clone(self) -> _Sums:
+        return _Sums(**{name: None if value is None else value.clone() for name, value in vars(self).items()})
+
+
+def _zero(like: Tensor) -> Tensor:
+    return torch.zeros((), dtype=like.dtype, device=like.device)
+
+
+def _counts(x: Tensor, mask: Tensor | None) -> Tensor:
+    """1.0 for every row that counts, else 0.0; float64, the shape of x without its last axis."""
+    if mask is None:
+        return torch.ones(x.shape[:-1], dtype=torch.float64, device=x.device)
+    return mask.to(dtype=torch.float64, device=x.device)
+
+
+@lru_cache(maxsize=32)
+def _triangle(d: int, device: torch.device) -> Tensor:
+    """Flat positions of the upper triangle of a d × d matrix."""
+    rows, cols = torch.triu_indices(d, d, device=device)
+    return rows * d + cols
+
+
+def _pack(symmetric: Float[Tensor, "d d"]) -> Float[Tensor, " packed"]:
+    """The upper triangle as one float64 vector: half the memory of the matrix."""
+    return symmetric.reshape(-1)[_triangle(symmetric.shape[0], symmetric.device)].to(torch.float64)
+
+
+def _unpack(packed: Float[Tensor, " packed"], d: int) -> Float[Tensor, "d d"]:
+    """The symmetric matrix of which `packed` is the upper triangle."""
+    upper = torch.zeros(d * d, dtype=packed.dtype, device=packed.device)
+    upper[_triangle(d, packed.device)] = packed
+    upper = upper.view(d, d)
+    return upper + upper.mT - torch.diag(upper.diagonal())

@@ -1,0 +1,85 @@
+"""Exact tail of a weighted sum of chi-squares: the null distribution of a rank-1 subspace fraction."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def fraction_tail_rank_one(
+    spectrum: Float[Tensor, "item r"], d: int, fraction: Float[Tensor, " item"]
+) -> Float[Tensor, " item"]:
+    """P(f ≥ x) for f = Σ λ_i g_i² / Σ g_j², g Gaussian in R^d: the fraction in one Haar-random direction.
+
+    f ≥ x where Y = Σ (λ_i − x) g_i² ≥ 0. P(Y > 0) is the Fourier inversion of Imhof (1961), taken along the vertical
+    line through the saddlepoint (Rice 1980) instead of the imaginary axis, so that p keeps its relative digits far out
+    in the tail, with a sinh substitution, on which the trapezoid rule converges geometrically.
+
+    Args:
+        spectrum: eigenvalues of ΔW ΔWᵀ, each row summing to 1, r ≤ d of them (the rest are 0).
+        d: dimension.
+        fraction: observed x.
+
+    Returns:
+        Float64 probabilities; NaN where x is NaN.
+    """
+    λ = spectrum.double()
+    x = fraction.double()
+    smallest = λ.amin(-1) if λ.shape[-1] == d else torch.zeros_like(x)
+    possible = (x < λ.amax(-1)) & (x > smallest)
+    # Where x is out of reach the answer is 0 or 1; put a harmless x there, so that all items go through together.
+    inside = torch.where(possible, x, (smallest + λ.amax(-1)) / 2)
+    # Most terms equal −x: the integrand turns as exp(−i d x u) until it dies at u ~ 1/(x √d), so the step shrinks with √d.
+    p = _tail(λ - inside.unsqueeze(-1), -inside, d - λ.shape[-1], step=min(0.05, 1.3 / math.sqrt(d)))
+    p = torch.where(possible, p, (x <= smallest).double())
+    return torch.where(x.isnan() | λ.isnan().any(-1), math.nan, p)
+
+
+def _tail(a: Tensor, rest: Tensor, copies: int, *, step: float) -> Tensor:
+    """P(Σ a_i g_i² + rest · χ²_copies > 0) for rows of a `[item, r]` with entries of both signs."""
+    a = torch.cat([a, rest.unsqueeze(-1)], -1) if copies else a
+    m = torch.ones_like(a)
+    if copies:
+        m[:, -1] = copies
+    # The moment generating function of Y exists between these two.
+    upper = 1 / (2 * a.amax(-1))
+    lower = 1 / (2 * a.amin(-1))
+    s = _saddlepoint(a, m, lower, upper)
+    curvature = (2 * m * (a / (1 - 2 * a * s.unsqueeze(-1))).square()).sum(-1)
+    width = curvature.rsqrt()
+    # The pole at 0 must stay off the line: near the mean take a line to the right of it, which is as good.
+    near = s.abs() < 0.5 * width
+    c = torch.where(near, torch.minimum(0.5 * width, upper / 2), s)
+    distance = torch.minimum(c.abs(), torch.where(c > 0, upper - c, c - lower))
+    scale = torch.minimum(distance, width)
+
+    # On the line z = c + iu every factor is (1 − 2ac)(1 − i g u): real arithmetic, and no branch of the logarithm to lose.
+    positive = 1 - 2 * a * c.unsqueeze(-1)
+    g = 2 * a / positive
+    total = 0.5 * step * scale / c  # the node u = 0
+    for node in range(1, int(14 / step)):
+        u = scale * math.sinh(node * step)
+        gu = g * u.unsqueeze(-1)
+        size = torch.exp(-0.25 * (m * torch.log1p(gu.square())).sum(-1)) * step * scale * math.cosh(node * step)
+        phase = 0.5 * (m * torch.atan(gu)).sum(-1)
+        # Re exp(i phase) / (c + iu)
+        total = total + size * (c * torch.cos(phase) + u * torch.sin(phase)) / (c.square() + u.square())
+        if bool((size <= 1e-17 * total.abs() * u).all()):
+            break
+    level = torch.exp(-0.5 * (m * torch.log(positive)).sum(-1))
+    integral = level * total / math.pi
+    # Left of the pole the same integral is −P(Y < 0).
+    return torch.where(c > 0, integral, 1 + integral).clamp(0, 1)
+
+
+def _saddlepoint(a: Tensor, m: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """Root of the increasing K'(s) = Σ m_i a_i / (1 − 2 a_i s), by bisection: safe next to both poles."""
+    low, high = lower, upper
+    for _ in range(100):
+        s = (low + high) / 2
+        slope = (m * a / (1 - 2 * a * s.unsqueeze(-1))).sum(-1)
+        low, high = torch.where(slope < 0, s, low), torch.where(slope < 0, high, s)
+    return (low + high) / 2

@@ -1,0 +1,142 @@
+"""Ordered orthonormal bases of R^d and how two of them lie to each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_asymmetry.geometry.moments import StreamingMoments
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """An orthonormal basis, its columns in order of importance.
+
+    Example:
+        >>> plane = random_subspace(8, 2, seed=0)
+        >>> plane.truncate(1).rank, plane.complement().rank, round(plane.overlap(plane), 6)
+        (1, 6, 1.0)
+
+    Raises:
+        ValueError: columns that are not orthonormal (to 1e-4), more columns than rows, or eigenvalues that do not fit.
+    """
+
+    basis: Float[Tensor, "d k"]
+    """Orthonormal columns `[d, k]`."""
+    eigenvalues: Float[Tensor, " k"] | None = None
+    """Variance along each column `[k]`, descending; None where none is defined (a random or given basis)."""
+    name: str = ""
+    """How tables and plots call it."""
+
+    def __post_init__(self) -> None:
+        d, k = self.basis.shape
+        if k > d:
+            raise ValueError(f"expected at most {d} columns in R^{d}, got {k}; pass the basis as [d, k]")
+        if self.eigenvalues is not None and self.eigenvalues.shape != (k,):
+            raise ValueError(f"expected {k} eigenvalues, got {tuple(self.eigenvalues.shape)}; pass one for each column")
+        gram = self.basis.detach().double().mT @ self.basis.detach().double()
+        off = (gram - torch.eye(k, dtype=gram.dtype, device=gram.device)).abs().max() if k else torch.zeros(())
+        if not bool(off <= 1e-4):
+            raise ValueError(
+                f"expected orthonormal columns, got columns off by {off.item():.2g}; pass torch.linalg.qr(basis).Q"
+            )
+
+    @property
+    def d(self) -> int:
+        """Dimension of the surrounding space."""
+        return self.basis.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """Number of columns."""
+        return self.basis.shape[1]
+
+    def truncate(self, k: int) -> Subspace:
+        """The first k columns.
+
+        Raises:
+            ValueError: k outside 1 … rank.
+        """
+        if not 1 <= k <= self.rank:
+            raise ValueError(f"expected a rank from 1 to {self.rank}, got {k}; pass a smaller k or a fuller basis")
+        eigenvalues = None if self.eigenvalues is None else self.eigenvalues[:k]
+        return Subspace(self.basis[:, :k], eigenvalues, self.name)
+
+    def complement(self) -> Subspace:
+        """An orthonormal basis of all that is orthogonal to this one: d − rank columns, without eigenvalues."""
+        full = torch.linalg.qr(self.basis.double(), mode="complete").Q
+        return Subspace(full[:, self.rank :].to(self.basis.dtype), None, f"complement of {self.name}".strip())
+
+    def overlap(self, other: Subspace) -> float:
+        """‖Q₁ᵀQ₂‖²_F / min(k₁, k₂): 1 if one contains the other, 0 if orthogonal, max(k₁, k₂)/d by chance."""
+        cosines = self._cosines(other)
+        return cosines.square().sum().item() / min(self.rank, other.rank)
+
+    def principal_angles(self, other: Subspace) -> Float[Tensor, " angles"]:
+        """Angles in radians, ascending, min(k₁, k₂) of them, float64.
+
+        Small angles from sines, large ones from cosines, so that both keep their digits (Björck & Golub 1973;
+        Knyazev & Argentati 2002).
+        """
+        small, large = (self, other) if self.rank <= other.rank else (other, self)
+        Q1 = large.basis.double()
+        Q2 = small.basis.to(Q1)
+        cosines = self._cosines(other).clamp(max=1)
+        sines = torch.linalg.svdvals(Q2 - Q1 @ (Q1.mT @ Q2)).clamp(max=1).flip(0)
+        return torch.where(cosines.square() > 0.5, torch.asin(sines), torch.acos(cosines))
+
+    def _cosines(self, other: Subspace) -> Tensor:
+        if self.d != other.d:
+            raise ValueError(f"expected two subspaces of R^{self.d}, got one of R^{other.d}; pass bases of one model")
+        Q1 = self.basis.double()
+        return torch.linalg.svdvals(Q1.mT @ other.basis.to(Q1))
+
+
+def ordered_eigh(symmetric: Float[Tensor, "*batch d d"]) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, "*batch d d"]]:
+    """Eigenvalues in descending order and their eigenvectors, on CPU, in the dtype of the matrix.
+
+    On CPU because LAPACK's divide and conquer there beats cuSOLVER at the sizes of a residual stream. Each vector's
+    largest entry is made positive, so that the same matrix gives the same basis everywhere.
+    """
+    λ, Q = torch.linalg.eigh(symmetric.cpu())
+    λ, Q = λ.flip(-1), Q.flip(-1)
+    largest = Q.gather(-2, Q.abs().argmax(-2, keepdim=True))
+    return λ, Q * torch.where(largest < 0, -1.0, 1.0).to(Q.dtype)
+
+
+def principal_subspace(
+    moments: StreamingMoments | Float[Tensor, "d d"], *, centered: bool = False, name: str = ""
+) -> Subspace:
+    """All d principal directions of a second moment, the strongest first: `truncate(k)` for the top k.
+
+    Args:
+        moments: streaming moments, or a symmetric matrix `[d, d]` taken as it is.
+        centered: use the covariance instead of the uncentred second moment (not for a given matrix).
+
+    Returns:
+        Float64 subspace on CPU with its eigenvalues, which are clamped at 0.
+    """
+    if isinstance(moments, Tensor):
+        if centered:
+            raise ValueError("expected StreamingMoments with centered=True, got a matrix; pass the covariance itself")
+        matrix = moments.double()
+    else:
+        matrix = moments.covariance if centered else moments.second_moment
+    λ, Q = ordered_eigh(matrix)
+    return Subspace(Q, λ.clamp(min=0), name)
+
+
+def random_subspace(d: int, k: int, seed: int) -> Subspace:
+    """A Haar-random k-dimensional subspace of R^d (float64, CPU): QR of a Gaussian matrix.
+
+    Raises:
+        ValueError: k outside 1 … d.
+    """
+    if not 1 <= k <= d:
+        raise ValueError(f"expected a rank from 1 to {d}, got {k}; pass 1 <= k <= d")
+    generator = torch.Generator().manual_seed(seed)
+    Q = torch.linalg.qr(torch.randn(d, k, dtype=torch.float64, generator=generator)).Q
+    return Subspace(Q, None, f"random[{seed}]")

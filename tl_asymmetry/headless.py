@@ -1,0 +1,47 @@
+"""Changes of what has no head and no subspace: biases, norm gains, embeddings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from tl_asymmetry.geometry.fraction import sum_of_squares
+from tl_asymmetry.geometry.precision import product_dtype
+from tl_asymmetry.models.view import ModelView
+
+OTHER_COLUMNS = ("layer", "parameter", "base_norm", "delta_norm", "delta_relative_norm", "delta_shrink")
+"""Columns of the table of other changes, in this order."""
+
+
+def other_changes(base: ModelView, aligned: ModelView) -> pd.DataFrame:
+    """One row per parameter that is no matrix of the main table: norms and the shrink component of its change.
+
+    `layer` is NA for what belongs to no block. Of an aligned vocabulary with extra rows, only the base's rows count.
+    """
+    untied = base.tied != aligned.tied  # one of the two may have learned an unembedding of its own
+    ours, theirs = (view.headless(include_tied=untied) for view in (base, aligned))
+    rows = [_row(name, ours[name], theirs[name]) for name in ours if name in theirs]
+    return pd.DataFrame(rows, columns=list(OTHER_COLUMNS)).astype({"layer": "Int64"})
+
+
+def unmatched_parameters(base: ModelView, aligned: ModelView) -> Iterator[str]:
+    """Names of the parameters that only one of the two models has."""
+    untied = base.tied != aligned.tied
+    ours, theirs = (set(view.headless(include_tied=untied)) for view in (base, aligned))
+    yield from sorted(ours ^ theirs)
+
+
+def _row(name: str, base: Tensor, aligned: Tensor) -> tuple[int | None, str, float, float, float, float]:
+    aligned = aligned.to(base.device)[tuple(slice(0, n) for n in base.shape)]
+    dtype = product_dtype(base, aligned)
+    W, ΔW = base.to(dtype), aligned.to(dtype) - base.to(dtype)
+    axes = tuple(range(W.ndim))
+    base_energy, energy = sum_of_squares(W, axes).item(), sum_of_squares(ΔW, axes).item()
+    inner = (W * ΔW).sum(dtype=torch.float64).item()
+    relative, shrink = ((energy / base_energy) ** 0.5, inner / base_energy) if base_energy else (float("nan"),) * 2
+    block = re.match(r"blocks\.(\d+)\.", name)
+    return (int(block[1]) if block else None, name, base_energy**0.5, energy**0.5, relative, shrink)

@@ -1,0 +1,276 @@
+"""How to reach inside a TransformerBridge (transformer-lens 3.9 and 4.x). Used by `ModelView` alone."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+_SUBMODULE = {"W_Q": "q", "W_K": "k", "W_V": "v", "W_O": "o", "W_in": "in", "W_gate": "gate", "W_out": "out"}
+
+
+class _Stopped(Exception):
+    """Raised after the last block to leave out the unembedding, and caught again at once."""
+
+
+class BridgeAdapter:
+    """Finds modules, matrices and parameters of a TransformerBridge under this package's names."""
+
+    kind = "TransformerBridge"
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.cfg = model.cfg
+        self.blocks: list[Any] = list(model.blocks)
+        forward = inspect.signature(model.original_model.forward).parameters.values()
+        self._takes_use_cache = any(p.name == "use_cache" or p.kind is inspect.Parameter.VAR_KEYWORD for p in forward)
+
+    # -- architecture ------------------------------------------------------------------------------
+
+    @property
+    def final_norm(self) -> str | None:
+        """ "LN", "RMS" or None."""
+        kind = self.cfg.normalization_type
+        if kind is None or getattr(self.model, "ln_final", None) is None:
+            return None
+        return kind.removesuffix("Pre")
+
+    @property
+    def norms_are_folded(self) -> bool:
+        # the configuration does not tell; the weights do, see checks.check_raw
+        return False
+
+    @property
+    def has_post_norms(self) -> bool:
+        block = self.blocks[0]
+        return _child(block, "ln1_post") is not None or bool(getattr(block, "mlp_reads_resid_directly", False))
+
+    @property
+    def has_qk_norm(self) -> bool:
+        return _child(self.blocks[0].attn, "q_norm") is not None
+
+    @property
+    def has_sinks(self) -> bool:
+        return bool(getattr(self.cfg, "use_attention_sinks", False)) or hasattr(
+            getattr(self.blocks[0].attn, "original_component", None), "sinks"
+        )
+
+    @property
+    def is_causal(self) -> bool:
+        return getattr(self.cfg, "attention_dir", "causal") == "causal"
+
+    @property
+    def is_parallel(self) -> bool:
+        return bool(getattr(self.cfg, "parallel_attn_mlp", False)) and self.has_mlp(0)
+
+    def has_mlp(self, layer: int) -> bool:
+        """Whether the layer has an MLP of any sort, mixture of experts included."""
+        return _child(self.blocks[layer], "mlp") is not None
+
+    def is_moe(self, layer: int) -> bool:
+        mlp = _child(self.blocks[layer], "mlp")
+        return mlp is not None and (_child(mlp, "in") is None or _child(mlp, "out") is None)
+
+    # -- matrices ----------------------------------------------------------------------------------
+
+    def matrix(self, layer: int, matrix: str) -> Tensor | None:
+        block = self.blocks[layer]
+        if matrix in ("W_Q", "W_K", "W_V", "W_O"):
+            return getattr(block.attn, matrix)
+        if not self.has_mlp(layer) or self.is_moe(layer) or _child(block.mlp, _SUBMODULE[matrix]) is None:
+            return None
+        return getattr(block.mlp, matrix)
+
+    def bias(self, layer: int, name: str) -> Tensor | None:
+        """The bias in TransformerLens shape, or None where the model has none."""
+        block = self.blocks[layer]
+        parent = block.attn if name in ("b_Q", "b_K", "b_V", "b_O") else block.mlp
+        component = _child(parent, _SUBMODULE["W" + name[1:]])
+        bias = None if component is None else getattr(component, "bias", None)
+        if bias is None or name in ("b_O", "b_in", "b_gate", "b_out"):
+            return bias
+        return bias.view(-1, self.cfg.d_head)
+
+    def embedding(self) -> Tensor:
+        return self.model.embed.weight
+
+    def unembedding(self) -> Tensor:
+        return self.model.unembed.W_U
+
+    def final_gain(self) -> Tensor | None:
+        norm = getattr(self.model, "ln_final", None)
+        return None if getattr(norm, "weight", None) is None else self._gain(norm)
+
+    def _gain(self, norm: Any) -> Tensor:
+        """What the norm multiplies by: its weight, or 1 + weight in Gemma."""
+        return 1 + norm.weight if getattr(self.cfg, "rmsnorm_uses_offset", False) else norm.weight
+
+    @property
+    def embedding_scale(self) -> float:
+        """Gemma multiplies token embeddings by √d_model in forward; HookedTransformer keeps them
+        multiplied."""
+        return self.cfg.d_model**0.5 if str(self.cfg.architecture).startswith("Gemma") else 1.0
+
+    @property
+    def is_tied(self) -> bool:
+        E, U = self.embedding(), self.unembedding()
+        return E.untyped_storage().data_ptr() == U.untyped_storage().data_ptr()
+
+    # -- modules -----------------------------------------------------------------------------------
+
+    def point(self, layer: int, point: str) -> tuple[nn.Module, str] | None:
+        """The module to watch and whether its "input" or its "output" is the wanted tensor."""
+        block = self.blocks[layer]
+        has_mlp = self.has_mlp(layer)
+        match point:
+            case "attn_in":
+                return block.attn.hook_in, "output"
+            case "z":
+                return block.attn.hook_z, "output"
+            case "resid_pre" | "resid_post":
+                return getattr(block, f"hook_{point}"), "output"
+            case "resid_mid" if has_mlp and not self.is_parallel:
+                return block.hook_resid_mid, "output"
+            case "mlp_in" if has_mlp:
+                return block.mlp.hook_in, "output"
+            case "mlp_post" if has_mlp and not self.is_moe(layer):
+                return block.mlp.hook_post, "output"
+        return None
+
+    def projection(self, layer: int, matrix: str) -> nn.Module | None:
+        """The module whose output is `input @ matrix + bias`, for the self-check."""
+        block = self.blocks[layer]
+        parent = block.attn if matrix in ("W_Q", "W_K", "W_V", "W_O") else block.mlp
+        component = _child(parent, _SUBMODULE[matrix])
+        return None if component is None else component.hook_out
+
+    @property
+    def splits_inputs(self) -> str | None:
+        """Name of a switched-on option that gives every head its own copy of the attention input."""
+        return next((f for f in ("use_attn_in", "use_split_qkv_input") if getattr(self.cfg, f, False)), None)
+
+    # -- running -----------------------------------------------------------------------------------
+
+    def run(self, tokens: Tensor, logits: bool) -> Tensor | None:
+        # without use_cache=False the Hugging Face model keeps the keys and values of every layer
+        options = {"use_cache": False} if self._takes_use_cache else {}
+        handles = [block.attn.register_forward_hook(_forget_pattern) for block in self.blocks]
+        if not logits:
+            # stop_at_layer stops before a block, so it cannot leave out what follows the last one
+            handles.append(self.blocks[-1].register_forward_hook(_stop))
+        try:
+            return self.model(tokens, return_type="logits" if logits else None, **options)
+        except _Stopped:
+            return None
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def all_modules(self) -> Iterator[nn.Module]:
+        seen: set[int] = set()
+        for root in (self.model, self.model.original_model):
+            for module in root.modules():
+                if id(module) not in seen:
+                    seen.add(id(module))
+                    yield module
+
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        return self.model.named_parameters()
+
+    # -- parameters without a head -----------------------------------------------------------------
+
+    def headless(self) -> dict[str, Callable[[], Tensor]]:
+        """Name → function giving the tensor, for all parameters that are none of the seven matrices.
+
+        Names, shapes and conventions are HookedTransformer's: gains with Gemma's 1 added, Gemma's embeddings scaled,
+        a missing attention or MLP bias as zeros.
+        """
+        model = self.model
+        entries: dict[str, Callable[[], Tensor]] = {}
+        covered = {_storage(p) for p in self._copied_from()}
+
+        def cover(*tensors: Tensor | None) -> None:
+            covered.update(_storage(t) for t in tensors if t is not None)
+
+        def add_norm(name: str, norm: Any) -> None:
+            weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+            cover(weight, bias)
+            if weight is not None:
+                entries[f"{name}.w"] = partial(self._gain, norm)
+            if bias is not None:
+                entries[f"{name}.b"] = lambda: norm.bias
+
+        scale = self.embedding_scale
+        entries["embed.W_E"] = lambda: self.embedding() if scale == 1 else self.embedding() * scale
+        cover(self.embedding(), self.unembedding())
+        if _child(model, "pos_embed") is not None and hasattr(model.pos_embed, "weight"):
+            entries["pos_embed.W_pos"] = lambda: model.pos_embed.weight
+            cover(model.pos_embed.weight)
+        for layer, block in enumerate(self.blocks):
+            prefix = f"blocks.{layer}"
+            for norm in ("ln1", "ln1_post", "ln2", "ln2_post"):
+                if _child(block, norm) is not None:
+                    add_norm(f"{prefix}.{norm}", _child(block, norm))
+            for norm in ("q_norm", "k_norm"):
+                if _child(block.attn, norm) is not None:
+                    add_norm(f"{prefix}.attn.{norm}", _child(block.attn, norm))
+            slots = {"W_Q": "attn.b_Q", "W_K": "attn.b_K", "W_V": "attn.b_V", "W_O": "attn.b_O"}
+            slots |= {"W_in": "mlp.b_in", "W_gate": "mlp.b_gate", "W_out": "mlp.b_out"}
+            for matrix, slot in slots.items():
+                weight = self.matrix(layer, matrix)
+                bias = None if weight is None else self.bias(layer, slot.partition(".")[2])
+                cover(weight, bias)
+                if weight is not None and (bias is not None or matrix != "W_gate"):
+                    entries[f"{prefix}.{slot}"] = partial(self._bias_or_zeros, layer, matrix, weight)
+        if _child(model, "ln_final") is not None:
+            add_norm("ln_final", model.ln_final)
+        entries["unembed.W_U"] = self.unembedding
+        entries["unembed.b_U"] = lambda: model.unembed.b_U
+        cover(model.unembed.b_U)
+        for name, parameter in model.named_parameters():
+            if _storage(parameter) not in covered:  # experts, routers, attention sinks, ...
+                entries[name.replace("_original_component.", "")] = partial(_itself, parameter)
+        return entries
+
+    def _bias_or_zeros(self, layer: int, matrix: str, weight: Tensor) -> Tensor:
+        bias = self.bias(layer, "b" + matrix[1:])
+        if bias is not None:
+            return bias
+        shape = (weight.shape[0], weight.shape[2]) if matrix in ("W_Q", "W_K", "W_V") else (weight.shape[-1],)
+        return weight.new_zeros(shape)
+
+    def _copied_from(self) -> Iterator[Tensor]:
+        """Fused projections that the Bridge has split into copies: still registered, no longer used."""
+        for block in self.blocks:
+            for parent, fused in ((block.attn, "qkv"), (_child(block, "mlp"), "gate_up")):
+                component = None if parent is None else _child(parent, fused)
+                if component is not None:
+                    yield from component.parameters()
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _stop(*_: Any) -> None:
+    raise _Stopped
+
+
+def _forget_pattern(attention: Any, *_: Any) -> None:
+    # GPT-2's and NeoX's attention keeps its last pattern [batch, head, pos, pos], graph included, and never
+    # uses it
+    if getattr(attention, "_pattern", None) is not None:
+        attention._pattern = None
+
+
+def _child(module: Any, name: str) -> Any:
+    """The registered submodule of that name, or None; never an alias or a property that fails."""
+    children = getattr(module, "_modules", {})
+    return children.get(name)

@@ -1,0 +1,185 @@
+"""One pass over the texts: activations become second moments inside the hooks, and are gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_asymmetry.geometry.moments import StreamingMoments
+from tl_asymmetry.models.texts import batches
+from tl_asymmetry.models.view import ModelView
+
+Site = tuple[str, int]
+"""A hook point and a layer."""
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Moments of one model's activations, by site, kept apart for groups of sequences."""
+
+    groups: tuple[dict[Site, StreamingMoments], ...]
+    """Per group of sequences: moments of the tokens that count."""
+    first_positions: tuple[dict[Site, StreamingMoments], ...] | None
+    """Per group: moments of the first position of each sequence, where they were asked for."""
+    tokens: int
+    """Number of tokens that count, in all groups."""
+    sequences: int
+    """Number of sequences."""
+
+    def totals(self) -> dict[Site, StreamingMoments]:
+        """Moments of the tokens that count, over all groups."""
+        return {site: merged(group[site] for group in self.groups) for site in self.groups[0]}
+
+    def first_totals(self) -> dict[Site, StreamingMoments]:
+        """Moments of the first positions, over all groups; empty where they were not asked for."""
+        firsts = self.first_positions
+        return {} if firsts is None else {site: merged(group[site] for group in firsts) for site in firsts[0]}
+
+
+def merged(parts: Iterable[StreamingMoments]) -> StreamingMoments:
+    """The moments of all parts together; the parts stay as they are."""
+    first, *rest = parts
+    total = StreamingMoments(first.d, sequences=first.sequences).merge(first)
+    for part in rest:
+        total.merge(part)
+    return total
+
+
+def capture_moments(
+    model: Any,
+    tokens: Int[Tensor, "batch pos"] | Sequence[Int[Tensor, " pos"]],
+    hook_points: Sequence[str | Site],
+    *,
+    mask: Bool[Tensor, "batch pos"] | None = None,
+    exclude_first: bool = True,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> dict[Site, StreamingMoments]:
+    """Mean, second moment and covariance of the activations at some hook points, in one forward pass.
+
+    The tensors are reduced inside the hooks on their device; the result is on CPU. The model is run in evaluation
+    mode, without gradients, up to its last block, and comes back as it was.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        tokens: `[batch, pos]` token ids, or sequences of different lengths.
+        hook_points: names out of `attn_in, mlp_in, resid_pre, resid_mid, resid_post, z, mlp_post` (every layer), or
+            pairs `(name, layer)`. "z" is taken with its heads side by side, `[n_heads · d_head]`.
+        mask: which tokens are real, `[batch, pos]`; padding must be on the right. Default: all.
+        exclude_first: leave the first position of each sequence out.
+        batch_size: sequences per forward pass; the result does not depend on it.
+        progress: show a progress bar.
+
+    Returns:
+        `{(name, layer): StreamingMoments}`.
+
+    Raises:
+        ValueError: a point the model does not have, or padding that is not on the right.
+
+    Example:
+        >>> from tl_asymmetry.demo import demo_model
+        >>> moments = capture_moments(demo_model("base"), torch.arange(24).view(2, 12), ["attn_in"])
+        >>> moments["attn_in", 0].count
+        22
+    """
+    view = ModelView(model)
+    sites = [
+        site
+        for point in hook_points
+        for site in ([(point, layer) for layer in range(view.n_layers)] if isinstance(point, str) else [point])
+    ]
+    sequences = list(tokens) if mask is None else [_unpadded(t, m) for t, m in zip(tokens, mask, strict=True)]
+    captured = capture(view, [sequences], sites, exclude_first=exclude_first, batch_size=batch_size, progress=progress)
+    return captured.groups[0]
+
+
+def capture(
+    view: ModelView,
+    groups: Sequence[Sequence[Int[Tensor, " pos"]]],
+    sites: Sequence[Site],
+    *,
+    exclude_first: bool,
+    first_positions: bool = False,
+    sequence_means: bool = False,
+    batch_size: int,
+    progress: bool,
+) -> Capture:
+    """Moments at `sites` for each group of sequences; the groups never share a forward pass.
+
+    Args:
+        view: the model.
+        groups: sequences of token ids, already grouped.
+        sites: `(point, layer)` pairs.
+        exclude_first: whether the first position of each sequence is left out of the moments.
+        first_positions: keep the moments of the first positions as well, apart.
+        sequence_means: keep what `StreamingMoments.within_covariance` needs at "attn_in".
+        batch_size: sequences per forward pass.
+        progress: show a progress bar.
+    """
+    bar = tqdm(total=sum(map(len, groups)), desc="activations", unit="seq", disable=not progress)
+    counted, firsts = [], []
+    with bar, torch.no_grad(), view.evaluating():
+        for group in groups:
+            moments = {site: _empty(view, site, sequence_means) for site in sites}
+            first = {site: _empty(view, site, False) for site in sites} if first_positions else {}
+            for tokens, mask in batches(group, batch_size):
+                keep = mask.clone()
+                if exclude_first:
+                    keep[:, 0] = False
+                readers = {s: _reader(moments[s], first.get(s), keep.to(view.device)) for s in sites}
+                with view.hooks(readers):
+                    view.run(tokens.to(view.device))
+                bar.update(len(tokens))
+            # A finished group leaves the device: only one group's moments are ever held there.
+            counted.append({site: m.cpu() for site, m in moments.items()})
+            firsts.append({site: m.cpu() for site, m in first.items()})
+    lengths = [len(sequence) - exclude_first for group in groups for sequence in group]
+    return Capture(tuple(counted), tuple(firsts) if first_positions else None, sum(lengths), len(lengths))
+
+
+def balanced_groups(sequences: Sequence[Tensor], groups: int) -> list[list[Tensor]]:
+    """Contiguous blocks of whole sequences, about the same number of tokens in each; never an empty one."""
+    groups = min(groups, len(sequences))
+    lengths = torch.tensor([len(s) for s in sequences], dtype=torch.float64)
+    # A sequence belongs to the block in which its middle token falls.
+    middle = (lengths.cumsum(0) - lengths / 2) / lengths.sum()
+    blocks: list[list[Tensor]] = [[] for _ in range(groups)]
+    for i, (sequence, place) in enumerate(zip(sequences, middle.tolist(), strict=True)):
+        # Leave at least one sequence for every block to come, and start no block before the one ahead has one.
+        last = groups - 1
+        block = min(int(place * groups), last)
+        block = max(block, groups - (len(sequences) - i))
+        filled = sum(map(bool, blocks))
+        blocks[min(block, filled)].append(sequence)
+    return blocks
+
+
+def _empty(view: ModelView, site: Site, sequence_means: bool) -> StreamingMoments:
+    widths = {"z": view.n_heads * view.d_head, "mlp_post": view.d_mlp or 0}
+    point = site[0]
+    return StreamingMoments(widths.get(point, view.d_model), sequences=sequence_means and point == "attn_in")
+
+
+def _reader(
+    moments: StreamingMoments, first: StreamingMoments | None, keep: Bool[Tensor, "batch pos"]
+) -> Callable[[Tensor], None]:
+    def read(x: Tensor) -> None:
+        x = x.flatten(2)  # the heads of "z" side by side
+        moments.update(x, keep.to(x.device))
+        if first is not None:
+            first.update(x[:, 0])
+
+    return read
+
+
+def _unpadded(tokens: Int[Tensor, " pos"], mask: Bool[Tensor, " pos"]) -> Int[Tensor, " pos"]:
+    length = int(mask.sum())
+    if not bool(mask[:length].all()):
+        raise ValueError("expected padding on the right only, got a masked token before a real one; pass right padding")
+    return tokens[:length]

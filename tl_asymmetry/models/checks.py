@@ -1,0 +1,279 @@
+"""Refusals before anything heavy runs: models that cannot be compared, weights and tokens that would mislead.
+
+Every check raises ValueError("expected ..., got ...; pass ...") or returns the warnings a result should
+carry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .texts import vocabulary_fingerprint
+from .view import ModelView
+
+_SHAPES = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_mlp")
+_ARCHITECTURE = ("norm", "positional", "parallel", "causal", "matrices")
+
+_PROBES = (
+    "The quick brown fox, it's said, jumped over 12,345 lazy dogs!",
+    "def f(x):\n    return {'a': x ** 2}  # naïve café – 東京 🙂",
+    "  leading spaces\tand tabs\n\nand blank lines",
+)
+"""Texts on which two tokenizers of one vocabulary must agree."""
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+def check_raw(view: ModelView) -> list[str]:
+    """Refuse processed weights: a difference of processed weights is no difference of the models.
+
+    Evidence is taken from the weights, so that a model trained from scratch, with gains of one and biases of
+    zero, is not refused.
+
+    Returns:
+        Warnings: what cannot be told from the weights.
+
+    Raises:
+        ValueError: names every processing flag found and says how to load without.
+    """
+    flags, warnings = processing_flags(view)
+    if not flags:
+        return warnings
+    if view.kind == "HookedTransformer":
+        instead = (
+            "HookedTransformer.from_pretrained_no_processing(...), or load_and_process_state_dict with "
+            + ", ".join(f"{flag}=False" for flag in flags)
+        )
+    else:
+        instead = "a TransformerBridge.boot_transformers(...) without enable_compatibility_mode or process_weights"
+    raise ValueError(
+        f"expected raw weights, got {view.kind} {view.name!r} with processed weights ({', '.join(flags)}); "
+        f"pass {instead}"
+    )
+
+
+def processing_flags(view: ModelView) -> tuple[list[str], list[str]]:
+    """The processing flags for which the model shows evidence, by TransformerLens's names, and warnings."""
+    adapter, layers = view._adapter, range(view.n_layers)
+
+    def stacked(matrix: str) -> Tensor:
+        return torch.cat([view._weight(i, matrix).double().flatten(0, -3) for i in layers])
+
+    flags, warnings = [], []
+    marked = view.kind == "HookedTransformer" or bool(getattr(view.model, "_weights_processed", True))
+    if not marked:
+        return [], []
+
+    if view.kind == "HookedTransformer":
+        if adapter.norms_are_folded and view.norm == "LN":
+            # Folding a LayerNorm also centres what reads from it; a model trained without gains is not
+            # centred.
+            if _is_centred(stacked("W_Q"), dim=-2, dtype=view.dtype):
+                flags.append("fold_ln")
+        elif adapter.norms_are_folded:
+            if getattr(view.model.cfg, "original_architecture", None) is not None:
+                flags.append("fold_ln")
+            else:
+                warnings.append(
+                    f"{view.name!r} has RMS norms without gains: right for a model trained so, but if the gains were "
+                    "folded into the weights (fold_ln), differences of weights are distorted"
+                )
+    elif all(_is_neutral(gain) for gain in _block_gains(view)):
+        flags.append("fold_ln")
+
+    W_O = stacked("W_O")
+    if view.norm == "LN" and _is_centred(W_O, dim=-1, dtype=view.dtype):
+        flags.append("center_writing_weights")
+    if _is_centred(view.unembedding()[0].double(), dim=-1, dtype=view.dtype):
+        flags.append("center_unembed")
+    if _is_refactored(W_O, stacked("W_V")):
+        flags.append("refactor_factored_attn_matrices")  # explains zero value biases as well
+    elif _value_biases_are_folded(view):
+        flags.append("fold_value_biases")
+    return flags, warnings
+
+
+def _block_gains(view: ModelView) -> list[Tensor]:
+    headless = view.headless()
+    return [headless[name] for name in headless if name.endswith((".ln1.w", ".ln2.w"))]
+
+
+def _is_neutral(gain: Tensor) -> bool:
+    return bool((gain == 1).all())
+
+
+def _is_centred(W: Tensor, dim: int, dtype: torch.dtype) -> bool:
+    """Whether the mean over `dim` is rounding error: for random entries ‖mean‖ · n / ‖W‖ is about 1."""
+    norm = W.norm()
+    if norm == 0:
+        return False
+    threshold = 1e-4 if dtype in (torch.float32, torch.float64) else 2e-2
+    return bool(W.mean(dim).norm() * W.shape[dim] / norm < threshold)
+
+
+def _value_biases_are_folded(view: ModelView) -> bool:
+    def biases(matrix: str) -> list[Tensor]:
+        return [b for i in range(view.n_layers) if (b := view.bias(i, matrix)) is not None]
+
+    values, outputs = biases("W_V"), biases("W_O")
+    if not values or any(b.any() for b in values) or not any(b.any() for b in outputs):
+        return False
+    # GPT-Neo has an output bias, but neither query, key nor value biases: there nothing was folded
+    return any(b.any() for b in biases("W_Q") + biases("W_K"))
+
+
+def _is_refactored(W_O: Tensor, W_V: Tensor) -> bool:
+    """W_O with orthonormal rows and W_V with orthogonal columns of falling norm, as the SVD of W_V W_O leaves
+    them."""
+    if W_O.shape[0] != W_V.shape[0]:
+        return False
+    identity = torch.eye(W_O.shape[1], dtype=W_O.dtype, device=W_O.device)
+    if not torch.allclose(W_O @ W_O.mT, identity.expand(len(W_O), -1, -1), atol=1e-3):
+        return False
+    G = W_V.mT @ W_V
+    squares = G.diagonal(dim1=-2, dim2=-1)
+    scale = squares.amax(-1)
+    off = (G - torch.diag_embed(squares)).abs().amax((-2, -1))
+    falling = (squares.diff(dim=-1) <= 1e-3 * scale[:, None]).all()
+    unequal = (squares[:, -1] < 0.999 * squares[:, 0]).any()
+    return bool((off <= 1e-3 * scale).all() and falling and unequal)
+
+
+def check_finite(view: ModelView, role: str = "model") -> None:
+    """Refuse NaN and infinite weights, naming the first tensor that has some.
+
+    One float32 sum per tensor decides; only a sum that is not finite is looked at entry by entry.
+
+    Args:
+        role: what to call the model in the message, such as "base model".
+    """
+    for name, weight in view.named_weights():
+        if not weight.is_floating_point() or torch.isfinite(weight.sum(dtype=torch.float32)):
+            continue
+        nan, infinite = int(weight.isnan().sum()), int(weight.isinf().sum())
+        if nan or infinite:  # else the sum of finite numbers overflowed
+            raise ValueError(
+                f"expected finite weights, got {nan} NaN and {infinite} infinite values in {name} of the {role} "
+                f"({view.name!r}); pass a model whose training did not diverge, loaded in a type wide enough "
+                "(dtype=torch.float32)"
+            )
+
+
+# --- pairs ----------------------------------------------------------------------------------------
+
+
+def check_pair(base: ModelView, aligned: ModelView) -> list[str]:
+    """Refuse two models whose matrices cannot be subtracted entry by entry.
+
+    Returns:
+        Warnings: extra rows of the aligned vocabulary that are left out, tokenizers that could not be
+            compared.
+
+    Raises:
+        ValueError: different shapes, architectures or tokenizers. An aligned vocabulary of which the
+            base's is a prefix (chat or padding tokens added at the end) is accepted.
+    """
+    for field in _SHAPES + _ARCHITECTURE:
+        ours, theirs = getattr(base, field), getattr(aligned, field)
+        if ours != theirs:
+            raise ValueError(
+                f"expected two models of one architecture, got {field} {ours} (base, {base.name!r}) and {theirs} "
+                f"(aligned, {aligned.name!r}); pass the base that the aligned model was trained from"
+            )
+    if base.positional == "standard" and base.n_ctx != aligned.n_ctx:
+        raise ValueError(
+            f"expected as many positions in both models, got n_ctx {base.n_ctx} (base) and {aligned.n_ctx} (aligned); "
+            "pass the base that the aligned model was trained from"
+        )
+    return check_tokenizers(base, aligned)
+
+
+def check_tokenizers(base: ModelView, aligned: ModelView) -> list[str]:
+    """Refuse models that read texts differently; the part of `check_pair` about vocabularies."""
+    warnings = []
+    if aligned.d_vocab < base.d_vocab:
+        raise ValueError(
+            f"expected an aligned vocabulary that begins with the base's {base.d_vocab} tokens, got {aligned.d_vocab}; "
+            "pass the base that the aligned model was trained from"
+        )
+    if aligned.d_vocab > base.d_vocab:
+        extra = aligned.d_vocab - base.d_vocab
+        warnings.append(
+            f"the aligned model has {extra} more tokens than the base ({aligned.d_vocab} and {base.d_vocab}): these "
+            "rows of its embedding and unembedding are left out"
+        )
+    ours, theirs = base.tokenizer, aligned.tokenizer
+    if ours is None or theirs is None:
+        if (ours is None) != (theirs is None):
+            warnings.append(f"the {'base' if ours is None else 'aligned'} model has no tokenizer: vocabularies were "
+                            "compared by size only")  # fmt: skip
+        return warnings
+    if vocabulary_fingerprint(ours) != vocabulary_fingerprint(theirs):
+        base_vocabulary, aligned_vocabulary = ours.get_vocab(), theirs.get_vocab()
+        moved = [t for t, i in base_vocabulary.items() if aligned_vocabulary.get(t) != i]
+        if moved:
+            token = min(moved, key=base_vocabulary.__getitem__)
+            there = aligned_vocabulary.get(token, "missing")
+            raise ValueError(
+                f"expected tokenizers with the same tokens, got {len(moved)} that differ, the first being {token!r}: "
+                f"{base_vocabulary[token]} (base) and {there} (aligned); pass models with one tokenizer, the aligned "
+                "one with tokens added at the end at most"
+            )
+        added = len(aligned_vocabulary) - len(base_vocabulary)
+        warnings.append(f"the aligned tokenizer has {added} added tokens; texts are read with the base's tokenizer")
+    for probe in _PROBES:
+        a, b = (t.encode(probe, add_special_tokens=False) for t in (ours, theirs))
+        if a != b:
+            raise ValueError(
+                f"expected tokenizers that split texts alike, got {len(a)} tokens (base) and {len(b)} (aligned), not "
+                f"the same ones, for {probe!r}; pass models with one tokenizer"
+            )
+    return warnings
+
+
+# --- tokens and ranks -----------------------------------------------------------------------------
+
+
+def check_tokens(view: ModelView, tokens: Any) -> None:
+    """Refuse what is no batch of token ids of this model."""
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
+        got = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ValueError(f"expected tokens as an integer tensor [batch, pos], got {got}; pass a tensor of token ids")
+    if tokens.numel() == 0:
+        raise ValueError(f"expected at least one token, got a tensor {list(tokens.shape)}; pass tokens=[batch, pos]")
+    if tokens.shape[1] > view.n_ctx:
+        raise ValueError(
+            f"expected sequences of at most {view.n_ctx} tokens (the model's context), got {tokens.shape[1]}; "
+            "pass them cut into windows"
+        )
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= view.d_vocab:
+        raise ValueError(
+            f"expected token ids from 0 to {view.d_vocab - 1}, got {low if low < 0 else high}; pass tokens made by "
+            "this model's tokenizer (0 as padding)"
+        )
+
+
+def check_ranks(ranks: Any, d: int) -> tuple[int, ...]:
+    """The distinct ranks in rising order; refuses what is no list of integers from 1 to d - 1."""
+    if isinstance(ranks, (str, bytes, int)) or not list(ranks):
+        raise ValueError(f"expected a list of ranks, got {ranks!r}; pass ranks=[1, 4, 16] or leave it out")
+    for rank in ranks:
+        if isinstance(rank, bool) or int(rank) != rank or not 0 < rank < d:
+            raise ValueError(f"expected ranks from 1 to {d - 1} (d_model - 1), got {rank!r}; pass such ranks")
+    return tuple(sorted({int(rank) for rank in ranks}))
+
+
+def check_token_count(count: int, ranks: Sequence[int]) -> None:
+    """Refuse fewer tokens than the largest rank: a subspace of rank k needs k of them at least."""
+    largest = max(ranks)
+    if count < largest:
+        raise ValueError(
+            f"expected at least as many tokens as the largest rank ({largest}), got {count} after exclusions; "
+            "pass more texts or smaller ranks"
+        )

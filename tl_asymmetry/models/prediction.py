@@ -1,0 +1,66 @@
+"""The directions of the residual stream that the unembedding reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_asymmetry.geometry.precision import exact_products, product_dtype
+from tl_asymmetry.geometry.subspace import Subspace, principal_subspace
+from tl_asymmetry.models.view import ModelView
+
+_VOCABULARY_CHUNK = 16_384
+
+
+def prediction_subspace(model: Any, fold_norm: bool = True, centered: bool = True) -> Subspace:
+    """All d directions of the residual stream before the final norm, ordered by how strongly the logits read them.
+
+    Left singular vectors of C · diag(γ) W_U minus its mean over the vocabulary, to which softmax is blind; γ is the
+    final norm's gain, C = I − 11ᵀ/d for LayerNorm and I for RMSNorm. The definition is ours: arXiv 2605.16600 names
+    the prediction subspace and the unembedding, but no formula of it is public.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge with raw weights, or a `ModelView` of one.
+        fold_norm: apply C · diag(γ); without it the plain W_U.
+        centered: take the mean over the vocabulary out.
+
+    Returns:
+        Float64 subspace on CPU, named "prediction"; its eigenvalues are squared singular values. Truncate it for P_k.
+
+    Example:
+        >>> from tl_asymmetry.demo import demo_model
+        >>> prediction_subspace(demo_model("base")).truncate(4).rank
+        4
+    """
+    view = model if isinstance(model, ModelView) else ModelView(model)
+    W_U, gain, subtracts_mean = view.unembedding()
+    gram, mean = _second_moment_over_vocabulary(W_U)
+    if centered:
+        gram = gram - W_U.shape[1] * torch.outer(mean, mean)
+    if fold_norm:
+        if gain is not None:
+            γ = gain.double().cpu()
+            gram = γ.unsqueeze(-1) * gram * γ
+        if subtracts_mean:
+            gram = gram - gram.mean(0, keepdim=True)
+            gram = gram - gram.mean(1, keepdim=True)
+    return principal_subspace(gram, name="prediction")
+
+
+def _second_moment_over_vocabulary(
+    W_U: Float[Tensor, "d_model d_vocab"],
+) -> tuple[Float[Tensor, "d_model d_model"], Float[Tensor, " d_model"]]:
+    """W_U W_Uᵀ and the mean column, float64 on CPU; chunks, so that no second copy of W_U is made."""
+    d, vocabulary = W_U.shape
+    gram = torch.zeros(d, d, dtype=torch.float64, device=W_U.device)
+    total = torch.zeros(d, dtype=torch.float64, device=W_U.device)
+    for start in range(0, vocabulary, _VOCABULARY_CHUNK):
+        chunk = W_U[:, start : start + _VOCABULARY_CHUNK]
+        chunk = chunk.to(product_dtype(chunk))
+        with exact_products(W_U.device):
+            gram += chunk @ chunk.mT
+        total += chunk.sum(1, dtype=torch.float64)
+    return gram.cpu(), (total / vocabulary).cpu()

@@ -1,0 +1,498 @@
+"""One view of HookedTransformer and TransformerBridge: matrices, exact inputs, hook points, parameters.
+
+The rest of the package knows a model only through `ModelView`. What differs between the two kinds is in
+`hooked.HookedAdapter` and `bridge.BridgeAdapter`; neither TransformerLens class is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from .bridge import BridgeAdapter
+from .hooked import HookedAdapter
+
+READ: tuple[str, ...] = ("W_Q", "W_K", "W_V", "W_in", "W_gate")
+"""Matrices that read from the residual stream: d_model is their input axis."""
+
+WRITE: tuple[str, ...] = ("W_O", "W_out")
+"""Matrices that write into the residual stream: d_model is their output axis."""
+
+MATRICES: tuple[str, ...] = ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out")
+"""All matrices this package knows, in the order in which results list them."""
+
+POINTS: tuple[str, ...] = ("attn_in", "mlp_in", "resid_pre", "resid_mid", "resid_post", "z", "mlp_post")
+"""Places in a block whose tensors `ModelView.hooks` gives to readers."""
+
+INPUT_POINT: dict[str, str] = {
+    "W_Q": "attn_in", "W_K": "attn_in", "W_V": "attn_in", "W_O": "z",
+    "W_in": "mlp_in", "W_gate": "mlp_in", "W_out": "mlp_post",
+}  # fmt: skip
+"""The point at which the exact input of each matrix is seen."""
+
+Reader = Callable[[Tensor], None]
+
+
+class Parameters(Mapping[str, Tensor]):
+    """Tensors by name, each made when it is asked for, so that a scaled embedding is not held for nothing."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._makers = dict(makers)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._makers[name]().detach()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+    def __repr__(self) -> str:
+        return f"Parameters({list(self)})"
+
+
+class ModelView:
+    """A HookedTransformer or TransformerBridge, seen the same way.
+
+    Nothing is copied and nothing in the model is changed: `weight` gives live views, `hooks` removes what it
+    added.
+
+    Args:
+        model: a HookedTransformer (transformer-lens 3.x) or a decoder-only TransformerBridge (3.9 and later).
+
+    Raises:
+        ValueError: for anything else, encoder-decoder and state-space models included.
+
+    Example:
+        >>> view = ModelView(model)  # doctest: +SKIP
+        >>> view.weight(0, "W_Q").shape  # doctest: +SKIP
+        torch.Size([12, 768, 64])
+        >>> with view.hooks({("attn_in", 0): lambda x: print(x.shape)}):  # doctest: +SKIP
+        ...     view.run(tokens)
+        torch.Size([8, 1024, 768])
+    """
+
+    model: Any
+    """The model itself."""
+    kind: str
+    """"HookedTransformer" or "TransformerBridge"."""
+    name: str
+    """The model's name as its configuration has it; a directory for a local model."""
+    n_layers: int
+    """Number of blocks."""
+    d_model: int
+    """Width of the residual stream."""
+    n_heads: int
+    """Query heads per layer."""
+    n_kv_heads: int
+    """Key and value heads per layer; fewer than `n_heads` under grouped-query attention."""
+    d_head: int
+    """Width of one head."""
+    d_mlp: int | None
+    """Hidden width of the MLP; None where the model has no dense MLP."""
+    d_vocab: int
+    """Number of token embeddings."""
+    n_ctx: int
+    """Longest sequence the model takes, in tokens."""
+    norm: str | None
+    """Kind of the final norm: "LN", "RMS", or None for no norm."""
+    positional: str
+    """Positional embedding: "standard", "rotary", "alibi", ..."""
+    parallel: bool
+    """Whether attention and MLP read the same stream, so that there is no `resid_mid`."""
+    causal: bool
+    """Whether a position sees only itself and earlier ones."""
+    score_shift_invariant: bool
+    """Whether a shift of all keys by one vector leaves attention unchanged: no rotary embedding, query-key norm, score
+    soft cap or attention sink."""
+    matrices: tuple[str, ...]
+    """Those of `MATRICES` that every layer of this model has."""
+    notes: tuple[str, ...]
+    """Plain sentences about what the reader of a result must know of this model."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._adapter = adapter = _adapter_for(model)
+        cfg = adapter.cfg
+        self.kind = adapter.kind
+        self.name = str(getattr(cfg, "model_name", None) or "unnamed")
+        self.n_layers = len(adapter.blocks)
+        self.d_model, self.d_head, self.n_heads = int(cfg.d_model), int(cfg.d_head), int(cfg.n_heads)
+        self.n_kv_heads = int(getattr(cfg, "n_key_value_heads", None) or cfg.n_heads)
+        self.d_vocab = adapter.embedding().shape[0]
+        self.n_ctx = int(cfg.n_ctx)
+        self.norm = adapter.final_norm
+        self.positional = str(cfg.positional_embedding_type)
+        self.parallel = adapter.is_parallel
+        self.causal = adapter.is_causal
+        cap = getattr(cfg, "attn_scores_soft_cap", None)
+        self.score_shift_invariant = not (
+            self.positional == "rotary" or adapter.has_qk_norm or adapter.has_sinks or (cap is not None and cap > 0)
+        )
+        layers = range(self.n_layers)
+        self.matrices = tuple(m for m in MATRICES if all(adapter.matrix(i, m) is not None for i in layers))
+        W_in = adapter.matrix(0, "W_in") if "W_in" in self.matrices else None
+        self.d_mlp = None if W_in is None else W_in.shape[1]
+        self.notes = self._notes()
+        if self.positional == "shortformer":
+            raise ValueError(
+                "expected positional embeddings that enter the residual stream or the scores, got 'shortformer'; "
+                "pass a model whose queries, keys and values have one common input"
+            )
+
+    def __repr__(self) -> str:
+        shape = f"{self.n_layers} layers, d_model {self.d_model}, {self.n_heads} heads"
+        return f"ModelView({self.kind} {self.name!r}, {shape})"
+
+    def _notes(self) -> tuple[str, ...]:
+        adapter, notes = self._adapter, []
+        moe = sum(adapter.is_moe(i) for i in range(self.n_layers))
+        if moe:
+            notes.append(
+                f"{moe} of {self.n_layers} layers are mixtures of experts: their experts and routers are left out, "
+                "only attention is analysed there"
+            )
+            dense = self.n_layers - moe
+            if dense:
+                notes.append(f"the MLPs of the other {dense} layers are left out as well, to compare like with like")
+        if adapter.has_post_norms:
+            notes.append(
+                "W_O and W_out are followed by a norm before the residual stream: what they write is rescaled there, "
+                "direction by direction, so write fractions describe the norm's input"
+            )
+        return tuple(notes)
+
+    # -- where things are --------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the embedding."""
+        return self._adapter.embedding().dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the embedding, where tokens go."""
+        return self._adapter.embedding().device
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's Hugging Face tokenizer, or None."""
+        return getattr(self.model, "tokenizer", None)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the unembedding is the embedding (one storage, or equal bit for bit)."""
+        return self._adapter.is_tied
+
+    def heads(self, matrix: str) -> int | None:
+        """Number of heads of a matrix: `n_heads`, `n_kv_heads`, or None for a matrix of the MLP."""
+        self._require_matrix(matrix)
+        return {"W_Q": self.n_heads, "W_O": self.n_heads, "W_K": self.n_kv_heads, "W_V": self.n_kv_heads}.get(matrix)
+
+    def kv_head(self, head: int) -> int:
+        """The key and value head that serves query head `head`."""
+        if not 0 <= head < self.n_heads:
+            raise ValueError(f"expected a head from 0 to {self.n_heads - 1}, got {head}; pass a query head's index")
+        return head // (self.n_heads // self.n_kv_heads)
+
+    # -- matrices ----------------------------------------------------------------------------------
+
+    def weight(self, layer: int, matrix: str) -> Tensor:
+        """A matrix in TransformerLens orientation, as a live view without gradient history.
+
+        Shapes: W_Q `[n_heads, d_model, d_head]`; W_K, W_V `[n_kv_heads, d_model, d_head]`, never expanded
+            to the query heads; W_O `[n_heads, d_head, d_model]`; W_in, W_gate `[d_model, d_mlp]`; W_out
+            `[d_mlp, d_model]`. Editing it in place edits the model.
+
+        Raises:
+            ValueError: no such layer or matrix; a quantised matrix; a copy (what the wrapper computed on
+                the fly).
+        """
+        weight = self._weight(layer, matrix)
+        block = self._adapter.blocks[layer]
+        if not _shares_storage(weight, block.parameters()):
+            raise ValueError(
+                f"expected a live view of blocks.{layer} {matrix}, got a copy; pass a model with raw weights "
+                "(a TransformerBridge without enable_compatibility_mode)"
+            )
+        return weight
+
+    def _weight(self, layer: int, matrix: str) -> Tensor:
+        self._require_layer(layer)
+        self._require_matrix(matrix)
+        weight = self._adapter.matrix(layer, matrix)
+        if weight is None:  # cannot happen: self.matrices are those that all layers have
+            raise RuntimeError(f"blocks.{layer} {matrix} has gone since the view was made")
+        weight = weight.detach()
+        if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+            raise ValueError(
+                f"expected floating-point weights of 16 bits or more, got {weight.dtype} in blocks.{layer} {matrix}; "
+                "pass the model loaded without quantisation"
+            )
+        expected = self._shape(matrix)
+        if tuple(weight.shape) != expected:
+            raise ValueError(
+                f"expected blocks.{layer} {matrix} of shape {expected}, got {tuple(weight.shape)}; "
+                "pass a model whose layers all have the same shape"
+            )
+        return weight
+
+    def _shape(self, matrix: str) -> tuple[int | None, ...]:
+        heads, d, e = self.heads(matrix), self.d_model, self.d_head
+        if heads is not None:
+            return (heads, e, d) if matrix == "W_O" else (heads, d, e)
+        return (self.d_mlp, d) if matrix == "W_out" else (d, self.d_mlp)
+
+    def bias(self, layer: int, matrix: str) -> Tensor | None:
+        """The bias added after `input @ matrix` (`[head, d_head]` for W_Q, W_K, W_V), or None if the model
+        has none."""
+        self._require_layer(layer)
+        self._require_matrix(matrix)
+        bias = self._adapter.bias(layer, "b" + matrix[1:])
+        return None if bias is None else bias.detach()
+
+    def is_live(self, tensor: Tensor) -> bool:
+        """Whether a tensor shares storage with a parameter of the model, so that editing it edits the
+        model."""
+        return _shares_storage(tensor, (p for _, p in self._adapter.parameters()))
+
+    def unembedding(self) -> tuple[Float[Tensor, "d_model d_vocab"], Float[Tensor, " d_model"] | None, bool]:
+        """The prediction matrix and the norm before it: `(W_U, gain, center)`.
+
+        W_U is live. `gain` is what the final norm multiplies by (Gemma's 1 + w), None without gain. `center`
+        says whether that norm subtracts the mean over d_model (LayerNorm).
+        """
+        gain = self._adapter.final_gain()
+        return (
+            self._adapter.unembedding().detach(),
+            None if gain is None else gain.detach(),
+            self.norm == "LN",
+        )
+
+    def embedding(self) -> Float[Tensor, "d_vocab d_model"]:
+        """The token embedding W_E, live; as stored (Gemma multiplies it by √d_model in the forward pass)."""
+        return self._adapter.embedding().detach()
+
+    # -- other parameters --------------------------------------------------------------------------
+
+    def headless(self, *, include_tied: bool = False) -> Parameters:
+        """All parameters that belong to none of `MATRICES`: biases, norm gains, embeddings, positions, experts.
+
+        Keys are HookedTransformer's on both kinds (`blocks.0.ln1.w`, `blocks.0.attn.b_Q`, `embed.W_E`, `unembed.b_U`,
+        ...), with its conventions: gains as multiplied, Gemma's embeddings times √d_model, missing biases as
+        zeros, key and value biases per KV head. Parameters without such a name (experts) keep the model's
+        own.
+
+        Args:
+            include_tied: list `unembed.W_U` also when it is the embedding. For a pair in which only one model is tied,
+                ask for it on both.
+        """
+        makers = self._adapter.headless()
+        if not include_tied and self.tied:
+            makers.pop("unembed.W_U", None)
+        return Parameters(makers)
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter once, the matrices first (`blocks.0.attn.W_Q`, ...), then those of `headless`."""
+        for layer in range(self.n_layers):
+            for matrix in MATRICES:
+                weight = self._adapter.matrix(layer, matrix)
+                if weight is not None:
+                    part = "attn" if matrix in ("W_Q", "W_K", "W_V", "W_O") else "mlp"
+                    yield f"blocks.{layer}.{part}.{matrix}", weight.detach()
+        yield from self.headless().items()
+
+    # -- running -----------------------------------------------------------------------------------
+
+    def has_point(self, point: str) -> bool:
+        """Whether every layer of the model has that point."""
+        if point not in POINTS:
+            raise ValueError(f"expected a point among {', '.join(POINTS)}, got {point!r}; pass one of these")
+        return all(self._adapter.point(layer, point) is not None for layer in range(self.n_layers))
+
+    @contextmanager
+    def hooks(self, readers: Mapping[tuple[str, int], Reader]) -> Iterator[None]:
+        """Show readers the tensors that pass certain points, until the context ends.
+
+        A reader gets `[batch, pos, d_model]`, for "z" `[batch, pos, n_heads, d_head]`, for "mlp_post"
+        `[batch, pos, d_mlp]`: the tensor the model goes on with, with its gradient history, to be read at
+        once and not edited. "attn_in" and "mlp_in" are behind the norm, gain and bias included: the exact
+        inputs of W_Q, W_K, W_V and of W_in, W_gate. Whatever ends the context, an exception and Ctrl-C
+        included, these hooks are removed, and no others.
+
+        Args:
+            readers: `{(point, layer): function of the tensor}`.
+
+        Raises:
+            ValueError: no such point or layer, or heads that each have their own attention input.
+        """
+        watches = [self._watch(point, layer, reader) for (point, layer), reader in readers.items()]
+        handles: list[Any] = []
+        try:
+            for module, side, see in watches:
+                if side == "input":
+                    handles.append(module.register_forward_pre_hook(see, with_kwargs=True))
+                else:
+                    handles.append(module.register_forward_hook(see))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _watch(self, point: str, layer: int, reader: Reader) -> tuple[nn.Module, str, Callable[..., None]]:
+        self._require_layer(layer)
+        if point not in POINTS:
+            raise ValueError(f"expected a point among {', '.join(POINTS)}, got {point!r}; pass one of these")
+        split = self._adapter.splits_inputs
+        if split is not None and point == "attn_in":
+            raise ValueError(f"expected one attention input for all heads, got {split}=True; pass a model with it off")
+        where = self._adapter.point(layer, point)
+        if where is None:
+            present = ", ".join(p for p in POINTS if self._adapter.point(layer, p) is not None)
+            raise ValueError(f"expected a point that layer {layer} has, got {point!r}; pass one of {present}")
+        module, side = where
+
+        def show(x: Tensor) -> None:
+            # the Bridge passes the heads' outputs side by side
+            reader(x.unflatten(-1, (self.n_heads, self.d_head)) if point == "z" and x.ndim == 3 else x)
+
+        def see_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            show(_first_tensor(args, kwargs))
+
+        def see_output(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            show(output[0] if isinstance(output, tuple) else output)
+
+        return module, side, see_input if side == "input" else see_output
+
+    def run(self, tokens: Int[Tensor, "batch pos"], *, logits: bool = False) -> Tensor | None:
+        """One forward pass in the mode (training or not, gradients or not) the caller has set.
+
+        No attention mask is made from pad tokens: in a causal model, padding on the right leaves every
+        earlier position as it is, and a pad token that occurs in the text is a token like others.
+
+        Args:
+            tokens: token ids.
+            logits: return the logits `[batch, pos, d_vocab]`. Otherwise the final norm and the
+                unembedding are left out.
+        """
+        return self._adapter.run(tokens.to(self.device), logits)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode (no dropout) inside; afterwards every submodule is in the mode it was in."""
+        modules = [(module, module.training) for module in self._adapter.all_modules()]
+        try:
+            for module, _ in modules:
+                module.training = False
+            yield
+        finally:
+            for module, training in modules:
+                module.training = training
+
+    def self_check(self, tokens: Int[Tensor, "batch pos"]) -> float:
+        """Verify on a few tokens that each matrix meets its exact input: `q = attn_in @ W_Q + b_Q` and so for all.
+
+        Checks every layer and every matrix whose product the model exposes, W_O and W_out included.
+
+        Returns:
+            The largest error, relative to the largest entry of the product it occurs in.
+
+        Raises:
+            ValueError: an error beyond what the model's data type explains.
+        """
+        tolerance = {torch.float64: 1e-8, torch.float32: 5e-3}.get(self.dtype, 5e-2)
+        worst, where = 0.0, ""
+        with torch.no_grad(), self.evaluating():
+            for layer in range(self.n_layers):
+                for matrix, error in self._projection_errors(layer, tokens):
+                    if not error <= worst:
+                        worst, where = error, f"blocks.{layer} {matrix}"
+        if not worst <= tolerance:
+            raise ValueError(
+                f"expected {where} times its input to give what the model computes (relative error up to {tolerance:g} "
+                f"in {self.dtype}), got {worst:.3g}; pass a model without edited hooks or weight processing"
+            )
+        return worst
+
+    def _projection_errors(self, layer: int, tokens: Tensor) -> Iterator[tuple[str, float]]:
+        inputs: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
+        handles = []
+        projections = {m: p for m in self.matrices if (p := self._adapter.projection(layer, m)) is not None}
+        points = {INPUT_POINT[m] for m in projections}
+
+        def keep(store: dict[str, Tensor], key: str) -> Callable[..., None]:
+            def see(*arguments: Any) -> None:
+                output = arguments[-1]
+                store[key] = (output[0] if isinstance(output, tuple) else output).detach().double()
+
+            return see
+
+        with self.hooks({(point, layer): keep(inputs, point) for point in points}):
+            try:
+                for matrix, projection in projections.items():
+                    handles.append(projection.register_forward_hook(keep(outputs, matrix)))
+                self.run(tokens)
+            finally:
+                for handle in handles:
+                    handle.remove()
+        for matrix in projections:
+            x, y, W = inputs[INPUT_POINT[matrix]], outputs[matrix], self._weight(layer, matrix).double()
+            if matrix in ("W_Q", "W_K", "W_V"):
+                expected, y = torch.einsum("bpd,hde->bphe", x, W), y.reshape(*y.shape[:2], *W.shape[::2])
+            elif matrix == "W_O":
+                expected = torch.einsum("bphe,hed->bpd", x, W)
+            else:
+                expected = x @ W
+            bias = self.bias(layer, matrix)
+            expected = expected if bias is None else expected + bias.double()
+            scale = expected.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+            yield matrix, float((y - expected).abs().max() / scale)
+
+    # -- refusals ----------------------------------------------------------------------------------
+
+    def _require_layer(self, layer: int) -> None:
+        if not 0 <= layer < self.n_layers:
+            raise ValueError(f"expected a layer from 0 to {self.n_layers - 1}, got {layer}; pass one of these")
+
+    def _require_matrix(self, matrix: str) -> None:
+        if matrix not in self.matrices:
+            raise ValueError(
+                f"expected a matrix among {', '.join(self.matrices)}, got {matrix!r}; pass one this model has"
+            )
+
+
+def _adapter_for(model: Any) -> HookedAdapter | BridgeAdapter:
+    got = f"got {type(model).__name__}"
+    if hasattr(model, "adapter") and hasattr(model, "original_model"):
+        blocks = getattr(model, "blocks", None)
+        if blocks is None or not all(hasattr(block, "attn") for block in blocks):
+            raise ValueError(
+                f"expected a decoder-only transformer with attention in every block, {got} of "
+                f"{type(model.original_model).__name__}; pass a causal language model"
+            )
+        return BridgeAdapter(model)
+    if any(base.__name__ == "HookedTransformer" for base in type(model).__mro__):
+        return HookedAdapter(model)
+    hint = "pass TransformerBridge.boot_transformers(name_or_directory)"
+    if isinstance(model, nn.Module) and hasattr(model, "config"):
+        hint = "pass TransformerBridge.boot_transformers(name_or_directory, hf_model=model)"
+    raise ValueError(f"expected a HookedTransformer or TransformerBridge, {got}; {hint}")
+
+
+def _first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    for name in ("query_input", "hidden_states"):
+        if name in kwargs:
+            return kwargs[name]
+    return args[0]
+
+
+def _shares_storage(tensor: Tensor, parameters: Iterator[Tensor]) -> bool:
+    pointer = tensor.untyped_storage().data_ptr()
+    return any(p.untyped_storage().data_ptr() == pointer for p in parameters)

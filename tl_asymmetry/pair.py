@@ -1,0 +1,251 @@
+"""The main job: one base model, one aligned model, one call."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_asymmetry.asymmetry import asymmetry_table
+from tl_asymmetry.bases import LayerBases
+from tl_asymmetry.circuits import layer_circuits
+from tl_asymmetry.deltas import Delta, measure_delta, stacked
+from tl_asymmetry.geometry.jackknife import MINIMUM_GROUPS
+from tl_asymmetry.geometry.subspace import Subspace
+from tl_asymmetry.headless import other_changes, unmatched_parameters
+from tl_asymmetry.models.capture import balanced_groups, capture
+from tl_asymmetry.models.checks import check_finite, check_pair, check_raw, check_token_count
+from tl_asymmetry.models.loading import open_model
+from tl_asymmetry.models.prediction import prediction_subspace
+from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.pair_result import PairAnalysis
+from tl_asymmetry.plan import Plan, Sources, make_plan, token_sequences
+from tl_asymmetry.projections import GradientMoments, Projection, project
+from tl_asymmetry.provenance import described_arguments, provenance, weights_hash
+from tl_asymmetry.sensitivity import SensitivityProfiles
+from tl_asymmetry.tables import pair_table
+
+_SELF_CHECK_TOKENS = 16
+
+
+def analyze_pair(
+    model_base: Any,
+    model_aligned: Any,
+    texts: Sequence[str | Sequence[Mapping[str, Any]]] | None = None,
+    *,
+    tokens: Int[Tensor, "batch pos"] | None = None,
+    matrices: Sequence[str] | None = None,
+    ranks: Sequence[int] | None = None,
+    subspaces: Sequence[str] | Mapping[str, Subspace | Sequence[Subspace]] | None = None,
+    exclude_first: bool = True,
+    centered: bool = False,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    groups: int = 8,
+    activations: str = "base",
+    gradient: GradientMoments | None = None,
+    sensitivity: bool = False,
+    seed: int = 0,
+    progress: bool = True,
+) -> PairAnalysis:
+    """Which heads' weights changed along which directions of the residual stream, and is that more than chance.
+
+    For every head (and MLP) matrix: the share of ΔW = W_aligned − W_base that lies in the leading k directions of a
+    subspace, relative to k/d, beside two nulls (a Haar-random subspace; the variance of the matrix's own input), a
+    delete-one-group interval and the share that rounding explains. The question is that of arXiv 2605.16600 ("Where
+    pretraining writes and alignment reads"); the definitions are ours, since the paper's are not public.
+
+    Both models come back exactly as they were; activations are taken in evaluation mode.
+
+    Args:
+        model_base: a HookedTransformer or TransformerBridge with raw weights (`from_pretrained_no_processing`).
+        model_aligned: the same, or a local Hugging Face directory or hub name.
+        texts: strings, or lists of chat messages, read with the base's tokenizer and cut into windows; without texts
+            and tokens the package's calibration texts are used and the result says so.
+        tokens: token ids `[batch, pos]` instead of texts.
+        matrices: default all the model has of W_Q, W_K, W_V, W_O, W_in, W_gate, W_out.
+        ranks: default the distinct values of 1, 4, 16, 64, d//16, d//4 below d.
+        subspaces: names out of attn_in, mlp_in, resid_pre, resid_mid, resid_post, prediction, or a mapping from names
+            to a `Subspace` (or one for each layer); every matrix is then held against each. Default: a read matrix
+            against its own input, a write matrix against the stream it writes into, all against "prediction".
+        exclude_first: leave the first position of each sequence out, whose attention-sink activations would dominate.
+        centered: principal directions of the covariance instead of the uncentred second moment.
+        batch_size: sequences per forward pass.
+        max_tokens: use no more tokens than this.
+        groups: groups of sequences for the jackknife; 1 switches intervals off (less memory, less time).
+        activations: whose activations define the subspaces: "base", "aligned" or "both".
+        gradient: output-gradient second moments for the matched reference of W_O and W_out: any object with
+            `gradient_moment(layer, matrix, head)`.
+        sensitivity: also keep moments and projections under the other choices of subspace, for `.sensitivity()`.
+        seed: of the null's draws and of the rounding calibration.
+        progress: show progress bars.
+
+    Returns:
+        A frozen `PairAnalysis`.
+
+    Raises:
+        ValueError: models that cannot be compared, processed or non-finite weights, texts or tokens that cannot be
+            read, ranks out of range: before anything heavy runs, saying what to pass instead.
+
+    Example:
+        >>> from tl_asymmetry.demo import demo_pair, demo_texts
+        >>> result = analyze_pair(*demo_pair(), demo_texts(20, seed=1), ranks=[1, 4], progress=False)
+        >>> row = result.table.query("matrix == 'W_Q' and subspace == 'attn_in' and rank == 4").iloc[0]
+        >>> 0 < row.fraction < 1 and row.relative > 0
+        True
+    """
+    arguments = described_arguments(locals())
+    if isinstance(model_aligned, str | Path):
+        model_aligned = open_model(model_aligned, device=ModelView(model_base).device)
+    base, aligned = ModelView(model_base), ModelView(model_aligned)
+    notes = _Notes()
+    plan = make_plan(base, matrices, ranks, subspaces, groups=groups, activations=activations)
+    sequences = token_sequences(base, texts, tokens, max_tokens, notes=notes.add)
+    check_token_count(sum(len(s) - exclude_first for s in sequences), plan.ranks)
+    hashes = _check_models(base, aligned, sequences, notes)
+
+    with torch.no_grad():
+        sources = _captured(
+            base, aligned, sequences, plan, notes,
+            activations=activations, exclude_first=exclude_first, sensitivity=sensitivity,
+            groups=groups, batch_size=batch_size, progress=progress,
+        )  # fmt: skip
+        given = {"prediction": [prediction_subspace(base)] * base.n_layers, **plan.given}
+        profiles = SensitivityProfiles(base, aligned, sources) if sensitivity else None
+        deltas: dict[str, list[Delta]] = defaultdict(list)
+        projections: dict[tuple[str, str], list[Projection]] = defaultdict(list)
+        circuits = []
+        for layer in tqdm(range(base.n_layers), desc="layers", disable=not progress):
+            bases = LayerBases(
+                layer, sources.groups, given, centered=centered, exact=base.dtype == torch.float64
+            )
+            weights = {matrix: base.weight(layer, matrix) for matrix in plan.matrices}
+            measured = {
+                matrix: measure_delta(matrix, weight, aligned.weight(layer, matrix), seed=seed)
+                for matrix, weight in weights.items()
+            }
+            for name in plan.subspaces:
+                held = [measured[matrix] for matrix in plan.matrices if name in plan.targets[matrix]]
+                for projection in project(
+                    held, name, bases, plan.ranks,
+                    intervals=sources.intervals, softmax_centres_keys=base.score_shift_invariant, gradient=gradient,
+                ):  # fmt: skip
+                    projections[projection.matrix, name].append(projection)
+            circuits.append(layer_circuits(layer, weights, measured, bases, plan.ranks))
+            if profiles is not None:
+                profiles.add(layer, measured, plan)
+            for matrix, delta in measured.items():
+                deltas[matrix].append(delta.numbers)
+
+    unchanged = all(bool((stacked(layers, "energy") == 0).all()) for layers in deltas.values())
+    if unchanged and hashes["base"] != hashes["aligned"]:
+        notes.warn("the analysed matrices are the same in both models: every delta is zero and every fraction NaN")
+    return PairAnalysis.assemble(
+        table=pair_table(
+            deltas, projections, plan.ranks,
+            d=base.d_model, headed={m: base.heads(m) is not None for m in plan.matrices}, seed=seed,
+        ),
+        asymmetry=asymmetry_table(deltas, projections, plan.ranks, d=base.d_model, n_heads=base.n_heads),
+        other_changes=other_changes(base, aligned),
+        circuits=circuits,
+        deltas=deltas,
+        projections=projections,
+        sensitivity=profiles,
+        sequences=sequences,
+        config={
+            "arguments": arguments,
+            **provenance(base, aligned, hashes),
+            **plan.described(),
+            "tokens": sources.tokens,
+            "sequences": len(sequences),
+        },
+        notes=notes.lines,
+        model_base=model_base,
+    )  # fmt: skip
+
+
+class _Notes:
+    """Lines the result carries; what degrades the answer is a warning as well."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def add(self, line: str) -> None:
+        self.lines.append(line)
+
+    def warn(self, line: str) -> None:
+        self.lines.append(line)
+        warnings.warn(line, UserWarning, stacklevel=4)
+
+
+def _check_models(
+    base: ModelView, aligned: ModelView, sequences: Sequence[Tensor], notes: _Notes
+) -> dict[str, str]:
+    """Refuse what cannot be compared, note what the reader must know, and return both hashes."""
+    for warning in check_pair(base, aligned):
+        notes.warn(warning)
+    for view, role in ((base, "base model"), (aligned, "aligned model")):
+        check_finite(view, role)
+        for warning in check_raw(view):
+            notes.warn(warning)
+    for note in base.notes:
+        notes.add(note)
+    for name in unmatched_parameters(base, aligned):
+        notes.add(f"{name} exists in one of the two models only and is left out")
+    if base.score_shift_invariant:
+        notes.add(
+            "activation_matched on W_K rows uses the input's covariance within sequences: softmax ignores what all "
+            "keys of a sequence share"
+        )
+    else:
+        notes.add(
+            "activation_matched on W_K rows uses the uncentred input: with rotary positions (or a query-key norm or "
+            "soft cap) softmax removes the keys' common part only partly, so the reference is an upper bound of sorts"
+        )
+    base.self_check(sequences[0][:_SELF_CHECK_TOKENS].unsqueeze(0))
+    hashes = {"base": weights_hash(base), "aligned": weights_hash(aligned)}
+    if hashes["base"] == hashes["aligned"]:
+        notes.warn("the two models are identical, weight for weight: every delta is zero and every fraction NaN")
+    return hashes
+
+
+def _captured(
+    base: ModelView,
+    aligned: ModelView,
+    sequences: Sequence[Tensor],
+    plan: Plan,
+    notes: _Notes,
+    *,
+    activations: str,
+    exclude_first: bool,
+    sensitivity: bool,
+    groups: int,
+    batch_size: int,
+    progress: bool,
+) -> Sources:
+    """Run the texts through the model(s) whose activations are asked for."""
+    grouped = balanced_groups(sequences, groups)
+    intervals = groups > 1 and len(grouped) >= MINIMUM_GROUPS
+    if groups > 1 and not intervals:
+        notes.warn(
+            f"intervals need at least {MINIMUM_GROUPS} groups of sequences, got {len(grouped)}: ci_low and ci_high are "
+            "NaN; pass more sequences or groups=8"
+        )
+    wanted = ("base", "aligned") if sensitivity or activations == "both" else (activations,)
+    views = {"base": base, "aligned": aligned}
+    captures = {
+        name: capture(
+            views[name], grouped, [(point, layer) for point in plan.points for layer in range(base.n_layers)],
+            exclude_first=exclude_first, first_positions=sensitivity,
+            sequence_means=base.score_shift_invariant, batch_size=batch_size, progress=progress,
+        )
+        for name in wanted
+    }  # fmt: skip
+    return Sources(captures, activations, exclude_first=exclude_first, intervals=intervals)

@@ -1,0 +1,94 @@
+"""The report of a pair: summary, figures, tables, methods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from tl_asymmetry.pair_summary import headline, summary_table
+from tl_asymmetry.report import FigureSection, Report, TableSection
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from tl_asymmetry.pair_result import PairAnalysis
+
+
+def pair_report(result: PairAnalysis) -> Report:
+    """Fill a `Report` from an analysis."""
+    models = result.config["models"]
+    shape = result.config["shape"]
+    return Report(
+        title=f"{models['base']['name']} → {models['aligned']['name']}",
+        subtitle=(
+            f"{shape['n_layers']} layers × {shape['n_heads']} heads, d_model {shape['d_model']}, "
+            f"{result.config['tokens']} tokens"
+        ),
+        summary="\n\n".join(headline(result)),
+        notes=result.notes,
+        figures=_figures(result),
+        tables=[
+            TableSection("Summary", summary_table(result), "Medians over layers and heads.", "summary"),
+            TableSection("All rows", result.table, "One row per layer, head, matrix, subspace and rank.", "table"),
+            TableSection("Asymmetry", result.asymmetry, "Read against write; head empty = whole layer.", "asymmetry"),
+            TableSection("Circuits", result.circuits, "Products that no choice of gauge changes.", "circuits"),
+            TableSection("Other changes", result.other_changes, "Biases, gains, embeddings.", "other_changes"),
+        ],
+        methods=_methods(result),
+        config=_flat(result.config),
+    )
+
+
+def _figures(result: PairAnalysis) -> list[FigureSection]:
+    matrices = list(dict.fromkeys(result.table["matrix"]))
+    figures: list[FigureSection] = []
+    if result.table["fraction"].notna().any():
+        heads: dict[str, go.Figure] = {}
+        for matrix in matrices:
+            for subspace in dict.fromkeys(result.table.loc[result.table["matrix"] == matrix, "subspace"]):
+                heads[f"{matrix} in {subspace}"] = result.plot_heads(matrix, subspace=subspace)
+        figures.append(FigureSection("Where each head changed", heads, "Hover a cell for its interval and both nulls."))
+        figures.append(FigureSection("Layer by layer", result.plot_layers()))
+        curves = {f"{matrix}, layer {layer}": result.plot_rank_curve(matrix, layer)
+                  for matrix in matrices[:2] for layer in _some_layers(result)}  # fmt: skip
+        figures.append(FigureSection("Does the choice of rank matter?", curves))
+        if len(result.asymmetry):
+            figures.append(FigureSection("Read against write", result.plot_asymmetry()))
+    spectra = {name: result.plot_spectrum(name) for name in _spectra(result)}
+    if spectra:
+        figures.append(FigureSection("Spectra of the subspaces", spectra))
+    return figures
+
+
+def _some_layers(result: PairAnalysis) -> list[int]:
+    """First, middle and last layer."""
+    last = result.config["shape"]["n_layers"] - 1
+    return sorted({0, last // 2, last})
+
+
+def _spectra(result: PairAnalysis) -> list[str]:
+    names = (name.removeprefix("eigenvalues/") for name in result.arrays if name.startswith("eigenvalues/"))
+    return [name for name in names if bool((result.arrays[f"eigenvalues/{name}"] > 0).any())]
+
+
+def _methods(result: PairAnalysis) -> list[tuple[str, str]]:
+    arguments = result.config["arguments"]
+    return [
+        ("Subspaces", "; ".join(f"{m}: {', '.join(names)}" for m, names in result.config["subspaces"].items())),
+        ("Activations", f"of the {arguments['activations']} model, first position of each sequence "
+         f"{'left out' if arguments['exclude_first'] else 'kept'}, "
+         f"{'covariance' if arguments['centered'] else 'uncentred second moment'}"),
+        ("Intervals", f"delete-one-group jackknife over at most {arguments['groups']} groups of sequences, on the log"),
+        ("Null", f"Haar-random subspaces, seed {arguments['seed']}; q by Benjamini–Hochberg over layers and heads of one "
+         "matrix, subspace and rank"),
+    ]  # fmt: skip
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

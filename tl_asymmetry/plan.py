@@ -1,0 +1,247 @@
+"""What an analysis will hold against what, decided and checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+
+from tl_asymmetry.geometry.moments import StreamingMoments
+from tl_asymmetry.geometry.subspace import Subspace
+from tl_asymmetry.models.capture import Capture, Site, merged
+from tl_asymmetry.models.checks import check_ranks, check_tokens
+from tl_asymmetry.models.texts import tokenize
+from tl_asymmetry.models.view import INPUT_POINT, READ, ModelView
+
+STREAM_SUBSPACES = ("attn_in", "mlp_in", "resid_pre", "resid_mid", "resid_post")
+"""Subspaces that come from activations, named as their hook points."""
+
+LONGEST_WINDOW = 1024
+"""Texts are cut into windows of at most this many tokens, however long the model's context."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Matrices, ranks and subspaces of one analysis."""
+
+    matrices: tuple[str, ...]
+    """In canonical order."""
+    ranks: tuple[int, ...]
+    """Ascending."""
+    subspaces: tuple[str, ...]
+    """All names in use."""
+    targets: Mapping[str, tuple[str, ...]]
+    """For each matrix the subspaces it is held against."""
+    given: Mapping[str, Sequence[Subspace]]
+    """Subspaces passed by the user, one for each layer."""
+    points: tuple[str, ...]
+    """Hook points to capture: the subspaces' own and the inputs of read matrices."""
+    shown_rank: int
+    """The rank to show where only one can be: d//16, or the nearest there is."""
+
+    def described(self) -> dict[str, Any]:
+        """For a result's config."""
+        return {
+            "matrices": list(self.matrices),
+            "ranks": list(self.ranks),
+            "shown_rank": self.shown_rank,
+            "subspaces": {matrix: list(names) for matrix, names in self.targets.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Captured moments, and the choice among them that the main table is made from."""
+
+    captures: Mapping[str, Capture]
+    """By model, "base" and "aligned"."""
+    activations: str
+    """"base", "aligned" or "both"."""
+    exclude_first: bool
+    """Whether first positions are left out."""
+    intervals: bool
+    """Whether there are groups enough for intervals."""
+
+    @cached_property
+    def groups(self) -> tuple[Mapping[Site, StreamingMoments], ...]:
+        """Moments per group of sequences, as the main table takes them."""
+        chosen = [self.captures[name].groups for name in _models(self.activations)]
+        if len(chosen) == 1:
+            return chosen[0]
+        return tuple(
+            {site: merged(part[site] for part in group) for site in group[0]} for group in zip(*chosen, strict=True)
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that count towards the main table."""
+        return sum(self.captures[name].tokens for name in _models(self.activations))
+
+    def total(self, site: Site, activations: str, *, exclude_first: bool) -> StreamingMoments:
+        """Moments at one site over all groups, under another choice of model and first position."""
+        parts = []
+        for capture in (self.captures[name] for name in _models(activations)):
+            moments = merged(group[site] for group in capture.groups).pooled()
+            if exclude_first != self.exclude_first:
+                first = merged(group[site] for group in capture.first_positions or ())
+                moments = moments.without(first) if exclude_first else moments.merge(first)
+            parts.append(moments)
+        return merged(parts)
+
+
+def _models(activations: str) -> tuple[str, ...]:
+    return ("base", "aligned") if activations == "both" else (activations,)
+
+
+def make_plan(
+    view: ModelView,
+    matrices: Sequence[str] | None,
+    ranks: Sequence[int] | None,
+    subspaces: Sequence[str] | Mapping[str, Subspace | Sequence[Subspace]] | None,
+    *,
+    groups: int,
+    activations: str,
+) -> Plan:
+    """Resolve the defaults and refuse what the model does not have.
+
+    Raises:
+        ValueError: an unknown matrix, subspace or choice of activations, a rank out of range, a subspace of another
+            dimension or too small for every rank, groups < 1.
+    """
+    if activations not in ("base", "aligned", "both"):
+        raise ValueError(f'expected activations "base", "aligned" or "both", got {activations!r}; pass one of them')
+    if groups < 1:
+        raise ValueError(f"expected groups >= 1, got {groups}; pass groups=1 for no intervals, 8 by default")
+    d = view.d_model
+    checked_ranks = check_ranks(default_ranks(d) if ranks is None else ranks, d)
+    chosen = _matrices(view, matrices)
+    given = _given(subspaces, view, min(checked_ranks)) if isinstance(subspaces, Mapping) else {}
+    names = _subspace_names(view, subspaces)
+    targets = {m: _default_targets(m, view) if subspaces is None else names for m in chosen}
+    used = tuple(dict.fromkeys(name for matrix in chosen for name in targets[matrix]))
+    inputs = [INPUT_POINT[m] for m in chosen if m in READ]
+    points = dict.fromkeys([*inputs, *(name for name in used if name in STREAM_SUBSPACES and name not in given)])
+    return Plan(
+        matrices=chosen,
+        ranks=checked_ranks,
+        subspaces=used,
+        targets=targets,
+        given=given,
+        points=tuple(points),
+        shown_rank=min(checked_ranks, key=lambda k: (abs(k - max(d // 16, 1)), k)),
+    )
+
+
+def default_ranks(d: int) -> tuple[int, ...]:
+    """The distinct values of 1, 4, 16, 64, d//16, d//4 that are ranks of proper subspaces of R^d.
+
+    Example:
+        >>> default_ranks(768)
+        (1, 4, 16, 48, 64, 192)
+    """
+    return tuple(sorted({k for k in (1, 4, 16, 64, d // 16, d // 4) if 0 < k < d}))
+
+
+def token_sequences(
+    view: ModelView,
+    texts: Sequence[str | Sequence[Mapping[str, Any]]] | None,
+    tokens: Int[Tensor, "batch pos"] | None,
+    max_tokens: int | None,
+    *,
+    notes: Callable[[str], None],
+) -> list[Int[Tensor, " pos"]]:
+    """The token ids to run, as sequences on CPU, at most `max_tokens` of them.
+
+    Raises:
+        ValueError: both texts and tokens, or what `tokenize` and `check_tokens` refuse.
+    """
+    if texts is not None and tokens is not None:
+        raise ValueError("expected texts or tokens, got both; pass one of them")
+    if tokens is not None:
+        check_tokens(view, tokens)
+        sequences = list(tokens.cpu())
+    else:
+        if texts is None:
+            from tl_asymmetry.demo import calibration_texts
+
+            texts = calibration_texts()
+            notes(
+                "activations come from the package's calibration texts; texts like those the model is used on "
+                "(chat-templated for a chat model) are better: pass texts="
+            )
+        sequences = tokenize(view, texts, min(view.n_ctx, LONGEST_WINDOW))
+    if max_tokens is None:
+        return sequences
+    if max_tokens < 1:
+        raise ValueError(f"expected max_tokens >= 1, got {max_tokens}; pass None to use every token")
+    kept, room = [], max_tokens
+    for sequence in sequences:
+        if room > 0:
+            kept.append(sequence[:room])
+            room -= len(sequence)
+    if room < 0:
+        notes(f"only the first {max_tokens} of {sum(map(len, sequences))} tokens were used (max_tokens)")
+    return kept
+
+
+def _matrices(view: ModelView, matrices: Sequence[str] | None) -> tuple[str, ...]:
+    if matrices is None:
+        return view.matrices
+    unknown = [matrix for matrix in matrices if matrix not in view.matrices]
+    if unknown or not matrices or isinstance(matrices, str):
+        raise ValueError(
+            f"expected matrices among {', '.join(view.matrices)}, got {matrices!r}; pass a list of those the model has"
+        )
+    return tuple(matrix for matrix in view.matrices if matrix in matrices)
+
+
+def _subspace_names(
+    view: ModelView, subspaces: Sequence[str] | Mapping[str, Subspace | Sequence[Subspace]] | None
+) -> tuple[str, ...]:
+    if subspaces is None or isinstance(subspaces, Mapping):
+        return tuple(subspaces or ())
+    available = [*(point for point in STREAM_SUBSPACES if view.has_point(point)), "prediction"]
+    unknown = [name for name in subspaces if name not in available]
+    if unknown or not subspaces or isinstance(subspaces, str):
+        raise ValueError(
+            f"expected subspaces among {', '.join(available)}, got {subspaces!r}; pass a list of those the model has, "
+            "or a mapping from names to Subspace"
+        )
+    return tuple(dict.fromkeys(subspaces))
+
+
+def _given(
+    subspaces: Mapping[str, Subspace | Sequence[Subspace]], view: ModelView, smallest: int
+) -> dict[str, list[Subspace]]:
+    given = {}
+    for name, value in subspaces.items():
+        layers = [value] * view.n_layers if isinstance(value, Subspace) else list(value)
+        if len(layers) != view.n_layers:
+            raise ValueError(
+                f"expected one Subspace, or {view.n_layers} of them, for {name!r}, got {len(layers)}; pass one per layer"
+            )
+        if len({subspace.rank for subspace in layers}) > 1:
+            raise ValueError(f"expected subspaces of one rank for {name!r}, got several; truncate them to the smallest")
+        for subspace in layers:
+            if subspace.d != view.d_model:
+                raise ValueError(
+                    f"expected subspaces of R^{view.d_model}, got {name!r} in R^{subspace.d}; pass bases [d_model, k]"
+                )
+            if subspace.rank < smallest:
+                raise ValueError(
+                    f"expected {name!r} to have rank {smallest} at least (the smallest of ranks), got {subspace.rank}; "
+                    "pass smaller ranks"
+                )
+        given[name] = layers
+    return given
+
+
+def _default_targets(matrix: str, view: ModelView) -> tuple[str, ...]:
+    if matrix in READ:
+        return INPUT_POINT[matrix], "prediction"
+    into = "resid_mid" if matrix == "W_O" and view.has_point("resid_mid") else "resid_post"
+    return into, "prediction"

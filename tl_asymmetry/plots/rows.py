@@ -1,0 +1,188 @@
+"""Picking what a figure shows from a result's table, and saying what is there when it is not.
+
+The tables are those of `PairAnalysis`; the only arithmetic is a change of units: a reference held as a fraction
+becomes relative by `d / k`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .style import as_float, number, one_of, text
+
+WRITE = ("W_O", "W_out")
+MLP = ("W_in", "W_gate", "W_out")
+OWN_INPUT = {**{m: "attn_in" for m in ("W_Q", "W_K", "W_V")}, **{m: "mlp_in" for m in ("W_in", "W_gate")}}
+KEYS = ("layer", "head", "matrix", "subspace", "rank")
+COLUMNS = (
+    *KEYS, "fraction", "relative", "isotropic_z", "isotropic_p", "p_method", "isotropic_q", "activation_matched",
+    "excess", "ci_low", "ci_high", "eigengap", "delta_relative_norm", "rounding_share", "fraction_unrounded",
+)  # fmt: skip
+
+
+def require(table: pd.DataFrame, columns: Sequence[str], source: str = "PairAnalysis.table") -> None:
+    """Check that a table has the columns a figure reads.
+
+    Raises:
+        ValueError: naming the missing ones.
+    """
+    if not isinstance(table, pd.DataFrame):
+        raise ValueError(f"expected a pandas DataFrame, got {type(table).__name__}; pass {source}")
+    missing = [c for c in columns if c not in table.columns]
+    if missing:
+        raise ValueError(f"expected a table with the columns {', '.join(missing)}, got one without; pass {source}")
+
+
+def default_subspace(table: pd.DataFrame, matrix: str) -> str:
+    """The subspace a matrix is first held against: its own input (read), the prediction subspace (write)."""
+    there = [str(s) for s in dict.fromkeys(table.loc[table["matrix"] == matrix, "subspace"])]
+    wanted = "prediction" if matrix in WRITE else OWN_INPUT.get(matrix, "")
+    return wanted if wanted in there else there[0]
+
+
+def select(table: pd.DataFrame, matrix: str, subspace: str | None) -> tuple[pd.DataFrame, str]:
+    """The rows of one matrix against one subspace, and that subspace's name.
+
+    Raises:
+        ValueError: for a missing column, an unknown matrix or subspace, or two rows for one layer, head and rank.
+    """
+    require(table, COLUMNS)
+    one_of("matrix", matrix, list(dict.fromkeys(table["matrix"])), "matrix")
+    chosen = default_subspace(table, matrix) if subspace is None else subspace
+    of_matrix = table[table["matrix"] == matrix]
+    one_of(f"subspace of {matrix}", chosen, list(dict.fromkeys(of_matrix["subspace"])), "subspace")
+    rows = of_matrix[of_matrix["subspace"] == chosen]
+    if rows.duplicated(["layer", "head", "rank"]).any():
+        raise ValueError(
+            f"expected one row per layer, head and rank of {matrix} against {chosen}, got several; "
+            "pass the table of one result"
+        )
+    return rows, chosen
+
+
+def pick_ranks(
+    rows: pd.DataFrame, rank: int | None, default_rank: int | None, d_model: int | None
+) -> tuple[list[int], int]:
+    """The ranks a figure offers, and the index of the one it shows first.
+
+    One rank when `rank` is given; else all, first `default_rank`, or `d // 16`, or the middle one.
+
+    Raises:
+        ValueError: for a rank the rows do not have.
+    """
+    ranks = sorted(int(r) for r in rows["rank"].unique())
+    if rank is not None:
+        one_of("rank", rank, ranks, "rank")
+        return [rank], 0
+    if default_rank is not None:
+        one_of("default_rank", default_rank, ranks, "default_rank")
+        return ranks, ranks.index(default_rank)
+    if d_model is not None and d_model // 16 in ranks:
+        return ranks, ranks.index(d_model // 16)
+    return ranks, len(ranks) // 2
+
+
+def d_model_of(table: pd.DataFrame, d_model: int | None) -> int | None:
+    """The width of the residual stream: given, or read off `relative = fraction * d / k`; None if no row tells.
+
+    Raises:
+        ValueError: for a width that is no positive integer.
+    """
+    if d_model is not None:
+        if d_model < 1:
+            raise ValueError(f"expected d_model >= 1, got {d_model}; pass the model's d_model or None")
+        return int(d_model)
+    fraction = table["fraction"].to_numpy(float, na_value=np.nan)
+    relative = table["relative"].to_numpy(float, na_value=np.nan)
+    rank = table["rank"].to_numpy(float)
+    told = np.isfinite(fraction) & np.isfinite(relative) & (fraction > 0)
+    return round(float(np.median((relative * rank / np.where(told, fraction, 1))[told]))) if told.any() else None
+
+
+def in_relative_units(rows: pd.DataFrame, column: str, d_model: int | None) -> np.ndarray:
+    """A column of fractions as relative: times `d / k`. [rows]; NaN where the column is missing or d unknown."""
+    if column not in rows.columns or d_model is None:
+        return np.full(len(rows), np.nan)
+    return rows[column].to_numpy(float, na_value=np.nan) * d_model / rows["rank"].to_numpy(float)
+
+
+def heads_of(rows: pd.DataFrame) -> list[int | None]:
+    """The heads of some rows, ascending; `[None]` for an MLP matrix."""
+    heads = sorted(int(h) for h in rows["head"].dropna().unique())
+    return list(heads) if heads else [None]
+
+
+def layers_of(rows: pd.DataFrame) -> list[int]:
+    """The layers of some rows, ascending."""
+    return sorted(int(x) for x in rows["layer"].unique())
+
+
+def grid(rows: pd.DataFrame, column: Any, layers: Sequence[int], heads: Sequence[int | None]) -> np.ndarray:
+    """Numbers of rows laid out as [layer, head]; NaN where there is no row."""
+    at_layer = {layer: i for i, layer in enumerate(layers)}
+    at_head = {head: i for i, head in enumerate(heads)}
+    i = [at_layer[int(x)] for x in rows["layer"]]
+    j = [at_head[None if pd.isna(x) else int(x)] for x in rows["head"]]
+    laid_out = np.full((len(layers), len(heads)), np.nan)
+    laid_out[i, j] = pd.Series(column).to_numpy(float, na_value=np.nan)
+    return laid_out
+
+
+def query_heads(table: pd.DataFrame) -> int | None:
+    """The number of query heads, read off W_Q or W_O; None when the table has neither."""
+    heads = table.loc[table["matrix"].isin(["W_Q", "W_O"]), "head"].dropna()
+    return int(heads.max()) + 1 if len(heads) else None
+
+
+def head_name(layer: int, head: int | None, *, kv: bool = False, group: int | None = None) -> str:
+    """L7H3; L7 for an MLP matrix; the KV head, with the query heads it serves, under grouped-query attention.
+
+    Example:
+        >>> head_name(7, 1, kv=True, group=4)
+        'L7 KV head 1 (query heads 4–7)'
+    """
+    if head is None:
+        return f"L{layer}"
+    if not kv:
+        return f"L{layer}H{head}"
+    serves = f" (query heads {head * group}–{head * group + group - 1})" if group and group > 1 else ""
+    return f"L{layer} KV head {head}{serves}"
+
+
+def kv_group(table: pd.DataFrame, matrix: str, kv: bool | None) -> tuple[bool, int | None]:
+    """Whether a matrix's heads are KV heads shared by several query heads, and by how many.
+
+    Args:
+        table: with W_Q or W_O rows when `kv` is to be inferred.
+        matrix: "W_K" and "W_V" only can have KV heads.
+        kv: None infers it: fewer heads than the queries have.
+    """
+    if matrix not in ("W_K", "W_V"):
+        return False, None
+    queries = query_heads(table)
+    own = table.loc[table["matrix"] == matrix, "head"].dropna()
+    keys = int(own.max()) + 1 if len(own) else None
+    shared = queries is not None and keys is not None and keys < queries
+    group = queries // keys if shared and queries and keys else None
+    return (shared if kv is None else kv), group
+
+
+def interval(low: Any, high: Any, subspace: str) -> str:
+    """The 95 % interval in words; why there is none when it is NaN."""
+    if math.isnan(as_float(low)) or math.isnan(as_float(high)):
+        return "none (weights only)" if subspace == "prediction" else "none"
+    return f"{number(low)} to {number(high)}"
+
+
+def isotropic(row: Any) -> str:
+    """The isotropic null of one row in words."""
+    method = row["p_method"]
+    by = "" if not isinstance(method, str) or not method else f" ({text(method)})"
+    return (
+        f"1; z {number(row['isotropic_z'])}, p {number(row['isotropic_p'], 2)}{by}, q {number(row['isotropic_q'], 2)}"
+    )

@@ -1,0 +1,314 @@
+"""The one visual language: colours, templates, text and the layout every figure shares.
+
+Colours are chosen to reach 3:1 against both the light and the dark page (WCAG non-text contrast), and no
+statement is carried by colour alone: matrices differ in symbol and dash, significance is a dot, rounding a cross.
+Text that comes from a model or a user passes through `text` before it reaches a figure, because plotly renders a
+subset of HTML in titles, legends and hovers.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+Q_LEVEL = 0.05
+"""Cells and points with an isotropic q below this are marked."""
+ROUNDING_FLAG = 0.1
+"""Rounding share from which a head is marked."""
+ROUNDING_DOMINATED = 0.5
+"""Rounding share from which a head is greyed: storage explains most of its delta."""
+EIGENGAP_FLAG = 0.05
+"""Eigengap under which the subspace's edge, and so the interval, is unreliable."""
+MISSING = "–"
+"""Stands where a table holds NaN."""
+
+PAPER = {"light": "#ffffff", "dark": "#15181d"}
+INK = {"light": "#1c2430", "dark": "#e6e9ee"}
+GRID = {"light": "#e3e7ec", "dark": "#2d333c"}
+GUIDE = "#828a94"
+"""Lines that are no data (chance, diagonals): a grey that shows on both pages."""
+
+# Blue through a neutral to orange: the pair of hues that all common colour-vision deficiencies keep apart. The
+# neutral is close to, but not, the page, so that "at chance" is told from "no value".
+DIVERGING = {
+    "light": [
+        (0.0, "#1b4f8a"), (0.2, "#4c8cc4"), (0.4, "#b4d2e8"), (0.5, "#f1efe9"),
+        (0.6, "#f6cf9d"), (0.8, "#d9812c"), (1.0, "#8f4304"),
+    ],
+    "dark": [
+        (0.0, "#8cc4f5"), (0.2, "#3f86c2"), (0.4, "#24476a"), (0.5, "#353a41"),
+        (0.6, "#6e4420"), (0.8, "#c9731f"), (1.0, "#ffc27a"),
+    ],
+}  # fmt: skip
+# Cividis without its darkest and brightest ends, which vanish on one page or the other.
+SEQUENTIAL = [(0.0, "#4a6db0"), (0.35, "#7b7f8e"), (0.65, "#a08f5f"), (1.0, "#b59a1f")]
+
+MATRIX_STYLE: dict[str, dict[str, str]] = {
+    "W_Q": {"color": "#2f7fc1", "symbol": "circle", "dash": "solid"},
+    "W_K": {"color": "#c2602a", "symbol": "square", "dash": "solid"},
+    "W_V": {"color": "#0f8a68", "symbol": "diamond", "dash": "solid"},
+    "W_O": {"color": "#c43d62", "symbol": "hexagon", "dash": "solid"},
+    "W_in": {"color": "#a55fb0", "symbol": "triangle-up", "dash": "dash"},
+    "W_gate": {"color": "#94801a", "symbol": "triangle-down", "dash": "dash"},
+    "W_out": {"color": "#6d6fd0", "symbol": "triangle-left", "dash": "dash"},
+}
+OTHER_STYLE = {"color": "#6f7b88", "symbol": "cross", "dash": "dot"}
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross")
+SERIES = ("#2f7fc1", "#c2602a", "#0f8a68", "#a55fb0", "#94801a", "#6f7b88")
+
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', 'Liberation Sans', sans-serif"
+LINE_PX = 17
+MENU_PX = 42
+SLIDER_PX = 74
+LEGEND_PX = 52
+TITLE_COLUMNS = 56
+
+
+def template(name: str) -> go.layout.Template:
+    """The package's plotly template.
+
+    Args:
+        name: "light" or "dark".
+
+    Raises:
+        ValueError: for any other name.
+
+    Example:
+        >>> template("dark").layout.paper_bgcolor
+        '#15181d'
+    """
+    if name not in PAPER:
+        raise ValueError(f"expected one of 'light', 'dark', got {name!r}; pass template='light'")
+    axis = {
+        "gridcolor": GRID[name], "linecolor": GUIDE, "zeroline": False, "ticks": "outside", "ticklen": 4,
+        "tickcolor": GUIDE, "title": {"standoff": 8, "font": {"size": 13}}, "automargin": True,
+    }  # fmt: skip
+    control = {"bgcolor": PAPER[name], "bordercolor": GUIDE, "font": {"color": INK[name], "size": 12}}
+    return go.layout.Template(
+        layout={
+            "font": {"family": FONT, "size": 12, "color": INK[name]},
+            "paper_bgcolor": PAPER[name],
+            "plot_bgcolor": PAPER[name],
+            "colorway": list(SERIES),
+            "xaxis": axis,
+            "yaxis": axis,
+            "hoverlabel": {
+                "align": "left", "bgcolor": PAPER[name], "bordercolor": GUIDE,
+                "font": {"color": INK[name], "size": 12, "family": FONT},
+            },
+            "legend": {"bgcolor": "rgba(0,0,0,0)"},
+            "updatemenudefaults": control,
+            "sliderdefaults": {**control, "activebgcolor": GUIDE, "bordercolor": GUIDE, "tickcolor": GUIDE},
+        }
+    )  # fmt: skip
+
+
+def sequential(count: int) -> list[str]:
+    """Colours for `count` ordered things, e.g. layers, as hex."""
+    stops = [at for at, _ in SEQUENTIAL]
+    channels = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for _, c in SEQUENTIAL], dtype=float)
+    where = np.linspace(0, 1, max(2, count))[:count]
+    mixed = np.stack([np.interp(where, stops, channels[:, i]) for i in range(3)], axis=1).round().astype(int)
+    return [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in mixed]
+
+
+def is_dark(name: Any) -> bool:
+    """Whether a template argument asks for a dark page (ours, or one of plotly's with "dark" in its name)."""
+    return isinstance(name, str) and "dark" in name
+
+
+def diverging(name: Any) -> list[tuple[float, str]]:
+    """The diverging scale that suits a template argument."""
+    return DIVERGING["dark" if is_dark(name) else "light"]
+
+
+def text(value: object) -> str:
+    """A model's or user's text as text: what plotly would read as markup, template or formula is escaped.
+
+    Quotes stay: plotly decodes `&lt;`, `&gt;`, `&amp;` and numbers, but would show `&quot;` as it stands. For `%{`
+    it knows no escape; a zero-width space parts it.
+
+    Example:
+        >>> text("<b>x</b>")
+        '&lt;b&gt;x&lt;/b&gt;'
+    """
+    return escape(str(value), quote=False).replace("$", "&#36;").replace("%{", "%\u200b{")
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """A number with that many significant digits; `MISSING` for NaN, None and NA.
+
+    Example:
+        >>> number(0.000412), number(float("nan"))
+        ('0.000412', '–')
+    """
+    value = as_float(value)
+    return MISSING if math.isnan(value) else f"{value:.{digits}g}"
+
+
+def as_float(value: Any) -> float:
+    """A float; NaN for None and pandas' NA, which `float` refuses."""
+    try:
+        return float(value)
+    except TypeError:
+        return math.nan
+
+
+def alternatives(names: Iterable[object]) -> str:
+    """The names a message offers, quoted where they are text."""
+    return ", ".join(repr(n) if isinstance(n, str) else str(n) for n in names) or "nothing"
+
+
+def one_of(what: str, value: Any, allowed: Sequence[Any], keyword: str) -> Any:
+    """`value` if it is allowed.
+
+    Raises:
+        ValueError: naming what was expected, what was found and what to pass.
+    """
+    if value not in allowed:
+        hint = f"pass {keyword}={allowed[0]!r}" if len(allowed) else "pass a table that has one"
+        raise ValueError(f"expected {what} to be one of {alternatives(allowed)}, got {value!r}; {hint}")
+    return value
+
+
+def ratio_label(exponent: int) -> str:
+    """`2**exponent` as a tick: 1/4, 1/2, 1, 2, 4."""
+    return str(2**exponent) if exponent >= 0 else f"1/{2**-exponent}"
+
+
+def ratio_ticks(low: float, high: float, most: int = 9) -> tuple[list[int], list[str]]:
+    """Exponents of two from `low` to `high` (both log2), 0 always among them, with their labels."""
+    first, last = math.floor(min(low, 0)), math.ceil(max(high, 0))
+    step = max(1, math.ceil((last - first) / (most - 1)))
+    exponents = [e for e in range(first, last + 1) if e % step == 0]
+    return exponents, [ratio_label(e) for e in exponents]
+
+
+def ratio_axis(values: Iterable[Any], *, pad: float = 0.15) -> dict[str, Any]:
+    """A log axis for ratios, ticked at powers of two, that holds the values and chance (1).
+
+    Args:
+        values: positive ratios; NaN, zero and negative ones set no bound.
+        pad: octaves of air on either side.
+    """
+    logs = [math.log2(v) for v in map(as_float, values) if v > 0 and math.isfinite(v)]
+    low, high = min([*logs, -0.5]) - pad, max([*logs, 0.5]) + pad
+    exponents, labels = ratio_ticks(low, high)
+    to10 = math.log10(2)
+    return {
+        "type": "log", "range": [low * to10, high * to10], "tickmode": "array",
+        "tickvals": [2.0**e for e in exponents], "ticktext": labels, "minor": {"ticks": ""},
+    }  # fmt: skip
+
+
+def integer_ticks(values: Sequence[int], most: int = 16) -> dict[str, Any]:
+    """Ticks at every n-th of some integers, so that 32 heads stay readable on a telephone."""
+    step = max(1, math.ceil(len(values) / most))
+    return {"tickmode": "array", "tickvals": list(values[::step]), "ticktext": [str(v) for v in values[::step]]}
+
+
+def heading(title: str, *lines: str) -> str:
+    """A title: one bold line and smaller ones under it, wrapped by hand since plotly does not wrap.
+
+    Args:
+        title, lines: already escaped (`text`) where they carry foreign words.
+    """
+    head = "<br>".join(f"<b>{part}</b>" for part in textwrap.wrap(title, TITLE_COLUMNS, break_long_words=False))
+    small = [part for line in lines if line for part in textwrap.wrap(line, TITLE_COLUMNS, break_long_words=False)]
+    return head + "".join(f"<br><span style='font-size:12px'>{part}</span>" for part in small)
+
+
+def finish(
+    figure: go.Figure,
+    *,
+    title: str,
+    template_name: Any,
+    width: int | None,
+    height: int | None,
+    plot_height: int,
+    legend: bool = True,
+    right: int = 24,
+) -> go.Figure:
+    """Put title, controls, plot and legend in their places; the last step of every figure.
+
+    From the top: title, menus, plot, axis title, legend, slider. The title hangs from the figure's top and all else
+    from the plot, so that a page which draws its own controls (the report) can cut the space of menu and slider off
+    the margins without moving anything; `layout.meta["tl_asymmetry"]` tells it how much.
+
+    Args:
+        figure: traces, axes, menus and sliders set.
+        title: from `heading`.
+        template_name: None or "light" for the package's light template, "dark" for its dark one, else whatever
+            plotly takes.
+        width, height: pixels; None lets the width follow the page and the height the content.
+        plot_height: pixels of the plot itself when `height` is None.
+        legend: whether the figure has one, under the plot.
+        right: pixels on the right (more where a colour bar stands).
+    """
+    own = template_name is None or (isinstance(template_name, str) and template_name in PAPER)
+    name = template_name or "light"
+    menu = MENU_PX if figure.layout.updatemenus else 0
+    slider = SLIDER_PX if figure.layout.sliders else 0
+    top = 16 + LINE_PX * (title.count("<br>") + 1) + 10 + menu
+    bottom = 50 + (LEGEND_PX if legend else 0) + slider
+    total = height if height is not None else top + plot_height + bottom
+    plot = max(80, total - top - bottom)
+    figure.update_layout(
+        template=template(name) if own else template_name,
+        title={
+            "text": title, "x": 0, "xref": "container", "xanchor": "left",
+            "y": 1, "yref": "container", "yanchor": "top", "pad": {"l": 12, "t": 14}, "font": {"size": 15},
+        },
+        margin={"l": 56, "r": right, "t": top, "b": bottom},
+        width=width,
+        height=total,
+        showlegend=legend,
+        legend={
+            "orientation": "h", "x": 0, "xanchor": "left", "y": -50 / plot, "yanchor": "top", "font": {"size": 12},
+        },
+        meta={"tl_asymmetry": {"template": name if own else None, "menu": menu, "slider": slider}},
+    )  # fmt: skip
+    if menu:
+        figure.update_layout(
+            updatemenus=[
+                {"x": 0, "xanchor": "left", "y": 1 + 8 / plot, "yanchor": "bottom", "pad": {"t": 0, "b": 0}}
+                for _ in figure.layout.updatemenus
+            ]
+        )
+    if slider:
+        below = -(50 + (LEGEND_PX if legend else 0)) / plot
+        figure.update_layout(sliders=[{"y": below, "yanchor": "top", "pad": {"t": 4, "b": 4}}])
+    return figure
+
+
+def rank_slider(ranks: Sequence[int], start: int, steps: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """A slider over ranks.
+
+    Args:
+        ranks: the ranks, ascending.
+        start: index of the one shown first.
+        steps: for each rank the arguments of `Plotly.restyle` (traces, indexes), or of `Plotly.update` where the
+            layout changes too (traces, layout, indexes).
+    """
+    return {
+        "name": "rank k",
+        "active": start,
+        "currentvalue": {"prefix": "rank k = ", "font": {"size": 12}},
+        "steps": [
+            {"label": str(rank), "method": "update" if len(args) == 3 else "restyle", "args": list(args)}
+            for rank, args in zip(ranks, steps, strict=True)
+        ],
+    }
+
+
+def note(figure: go.Figure, words: str) -> None:
+    """Say in the middle of the plot why it is empty."""
+    figure.add_annotation(
+        text="<br>".join(textwrap.wrap(words, 40)), x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False
+    )

@@ -1,0 +1,90 @@
+"""Which software, which models, which weights: what a result must be able to say of itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from tl_asymmetry.geometry.rounding import coarser, storage_dtype
+from tl_asymmetry.models.view import ModelView
+
+_PACKAGES = ("tl-asymmetry", "torch", "transformer-lens", "transformers", "numpy", "scipy", "pandas")
+_LONGEST_LISTED = 400
+
+
+def provenance(base: ModelView, aligned: ModelView, hashes: dict[str, str]) -> dict[str, Any]:
+    """Versions, and for both models name, kind, dtype, storage, device and hash of the weights. JSON-ready."""
+    return {
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "models": {
+            role: {
+                "name": view.name,
+                "kind": view.kind,
+                "dtype": str(view.dtype),
+                "storage": str(_storage(view)),
+                "device": str(view.device),
+                "weights_sha256": hashes[role],
+            }
+            for role, view in (("base", base), ("aligned", aligned))
+        },
+        "shape": {
+            "n_layers": base.n_layers,
+            "d_model": base.d_model,
+            "n_heads": base.n_heads,
+            "n_kv_heads": base.n_kv_heads,
+            "d_head": base.d_head,
+            "d_mlp": base.d_mlp,
+            "d_vocab": base.d_vocab,
+        },
+    }
+
+
+def described_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments, models left out, as JSON can hold them: long ones by size and hash, objects by class."""
+    return {name: _described(value) for name, value in arguments.items() if not name.startswith("model_")}
+
+
+def _described(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, torch.Tensor):
+        return {"shape": list(value.shape), "sha256": hashlib.sha256(value.cpu().numpy().tobytes()).hexdigest()}
+    if isinstance(value, Mapping):
+        return {str(name): _described(entry) for name, entry in value.items()}
+    if isinstance(value, Sequence):
+        plain = [_described(entry) for entry in value]
+        text = json.dumps(plain, ensure_ascii=False)
+        if len(text) <= _LONGEST_LISTED:
+            return plain
+        return {"entries": len(plain), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    return type(value).__name__
+
+
+def weights_hash(view: ModelView) -> str:
+    """SHA-256 of every parameter's name, shape, dtype and bytes: the same for the same weights, on any device."""
+    digest = hashlib.sha256()
+    for name, weight in view.named_weights():
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(weight.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _storage(view: ModelView) -> torch.dtype:
+    """The finest storage format among the first layer's matrices."""
+    stored = [storage_dtype(view.weight(0, matrix)) for matrix in view.matrices]
+    finest = stored[0]
+    for dtype in stored[1:]:
+        finest = dtype if coarser(finest, dtype) is finest else finest
+    return finest
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

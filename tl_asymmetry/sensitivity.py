@@ -1,0 +1,108 @@
+"""How much a verdict depends on choices: the same deltas under every other choice of subspace."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from tl_asymmetry.deltas import LiveDelta
+from tl_asymmetry.geometry.subspace import principal_subspace
+from tl_asymmetry.models.prediction import prediction_subspace
+from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.plan import Plan, Sources
+
+SENSITIVITY_COLUMNS = (
+    "layer", "head", "matrix", "subspace", "activations", "centered", "first_position", "fold_norm", "rank",
+    "fraction", "relative",
+)  # fmt: skip
+"""Columns of `PairAnalysis.sensitivity()`, in this order."""
+
+_PREFIX = "sensitivity"
+
+
+class SensitivityProfiles:
+    """Collects, layer by layer, energy profiles under every variant of the captured and prediction subspaces.
+
+    Variants of a captured subspace: whose activations (base, aligned, both) × covariance or second moment × first
+    position out or in. Of the prediction subspace: whose unembedding × mean over the vocabulary out or in × final norm
+    folded or not.
+    """
+
+    def __init__(self, base: ModelView, aligned: ModelView, sources: Sources) -> None:
+        self._sources = sources
+        self._profiles: dict[str, list[Tensor]] = defaultdict(list)
+        self._predictions = {
+            f"prediction/{role}/{'centered' if centered else 'uncentered'}/-/{'folded' if fold else 'plain'}": (
+                prediction_subspace(view, fold_norm=fold, centered=centered).basis
+            )
+            for (role, view), centered, fold in product(
+                (("base", base), ("aligned", aligned)), (True, False), (True, False)
+            )
+        }
+
+    def add(self, layer: int, deltas: Mapping[str, LiveDelta], plan: Plan) -> None:
+        """Project one layer's deltas on all variants of the subspaces they are held against."""
+        for variant, basis in self._variants(layer, plan):
+            for matrix, delta in deltas.items():
+                if variant.split("/")[0] in plan.targets[matrix]:
+                    profile = delta.energies(basis) / delta.numbers.energy.unsqueeze(-1)
+                    self._profiles[f"{_PREFIX}/{matrix}/{variant}"].append(profile.float())
+
+    def arrays(self) -> dict[str, Tensor]:
+        """Profiles `[layer, head, d]` by variant, and the moments behind them, for a result to keep."""
+        arrays = {name: torch.stack(layers) for name, layers in self._profiles.items()}
+        for model, capture in self._sources.captures.items():
+            for (point, layer), moments in capture.totals().items():
+                for name, value in moments.state_dict().items():
+                    arrays[f"moments/{model}/{point}/{layer}/counted/{name}"] = value
+            for (point, layer), moments in capture.first_totals().items():
+                for name, value in moments.state_dict().items():
+                    arrays[f"moments/{model}/{point}/{layer}/first/{name}"] = value
+        return arrays
+
+    def _variants(self, layer: int, plan: Plan) -> Iterator[tuple[str, Tensor]]:
+        points = [name for name in plan.subspaces if name in plan.points]
+        for name, activations, excluded in product(points, ("base", "aligned", "both"), (True, False)):
+            moments = self._sources.total((name, layer), activations, exclude_first=excluded)
+            for centered in (False, True):
+                basis = principal_subspace(moments, centered=centered).basis
+                labels = "centered" if centered else "uncentered", "excluded" if excluded else "included"
+                yield f"{name}/{activations}/{labels[0]}/{labels[1]}/-", basis
+        yield from self._predictions.items()
+
+
+def sensitivity_table(
+    arrays: Mapping[str, Tensor], ranks: list[int], headed: Mapping[str, bool]
+) -> pd.DataFrame:
+    """One row per layer × head × matrix × variant × rank, from what `SensitivityProfiles.arrays` kept."""
+    frames = []
+    for name, profile in arrays.items():
+        if not name.startswith(f"{_PREFIX}/"):
+            continue
+        _, matrix, subspace, activations, centering, first, norm = name.split("/")
+        layers, heads, d = profile.shape
+        cumulative = profile.double().cumsum(-1)
+        for k in ranks:
+            fraction = cumulative[..., k - 1].flatten().numpy()
+            frame = pd.DataFrame({"fraction": fraction, "relative": fraction * d / k})
+            frame["layer"] = pd.array(np.repeat(np.arange(layers), heads), dtype="Int64")
+            head = np.tile(np.arange(heads), layers) if headed[matrix] else [pd.NA] * layers
+            frame["head"] = pd.array(head, dtype="Int64")
+            frames.append(
+                frame.assign(
+                    matrix=matrix,
+                    subspace=subspace,
+                    activations=activations,
+                    centered=centering == "centered",
+                    first_position=first,
+                    fold_norm=norm,
+                    rank=k,
+                )
+            )
+    return pd.concat(frames, ignore_index=True)[list(SENSITIVITY_COLUMNS)]

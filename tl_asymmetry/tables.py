@@ -1,0 +1,155 @@
+"""From projections to the tidy table of a pair: one row per layer × head × matrix × subspace × rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from tl_asymmetry.deltas import Delta, stacked
+from tl_asymmetry.geometry.jackknife import log_jackknife_interval
+from tl_asymmetry.geometry.nulls import IsotropicNull, adjusted_p, isotropic_variance
+from tl_asymmetry.geometry.spectrum import effective_rank
+from tl_asymmetry.models.view import WRITE
+from tl_asymmetry.projections import Projection
+
+PAIR_COLUMNS = (
+    "layer", "head", "matrix", "pathway", "subspace", "rank", "fraction", "relative", "isotropic_z", "isotropic_p",
+    "p_method", "isotropic_q", "activation_matched", "excess", "gradient_matched", "gradient_excess", "ci_low",
+    "ci_high", "eigengap", "delta_norm", "delta_relative_norm", "delta_shrink", "delta_effective_rank",
+    "rounding_share", "fraction_unrounded", "flags",
+)  # fmt: skip
+"""Columns of a pair's table, in this order."""
+
+SMALL_EIGENGAP = 0.05
+ROUNDING_FLAGGED = 0.1
+ROUNDING_DOMINATED = 0.5
+ROUNDING_HOPELESS = 0.9
+
+
+def pair_table(
+    deltas: Mapping[str, Sequence[Delta]],
+    projections: Mapping[tuple[str, str], Sequence[Projection]],
+    ranks: Sequence[int],
+    *,
+    d: int,
+    headed: Mapping[str, bool],
+    seed: int,
+) -> pd.DataFrame:
+    """All rows of `PairAnalysis.table`.
+
+    Args:
+        deltas: by matrix, one for each layer.
+        projections: by (matrix, subspace), one for each layer.
+        ranks: ranks to read; those a subspace is too small for are left out for it.
+        d: d_model.
+        headed: whether a matrix has heads.
+        seed: of the isotropic null's draws.
+    """
+    null = IsotropicNull(d, seed=seed)
+    blocks = [
+        _block(deltas[matrix], layers, column, k, d=d, headed=headed[matrix], null=null)
+        for (matrix, _), layers in projections.items()
+        for column, k in enumerate(ranks)
+        if k <= layers[0].energies.shape[-1]
+    ]
+    table = pd.concat(blocks, ignore_index=True)
+    order = {matrix: i for i, matrix in enumerate(deltas)}
+    by = ["matrix", "subspace", "layer", "head", "rank"]
+    table = table.sort_values(by, key=lambda c: c.map(order) if c.name == "matrix" else c, ignore_index=True)
+    return table[list(PAIR_COLUMNS)]
+
+
+def _block(
+    deltas: Sequence[Delta],
+    projections: Sequence[Projection],
+    column: int,
+    k: int,
+    *,
+    d: int,
+    headed: bool,
+    null: IsotropicNull,
+) -> pd.DataFrame:
+    """The rows of one matrix, subspace and rank."""
+    first = projections[0]
+    energy = stacked(deltas, "energy")
+    layers, heads = energy.shape
+    fraction = stacked(projections, "energies")[..., :k].sum(-1) / energy
+    relative = fraction * d / k
+    spectrum = stacked(deltas, "spectrum")
+    share = spectrum / spectrum.sum(-1, keepdim=True)
+    spread = isotropic_variance(share.square().sum(-1), d, k).sqrt()
+    p, method = null.tail(spectrum.flatten(0, 1), k, fraction.flatten())
+    activation = _wide(stacked(projections, "activation_reference")[:, k - 1], heads)
+    gradient = stacked(projections, "gradient_reference")[..., k - 1]
+    low, high = _interval(projections, deltas, column, relative, d / k)
+    eigengap = _wide(_eigengap(stacked(projections, "eigenvalues"), k), heads)
+    ρ = stacked(deltas, "rounding")
+    unrounded = torch.where(ρ <= ROUNDING_HOPELESS, (fraction - ρ * k / d) / (1 - ρ), torch.nan)
+    base_energy = stacked(deltas, "base_energy")
+    columns = {
+        "fraction": fraction,
+        "relative": relative,
+        # A flat spectrum has no spread, and nothing to be compared.
+        "isotropic_z": torch.where(spread > 0, (fraction - k / d) / spread, torch.nan),
+        "activation_matched": activation,
+        "excess": fraction / activation,
+        "gradient_matched": gradient,
+        "gradient_excess": fraction / gradient,
+        "ci_low": low,
+        "ci_high": high,
+        "eigengap": eigengap,
+        "delta_norm": energy.sqrt(),
+        "delta_relative_norm": (energy / base_energy).sqrt(),
+        "delta_shrink": stacked(deltas, "shrink"),
+        "delta_effective_rank": effective_rank(spectrum),
+        "rounding_share": ρ,
+        "fraction_unrounded": unrounded,
+    }
+    frame = pd.DataFrame({name: value.flatten().numpy() for name, value in columns.items()})
+    frame["layer"] = pd.array(np.repeat(np.arange(layers), heads), dtype="Int64")
+    frame["head"] = pd.array(np.tile(np.arange(heads), layers) if headed else [pd.NA] * layers, dtype="Int64")
+    frame["matrix"] = first.matrix
+    frame["pathway"] = "write" if first.matrix in WRITE else "read"
+    frame["subspace"] = first.subspace
+    frame["rank"] = k
+    frame["isotropic_p"] = p
+    frame["p_method"] = method
+    frame["isotropic_q"] = adjusted_p(p)
+    frame["flags"] = _flags(frame)
+    return frame
+
+
+def _interval(
+    projections: Sequence[Projection], deltas: Sequence[Delta], column: int, relative: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    if projections[0].replicates is None:
+        nan = torch.full_like(relative, torch.nan)
+        return nan, nan
+    # [layer, group, head] → [group, layer, head]
+    energies = stacked(projections, "replicates")[..., column].transpose(0, 1)
+    return log_jackknife_interval(relative, energies / stacked(deltas, "energy") * scale)
+
+
+def _eigengap(eigenvalues: Tensor, k: int) -> Tensor:
+    """(λ_k − λ_{k+1}) / λ_k for each layer; NaN for a basis that ends at k or has no eigenvalues."""
+    if eigenvalues.shape[-1] <= k:
+        return torch.full(eigenvalues.shape[:1], torch.nan, dtype=torch.float64)
+    return 1 - eigenvalues[:, k] / eigenvalues[:, k - 1]
+
+
+def _flags(frame: pd.DataFrame) -> list[str]:
+    conditions = {
+        "eigengap": frame["eigengap"] < SMALL_EIGENGAP,
+        "rounding": frame["rounding_share"] >= ROUNDING_FLAGGED,
+        "rounding_dominated": frame["rounding_share"] >= ROUNDING_DOMINATED,
+    }
+    names = np.array(list(conditions))
+    return [",".join(names[row]) for row in np.stack(list(conditions.values()), axis=1)]
+
+
+def _wide(per_layer: Tensor, heads: int) -> Tensor:
+    return per_layer.unsqueeze(-1).expand(-1, heads)
