@@ -88,8 +88,8 @@ def measure_delta(
     λ, V = ordered_eigh(gram.double())
     V = V[..., :DIRECTIONS].to(ΔW)
     with exact_products(ΔW.device):
-        other = (ΔW.mT @ V if wide else ΔW @ V).cpu().float()
-    sides = V.cpu().float().mT, torch.nn.functional.normalize(other, dim=-2).mT
+        other = (ΔW.mT @ V if wide else ΔW @ V).cpu()
+    sides = V.cpu().float().mT, _orthonormal(other).float().mT
     numbers = Delta(
         matrix=matrix,
         base_energy=base_energy.cpu(),
@@ -101,6 +101,12 @@ def measure_delta(
         rounding=rounding.cpu(),
     )
     return LiveDelta(numbers, ΔW, gram if wide else None)
+
+
+def _orthonormal(columns: Float[Tensor, "head long n"]) -> Float[Tensor, "head long n"]:
+    """Columns to unit length, in order; those that are only rounding (beyond the delta's rank) to what is left."""
+    Q, R = torch.linalg.qr(columns.double())
+    return Q * torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2)
 
 
 def stacked(layers: Sequence[object], name: str) -> Tensor:

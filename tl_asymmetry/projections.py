@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable, runtime_checkable
 
 import torch
 from jaxtyping import Float64
@@ -16,6 +16,8 @@ from tl_asymmetry.geometry.fraction import gram_energy
 from tl_asymmetry.models.view import INPUT_POINT, READ, WRITE
 
 
+@runtime_checkable
+@runtime_checkable
 class GradientMoments(Protocol):
     """What a gradient covariance must offer to serve as a matched reference."""
 

@@ -1,5 +1,6 @@
 import jaxtyping
 import pytest
+import torch
 
 
 @pytest.fixture
@@ -11,3 +12,12 @@ def unchecked_types():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Matrices this small gain nothing from a second thread, and lose much where it has to wait for a core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -80,8 +80,10 @@ def test_the_pair_as_bridges(batch):
     for layer in range(4):
         for name in ("W_Q", "W_K", "W_V", "W_O"):
             assert torch.equal(getattr(base.blocks[layer].attn, name), tensors[f"blocks.{layer}.attn.{name}"])
-    expected = demo.demo_gpt2("base")(batch.tokens).logits
-    torch.testing.assert_close(base(batch.tokens), expected, atol=1e-5, rtol=0)
+    # In float64, where a wrong layout cannot hide in rounding.
+    expected = demo.demo_gpt2("base").double()(batch.tokens).logits
+    base.to(torch.float64)
+    torch.testing.assert_close(base(batch.tokens), expected, atol=1e-10, rtol=0)
 
 
 @needs_hooked
@@ -182,11 +184,11 @@ def test_checkpoints_are_in_order_and_get_better():
 
 
 def test_the_aligned_model_prefers_happy_endings_as_the_log_says():
-    pairs = demo.demo_preferences(48, seed=demo.demo_log()["recipe"]["seed"] + 1)
+    pairs = demo.demo_preferences(24, seed=demo.demo_log()["recipe"]["seed"] + 1)
     batch = encode_preferences(demo.demo_tokenizer(), pairs)
     margins = DPO(demo.demo_gpt2("base")).margins(demo.demo_gpt2("dpo"), batch)
     accuracy = (margins > 0).double().mean().item()
-    assert accuracy == pytest.approx(demo.demo_log()["preference"]["dpo"]["margin_accuracy"], abs=0.15)
+    assert accuracy == pytest.approx(demo.demo_log()["preference"]["dpo"]["margin_accuracy"], abs=0.2)
 
 
 # ------------------------------------------------------------------------------------- pairs and sampling

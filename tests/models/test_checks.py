@@ -269,12 +269,12 @@ def test_tokens_out_of_range_and_of_wrong_form_are_refused() -> None:
     for tokens, text in (
         (
             torch.tensor([[3, 96]]),
-            "expected token ids from 0 to 95, got 96; pass tokens made by this model's tokenizer",
+            "expected token ids from 0 to 95, got 96; pass tokens made by this model",
         ),
         (torch.tensor([[3, -1]]), "expected token ids from 0 to 95, got -1; pass"),
         (
             torch.zeros(1, 65, dtype=torch.long),
-            "expected sequences of at most 64 tokens .*, got 65; pass them cut into",
+            "expected sequences of at most 64 tokens .*, got 65; pass them cut",
         ),
         (torch.zeros(0, 5, dtype=torch.long), r"expected at least one token, got a tensor \[0, 5\]; pass"),
         (torch.zeros(2, 5), r"expected tokens as an integer tensor \[batch, pos\], got torch.float32 \[2, 5\]; pass"),
@@ -344,12 +344,12 @@ def test_unusable_texts_are_refused() -> None:
     view = with_tokenizer(tiny.tokenizer())
     for texts, text in (
         ([], "expected at least one text, got none; pass texts or tokens="),
-        (["w1", ""], "expected texts with at least one token, got an empty text at index 1; pass"),
+        (["w1", ""], "expected texts with a token or more, got an empty text at index 1; leave it out"),
         (["   "], "got an empty text at index 0"),
         ([[]], "got an empty text at index 0"),
         ("w1 w2", r"expected a list of texts, got a single string; pass texts=\[text\]"),
         ([3], "expected texts to be strings or lists of .* messages, got int at index 0; pass strings"),
-        ([[{"text": "w1"}]], "expected texts to be strings or lists of .* messages, got list at index 0; pass strings"),
+        ([[{"text": "w1"}]], "expected texts to be strings or lists of .* messages, got list at index 0"),
     ):
         with pytest.raises(ValueError, match=text):
             tokenize(view, texts)

@@ -134,7 +134,7 @@ def test_padding_on_the_right_changes_nothing(name: str, kind: str) -> None:
     own = kind == "bridge" and name not in ("gpt2", "neox", "neox_sequential", *tiny.TOYS)
     for key, x in alone.items():
         torch.testing.assert_close(together[key][:1, :n], differently[key][:1, :n], rtol=0, atol=1e-12)
-        torch.testing.assert_close(together[key][:1, :n], x, rtol=0, atol=2e-6 if own else 1e-12)
+        torch.testing.assert_close(together[key][:1, :n], x, rtol=0, atol=1e-5 if own else 1e-12)
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -208,25 +208,9 @@ def test_key_and_value_heads_are_not_expanded(kind: str) -> None:
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 def test_both_kinds_of_one_model_show_the_same(name: str) -> None:
     hooked, bridge = (ModelView(shared(name, kind)) for kind in ("hooked", "bridge"))
-    for field in [
-        "n_layers",
-        "d_model",
-        "n_heads",
-        "n_kv_heads",
-        "d_head",
-        "d_mlp",
-        "d_vocab",
-        "n_ctx",
-        "norm",
-        "positional",
-        "parallel",
-        "causal",
-        "score_shift_invariant",
-        "matrices",
-        "notes",
-        "tied",
-        "dtype",
-    ]:
+    facts = "n_layers d_model n_heads n_kv_heads d_head d_mlp d_vocab n_ctx norm positional parallel causal"
+    facts += " score_shift_invariant matrices notes tied dtype"
+    for field in facts.split():
         assert getattr(hooked, field) == getattr(bridge, field), field
     for layer, matrix in itertools.product(range(hooked.n_layers), hooked.matrices):
         torch.testing.assert_close(hooked.weight(layer, matrix), bridge.weight(layer, matrix), rtol=0, atol=0)
@@ -390,9 +374,11 @@ def test_evaluating_switches_dropout_off_and_restores_every_submodule() -> None:
         model.train()
         modes = [m.training for m in view._adapter.all_modules()]
         assert not torch.equal(view.run(tokens, logits=True), reference)  # run itself leaves dropout on
-        with pytest.raises(RuntimeError), view.evaluating():
+        with view.evaluating():
             torch.testing.assert_close(view.run(tokens, logits=True), reference)
-            raise RuntimeError
+        assert [m.training for m in view._adapter.all_modules()] == modes
+        with pytest.raises(KeyboardInterrupt), view.evaluating():
+            raise KeyboardInterrupt
     assert [m.training for m in view._adapter.all_modules()] == modes
     assert all(modes)
 
@@ -429,7 +415,7 @@ def test_wrong_names_are_refused(kind: str) -> None:
         (lambda: view.weight(-1, "W_Q"), "expected a layer from 0 to 1, got -1; pass"),
         (
             lambda: view.weight(0, "W_gate"),
-            "expected a matrix among W_Q, W_K, W_V, W_O, W_in, W_out, got 'W_gate'; pass",
+            "expected a matrix among W_Q, .*, W_out, got 'W_gate'; pass",
         ),
         (lambda: view.kv_head(4), "expected a head from 0 to 3, got 4; pass"),
         (lambda: view.has_point("resid"), "expected a point among attn_in, .*, got 'resid'; pass"),

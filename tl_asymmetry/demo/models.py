@@ -96,27 +96,27 @@ def gpt2_model(config: Mapping[str, Any], tensors: Tensors) -> GPT2LMHeadModel:
 
     if bool(tensors["unembed.b_U"].any()):
         raise ValueError("expected an unembedding bias of zeros, got another; pass weights trained without one")
-    hf_config = GPT2Config(
-        vocab_size=config["d_vocab"],
-        n_positions=config["n_ctx"],
-        n_embd=config["d_model"],
-        n_layer=config["n_layers"],
-        n_head=config["n_heads"],
-        n_inner=config["d_mlp"],
-        activation_function=config["act_fn"],
-        layer_norm_epsilon=config["eps"],
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=SPECIALS.index(BOS),
-        eos_token_id=SPECIALS.index(EOS),
+    settings: dict[str, Any] = {
+        "vocab_size": config["d_vocab"],
+        "n_positions": config["n_ctx"],
+        "n_embd": config["d_model"],
+        "n_layer": config["n_layers"],
+        "n_head": config["n_heads"],
+        "n_inner": config["d_mlp"],
+        "activation_function": config["act_fn"],
+        "layer_norm_epsilon": config["eps"],
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "bos_token_id": SPECIALS.index(BOS),
+        "eos_token_id": SPECIALS.index(EOS),
         # No pad_token_id: padding is on the right, where a causal model cannot see it, and transformers would warn.
-        tie_word_embeddings=False,
-        attn_implementation="eager",
-    )
+        "tie_word_embeddings": False,
+        "attn_implementation": "eager",
+    }
     # The constructor draws weights that are overwritten below; the fork keeps the global state as it was.
     with torch.random.fork_rng(devices=[]):
-        model = GPT2LMHeadModel(hf_config)
+        model = GPT2LMHeadModel(GPT2Config(**settings))
     state = {"transformer.wte.weight": tensors["embed.W_E"], "transformer.wpe.weight": tensors["pos_embed.W_pos"]}
     for layer in range(config["n_layers"]):
         block = {name: tensors[f"blocks.{layer}.{name}"] for name in _BLOCK_NAMES}
@@ -244,7 +244,8 @@ def _hooked(
 def _bridge(config: Mapping[str, Any], tensors: Tensors, tokenizer: Any, device: str | torch.device) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
-    hf_model = gpt2_model(config, tensors).to(device)
+    hf_model: Any = gpt2_model(config, tensors)
+    hf_model.to(device)
     with torch.random.fork_rng(devices=[]):
         model = TransformerBridge.boot_transformers(
             config["model_name"], hf_model=hf_model, tokenizer=tokenizer, device=str(device), dtype=torch.float32

@@ -106,7 +106,7 @@ def attempts(
         )
         for i, prompt in enumerate(batch):
             rows = sampled[i * per_prompt : (i + 1) * per_prompt]
-            finished = tuple(tokenizer.decode(row[:-1]) for row in rows if row is not None)
+            finished = tuple(str(tokenizer.decode(row[:-1])) for row in rows if row is not None)
             yield Attempt(prompt, finished, unfinished=rows.count(None))
         index += len(batch)
 

@@ -45,7 +45,7 @@ class Story:
 
     @property
     def split(self) -> Split:
-        """ "train" or "held_out", from a hash of the opening."""
+        """Which split the story belongs to, from a hash of the opening."""
         digest = hashlib.sha256(self.setup.encode("utf-8")).digest()
         return "held_out" if int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0 else "train"
 

@@ -69,10 +69,13 @@ def projected_energy(
 
 
 def gram_energy(gram: Float[Tensor, "*head d d"], basis: Float[Tensor, "d k"]) -> Float[Tensor, "*head k"]:
-    """‖q_iᵀ ΔW‖² = (Qᵀ M Q)_ii from M = ΔW ΔWᵀ: cheaper than the delta itself where its other axis is longer than d."""
+    """‖q_iᵀ ΔW‖² = (Qᵀ M Q)_ii from M = ΔW ΔWᵀ: cheaper than the delta itself where its other axis is longer than d.
+
+    Good to rounding of the largest, never below 0.
+    """
     Q = basis.to(gram)
     with exact_products(gram.device):
-        return ((gram @ Q) * Q).sum(-2).to(torch.float64)
+        return ((gram @ Q) * Q).sum(-2, dtype=torch.float64).clamp(min=0)
 
 
 def sum_of_squares(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:

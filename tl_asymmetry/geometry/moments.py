@@ -55,7 +55,7 @@ class StreamingMoments:
             raise ValueError(f"expected [batch, pos, {self.d}] for per-sequence moments, got {tuple(x.shape)}")
         x = x.detach().to(product_dtype(x))
         if self._sums is None:
-            self._sums = _Sums.about_mean(x, mask, sequences=self.sequences)
+            self._sums = _Sums.empty(x, sequences=self.sequences)
         self._sums.add(x, mask)
 
     def merge(self, other: StreamingMoments) -> StreamingMoments:
@@ -84,7 +84,7 @@ class StreamingMoments:
         return result
 
     def cpu(self) -> StreamingMoments:
-        """The same moments on CPU."""
+        """The same moments on CPU; those that are there already are shared, not copied."""
         result = StreamingMoments(self.d, sequences=self.sequences)
         result._sums = None if self._sums is None else self._sums.cpu()
         return result
@@ -127,8 +127,9 @@ class StreamingMoments:
         return _unpack(sums.gram - sums.between, self.d) / sums.count
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What `from_state` needs to make the same moments again: float64 tensors on CPU."""
-        return {name: value.cpu() for name, value in vars(self._require_rows()).items() if value is not None}
+        """What `from_state` needs to make the same moments again: float64 tensors on CPU, their own copies."""
+        sums = self._require_rows().clone().cpu()
+        return {name: value for name, value in vars(sums).items() if value is not None}
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> StreamingMoments:
@@ -162,15 +163,12 @@ class _Sums:
     """Packed Σ_s n_s (x̄_s − c)(x̄_s − c)ᵀ over sequences s, if kept."""
 
     @classmethod
-    def about_mean(cls, x: Tensor, mask: Tensor | None, *, sequences: bool) -> _Sums:
-        """Empty sums, their shift the mean of these rows."""
+    def empty(cls, x: Tensor, *, sequences: bool) -> _Sums:
+        """No rows yet, on the device of `x`; the first rows that count set the shift."""
         d = x.shape[-1]
-        counted = x if mask is None else torch.where(mask.unsqueeze(-1), x, _zero(x))
-        mean = counted.reshape(-1, d).sum(0, dtype=torch.float64) / _counts(x, mask).sum().clamp(min=1)
         gram = torch.zeros(d * (d + 1) // 2, dtype=torch.float64, device=x.device)
         return cls(
-            # Rounded to the rows' dtype: what `add` subtracts there and `moved` adds in float64 is the same number.
-            shift=mean.to(x.dtype).to(torch.float64),
+            shift=torch.zeros(d, dtype=torch.float64, device=x.device),
             gram=gram,
             total=torch.zeros(d, dtype=torch.float64, device=x.device),
             count=torch.zeros((), dtype=torch.float64, device=x.device),
@@ -178,12 +176,15 @@ class _Sums:
         )
 
     def add(self, x: Tensor, mask: Tensor | None) -> None:
-        centred = x - self.shift.to(x.device, x.dtype)
+        counts = _counts(x, mask)
         if mask is not None:
             # where, not a product: a masked NaN must not survive. Not x[mask]: shapes stay static for fake tensors.
-            centred = torch.where(mask.unsqueeze(-1), centred, _zero(x))
+            x = torch.where(mask.unsqueeze(-1), x, torch.zeros((), dtype=x.dtype, device=x.device))
+        # Whether any row has counted so far only the device knows: where, not if.
+        self.shift = torch.where(self.count > 0, self.shift, _rough_mean(x, counts))
+        shift = self.shift.to(x.dtype)
+        centred = x - shift if mask is None else torch.addcmul(x, counts.unsqueeze(-1).to(x.dtype), shift, value=-1)
         rows = centred.reshape(-1, x.shape[-1])
-        counts = _counts(x, mask)
         with exact_products(x.device):
             self.gram += _pack(rows.mT @ rows)
         self.count += counts.sum()
@@ -221,8 +222,11 @@ class _Sums:
         return _Sums(**{name: None if value is None else value.clone() for name, value in vars(self).items()})
 
 
-def _zero(like: Tensor) -> Tensor:
-    return torch.zeros((), dtype=like.dtype, device=like.device)
+def _rough_mean(x: Tensor, counts: Tensor) -> Tensor:
+    """The mean row, to a few digits, in numbers that float32 holds: `add` and `moved` then shift by the same."""
+    weights = (counts / counts.sum().clamp(min=1)).reshape(-1).to(x.dtype)
+    with exact_products(x.device):
+        return (weights @ x.reshape(-1, x.shape[-1])).to(torch.float32).to(torch.float64)
 
 
 def _counts(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -13,10 +13,19 @@ from torch import Tensor
 def exact_products(device: torch.device) -> Iterator[None]:
     """Run float32 matrix products in float32, whatever the caller has switched on, and put his settings back.
 
-    `torch.set_float32_matmul_precision("high" | "medium")` (TF32, bf16 on CPU) and an enclosing `torch.autocast`
+    `torch.set_float32_matmul_precision("high" | "medium")` (TF32, bf16 on CPU), `fp32_precision` and an enclosing `torch.autocast`
     both shorten the mantissa of a product silently; a second moment does not survive that (18 % off in bf16).
     """
-    before = torch.get_float32_matmul_precision()
+    backends = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+    own: list[str] = []
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        # torch ≥ 2.9 will not name one precision where a backend was given its own (`fp32_precision`): put these aside.
+        own = [backend.fp32_precision for backend in backends]
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        before = torch.get_float32_matmul_precision()
     if before != "highest":
         torch.set_float32_matmul_precision("highest")
     try:
@@ -25,6 +34,8 @@ def exact_products(device: torch.device) -> Iterator[None]:
     finally:
         if before != "highest":
             torch.set_float32_matmul_precision(before)
+        for backend, precision in zip(backends, own, strict=False):
+            backend.fp32_precision = precision
 
 
 def product_dtype(*tensors: Tensor) -> torch.dtype:

@@ -138,5 +138,6 @@ def random_subspace(d: int, k: int, seed: int) -> Subspace:
     if not 1 <= k <= d:
         raise ValueError(f"expected a rank from 1 to {d}, got {k}; pass 1 <= k <= d")
     generator = torch.Generator().manual_seed(seed)
-    Q = torch.linalg.qr(torch.randn(d, k, dtype=torch.float64, generator=generator)).Q
-    return Subspace(Q, None, f"random[{seed}]")
+    Q, R = torch.linalg.qr(torch.randn(d, k, dtype=torch.float64, generator=generator))
+    # LAPACK ties the sign of a column to its first entry; undone, the columns too are Haar (Mezzadri 2007).
+    return Subspace(Q * R.diagonal().sign(), None, f"random[{seed}]")

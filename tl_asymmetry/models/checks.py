@@ -59,7 +59,9 @@ def check_raw(view: ModelView) -> list[str]:
 
 def processing_flags(view: ModelView) -> tuple[list[str], list[str]]:
     """The processing flags for which the model shows evidence, by TransformerLens's names, and warnings."""
-    adapter, layers = view._adapter, range(view.n_layers)
+    adapter = view._adapter
+    # processing touches every layer and row alike: three layers and some rows tell, without a second copy of it all
+    layers = sorted({0, view.n_layers // 2, view.n_layers - 1})
 
     def stacked(matrix: str) -> Tensor:
         return torch.cat([view._weight(i, matrix).double().flatten(0, -3) for i in layers])
@@ -89,7 +91,7 @@ def processing_flags(view: ModelView) -> tuple[list[str], list[str]]:
     W_O = stacked("W_O")
     if view.norm == "LN" and _is_centred(W_O, dim=-1, dtype=view.dtype):
         flags.append("center_writing_weights")
-    if _is_centred(view.unembedding()[0].double(), dim=-1, dtype=view.dtype):
+    if _is_centred(view.unembedding()[0][:128].double(), dim=-1, dtype=view.dtype):
         flags.append("center_unembed")
     if _is_refactored(W_O, stacked("W_V")):
         flags.append("refactor_factored_attn_matrices")  # explains zero value biases as well

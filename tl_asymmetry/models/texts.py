@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from .view import ModelView
@@ -57,7 +57,7 @@ def tokenize(view: ModelView, texts: Sequence[Any], window: int | None = None) -
     for index, text in enumerate(texts):
         head, body = _encode(tokenizer, text, index)
         if not body:
-            raise ValueError(f"expected texts with at least one token, got an empty text at index {index}; pass it not")
+            raise ValueError(f"expected texts with a token or more, got an empty text at index {index}; leave it out")
         step = window - len(head)
         for start in range(0, len(body), step):
             sequences.append(torch.tensor(head + body[start : start + step], dtype=torch.int64))
@@ -88,16 +88,18 @@ def _encode(tokenizer: Any, text: Any, index: int) -> tuple[list[int], list[int]
     )
 
 
-def batches(
-    sequences: Sequence[Int[Tensor, " pos"]], batch_size: int
-) -> Iterator[tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]]:
+def batches(sequences: Sequence[Tensor], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Consecutive sequences as right-padded batches with their masks.
 
     In a causal model padding on the right leaves every real position as it is, so no attention mask is
     needed; the mask only says which positions count. The padding is token 0.
 
+    Args:
+        sequences: token ids `[pos]`, of any lengths.
+        batch_size: sequences per batch.
+
     Yields:
-        `(tokens, mask)`, the mask True at real tokens.
+        `(tokens, mask)`, both `[batch, pos]`, the mask True at real tokens.
     """
     if batch_size < 1:
         raise ValueError(f"expected a batch_size of at least 1, got {batch_size}; pass batch_size=8")

@@ -495,4 +495,5 @@ def _first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 
 def _shares_storage(tensor: Tensor, parameters: Iterator[Tensor]) -> bool:
     pointer = tensor.untyped_storage().data_ptr()
-    return any(p.untyped_storage().data_ptr() == pointer for p in parameters)
+    # fake and meta tensors have no address, so there a copy cannot be told from a view
+    return pointer == 0 or any(p.untyped_storage().data_ptr() == pointer for p in parameters)
