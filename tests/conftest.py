@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 
@@ -17,6 +18,17 @@ def real_data() -> Path:
     if not DATA.is_dir():
         pytest.skip(f"no real models: {DATA} is absent (set TL_ASYMMETRY_DATA)")
     return DATA
+
+
+@pytest.fixture
+def unchecked_types():
+    """As in production, where no type checker sees a wrong argument before the code does.
+
+    Also needed where Python's global random state is watched: the checker samples the items of long lists with it.
+    """
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def pytest_collection_modifyitems(items):

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import base64
 import gzip
-import importlib.util
 import inspect
 import io
 import json
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
+from tests import synthetic
 from tl_asymmetry.plots import asymmetry_figure, heads_figure, layers_figure, page, rank_curve_figure, spectrum_figure
 from tl_asymmetry.report import (
     CITATIONS,
@@ -28,10 +27,6 @@ from tl_asymmetry.report import (
     report_html,
     write_report,
 )
-
-_spec = importlib.util.spec_from_file_location("synthetic", Path(__file__).parent / "plots" / "conftest.py")
-synthetic = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(synthetic)
 
 BAD = '"><img src=x onerror=alert(1)></script><script>alert(2)</script>'
 VOID = {"meta", "link", "br", "img", "input", "hr"}

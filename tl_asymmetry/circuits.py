@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tl_asymmetry.bases import LayerBases
 from tl_asymmetry.deltas import LiveDelta, residual_first
+from tl_asymmetry.geometry.fraction import total
 from tl_asymmetry.geometry.precision import exact_products
 
 CIRCUIT_COLUMNS = (
@@ -20,6 +21,9 @@ CIRCUIT_COLUMNS = (
 )  # fmt: skip
 """Columns of the circuits table, in this order."""
 
+
+# A product's change this much smaller (in energy) than the two terms it is the sum of has no digits left in float32.
+_CANCELLED = 1e-6
 
 _CIRCUITS = (
     ("QK", ("W_Q", "W_K"), (("query", "left", "read", "attn_in"), ("key", "right", "read", "attn_in"))),
@@ -36,7 +40,7 @@ class ProductChange:
     right: Float[Tensor, "head d r"]
     """[Y', ΔY], so that left rightᵀ = ΔX Y'ᵀ + X ΔYᵀ: nothing large is subtracted from something large."""
     energy: Float64[Tensor, " head"]
-    """‖X'Y'ᵀ − XYᵀ‖²."""
+    """‖X'Y'ᵀ − XYᵀ‖²; 0 where only rounding is left of it."""
     base_energy: Float64[Tensor, " head"]
     """‖XYᵀ‖²."""
 
@@ -46,22 +50,24 @@ class ProductChange:
         with exact_products(near.device):
             projected = basis.to(near).mT @ near
             # ‖p Yᵀ‖² = p (YᵀY) pᵀ
-            return ((projected @ (far.mT @ far)) * projected).sum(-1, dtype=torch.float64).cpu()
+            return total((projected @ (far.mT @ far)) * projected).cpu()
 
 
 def product_change(
-    base_left: Float[Tensor, "head d r"],
-    base_right: Float[Tensor, "head d r"],
-    left_change: Float[Tensor, "head d r"],
-    right_change: Float[Tensor, "head d r"],
+    base_left: Float[Tensor, "left_head d r"],
+    base_right: Float[Tensor, "right_head d r"],
+    left_change: Float[Tensor, "left_head d r"],
+    right_change: Float[Tensor, "right_head d r"],
 ) -> ProductChange:
-    """The change of X Yᵀ from the two bases and their changes, which may have fewer heads on one side (grouped-query)."""
+    """The change of X Yᵀ from the two bases and their changes; one side may have fewer heads (grouped-query)."""
     heads = max(len(base_left), len(base_right))
-    X, Y, ΔX, ΔY = (
-        t.repeat_interleave(heads // len(t), 0) for t in (base_left, base_right, left_change, right_change)
-    )
+    X, Y, ΔX, ΔY = (t.repeat_interleave(heads // len(t), 0) for t in (base_left, base_right, left_change, right_change))
     left, right = torch.cat([ΔX, X], -1), torch.cat([Y + ΔY, ΔY], -1)
-    return ProductChange(left, right, energy=_product_energy(left, right), base_energy=_product_energy(X, Y))
+    energy = _product_energy(left, right)
+    # ΔX Y'ᵀ and X ΔYᵀ cancel where the two changes are mostly a change of gauge.
+    terms = _norm(ΔX) * _norm(Y) + _norm(X) * _norm(ΔY)
+    energy = torch.where(energy > _CANCELLED * terms, energy, 0)
+    return ProductChange(left, right, energy=energy, base_energy=_product_energy(X, Y))
 
 
 def layer_circuits(
@@ -80,35 +86,35 @@ def layer_circuits(
         bases: of this layer.
         ranks: ranks to read; those above a basis's size are left out.
     """
-    frames = [pd.DataFrame(columns=list(CIRCUIT_COLUMNS))]
+    frames = []
     for circuit, (left, right), sides in _CIRCUITS:
         if left not in deltas or right not in deltas:
             continue
         ΔX, ΔY = deltas[left].change, deltas[right].change
-        change = product_change(residual_first(left, base[left]).to(ΔX), residual_first(right, base[right]).to(ΔY), ΔX, ΔY)
+        X, Y = residual_first(left, base[left]), residual_first(right, base[right])
+        change = product_change(X.to(ΔX), Y.to(ΔY), ΔX, ΔY)
         for side, axis, pathway, name in sides:
-            basis = bases.subspace(name).basis
+            basis = bases.subspace(name).basis[:, : max(ranks)]
             profile = change.energies(basis, axis).cumsum(-1)
-            frames += [
-                _rows(change, profile[:, k - 1], k, basis.shape[0]).assign(
-                    layer=layer, circuit=circuit, side=side, pathway=pathway, subspace=name
-                )
-                for k in ranks
-                if k <= basis.shape[1]
-            ]
-    return pd.concat(frames[1:] or frames, ignore_index=True)[list(CIRCUIT_COLUMNS)]
+            read = [k for k in ranks if k <= basis.shape[1]]
+            frame = _rows(change, profile[:, [k - 1 for k in read]], read, basis.shape[0])
+            frames.append(frame.assign(layer=layer, circuit=circuit, side=side, pathway=pathway, subspace=name))
+    table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(CIRCUIT_COLUMNS))
+    return table[list(CIRCUIT_COLUMNS)]
 
 
-def _rows(change: ProductChange, inside: Tensor, k: int, d: int) -> pd.DataFrame:
-    fraction = inside / change.energy
+def _rows(change: ProductChange, inside: Float64[Tensor, "head rank"], ranks: Sequence[int], d: int) -> pd.DataFrame:
+    energy = change.energy.unsqueeze(-1)
+    fraction = inside / energy.masked_fill(energy == 0, torch.nan)
     columns = {
         "fraction": fraction,
-        "relative": fraction * d / k,
-        "delta_norm": change.energy.sqrt(),
-        "delta_relative_norm": (change.energy / change.base_energy).sqrt(),
+        "relative": fraction * d / torch.tensor(ranks),
+        "delta_norm": energy.sqrt(),
+        "delta_relative_norm": (energy / change.base_energy.unsqueeze(-1)).sqrt(),
+        "head": torch.arange(len(energy)).unsqueeze(-1),
+        "rank": torch.tensor(ranks),
     }
-    frame = pd.DataFrame({name: value.numpy() for name, value in columns.items()})
-    return frame.assign(head=range(len(frame)), rank=k)
+    return pd.DataFrame({name: value.expand(fraction.shape).flatten().numpy() for name, value in columns.items()})
 
 
 def _product_energy(left: Tensor, right: Tensor) -> Tensor:
@@ -116,3 +122,7 @@ def _product_energy(left: Tensor, right: Tensor) -> Tensor:
     with exact_products(left.device):
         return ((left.mT @ left).double() * (right.mT @ right).double()).sum((-2, -1)).cpu()
 
+
+def _norm(x: Tensor) -> Tensor:
+    """‖X‖², float64 on CPU."""
+    return total(x.square(), axes=2).cpu()

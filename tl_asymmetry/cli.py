@@ -40,7 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     analyze = commands.add_parser("analyze", help="a base and an aligned model")
     analyze.add_argument("base", metavar="BASE", help="hub name or local Hugging Face directory")
     analyze.add_argument("aligned", metavar="ALIGNED", help="hub name or local Hugging Face directory")
-    analyze.add_argument("--texts", type=Path, help="UTF-8 text file (texts apart by blank lines) or .jsonl (see below)")
+    analyze.add_argument(
+        "--texts", type=Path, help="UTF-8 text file (texts apart by blank lines) or .jsonl (see below)"
+    )
     analyze.add_argument("--out", type=Path, default=Path("tl-asymmetry-result"), help="folder for result and report")
     analyze.add_argument("--ranks", type=int, nargs="+", help="ranks of the subspaces")
     analyze.add_argument("--max-tokens", type=int, help="use no more tokens than this")
@@ -92,11 +94,16 @@ def _finish(result: PairAnalysis, folder: Path) -> None:
 
 
 def _read_texts(path: Path) -> list[Any]:
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected UTF-8 text in {path}, got {error}; pass it converted to UTF-8") from error
     if path.suffix != ".jsonl":
         return [passage.strip() for passage in text.split("\n\n") if passage.strip()]
     texts = []
-    for number, line in enumerate(filter(str.strip, text.splitlines()), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
             entry = json.loads(line)
         except json.JSONDecodeError as error:

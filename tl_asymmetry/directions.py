@@ -37,8 +37,10 @@ def describe_directions(
     directions, partners, spectrum = _chosen(arrays, layer, head, matrix)
     if not 1 <= n <= len(directions):
         raise ValueError(f"expected n from 1 to {len(directions)}, got {n}; pass a smaller n")
-    if weights_hash(view) != config["models"]["base"]["weights_sha256"]:
-        raise ValueError(f"expected the base model of this analysis, got other weights ({view.name!r}); pass model=base")
+    if weights_hash(view) != config["models"]["base"]["weights_xxh3"]:
+        raise ValueError(
+            f"expected the base model of this analysis, got other weights ({view.name!r}); pass model=base"
+        )
     probes = directions if matrix in READ else partners
     excited = _exciting_contexts(view, arrays, layer, head, matrix, probes[:n], contexts)
     W_U = view.unembedding()[0]

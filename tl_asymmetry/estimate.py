@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -82,9 +83,10 @@ def estimate_pair(
         >>> estimate_pair(*demo_pair(), demo_texts(4, seed=0), ranks=[4]).seconds < 60
         True
     """
-    base, aligned = ModelView(model_base), ModelView(model_aligned)
-    check_pair(base, aligned)
-    plan = make_plan(base, matrices, ranks, subspaces, groups=groups, activations=activations)
+    base = ModelView(model_base)
+    if not isinstance(model_aligned, str | Path):  # else it would have to be loaded
+        check_pair(base, ModelView(model_aligned))
+    plan = make_plan(base, matrices, ranks, subspaces, groups=groups, activations=activations, batch_size=batch_size)
     sequences = token_sequences(base, texts, tokens, max_tokens, notes=lambda line: None)
     check_token_count(sum(len(s) - exclude_first for s in sequences), plan.ranks)
     d, L, n = base.d_model, base.n_layers, sum(map(len, sequences))
@@ -92,9 +94,9 @@ def estimate_pair(
     models = 2 if sensitivity or activations == "both" else 1
     sizes = [base.weight(0, matrix).numel() for matrix in plan.matrices]
 
-    flops = _rate(lambda x: x @ x, torch.randn(_PROBE, _PROBE, device=base.device), 2 * _PROBE**3)
+    flops = _rate(lambda x: x @ x, torch.randn(_PROBE, _PROBE, device=base.device), 2.0 * _PROBE**3)
     probe = torch.randn(min(d, _PROBE), min(d, _PROBE), dtype=torch.float64)
-    eigensolve = (d / len(probe)) ** 3 / _rate(lambda x: ordered_eigh(x @ x.mT), probe, 1)
+    eigensolve = (d / len(probe)) ** 3 / _rate(lambda x: ordered_eigh(x @ x.mT), probe, 1.0)
 
     packed = d * (d + 1) // 2 * 8
     sites = len(plan.points) * L

@@ -69,7 +69,7 @@ def analyze_pair(
         model_aligned: the same, or a local Hugging Face directory or hub name.
         texts: strings, or lists of chat messages, read with the base's tokenizer and cut into windows; without texts
             and tokens the package's calibration texts are used and the result says so.
-        tokens: token ids `[batch, pos]` instead of texts.
+        tokens: token ids `[batch, pos]` instead of texts; every one counts, so no padding.
         matrices: default all the model has of W_Q, W_K, W_V, W_O, W_in, W_gate, W_out.
         ranks: default the distinct values of 1, 4, 16, 64, d//16, d//4 below d.
         subspaces: names out of attn_in, mlp_in, resid_pre, resid_mid, resid_post, prediction, or a mapping from names
@@ -102,13 +102,21 @@ def analyze_pair(
         True
     """
     arguments = described_arguments(locals())
-    if isinstance(model_aligned, str | Path):
-        model_aligned = open_model(model_aligned, device=ModelView(model_base).device)
-    base, aligned = ModelView(model_base), ModelView(model_aligned)
-    notes = _Notes()
-    plan = make_plan(base, matrices, ranks, subspaces, groups=groups, activations=activations)
+    base, notes = ModelView(model_base), _Notes()
+    if gradient is not None and not isinstance(gradient, GradientMoments):
+        raise ValueError(
+            f"expected gradient with a method gradient_moment(layer, matrix, head), got {type(gradient).__name__}; "
+            "pass a gradient covariance"
+        )
+    plan = make_plan(base, matrices, ranks, subspaces, groups=groups, activations=activations, batch_size=batch_size)
     sequences = token_sequences(base, texts, tokens, max_tokens, notes=notes.add)
     check_token_count(sum(len(s) - exclude_first for s in sequences), plan.ranks)
+    if isinstance(model_aligned, str | Path):
+        model_aligned = open_model(model_aligned, device=base.device)
+    aligned = ModelView(model_aligned)
+    for name, layers in plan.given.items():
+        if layers[0].rank < max(plan.ranks):
+            notes.warn(f"ranks above {layers[0].rank} are left out for {name!r}, which has no more directions", level=3)
     hashes = _check_models(base, aligned, sequences, notes)
 
     with torch.no_grad():
@@ -123,9 +131,7 @@ def analyze_pair(
         projections: dict[tuple[str, str], list[Projection]] = defaultdict(list)
         circuits = []
         for layer in tqdm(range(base.n_layers), desc="layers", disable=not progress):
-            bases = LayerBases(
-                layer, sources.groups, given, centered=centered, exact=base.dtype == torch.float64
-            )
+            bases = LayerBases(layer, sources.groups, given, centered=centered, exact=base.dtype == torch.float64)
             weights = {matrix: base.weight(layer, matrix) for matrix in plan.matrices}
             measured = {
                 matrix: measure_delta(matrix, weight, aligned.weight(layer, matrix), seed=seed)
@@ -144,9 +150,14 @@ def analyze_pair(
             for matrix, delta in measured.items():
                 deltas[matrix].append(delta.numbers)
 
-    unchanged = all(bool((stacked(layers, "energy") == 0).all()) for layers in deltas.values())
-    if unchanged and hashes["base"] != hashes["aligned"]:
-        notes.warn("the analysed matrices are the same in both models: every delta is zero and every fraction NaN")
+    same = [matrix for matrix, layers in deltas.items() if bool((stacked(layers, "energy") == 0).all())]
+    if same and hashes["base"] != hashes["aligned"]:
+        if len(same) == len(deltas):
+            notes.warn(
+                "the analysed matrices are the same in both models: every delta is zero and every fraction NaN", level=3
+            )
+        else:
+            notes.add(f"{', '.join(same)} are the same in both models: their rows are NaN")
     return PairAnalysis.assemble(
         table=pair_table(
             deltas, projections, plan.ranks,
@@ -180,14 +191,12 @@ class _Notes:
     def add(self, line: str) -> None:
         self.lines.append(line)
 
-    def warn(self, line: str) -> None:
+    def warn(self, line: str, *, level: int = 4) -> None:
         self.lines.append(line)
-        warnings.warn(line, UserWarning, stacklevel=4)
+        warnings.warn(line, UserWarning, stacklevel=level)
 
 
-def _check_models(
-    base: ModelView, aligned: ModelView, sequences: Sequence[Tensor], notes: _Notes
-) -> dict[str, str]:
+def _check_models(base: ModelView, aligned: ModelView, sequences: Sequence[Tensor], notes: _Notes) -> dict[str, str]:
     """Refuse what cannot be compared, note what the reader must know, and return both hashes."""
     for warning in check_pair(base, aligned):
         notes.warn(warning)

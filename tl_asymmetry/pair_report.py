@@ -79,8 +79,8 @@ def _methods(result: PairAnalysis) -> list[tuple[str, str]]:
          f"{'left out' if arguments['exclude_first'] else 'kept'}, "
          f"{'covariance' if arguments['centered'] else 'uncentred second moment'}"),
         ("Intervals", f"delete-one-group jackknife over at most {arguments['groups']} groups of sequences, on the log"),
-        ("Null", f"Haar-random subspaces, seed {arguments['seed']}; q by Benjamini–Hochberg over layers and heads of one "
-         "matrix, subspace and rank"),
+        ("Null", f"Haar-random subspaces, seed {arguments['seed']}; q by Benjamini–Hochberg over the layers and heads "
+         "of one matrix, subspace and rank"),
     ]  # fmt: skip
 
 

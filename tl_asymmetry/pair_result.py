@@ -77,10 +77,14 @@ class PairAnalysis:
             ValueError: analysed without `sensitivity=True`.
         """
         if not any(name.startswith("sensitivity/") for name in self.arrays):
+            if self.config["arguments"]["sensitivity"]:
+                raise ValueError(
+                    "expected a subspace that can be chosen otherwise, got only given ones; pass subspaces by name"
+                )
             raise ValueError(
                 "expected an analysis with sensitivity=True, got one without; pass sensitivity=True to analyze_pair"
             )
-        headed = self.table.groupby("matrix")["head"].apply(lambda heads: bool(heads.notna().all())).to_dict()
+        headed = {str(matrix): bool(rows["head"].notna().all()) for matrix, rows in self.table.groupby("matrix")}
         return sensitivity_table(self.arrays, self.config["ranks"], headed)
 
     def directions(
@@ -151,6 +155,11 @@ class PairAnalysis:
         """Read against write, one point per head. See `plots.asymmetry_figure`."""
         from tl_asymmetry.plots import asymmetry_figure
 
+        if self.asymmetry.empty:
+            raise ValueError(
+                "expected an analysis of W_Q and W_K against attn_in and of W_O against prediction, got one without; "
+                "pass the default matrices and subspaces to analyze_pair"
+            )
         return asymmetry_figure(self.asymmetry, **{"default_rank": self.config["shown_rank"], **options})
 
     def plot_spectrum(self, subspace: str = "attn_in", **options: Any) -> go.Figure:
@@ -161,7 +170,10 @@ class PairAnalysis:
         if f"spectrum/{subspace}" in self.arrays:
             spectra = self.delta_spectrum(subspace).sum(1)  # heads pooled
             return spectrum_figure(spectra, **{**options, "name": f"ΔW of {subspace}, heads pooled"})
-        return spectrum_figure(self.eigenvalues(subspace), **{"ranks": self.config["ranks"], **options})
+        eigenvalues = self.eigenvalues(subspace)
+        if np.isnan(eigenvalues).all():
+            raise ValueError(f"expected a subspace with eigenvalues, got {subspace!r}, given without; pass another one")
+        return spectrum_figure(eigenvalues, **{"ranks": self.config["ranks"], **options})
 
     def to_html(self, path: str | Path) -> Path:
         """Write the report: one self-contained page that opens offline. Returns its path."""
@@ -187,7 +199,8 @@ class PairAnalysis:
             ValueError: no such analysis there.
         """
         tables, arrays, config, notes = load_result(path, "PairAnalysis")
-        return cls(**tables, config=config, notes=notes, arrays=arrays)
+        table, asymmetry, other_changes, circuits = (tables[name] for name in _TABLES)
+        return cls(table, asymmetry, other_changes, circuits, config, notes, arrays)
 
     def to_xarray(self) -> Any:
         """The table as an `xarray.Dataset` for each (matrix, subspace), in a dict. Needs the extra `xarray`.

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from tl_asymmetry.models.view import INPUT_POINT
+
 if TYPE_CHECKING:
     from tl_asymmetry.pair_result import PairAnalysis
 
@@ -44,7 +46,7 @@ def headline(result: PairAnalysis) -> list[str]:
     if at_rank["fraction"].isna().all():
         return ["No matrix differs between the two models: nothing to be located."]
     sentences = []
-    own = at_rank[(at_rank["pathway"] == "read") & (at_rank["subspace"] != "prediction")]
+    own = at_rank[(at_rank["pathway"] == "read") & (at_rank["subspace"] == at_rank["matrix"].map(INPUT_POINT))]
     if len(own):
         sentences.append(
             f"Reading: at rank {k} the median relative fraction in the inputs' own leading directions is "
@@ -72,7 +74,9 @@ def headline(result: PairAnalysis) -> list[str]:
         sentences.append(f"Asymmetry: mean log2(read / write) over layers is {mean:+.2f}; {chance}.")
     rounded = (at_rank["rounding_share"] >= 0.5).mean()
     if rounded > 0:
-        sentences.append(f"Rounding explains half or more of the change in {rounded:.0%} of the rows: read those as noise.")
+        sentences.append(
+            f"Rounding explains half or more of the change in {rounded:.0%} of the rows: noise, not signal."
+        )
     return sentences
 
 
@@ -80,10 +84,11 @@ def summary_text(result: PairAnalysis) -> str:
     """For a terminal."""
     config, shape = result.config, result.config["shape"]
     base, aligned = config["models"]["base"], config["models"]["aligned"]
+    ranks = ", ".join(map(str, config["ranks"]))
     lines = [
         f"PairAnalysis: {base['name']} → {aligned['name']}",
-        f"{shape['n_layers']} layers × {shape['n_heads']} heads, d_model {shape['d_model']}; {config['tokens']} tokens in "
-        f"{config['sequences']} sequences; ranks {', '.join(map(str, config['ranks']))}, shown {config['shown_rank']}",
+        f"{shape['n_layers']} layers × {shape['n_heads']} heads, d_model {shape['d_model']}; {config['tokens']} tokens "
+        f"in {config['sequences']} sequences; ranks {ranks}, shown {config['shown_rank']}",
         "",
         summary_table(result).to_string(index=False, float_format="{:.3g}".format, na_rep="–"),
         "",

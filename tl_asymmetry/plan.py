@@ -41,7 +41,7 @@ class Plan:
     points: tuple[str, ...]
     """Hook points to capture: the subspaces' own and the inputs of read matrices."""
     shown_rank: int
-    """The rank to show where only one can be: d//16, or the nearest there is."""
+    """The rank to show where only one can be: d//16, or the nearest that every subspace has."""
 
     def described(self) -> dict[str, Any]:
         """For a result's config."""
@@ -105,17 +105,20 @@ def make_plan(
     *,
     groups: int,
     activations: str,
+    batch_size: int,
 ) -> Plan:
     """Resolve the defaults and refuse what the model does not have.
 
     Raises:
         ValueError: an unknown matrix, subspace or choice of activations, a rank out of range, a subspace of another
-            dimension or too small for every rank, groups < 1.
+            dimension or too small for every rank, groups < 1, batch_size < 1.
     """
     if activations not in ("base", "aligned", "both"):
         raise ValueError(f'expected activations "base", "aligned" or "both", got {activations!r}; pass one of them')
     if groups < 1:
         raise ValueError(f"expected groups >= 1, got {groups}; pass groups=1 for no intervals, 8 by default")
+    if batch_size < 1:
+        raise ValueError(f"expected a batch_size of at least 1, got {batch_size}; pass batch_size=8")
     d = view.d_model
     checked_ranks = check_ranks(default_ranks(d) if ranks is None else ranks, d)
     chosen = _matrices(view, matrices)
@@ -125,6 +128,7 @@ def make_plan(
     used = tuple(dict.fromkeys(name for matrix in chosen for name in targets[matrix]))
     inputs = [INPUT_POINT[m] for m in chosen if m in READ]
     points = dict.fromkeys([*inputs, *(name for name in used if name in STREAM_SUBSPACES and name not in given)])
+    everywhere = [k for k in checked_ranks if all(k <= layers[0].rank for layers in given.values())]
     return Plan(
         matrices=chosen,
         ranks=checked_ranks,
@@ -132,7 +136,7 @@ def make_plan(
         targets=targets,
         given=given,
         points=tuple(points),
-        shown_rank=min(checked_ranks, key=lambda k: (abs(k - max(d // 16, 1)), k)),
+        shown_rank=min(everywhere, key=lambda k: (abs(k - max(d // 16, 1)), k)),
     )
 
 
@@ -153,7 +157,7 @@ def token_sequences(
     max_tokens: int | None,
     *,
     notes: Callable[[str], None],
-) -> list[Int[Tensor, " pos"]]:
+) -> list[Int[Tensor, " _pos"]]:
     """The token ids to run, as sequences on CPU, at most `max_tokens` of them.
 
     Raises:
@@ -183,8 +187,9 @@ def token_sequences(
         if room > 0:
             kept.append(sequence[:room])
             room -= len(sequence)
-    if room < 0:
-        notes(f"only the first {max_tokens} of {sum(map(len, sequences))} tokens were used (max_tokens)")
+    total = sum(map(len, sequences))
+    if max_tokens < total:
+        notes(f"only the first {max_tokens} of {total} tokens were used (max_tokens)")
     return kept
 
 
@@ -202,8 +207,12 @@ def _matrices(view: ModelView, matrices: Sequence[str] | None) -> tuple[str, ...
 def _subspace_names(
     view: ModelView, subspaces: Sequence[str] | Mapping[str, Subspace | Sequence[Subspace]] | None
 ) -> tuple[str, ...]:
-    if subspaces is None or isinstance(subspaces, Mapping):
-        return tuple(subspaces or ())
+    if subspaces is None:
+        return ()
+    if isinstance(subspaces, Mapping):
+        if not subspaces:
+            raise ValueError("expected at least one subspace, got an empty mapping; leave it out for the default")
+        return tuple(subspaces)
     available = [*(point for point in STREAM_SUBSPACES if view.has_point(point)), "prediction"]
     unknown = [name for name in subspaces if name not in available]
     if unknown or not subspaces or isinstance(subspaces, str):
@@ -222,10 +231,10 @@ def _given(
         layers = [value] * view.n_layers if isinstance(value, Subspace) else list(value)
         if len(layers) != view.n_layers:
             raise ValueError(
-                f"expected one Subspace, or {view.n_layers} of them, for {name!r}, got {len(layers)}; pass one per layer"
+                f"expected a Subspace, or {view.n_layers} of them, for {name!r}, got {len(layers)}; pass one per layer"
             )
         if len({subspace.rank for subspace in layers}) > 1:
-            raise ValueError(f"expected subspaces of one rank for {name!r}, got several; truncate them to the smallest")
+            raise ValueError(f"expected subspaces of one rank for {name!r}, got several; pass them truncated")
         for subspace in layers:
             if subspace.d != view.d_model:
                 raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float64
@@ -16,7 +16,6 @@ from tl_asymmetry.geometry.fraction import gram_energy
 from tl_asymmetry.models.view import INPUT_POINT, READ, WRITE
 
 
-@runtime_checkable
 @runtime_checkable
 class GradientMoments(Protocol):
     """What a gradient covariance must offer to serve as a matched reference."""
@@ -38,10 +37,11 @@ class Projection:
     """‖q_iᵀ ΔW_h‖² along each direction."""
     eigenvalues: Float64[Tensor, " k"]
     """Variance along each direction; NaN where the basis has none."""
-    activation_reference: Float64[Tensor, " k"]
-    """Share of the matrix's input variance in the leading k directions; NaN for write matrices."""
-    gradient_reference: Float64[Tensor, "head k"]
-    """Share of the output gradient's variance in the leading k directions; NaN without gradients."""
+    activation_reference: Float64[Tensor, " top"]
+    """Share of the matrix's input variance in the leading 1 … top directions, top the largest rank in use; NaN for
+    write matrices."""
+    gradient_reference: Float64[Tensor, "head top"]
+    """Share of the output gradient's variance in the leading 1 … top directions; NaN without gradients."""
     replicates: Float64[Tensor, "group head rank"] | None
     """Energy in the leading `rank` directions with one group left out; None for a basis without replicates."""
 
@@ -68,25 +68,26 @@ def project(
         gradient: covariances for write matrices' matched reference.
     """
     subspace = bases.subspace(name)
-    k = subspace.rank
+    top = min(subspace.rank, max(ranks))
     replicates: dict[str, list[Tensor]] = {}
     if intervals and bases.is_captured(name):
-        top = torch.tensor(ranks) - 1
-        for Q in bases.replicates(name, max(ranks)):
+        read = torch.tensor(ranks) - 1
+        for Q in bases.replicates(name, top):
             for delta in deltas:
-                replicates.setdefault(delta.matrix, []).append(delta.energies(Q).cumsum(-1)[:, top])
-    nan = torch.full((k,), torch.nan, dtype=torch.float64)
+                replicates.setdefault(delta.matrix, []).append(delta.energies(Q).cumsum(-1)[:, read])
+    nan = torch.full((subspace.rank,), torch.nan, dtype=torch.float64)
     eigenvalues = nan if subspace.eigenvalues is None else subspace.eigenvalues.double().cpu()
     projections = []
     for delta in deltas:
-        activation_reference = nan
+        activation_reference = nan[:top]
         if delta.matrix in READ:
             centred = delta.matrix == "W_K" and softmax_centres_keys
-            activation_reference = bases.reference(INPUT_POINT[delta.matrix], name, within_sequences=centred)
+            activation_reference = bases.reference(INPUT_POINT[delta.matrix], name, top, within_sequences=centred)
         energies = delta.energies(subspace.basis)
-        gradient_reference = nan.expand(energies.shape)
+        gradient_reference = nan[:top].expand(len(energies), -1)
         if gradient is not None and delta.matrix in WRITE:
-            gradient_reference = _gradient_reference(gradient, bases.layer, delta.matrix, subspace.basis, len(energies))
+            basis = subspace.basis[:, :top]
+            gradient_reference = _gradient_reference(gradient, bases.layer, delta.matrix, basis, len(energies))
         projections.append(
             Projection(
                 matrix=delta.matrix,
@@ -107,4 +108,3 @@ def _gradient_reference(gradient: GradientMoments, layer: int, matrix: str, basi
         Σ = gradient.gradient_moment(layer, matrix, head).double()
         rows.append(gram_energy(Σ, basis).cumsum(0) / Σ.trace())
     return torch.stack(rows)
-

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+import xxhash
 
 from tl_asymmetry.geometry.rounding import coarser, storage_dtype
 from tl_asymmetry.models.view import ModelView
@@ -28,7 +29,7 @@ def provenance(base: ModelView, aligned: ModelView, hashes: dict[str, str]) -> d
                 "dtype": str(view.dtype),
                 "storage": str(_storage(view)),
                 "device": str(view.device),
-                "weights_sha256": hashes[role],
+                "weights_xxh3": hashes[role],
             }
             for role, view in (("base", base), ("aligned", aligned))
         },
@@ -66,12 +67,17 @@ def _described(value: Any) -> Any:
 
 
 def weights_hash(view: ModelView) -> str:
-    """SHA-256 of every parameter's name, shape, dtype and bytes: the same for the same weights, on any device."""
-    digest = hashlib.sha256()
+    """XXH3 (128 bit) of every parameter's name, shape, dtype and bytes: the same for the same weights on any device.
+
+    Not cryptographic: it tells models apart and reads weights at the speed of memory, a tenth of SHA-256's time.
+    """
+    tensors = []
     for name, weight in view.named_weights():
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest = xxhash.xxh3_128(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         digest.update(weight.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        tensors.append(digest.hexdigest())
+    # in no order: the two kinds of model list their parameters differently
+    return xxhash.xxh3_128("".join(sorted(tensors)).encode()).hexdigest()
 
 
 def _storage(view: ModelView) -> torch.dtype:

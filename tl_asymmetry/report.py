@@ -260,7 +260,7 @@ def report_html(report: Report, *, max_rows: int = 200) -> str:
         raise ValueError(f"expected a Report, got {type(report).__name__}; pass Report(title=…)")
     if max_rows < 1:
         raise ValueError(f"expected max_rows >= 1, got {max_rows}; pass a positive number of rows")
-    from .plots import page  # here, since it brings plotly
+    from tl_asymmetry.plots import page  # here, since it brings plotly
 
     # (heading in the contents, id, markup)
     parts: list[tuple[str, str, str]] = []
@@ -324,7 +324,7 @@ def _prose(text: str) -> str:
 
 def _figures(section: FigureSection, index: int) -> str:
     """The boxes of a section's figures, and the choice between them when there are several."""
-    from .plots import page
+    from tl_asymmetry.plots import page
 
     # A plotly figure is no Mapping, though it can be indexed like one.
     figures: dict[str, Any] = dict(section.figure) if isinstance(section.figure, Mapping) else {"": section.figure}

@@ -43,7 +43,7 @@ def save_result(
     numbers = {f"array/{name}": array.contiguous() for name, array in arrays.items()}
     layouts: dict[str, Any] = {}
     for name, table in tables.items():
-        columns = []
+        columns: list[dict[str, Any]] = []
         for column in table.columns:
             values = table[column]
             if values.dtype == "float64":
@@ -54,6 +54,7 @@ def save_result(
                 columns.append({"name": column, "dtype": str(values.dtype), "values": plain})
         layouts[name] = {"rows": len(table), "columns": columns}
     document = {"kind": kind, "schema": SCHEMA, "config": dict(config), "notes": list(notes), "tables": layouts}
+    document["arrays"] = list(arrays)  # a safetensors file forgets their order
     _replace(folder / _ARRAYS, lambda part: save_file(numbers, part))
     _replace(folder / _DOCUMENT, lambda part: part.write_text(json.dumps(document, indent=1, ensure_ascii=False)))
     return folder
@@ -87,7 +88,7 @@ def load_result(
             else:
                 columns[column["name"]] = pd.Series(column["values"], dtype=column["dtype"])
         tables[name] = pd.DataFrame(columns)
-    arrays = {name.removeprefix("array/"): value for name, value in numbers.items() if name.startswith("array/")}
+    arrays = {name: numbers[f"array/{name}"] for name in document["arrays"]}
     return tables, arrays, document["config"], tuple(document["notes"])
 
 
@@ -95,6 +96,7 @@ def _replace(target: Path, write: Any) -> None:
     part = target.with_name(target.name + ".part")
     try:
         write(part)
+        part.chmod(0o644)  # safetensors writes files that nobody else may read
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)

@@ -39,7 +39,7 @@ class SensitivityProfiles:
         self._profiles: dict[str, list[Tensor]] = defaultdict(list)
         self._predictions = {
             f"prediction/{role}/{'centered' if centered else 'uncentered'}/-/{'folded' if fold else 'plain'}": (
-                prediction_subspace(view, fold_norm=fold, centered=centered).basis
+                prediction_subspace(view, fold_norm=fold, centered=centered, d_vocab=base.d_vocab).basis
             )
             for (role, view), centered, fold in product(
                 (("base", base), ("aligned", aligned)), (True, False), (True, False)
@@ -77,9 +77,7 @@ class SensitivityProfiles:
         yield from self._predictions.items()
 
 
-def sensitivity_table(
-    arrays: Mapping[str, Tensor], ranks: list[int], headed: Mapping[str, bool]
-) -> pd.DataFrame:
+def sensitivity_table(arrays: Mapping[str, Tensor], ranks: list[int], headed: Mapping[str, bool]) -> pd.DataFrame:
     """One row per layer × head × matrix × variant × rank, from what `SensitivityProfiles.arrays` kept."""
     frames = []
     for name, profile in arrays.items():

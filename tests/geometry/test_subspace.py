@@ -99,7 +99,8 @@ def test_ordered_eigh_has_one_answer() -> None:
     Q = ordered_eigh(M)[1]
     assert torch.equal(ordered_eigh(M.clone())[1], Q)
     # The same matrix alone, in another place of the batch, transposed, rounded otherwise: no sign turns.
-    for again in (torch.stack([ordered_eigh(m)[1] for m in M]), ordered_eigh(M.flip(0))[1].flip(0), ordered_eigh(M.mT)[1]):
+    alone = torch.stack([ordered_eigh(m)[1] for m in M])
+    for again in (alone, ordered_eigh(M.flip(0))[1].flip(0), ordered_eigh(M.mT)[1]):
         torch.testing.assert_close(again, Q, atol=1e-9, rtol=0)
     torch.testing.assert_close(ordered_eigh(M.float())[1].double(), Q, atol=1e-3, rtol=0)
 
@@ -121,6 +122,18 @@ def test_principal_subspace_clamps_what_rounding_made_negative() -> None:
     eigenvalues = principal_subspace(v @ v.mT).eigenvalues
     assert eigenvalues is not None
     assert eigenvalues.min() == 0
+
+
+def test_callers_precision_is_neither_used_nor_refused() -> None:
+    X = gaussian(200, 200)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plane = Subspace(torch.linalg.qr(X.float()).Q)
+        assert principal_subspace(X @ X.mT).rank == plane.rank == 200
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert random_subspace(200, 100, seed=0).rank == 100
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_messages() -> None:

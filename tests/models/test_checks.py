@@ -24,8 +24,6 @@ from tl_asymmetry.models.loading import open_model
 from tl_asymmetry.models.texts import batches, tokenize, vocabulary_fingerprint
 from tl_asymmetry.models.view import ModelView
 
-torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
-
 needs_hooked = pytest.mark.skipif(not tiny.HOOKED_AVAILABLE, reason="transformer-lens 4 has no HookedTransformer")
 FLAGS = tiny.PROCESSING_FLAGS
 CHAT_TEMPLATE = "<s> {% for m in messages %}{{ m['role'] }} {{ m['content'] }} </s> {% endfor %}"

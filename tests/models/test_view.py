@@ -15,8 +15,6 @@ from tl_asymmetry.models.view import INPUT_POINT, MATRICES, POINTS, ModelView
 CASES = [(a, k) for a in tiny.ARCHITECTURES for k in tiny.KINDS]
 TOY_CASES = [(t, k) for t in tiny.TOYS for k in tiny.KINDS if k == "hooked" or t in tiny.NATIVE_TOYS]
 
-torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
-
 _built: dict[tuple[str, str], Any] = {}
 
 

@@ -7,8 +7,8 @@ import re
 
 import numpy as np
 import pytest
-from conftest import make_asymmetry, make_table
 
+from tests.synthetic import make_asymmetry, make_table
 from tl_asymmetry import plots
 from tl_asymmetry.plots import asymmetry_figure, layers_figure, rank_curve_figure, spectrum_figure
 

@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 HAPPY_WORDS = frozenset(
     ("happy", "laughed", "smiled", "thanked", "danced", "sang", "hugged", "glad", "proud", "feast", "cheered")
 )
-SAD_WORDS = frozenset(
-    ("cried", "wept", "sad", "tears", "alone", "sighed", "lonely", "silent", "broken", "dead", "nobody")
-)
+SAD_WORDS = frozenset(("cried", "wept", "sad", "tears", "alone", "sighed", "lonely", "silent", "broken", "dead"))
 SENTENCES = 2
 """The score looks at so many sentences, counted from the end."""
 

@@ -11,7 +11,7 @@ MINIMUM_GROUPS = 3
 
 
 def log_jackknife_interval(
-    estimate: Float[Tensor, "*item"], replicates: Float[Tensor, "group *item"], *, level: float = 0.95
+    estimate: Float[Tensor, "*item"], replicates: Float[Tensor, group * item], *, level: float = 0.95
 ) -> tuple[Float[Tensor, "*item"], Float[Tensor, "*item"]]:
     """Interval exp(θ̂ ± t √v) for a positive quantity from its delete-one-group replicates (Shao & Tu 1995, ch. 2).
 
@@ -39,5 +39,5 @@ def log_jackknife_interval(
     v = (g - 1) / g * (leave_one_out - leave_one_out.mean(0)).square().sum(0)
     half = float(special.stdtrit(g - 1, 0.5 + level / 2)) * v.sqrt()
     low, high = (θ - half).exp(), (θ + half).exp()
-    undefined = ~θ.isfinite()
-    return low.masked_fill(undefined, torch.nan), high.masked_fill(undefined, torch.nan)
+    defined = θ.isfinite()
+    return torch.where(defined, low, torch.nan), torch.where(defined, high, torch.nan)

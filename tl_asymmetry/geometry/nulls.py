@@ -23,7 +23,7 @@ _GAUSSIANS_PER_POOL = 100_000_000
 
 
 def isotropic_null(
-    delta: Float[Tensor, "*head d_model other"], k: int, *, residual_axis: int = -2
+    delta: Float[Tensor, "*head rows columns"], k: int, *, residual_axis: int = -2
 ) -> tuple[float, Float[Tensor, "*head"]]:
     """Mean and variance of the fraction of ΔW in a Haar-random k-dimensional subspace, exactly.
 
@@ -31,7 +31,7 @@ def isotropic_null(
     projection, Muirhead 1982, ch. 7).
 
     Args:
-        delta: `[..., d_model, other]`.
+        delta: `[..., d_model, other]`, or `[..., other, d_model]` with residual_axis −1.
         k: rank of the subspace, 0 < k < d_model.
         residual_axis: −2, or −1 for W_O and W_out.
 
@@ -77,7 +77,7 @@ class IsotropicNull:
         >>> null = IsotropicNull(64, seed=0)
         >>> p, method = null.tail(torch.tensor([[1.0, 0.0]]), 1, torch.tensor([0.5]))
         >>> round(p.item(), 12), method.tolist()
-        (0.0, ['exact'])
+        (4.6e-11, ['exact'])
     """
 
     def __init__(self, d: int, *, seed: int) -> None:
@@ -109,7 +109,8 @@ class IsotropicNull:
             p[usable] = fraction_tail_rank_one(λ[usable], self.d, x[usable]).numpy()
             method[usable] = "exact"
             return p, method
-        close = beta_disagreement(λ, self.d, k).numpy() <= QUANTILE_TOLERANCE
+        close = np.zeros(len(x), dtype=bool)
+        close[usable] = beta_disagreement(λ[usable], self.d, k).numpy() <= QUANTILE_TOLERANCE
         by_beta, by_draws = usable & close, usable & ~close
         if by_beta.any():
             a, b = _beta_parameters(k / self.d, variance[by_beta].numpy())
@@ -129,9 +130,9 @@ class IsotropicNull:
         pool = haar_leverages(self.d, k, self.seed)
         generator = torch.Generator().manual_seed(self.seed)
         λ = spectrum.double()
-        batches = []
-        # A coordinate permutation of a Haar subspace is one again: a pool smaller than HAAR_DRAWS is used several times.
-        while sum(map(len, batches)) < HAAR_DRAWS:
+        batches: list[Tensor] = []
+        # A coordinate permutation of a Haar subspace is one again: a pool smaller than HAAR_DRAWS is used repeatedly.
+        while sum(len(batch) for batch in batches) < HAAR_DRAWS:
             order = torch.randperm(self.d, generator=generator)[: λ.shape[-1]]
             batches.append(pool[:, order].double() @ λ.mT)
         return torch.cat(batches)[:HAAR_DRAWS]
@@ -165,7 +166,7 @@ def fraction_cumulants(spectrum: Float[Tensor, "item r"], d: int, k: int) -> tup
     (James 1964, eqs. 22 and 126).
     """
     λ = spectrum.double()
-    # Centred about the mean, so that the cumulants of a nearly flat spectrum keep their digits: tr((Λ − I/d)P) = f − k/d.
+    # Centred about the mean, so that a nearly flat spectrum keeps its digits: tr((Λ − I/d)P) = f − k/d.
     μ = λ - 1 / d
     missing = d - λ.shape[-1]
     s2, s3, s4 = (μ.pow(n).sum(-1) + missing * (-1 / d) ** n for n in (2, 3, 4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +14,11 @@ from torch import Tensor
 def exact_products(device: torch.device) -> Iterator[None]:
     """Run float32 matrix products in float32, whatever the caller has switched on, and put his settings back.
 
-    `torch.set_float32_matmul_precision("high" | "medium")` (TF32, bf16 on CPU), `fp32_precision` and an enclosing `torch.autocast`
-    both shorten the mantissa of a product silently; a second moment does not survive that (18 % off in bf16).
+    `torch.set_float32_matmul_precision("high" | "medium")` (TF32, bf16 on CPU), a backend's `fp32_precision` and an
+    enclosing `torch.autocast` shorten the mantissa of a product silently; a second moment does not survive that (18 %
+    off in bf16).
     """
-    backends = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+    backends: tuple[Any, ...] = (getattr(torch.backends.mkldnn, "matmul", None), torch.backends.cuda.matmul)
     own: list[str] = []
     try:
         before = torch.get_float32_matmul_precision()

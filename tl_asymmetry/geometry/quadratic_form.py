@@ -31,8 +31,9 @@ def fraction_tail_rank_one(
     smallest = λ.amin(-1) if λ.shape[-1] == d else torch.zeros_like(x)
     possible = (x < λ.amax(-1)) & (x > smallest)
     # Where x is out of reach the answer is 0 or 1; put a harmless x there, so that all items go through together.
-    inside = torch.where(possible, x, (smallest + λ.amax(-1)) / 2)
-    # Most terms equal −x: the integrand turns as exp(−i d x u) until it dies at u ~ 1/(x √d), so the step shrinks with √d.
+    # (Below 1e-100 the squares of `_tail` overflow, and p is 1.)
+    inside = torch.where(possible, x.clamp(min=1e-100), (smallest + λ.amax(-1)) / 2)
+    # Most terms equal −x: the integrand turns as exp(−i d x u) until it dies at u ~ 1/(x √d): small steps for large d.
     p = _tail(λ - inside.unsqueeze(-1), -inside, d - λ.shape[-1], step=min(0.05, 1.3 / math.sqrt(d)))
     p = torch.where(possible, p, (x <= smallest).double())
     return torch.where(x.isnan() | λ.isnan().any(-1), math.nan, p)
@@ -56,7 +57,7 @@ def _tail(a: Tensor, rest: Tensor, copies: int, *, step: float) -> Tensor:
     distance = torch.minimum(c.abs(), torch.where(c > 0, upper - c, c - lower))
     scale = torch.minimum(distance, width)
 
-    # On the line z = c + iu every factor is (1 − 2ac)(1 − i g u): real arithmetic, and no branch of the logarithm to lose.
+    # On the line z = c + iu every factor is (1 − 2ac)(1 − i g u): real arithmetic, no branch of a logarithm.
     positive = 1 - 2 * a * c.unsqueeze(-1)
     g = 2 * a / positive
     total = 0.5 * step * scale / c  # the node u = 0
@@ -78,7 +79,7 @@ def _tail(a: Tensor, rest: Tensor, copies: int, *, step: float) -> Tensor:
 def _saddlepoint(a: Tensor, m: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     """Root of the increasing K'(s) = Σ m_i a_i / (1 − 2 a_i s), by bisection: safe next to both poles."""
     low, high = lower, upper
-    for _ in range(100):
+    for _ in range(60):
         s = (low + high) / 2
         slope = (m * a / (1 - 2 * a * s.unsqueeze(-1))).sum(-1)
         low, high = torch.where(slope < 0, s, low), torch.where(slope < 0, high, s)

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from tl_asymmetry.geometry.fraction import total
+
 _DRAWS = 3
 _BISECTIONS = 40
 # Entries looked at for each head: the share is an average over entries, and 65,536 of them fix it to well under 1 %.
@@ -58,14 +60,14 @@ def rounding_share(
         ρ between 0 and 1; 0 for float32 and finer; NaN for a zero delta.
     """
     heads = base.shape[:-2]
-    W, ΔW = (t.reshape(-1, t.shape[-2] * t.shape[-1]) for t in (base, delta))
-    target = ΔW.double().square().mean(-1)
+    target = (total(delta.square(), axes=2) / (delta.shape[-2] * delta.shape[-1])).reshape(-1)
     if torch.finfo(stored).eps <= torch.finfo(torch.float32).eps:
         share = torch.zeros_like(target)
     else:
+        W = base.reshape(len(target), -1)
         generator = torch.Generator().manual_seed(seed)
         if W.shape[1] > _SAMPLE:
-            W = W[:, torch.randint(W.shape[1], (_SAMPLE,), generator=generator).to(W.device)]
+            W = W.index_select(1, torch.randint(W.shape[1], (_SAMPLE,), generator=generator).to(W.device))
         W = W.double()
         draws = [torch.randn(W.shape, generator=generator, dtype=torch.float64).to(W) for _ in range(_DRAWS)]
         share = torch.stack([_share_of_one_draw(W, target, G, stored) for G in draws]).mean(0)

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_asymmetry.geometry.moments import StreamingMoments
+from tl_asymmetry.geometry.precision import exact_products
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Subspace:
 
     basis: Float[Tensor, "d k"]
     """Orthonormal columns `[d, k]`."""
-    eigenvalues: Float[Tensor, " k"] | None = None
+    eigenvalues: Float[Tensor, " column"] | None = None
     """Variance along each column `[k]`, descending; None where none is defined (a random or given basis)."""
     name: str = ""
     """How tables and plots call it."""
@@ -37,7 +38,9 @@ class Subspace:
             raise ValueError(f"expected at most {d} columns in R^{d}, got {k}; pass the basis as [d, k]")
         if self.eigenvalues is not None and self.eigenvalues.shape != (k,):
             raise ValueError(f"expected {k} eigenvalues, got {tuple(self.eigenvalues.shape)}; pass one for each column")
-        gram = self.basis.detach().double().mT @ self.basis.detach().double()
+        Q = self.basis.detach().float()
+        with exact_products(Q.device):
+            gram = Q.mT @ Q
         off = (gram - torch.eye(k, dtype=gram.dtype, device=gram.device)).abs().max() if k else torch.zeros(())
         if not bool(off <= 1e-4):
             raise ValueError(
@@ -95,7 +98,9 @@ class Subspace:
         return torch.linalg.svdvals(Q1.mT @ other.basis.to(Q1))
 
 
-def ordered_eigh(symmetric: Float[Tensor, "*batch d d"]) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, "*batch d d"]]:
+def ordered_eigh(
+    symmetric: Float[Tensor, "*batch d d"],
+) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, "*batch d d"]]:
     """Eigenvalues in descending order and their eigenvectors, on CPU, in the dtype of the matrix.
 
     On CPU because LAPACK's divide and conquer there beats cuSOLVER at the sizes of a residual stream. Each vector's

@@ -1,0 +1,1 @@
+"""All that knows TransformerLens, and only that."""

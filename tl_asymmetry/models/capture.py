@@ -53,7 +53,7 @@ def merged(parts: Iterable[StreamingMoments]) -> StreamingMoments:
 
 def capture_moments(
     model: Any,
-    tokens: Int[Tensor, "batch pos"] | Sequence[Int[Tensor, " pos"]],
+    tokens: Int[Tensor, "batch pos"] | Sequence[Int[Tensor, " _pos"]],
     hook_points: Sequence[str | Site],
     *,
     mask: Bool[Tensor, "batch pos"] | None = None,
@@ -101,7 +101,7 @@ def capture_moments(
 
 def capture(
     view: ModelView,
-    groups: Sequence[Sequence[Int[Tensor, " pos"]]],
+    groups: Sequence[Sequence[Int[Tensor, " _pos"]]],
     sites: Sequence[Site],
     *,
     exclude_first: bool,

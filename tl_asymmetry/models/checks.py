@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .texts import vocabulary_fingerprint
-from .view import ModelView
+from tl_asymmetry.models.texts import vocabulary_fingerprint
+from tl_asymmetry.models.view import ModelView
 
 _SHAPES = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_mlp")
 _ARCHITECTURE = ("norm", "positional", "parallel", "causal", "matrices")
@@ -257,7 +257,7 @@ def check_tokens(view: ModelView, tokens: Any) -> None:
     if low < 0 or high >= view.d_vocab:
         raise ValueError(
             f"expected token ids from 0 to {view.d_vocab - 1}, got {low if low < 0 else high}; pass tokens made by "
-            "this model's tokenizer (0 as padding)"
+            "this model's tokenizer"
         )
 
 

@@ -15,7 +15,9 @@ from tl_asymmetry.models.view import ModelView
 _VOCABULARY_CHUNK = 16_384
 
 
-def prediction_subspace(model: Any, fold_norm: bool = True, centered: bool = True) -> Subspace:
+def prediction_subspace(
+    model: Any, fold_norm: bool = True, centered: bool = True, *, d_vocab: int | None = None
+) -> Subspace:
     """All d directions of the residual stream before the final norm, ordered by how strongly the logits read them.
 
     Left singular vectors of C · diag(γ) W_U minus its mean over the vocabulary, to which softmax is blind; γ is the
@@ -26,6 +28,7 @@ def prediction_subspace(model: Any, fold_norm: bool = True, centered: bool = Tru
         model: a HookedTransformer or TransformerBridge with raw weights, or a `ModelView` of one.
         fold_norm: apply C · diag(γ); without it the plain W_U.
         centered: take the mean over the vocabulary out.
+        d_vocab: use the first so many tokens only, where more were added to the vocabulary; all by default.
 
     Returns:
         Float64 subspace on CPU, named "prediction"; its eigenvalues are squared singular values. Truncate it for P_k.
@@ -37,6 +40,7 @@ def prediction_subspace(model: Any, fold_norm: bool = True, centered: bool = Tru
     """
     view = model if isinstance(model, ModelView) else ModelView(model)
     W_U, gain, subtracts_mean = view.unembedding()
+    W_U = W_U[:, :d_vocab]
     gram, mean = _second_moment_over_vocabulary(W_U)
     if centered:
         gram = gram - W_U.shape[1] * torch.outer(mean, mean)

@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from .view import ModelView
+from tl_asymmetry.models.view import ModelView
 
 
-def tokenize(view: ModelView, texts: Sequence[Any], window: int | None = None) -> list[Int[Tensor, " pos"]]:
+def tokenize(view: ModelView, texts: Sequence[Any], window: int | None = None) -> list[Int[Tensor, " _pos"]]:
     """Token ids of texts, cut into windows, nothing dropped.
 
     A string is encoded without special tokens and preceded by the begin-of-sequence token where the tokenizer

@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .bridge import BridgeAdapter
-from .hooked import HookedAdapter
+from tl_asymmetry.geometry.precision import exact_products, product_dtype
+from tl_asymmetry.models.bridge import BridgeAdapter
+from tl_asymmetry.models.hooked import HookedAdapter
 
 READ: tuple[str, ...] = ("W_Q", "W_K", "W_V", "W_in", "W_gate")
 """Matrices that read from the residual stream: d_model is their input axis."""
@@ -409,10 +410,9 @@ class ModelView:
         tolerance = {torch.float64: 1e-8, torch.float32: 5e-3}.get(self.dtype, 5e-2)
         worst, where = 0.0, ""
         with torch.no_grad(), self.evaluating():
-            for layer in range(self.n_layers):
-                for matrix, error in self._projection_errors(layer, tokens):
-                    if not error <= worst:
-                        worst, where = error, f"blocks.{layer} {matrix}"
+            for site, error in self._projection_errors(tokens):
+                if not error <= worst:
+                    worst, where = error, site
         if not worst <= tolerance:
             raise ValueError(
                 f"expected {where} times its input to give what the model computes (relative error up to {tolerance:g} "
@@ -420,40 +420,49 @@ class ModelView:
             )
         return worst
 
-    def _projection_errors(self, layer: int, tokens: Tensor) -> Iterator[tuple[str, float]]:
-        inputs: dict[str, Tensor] = {}
-        outputs: dict[str, Tensor] = {}
+    def _projection_errors(self, tokens: Tensor) -> Iterator[tuple[str, float]]:
+        """For each layer and matrix with a visible product, the error of input times matrix; one forward pass."""
+        sites = {
+            (layer, matrix): module
+            for layer in range(self.n_layers)
+            for matrix in self.matrices
+            if (module := self._adapter.projection(layer, matrix)) is not None
+        }
+        inputs: dict[tuple[str, int], Tensor] = {}
+        outputs: dict[tuple[int, str], Tensor] = {}
         handles = []
-        projections = {m: p for m in self.matrices if (p := self._adapter.projection(layer, m)) is not None}
-        points = {INPUT_POINT[m] for m in projections}
 
-        def keep(store: dict[str, Tensor], key: str) -> Callable[..., None]:
+        def keep(store: dict[Any, Tensor], key: Any) -> Callable[..., None]:
             def see(*arguments: Any) -> None:
                 output = arguments[-1]
-                store[key] = (output[0] if isinstance(output, tuple) else output).detach().double()
+                output = (output[0] if isinstance(output, tuple) else output).detach()
+                store[key] = output.to(product_dtype(output))
 
             return see
 
-        with self.hooks({(point, layer): keep(inputs, point) for point in points}):
+        points = {(INPUT_POINT[matrix], layer) for layer, matrix in sites}
+        with self.hooks({point: keep(inputs, point) for point in points}):
             try:
-                for matrix, projection in projections.items():
-                    handles.append(projection.register_forward_hook(keep(outputs, matrix)))
+                for site, module in sites.items():
+                    handles.append(module.register_forward_hook(keep(outputs, site)))
                 self.run(tokens)
             finally:
                 for handle in handles:
                     handle.remove()
-        for matrix in projections:
-            x, y, W = inputs[INPUT_POINT[matrix]], outputs[matrix], self._weight(layer, matrix).double()
-            if matrix in ("W_Q", "W_K", "W_V"):
-                expected, y = torch.einsum("bpd,hde->bphe", x, W), y.reshape(*y.shape[:2], *W.shape[::2])
-            elif matrix == "W_O":
-                expected = torch.einsum("bphe,hed->bpd", x, W)
-            else:
-                expected = x @ W
+        for layer, matrix in sites:
+            x, y = inputs[INPUT_POINT[matrix], layer], outputs[layer, matrix]
+            W = self._weight(layer, matrix).to(x.dtype)
+            with exact_products(x.device):
+                if matrix in ("W_Q", "W_K", "W_V"):
+                    expected, y = torch.einsum("bpd,hde->bphe", x, W), y.reshape(*y.shape[:2], *W.shape[::2])
+                elif matrix == "W_O":
+                    expected = torch.einsum("bphe,hed->bpd", x, W)
+                else:
+                    expected = x @ W
             bias = self.bias(layer, matrix)
-            expected = expected if bias is None else expected + bias.double()
-            scale = expected.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
-            yield matrix, float((y - expected).abs().max() / scale)
+            expected = expected if bias is None else expected + bias.to(x.dtype)
+            scale = expected.abs().max().clamp_min(torch.finfo(x.dtype).tiny)
+            yield f"blocks.{layer} {matrix}", float((y - expected).abs().max() / scale)
 
     # -- refusals ----------------------------------------------------------------------------------
 

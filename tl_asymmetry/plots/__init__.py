@@ -5,12 +5,12 @@ returns a `plotly.graph_objects.Figure` whose menus and sliders need nothing but
 and nowhere above, so the package itself stays light.
 """
 
-from .asymmetry import asymmetry_figure
-from .heads import heads_figure
-from .layers import layers_figure
-from .rank_curve import rank_curve_figure
-from .spectrum import spectrum_figure
-from .style import template
+from tl_asymmetry.plots.asymmetry import asymmetry_figure
+from tl_asymmetry.plots.heads import heads_figure
+from tl_asymmetry.plots.layers import layers_figure
+from tl_asymmetry.plots.rank_curve import rank_curve_figure
+from tl_asymmetry.plots.spectrum import spectrum_figure
+from tl_asymmetry.plots.style import template
 
 __all__ = [
     "asymmetry_figure",

@@ -9,8 +9,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from . import rows as pick
-from . import style
+from tl_asymmetry.plots import rows as pick
+from tl_asymmetry.plots import style
 
 COLUMNS = ("layer", "head", "rank", "read", "write", "log2_ratio", "log2_expected", "log2_excess", "ci_low", "ci_high")
 HOVER = (

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from . import rows as pick
-from . import style
+from tl_asymmetry.plots import rows as pick
+from tl_asymmetry.plots import style
 
 
 @dataclass(frozen=True)

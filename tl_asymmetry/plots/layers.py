@@ -10,8 +10,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from . import rows as pick
-from . import style
+from tl_asymmetry.plots import rows as pick
+from tl_asymmetry.plots import style
 
 HOVER = (
     "<b>%{customdata[0]}</b><br>median %{customdata[1]}<br>middle half %{customdata[2]}<br>range %{customdata[3]}"
@@ -158,13 +158,14 @@ def _summary(rows: pd.DataFrame, matrix: str, space: str, d: int | None) -> dict
     reference = pick.in_relative_units(rows, "gradient_matched" if matrix in pick.WRITE else "activation_matched", d)
     kind = "gradient-matched" if matrix in pick.WRITE else "activation-matched"
     out: dict[str, Any] = {k: [] for k in ("x", "y", "low", "high", "reference", "hover")}
-    for layer, here in rows.assign(_reference=reference).groupby("layer", sort=True):
+    for label, here in rows.assign(_reference=reference).groupby("layer", sort=True):
+        layer = int(str(label))
         values = here["relative"].to_numpy(float, na_value=np.nan)
         values = values[np.isfinite(values)]
         known = here["_reference"].dropna()
         low, middle, high = np.quantile(values, [0.25, 0.5, 0.75]) if len(values) else [np.nan] * 3
         spread = len(values) > 1
-        out["x"].append(int(layer))
+        out["x"].append(layer)
         out["y"].append(_or_none(middle))
         out["low"].append(_or_none(low))
         out["high"].append(_or_none(high))
@@ -172,7 +173,7 @@ def _summary(rows: pd.DataFrame, matrix: str, space: str, d: int | None) -> dict
         q = here["isotropic_q"].to_numpy(float, na_value=np.nan)
         out["hover"].append(
             [
-                f"L{int(layer)} · {style.text(matrix)} against {style.text(space)}",
+                f"L{layer} · {style.text(matrix)} against {style.text(space)}",
                 style.number(middle),
                 f"{style.number(low)} to {style.number(high)}" if spread else style.MISSING,
                 f"{style.number(values.min())} to {style.number(values.max())}" if spread else style.MISSING,

@@ -14,7 +14,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from . import style
+from tl_asymmetry.plots import style
 
 PACK_ABOVE = 100_000
 """Characters of JSON above which a figure is packed: a map of 32 × 32 heads shrinks to a third."""

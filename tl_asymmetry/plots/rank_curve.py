@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from . import rows as pick
-from . import style
+from tl_asymmetry.plots import rows as pick
+from tl_asymmetry.plots import style
 
 MOST_NAMED = 12
 """With more heads than this the legend would outgrow the plot, and the hover names them."""

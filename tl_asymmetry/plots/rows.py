@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .style import as_float, number, one_of, text
+from tl_asymmetry.plots.style import as_float, number, one_of, text
 
 WRITE = ("W_O", "W_out")
 MLP = ("W_in", "W_gate", "W_out")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from . import style
+from tl_asymmetry.plots import style
 
 MOST_POINTS = 400
 EVERY_INDEX = 64

@@ -1,0 +1,278 @@
+"""Everything that api.md lists as bad input is refused by analyze_pair before a forward pass, in words that help."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import pytest
+import torch
+
+from tests import tiny
+from tl_asymmetry import analyze_pair, estimate_pair, random_subspace
+from tl_asymmetry.models.view import ModelView
+
+needs_hooked = pytest.mark.skipif(not tiny.HOOKED_AVAILABLE, reason="transformer-lens 4 has no HookedTransformer")
+TOKENS = tiny.tokens(6, 12)
+
+
+@pytest.fixture(autouse=True)
+def _unchecked_types() -> Iterator[None]:
+    """As in production, where no type checker sees a wrong argument before the code does."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(name="pair", params=tiny.KINDS)
+def pair_fixture(request: pytest.FixtureRequest) -> tuple[Any, Any]:
+    return tiny.build("gpt2", request.param), tiny.build("gpt2", request.param, delta=0.05)
+
+
+def refused(text: str, base: Any, aligned: Any, *texts: Any, **options: Any) -> None:
+    """The call raises ValueError with this text, and neither model has been run."""
+    runs: list[str] = []
+    handles = [
+        module.register_forward_pre_hook(lambda *_: runs.append("run"))
+        for model in (base, aligned)
+        if isinstance(model, torch.nn.Module)
+        for module in model.modules()
+    ]
+    if not texts and "tokens" not in options:
+        options["tokens"] = TOKENS
+    with pytest.raises(ValueError, match=text) as caught:
+        analyze_pair(base, aligned, *texts, **{"progress": False} | options)
+    assert not runs
+    assert "; pass " in str(caught.value) or "; leave" in str(caught.value)
+    for handle in handles:
+        handle.remove()
+
+
+# --- the two models --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_different_architectures(kind: str) -> None:
+    refused(
+        r"expected two models of one architecture, got n_kv_heads 4 \(base, .*\) and 2 \(aligned, .*\); pass the base",
+        tiny.build("gpt2", kind), tiny.build("llama", kind),
+    )  # fmt: skip
+    refused("expected two models .* got parallel True .* and False", *(
+        tiny.build(n, kind) for n in ("neox", "neox_sequential")
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_different_shapes(kind: str) -> None:
+    base = tiny.toy("plain", kind)
+    for over, text in (
+        ({"n_layers": 3}, "got n_layers 2 .* and 3 .*; pass the base that the aligned model was trained from"),
+        ({"d_model": 24}, "got d_model 48 .* and 24"),
+        ({"d_mlp": 50}, "got d_mlp 96 .* and 50"),
+        ({"n_ctx": 32}, r"expected as many positions in both models, got n_ctx 64 \(base\) and 32 \(aligned\); pass"),
+        ({"d_vocab": 90}, "expected an aligned vocabulary that begins with the base's 96 tokens, got 90; pass"),
+    ):
+        refused(text, base, tiny.toy("plain", kind, **over))
+
+
+def with_tokenizer(tokenizer: Any, **over: Any) -> Any:
+    model = tiny.toy("plain", "bridge", **over)
+    model._tokenizer = tokenizer
+    return model
+
+
+def test_different_tokenizers() -> None:
+    swapped = list(tiny.WORDS)
+    swapped[10], swapped[11] = swapped[11], swapped[10]
+    refused(
+        r"expected tokenizers with the same tokens, got 2 that differ, the first being 'w7': 10 \(base\) and 11 "
+        r"\(aligned\); pass models with one tokenizer",
+        with_tokenizer(tiny.tokenizer()), with_tokenizer(tiny.tokenizer(tuple(swapped), name="swapped")),
+    )  # fmt: skip
+
+
+def test_a_vocabulary_with_tokens_added_is_accepted_with_a_warning() -> None:
+    words = (*tiny.WORDS, "<|im_start|>", "<|im_end|>")
+    base, aligned = with_tokenizer(tiny.tokenizer()), with_tokenizer(tiny.tokenizer(words), d_vocab=98)
+    with pytest.warns(UserWarning, match="has 2 more tokens than the base .* rows .* are left out"):
+        result = analyze_pair(base, aligned, tokens=TOKENS, ranks=[4], progress=False)
+    assert any("2 more tokens" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("role", ["base", "aligned"])
+def test_processed_weights(role: str) -> None:
+    processed, raw = tiny.bridge("gpt2"), tiny.bridge("gpt2", delta=0.05)
+    processed.enable_compatibility_mode(disable_warnings=True)
+    pair = (processed, raw) if role == "base" else (raw, processed)
+    refused(
+        r"expected raw weights, got TransformerBridge .* with processed weights \(fold_ln, .*\); pass a "
+        "TransformerBridge.boot_transformers.* without enable_compatibility_mode", *pair,
+    )  # fmt: skip
+
+
+@needs_hooked
+@pytest.mark.parametrize("role", ["base", "aligned"])
+def test_processed_weights_of_a_hooked_transformer(role: str) -> None:
+    processed, raw = tiny.hooked("gpt2", center_writing_weights=True), tiny.hooked("gpt2", delta=0.05)
+    pair = (processed, raw) if role == "base" else (raw, processed)
+    refused(
+        r"expected raw weights, got HookedTransformer .* \(center_writing_weights\); pass "
+        r"HookedTransformer.from_pretrained_no_processing\(...\)", *pair,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("role", "value", "got"),
+    [("base", math.nan, "1 NaN and 0 infinite"), ("aligned", -math.inf, "0 NaN and 1 infinite")],
+)
+def test_weights_that_are_not_finite(pair: tuple[Any, Any], role: str, value: float, got: str) -> None:
+    model = pair[role == "aligned"]
+    with torch.no_grad():
+        ModelView(model).weight(1, "W_O")[2, 3, 4] = value
+    refused(
+        rf"expected finite weights, got {got} values in blocks.1.attn.W_O of the {role} model .*; pass a model", *pair
+    )
+
+
+def test_what_is_no_transformerlens_model(pair: tuple[Any, Any]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    refused("expected a HookedTransformer or TransformerBridge, got NoneType; pass", None, pair[1])
+    refused("expected a HookedTransformer or TransformerBridge, got Linear; pass", torch.nn.Linear(2, 2), pair[1])
+    refused("expected a HookedTransformer or TransformerBridge, got str; pass Trans", "gpt2", pair[1])
+    hf = AutoModelForCausalLM.from_pretrained(tiny.hf_directory("gpt2"))
+    refused(r"got GPT2LMHeadModel; pass TransformerBridge.boot_transformers\(.*, hf_model=model\)", pair[0], hf)
+
+
+def test_a_directory_that_is_none(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    refused("expected an existing directory or a name on the Hub, got './nowhere'; pass the path", pair[0], "./nowhere")
+    refused("expected a Hugging Face model directory with config.json, got '.*'; pass a directory", pair[0], tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    refused("expected a causal language model that TransformerLens can load, got '.*': .*; pass", pair[0], tmp_path)
+
+
+def test_split_attention_inputs(pair: tuple[Any, Any]) -> None:
+    pair[0].set_use_split_qkv_input(True)
+    refused("expected one attention input for all heads, got use_split_qkv_input=True; pass a model with it off", *pair)
+
+
+# --- texts and tokens ------------------------------------------------------------------------------------------------
+
+
+def test_texts(pair: tuple[Any, Any]) -> None:
+    for texts, text in (
+        ([], "expected at least one text, got none; pass texts or tokens="),
+        (["w1 w2", ""], "expected texts with a token or more, got an empty text at index 1; leave it out"),
+        (["w1 w2", " \n "], "expected texts with a token or more, got an empty text at index 1; leave it out"),
+        ("w1 w2", r"expected a list of texts, got a single string; pass texts=\[text\]"),
+        ([7], "expected texts to be strings or lists of .* messages, got int at index 0; pass strings"),
+        (
+            [[{"role": "user", "content": "w1"}]],
+            "expected a tokenizer with a chat template for the messages at index 0, got one without; pass strings",
+        ),
+    ):
+        refused(text, *pair, texts)
+
+
+def test_texts_without_a_tokenizer() -> None:
+    base, aligned = with_tokenizer(None), with_tokenizer(None)
+    text = "expected a model with a tokenizer to read texts, .* has none; pass tokens="
+    refused(text, base, aligned, ["w1 w2 w3"])
+    refused(text, base, aligned, None)  # the calibration texts are texts as well
+
+
+def test_texts_and_tokens(pair: tuple[Any, Any]) -> None:
+    refused("expected texts or tokens, got both; pass one of them", *pair, ["w1 w2"], tokens=TOKENS)
+
+
+def test_tokens(pair: tuple[Any, Any]) -> None:
+    for tokens, text in (
+        (torch.tensor([[3, 96]]), "expected token ids from 0 to 95, got 96; pass tokens made by this model"),
+        (torch.tensor([[3, -100]]), "expected token ids from 0 to 95, got -100; pass"),
+        (torch.zeros(1, 65, dtype=torch.long), "expected sequences of at most 64 tokens .*, got 65; pass them cut"),
+        (torch.zeros(0, 5, dtype=torch.long), r"expected at least one token, got a tensor \[0, 5\]; pass"),
+        (torch.zeros(2, 5), r"expected tokens as an integer tensor \[batch, pos\], got torch.float32 \[2, 5\]; pass"),
+        (torch.zeros(5, dtype=torch.long), r"expected tokens as an integer tensor .*, got torch.int64 \[5\]; pass"),
+        ([[1, 2]], r"expected tokens as an integer tensor \[batch, pos\], got list; pass"),
+    ):
+        refused(text, *pair, tokens=tokens)
+
+
+def test_too_few_tokens(pair: tuple[Any, Any]) -> None:
+    text = r"expected at least as many tokens as the largest rank \(16\), got 11 after exclusions; pass more texts"
+    refused(text, *pair, tokens=tiny.tokens(1, 12))
+    refused(text, *pair, ["w1 w2 w3 w4 w5 w6 w7 w8 w9 w10 w11"])
+    refused(text, *pair, tokens=TOKENS, max_tokens=12)
+    refused("got 0 after exclusions; pass more texts or smaller ranks", *pair, tokens=tiny.tokens(50, 1), ranks=[1])
+    analyze_pair(*pair, tokens=tiny.tokens(1, 12), exclude_first=False, ranks=[12], groups=1, progress=False)
+
+
+# --- arguments -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"ranks": [0]}, r"expected ranks from 1 to 47 \(d_model - 1\), got 0; pass such ranks"),
+        ({"ranks": [4, -1]}, "expected ranks from 1 to 47 .*, got -1; pass"),
+        ({"ranks": [1, 48]}, "expected ranks from 1 to 47 .*, got 48; pass"),
+        ({"ranks": [1.5]}, "expected ranks from 1 to 47 .*, got 1.5; pass"),
+        ({"ranks": []}, r"expected a list of ranks, got \[\]; pass ranks="),
+        ({"ranks": 4}, "expected a list of ranks, got 4; pass ranks="),
+        ({"matrices": ["W_Q", "W_gate"]}, r"expected matrices among W_Q, .*, got \['W_Q', 'W_gate'\]; pass a list"),
+        ({"matrices": []}, r"expected matrices among W_Q, .*, got \[\]; pass a list"),
+        ({"matrices": "W_Q"}, "expected matrices among W_Q, .*, got 'W_Q'; pass a list"),
+        ({"subspaces": ["attn"]}, r"expected subspaces among attn_in, .*, prediction, got \['attn'\]; pass a list"),
+        ({"subspaces": []}, r"expected subspaces among attn_in, .*, got \[\]; pass a list"),
+        ({"subspaces": "prediction"}, "expected subspaces among attn_in, .*, got 'prediction'; pass a list"),
+        ({"subspaces": {}}, "expected at least one subspace, got an empty mapping; leave it out for the default"),
+        ({"subspaces": {"a": []}}, "expected one Subspace, or 2 of them, for 'a', got 0; pass one per layer"),
+        (
+            {"subspaces": {"a": random_subspace(40, 8, 0)}},
+            r"expected subspaces of R\^48, got 'a' in R\^40; pass bases \[d_model, k\]",
+        ),
+        (
+            {"subspaces": {"a": random_subspace(48, 3, 0)}, "ranks": [4, 8]},
+            r"expected 'a' to have rank 4 at least \(the smallest of ranks\), got 3; pass smaller ranks",
+        ),
+        (
+            {"subspaces": {"a": [random_subspace(48, k, 0) for k in (3, 4)]}},
+            "expected subspaces of one rank for 'a', got several; pass them truncated",
+        ),
+        ({"activations": "dpo"}, 'expected activations "base", "aligned" or "both", got \'dpo\'; pass one of them'),
+        ({"groups": 0}, "expected groups >= 1, got 0; pass groups=1 for no intervals, 8 by default"),
+        ({"batch_size": 0}, "expected a batch_size of at least 1, got 0; pass batch_size=8"),
+        ({"max_tokens": 0}, "expected max_tokens >= 1, got 0; pass None to use every token"),
+        ({"gradient": object()}, r"expected gradient with a method gradient_moment\(.*\), got object; pass a gradient"),
+    ],
+)
+def test_arguments(options: dict[str, Any], text: str) -> None:
+    refused(text, tiny.build("gpt2", tiny.KINDS[0]), tiny.build("gpt2", tiny.KINDS[0], delta=0.05), **options)
+
+
+def test_a_point_the_model_does_not_have() -> None:
+    base = tiny.bridge("neox")
+    refused(r"expected subspaces among attn_in, mlp_in, resid_pre, resid_post, prediction, got \['resid_mid'\]; pass",
+            base, tiny.bridge("neox", delta=0.05), subspaces=["resid_mid"])  # fmt: skip
+
+
+def test_arguments_are_checked_before_a_directory_is_loaded(tmp_path: Path) -> None:
+    refused("expected ranks from 1 to 47", tiny.bridge("gpt2"), tmp_path / "not there", ranks=[99])
+
+
+def test_estimate_refuses_the_same() -> None:
+    base, aligned = tiny.bridge("gpt2"), tiny.bridge("gpt2", delta=0.05)
+    for options, text in (
+        ({"ranks": [0]}, "expected ranks from 1 to 47"),
+        ({"tokens": torch.tensor([[96]])}, "expected token ids from 0 to 95, got 96"),
+        ({"batch_size": 0}, "expected a batch_size of at least 1, got 0"),
+        ({"groups": 0}, "expected groups >= 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            estimate_pair(base, aligned, **{"tokens": TOKENS} | options)
+    with pytest.raises(ValueError, match="expected two models of one architecture"):
+        estimate_pair(base, tiny.bridge("llama"), tokens=TOKENS)

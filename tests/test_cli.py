@@ -1,0 +1,124 @@
+"""The command line, end to end: what it writes, what it says, how it ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from tl_asymmetry import PairAnalysis
+from tl_asymmetry.cli import main
+
+PASSAGES = [" ".join(f"w{(5 * i + j * j) % 90}" for j in range(12 + i)) for i in range(8)]
+
+
+@pytest.fixture(name="pair")
+def pair_fixture() -> list[str]:
+    return [str(tiny.hf_directory("gpt2")), str(tiny.hf_directory("gpt2", delta=0.05))]
+
+
+def bad(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Ends with status 2 and one line on standard error, and gives that line."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if line.startswith("tl-asymmetry: ")]
+    assert out == ""
+    assert err.endswith(lines[-1] + "\n")
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_demo(tmp_path: Path) -> None:
+    """As a user runs it."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "tl_asymmetry", "demo", "--out", str(tmp_path / "demo")],
+        check=False, capture_output=True, text=True, encoding="utf-8",
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    report = tmp_path / "demo" / "report.html"
+    assert ended.stdout.splitlines()[-1] == f"report: {report}"
+    assert ended.stdout.startswith("PairAnalysis: ")
+    assert "W_out" in ended.stdout
+    assert sorted(p.name for p in report.parent.iterdir()) == ["arrays.safetensors", "report.html", "result.json"]
+    assert "Traceback" not in ended.stderr
+    assert "Warning" not in ended.stderr
+    assert ended.stdout.startswith(PairAnalysis.load(report.parent).summary())
+
+
+def test_analyze_and_report(pair: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, lines = tmp_path / "texts.txt", tmp_path / "texts.jsonl"
+    text.write_text("\n\n".join(PASSAGES) + "\n\n\n", encoding="utf-8")
+    entries = [PASSAGES[0], *({"text": p} for p in PASSAGES[1:])]
+    lines.write_text("\n".join(map(json.dumps, entries)) + "\n\n", encoding="utf-8")
+    options = ["--ranks", "1", "4", "--groups", "4", "--batch-size", "3", "--seed", "2"]
+    results = []
+    for number, path in enumerate((text, lines)):
+        out = tmp_path / str(number)
+        assert main(["analyze", *pair, "--texts", str(path), "--out", str(out), *options]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == f"report: {out / 'report.html'}"
+        results.append(PairAnalysis.load(out))
+    assert results[0].table.equals(results[1].table)
+    arguments = results[0].config["arguments"]
+    assert (arguments["ranks"], arguments["groups"], arguments["batch_size"], arguments["seed"]) == ([1, 4], 4, 3, 2)
+    assert results[0].config["sequences"] == len(PASSAGES)
+
+    page = tmp_path / "0" / "report.html"
+    before = page.read_bytes()
+    page.unlink()
+    assert main(["report", str(tmp_path / "0")]) == 0
+    assert capsys.readouterr().out == f"report: {page}\n"
+    assert abs(len(page.read_bytes()) - len(before)) < 200
+
+
+def test_analyze_without_texts_uses_the_calibration_texts(
+    pair: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["analyze", *pair, "--out", str(tmp_path), "--ranks", "1", "--max-tokens", "200", "--groups", "1"]) == 0
+    assert "calibration texts" in capsys.readouterr().out
+
+
+def test_bad_input_is_one_line(pair: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n\n".join(PASSAGES), encoding="utf-8")
+    out = ["--out", str(tmp_path / "out")]
+    line = bad(capsys, "analyze", *pair, "--texts", str(texts), *out, "--ranks", "99")
+    assert line == "tl-asymmetry: expected ranks from 1 to 47 (d_model - 1), got 99; pass such ranks"
+    assert "got './nowhere'; pass" in bad(capsys, "analyze", "./nowhere", pair[1], *out)
+    assert "got './nowhere'; pass" in bad(capsys, "analyze", pair[0], "./nowhere", *out)
+    other = str(tiny.hf_directory("llama"))
+    assert "expected two models of one architecture" in bad(
+        capsys, "analyze", pair[0], other, "--texts", str(texts), *out
+    )
+    assert "No such file" in bad(capsys, "analyze", *pair, "--texts", str(tmp_path / "none.txt"), *out)
+    texts.write_text("\n\n", encoding="utf-8")
+    assert "expected at least one text, got none" in bad(capsys, "analyze", *pair, "--texts", str(texts), *out)
+    texts.write_bytes(b"\xff\xfe caf\xe9")
+    assert "expected UTF-8 text in" in bad(capsys, "analyze", *pair, "--texts", str(texts), *out)
+    lines = tmp_path / "texts.jsonl"
+    lines.write_text('"w1"\n{"no": 1}\n', encoding="utf-8")
+    assert 'expected a string, {"text": …} or' in bad(capsys, "analyze", *pair, "--texts", str(lines), *out)
+    lines.write_text('\n"w1"\n\n{oops\n', encoding="utf-8")
+    assert "expected JSON in line 4 of" in bad(capsys, "analyze", *pair, "--texts", str(lines), *out)
+    assert "expected a folder with result.json" in bad(capsys, "report", str(tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["analyze"], ["analyze", "a", "b", "--ranks", "x"], ["nonsense"]])
+def test_bad_usage_ends_with_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "usage: tl-asymmetry" in capsys.readouterr().err
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(command in shown for command in ("demo", "analyze", "report"))

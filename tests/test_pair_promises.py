@@ -1,0 +1,547 @@
+"""What analyze_pair promises besides its numbers: untouched models, determinism, files, words, directions."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import random
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+import torch
+
+from tests import reference, tiny
+from tl_asymmetry import PairAnalysis, analyze_pair, capture_moments, estimate_pair
+from tl_asymmetry.geometry import moments as moments_module
+from tl_asymmetry.models.view import POINTS, ModelView
+from tl_asymmetry.results import save_result
+
+TOKENS = tiny.tokens(9, 12)
+TEXTS = [" ".join(f"w{(7 * i + j * j) % 90}" for j in range(10 + i)) for i in range(6)]
+OPTIONS: dict[str, Any] = {"tokens": TOKENS, "ranks": [1, 4], "groups": 3, "progress": False}
+BAD_NAME = '<img src=x onerror="alert(1)">'
+
+
+@functools.cache
+def pair(kind: str = tiny.KINDS[0], name: str = "gpt2") -> tuple[Any, Any]:
+    return tiny.build(name, kind), tiny.build(name, kind, delta=0.05)
+
+
+@functools.cache
+def analysed() -> PairAnalysis:
+    return analyze_pair(*pair(), **OPTIONS, sensitivity=True)
+
+
+def identical_tables(a: PairAnalysis, b: PairAnalysis) -> None:
+    for name in ("table", "asymmetry", "other_changes", "circuits"):
+        pd.testing.assert_frame_equal(getattr(a, name), getattr(b, name), check_exact=True, obj=name)
+    assert a.config == b.config
+    assert a.notes == b.notes
+    assert a.arrays.keys() == b.arrays.keys()
+    for name, array in a.arrays.items():
+        assert array.dtype == b.arrays[name].dtype
+        assert torch.equal(array.nan_to_num(nan=-7.0), b.arrays[name].nan_to_num(nan=-7.0)), name
+
+
+# --- the caller's models and the process -----------------------------------------------------------------------------
+
+
+@pytest.fixture(name="production")
+def production_fixture() -> Iterator[None]:
+    """As in production: beartype draws from Python's random state to pick the items it looks at."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def state(*models: Any) -> list[Any]:
+    """All that must be as it was."""
+    found: list[Any] = []
+    for model in models:
+        roots = [model, model.original_model] if hasattr(model, "original_model") else [model]
+        modules = list({id(m): m for root in roots for m in root.modules()}.values())
+        for module in modules:
+            found.append((module.training, *(len(getattr(module, f"_{kind}_hooks")) for kind in (
+                "forward", "forward_pre", "backward", "backward_pre", "state_dict",
+            ))))  # fmt: skip
+            for hooks in ("fwd_hooks", "bwd_hooks"):
+                found.append(len(getattr(module, hooks, [])))
+            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                digest = hashlib.sha256(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy()).hexdigest()
+                gradient = None if tensor.grad is None else tensor.grad.sum().item()
+                kind = tensor.dtype, tensor.device, tensor.data_ptr()
+                found.append((name, digest, tensor.requires_grad, gradient, *kind))
+    found += [torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()]  # noqa: NPY002
+    found += [
+        torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled(),
+        torch.backends.cudnn.deterministic, torch.get_default_dtype(), torch.get_num_threads(),
+        torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled(),
+    ]  # fmt: skip
+    return found
+
+
+@pytest.mark.usefixtures("production")
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("end", ["success", "in a hook", "Ctrl-C"])
+def test_everything_is_left_as_it_was(kind: str, end: str) -> None:
+    base, aligned = (tiny.build("llama", kind, delta=δ) for δ in (0.0, 0.05))
+    calls = []
+    for model in (base, aligned):
+        model.train()
+        model.blocks[0].attn.eval()
+        next(iter(model.parameters())).requires_grad_(False)
+        last = list(model.parameters())[-1]
+        last.grad = torch.ones_like(last)
+        model.blocks[0].hook_resid_pre.add_hook(lambda x, hook: calls.append("mine"))
+        model.blocks[1].attn.register_forward_pre_hook(lambda *_: None)
+    stop: list[BaseException] = []
+
+    def interfere(*_: Any) -> None:
+        if stop and len(calls) > 6:  # the self-check is over, the capture is running
+            raise stop[0]
+
+    # in the aligned model, so that the base's capture is complete by then
+    aligned.blocks[1].hook_resid_post.register_forward_hook(interfere)
+    torch.set_float32_matmul_precision("high")
+    try:
+        for model in (base, aligned):
+            model(TOKENS)  # transformers itself leaves hooks (output capturing) on its first pass
+        calls.clear()
+        before = state(base, aligned)
+        options = OPTIONS | {"activations": "both", "batch_size": 2}
+        if end == "success":
+            analyze_pair(base, aligned, **options)
+        else:
+            error = RuntimeError("in a hook") if end == "in a hook" else KeyboardInterrupt()
+            stop.append(error)
+            with pytest.raises(type(error)):
+                analyze_pair(base, aligned, **options)
+        assert len(calls) > 6
+        assert state(base, aligned) == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_an_analysis_inside_autocast_and_inference_mode_is_the_same() -> None:
+    expected = analyze_pair(*pair(), **OPTIONS)
+    with torch.inference_mode():
+        inside = analyze_pair(*pair(), **OPTIONS)
+    pd.testing.assert_frame_equal(inside.table, expected.table, rtol=1e-6, atol=1e-7)
+    assert all(p.requires_grad for p in pair()[0].parameters())
+
+
+def test_training_mode_makes_no_difference() -> None:
+    base, aligned = (tiny.bridge("gpt2", delta=δ) for δ in (0.0, 0.05))  # with dropout
+    quiet = analyze_pair(base, aligned, **OPTIONS)
+    base.train()
+    identical_tables(quiet, analyze_pair(base, aligned, **OPTIONS))
+
+
+# --- determinism -----------------------------------------------------------------------------------------------------
+
+
+def test_the_same_call_gives_the_same_bits() -> None:
+    torch.manual_seed(0)
+    first = analyze_pair(*pair(), **OPTIONS, seed=3)
+    torch.manual_seed(1)
+    np.random.seed(5)  # noqa: NPY002
+    identical_tables(first, analyze_pair(*pair(), **OPTIONS, seed=3))
+    other = analyze_pair(*pair(), **OPTIONS, seed=4)
+    columns = ["fraction", "isotropic_z", "ci_low", "activation_matched"]
+    pd.testing.assert_frame_equal(first.table[columns], other.table[columns], check_exact=True)
+
+
+# --- identical models ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kinds", [("bridge", "bridge"), ("hooked", "bridge")])
+def test_identical_models(kinds: tuple[str, str], tmp_path: Path) -> None:
+    if "hooked" in kinds and not tiny.HOOKED_AVAILABLE:
+        pytest.skip("transformer-lens 4 has no HookedTransformer")
+    base, same = (tiny.build("gpt2", kind) for kind in kinds)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = analyze_pair(base, same, **OPTIONS, sensitivity=True)
+    ours = [str(w.message) for w in caught if w.category in (UserWarning, RuntimeWarning)]
+    assert ours == ["the two models are identical, weight for weight: every delta is zero and every fraction NaN"]
+    assert ours[0] in result.notes
+    nan = ["fraction", "relative", "isotropic_z", "isotropic_p", "isotropic_q", "excess", "ci_low", "ci_high",
+           "delta_effective_rank", "rounding_share", "fraction_unrounded"]  # fmt: skip
+    assert result.table[nan].isna().all(axis=None)
+    assert (result.table[["delta_norm", "delta_relative_norm", "delta_shrink"]] == 0).all(axis=None)
+    assert (result.table["p_method"] == "none").all()
+    assert result.asymmetry[["log2_ratio", "read", "write"]].isna().all(axis=None)
+    assert (result.other_changes["delta_norm"] == 0).all()
+    assert result.circuits["fraction"].isna().all()
+    assert "No matrix differs between the two models" in result.summary()
+    assert "No matrix differs" in result._repr_html_()
+    identical_tables(result, PairAnalysis.load(result.save(tmp_path / "saved")))
+    assert result.to_html(tmp_path / "report.html").stat().st_size > 10_000
+    assert result.sensitivity()["fraction"].isna().all()
+    assert isinstance(result.plot_spectrum(), go.Figure)
+    for plot in (
+        lambda: result.plot_heads("W_Q"), lambda: result.plot_layers(), lambda: result.plot_asymmetry(),
+        lambda: result.plot_rank_curve("W_Q", 0, 0), lambda: result.plot_spectrum("W_Q"),
+    ):  # fmt: skip
+        try:
+            assert isinstance(plot(), go.Figure)
+        except ValueError as error:
+            assert "expected" in str(error)  # noqa: PT017 - either is right: an empty figure, or why there is none
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    result = analysed()
+    folder = result.save(tmp_path / "a" / "b")
+    assert sorted(p.name for p in folder.iterdir()) == ["arrays.safetensors", "result.json"]
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        assert not content.startswith((b"\x80", b"PK"))
+        assert b"cpickle" not in content.lower()
+    loaded = PairAnalysis.load(folder)
+    identical_tables(result, loaded)
+    assert loaded.table.dtypes.equals(result.table.dtypes)
+    pd.testing.assert_frame_equal(result.sensitivity(), loaded.sensitivity(), check_exact=True)
+    assert loaded.summary() == result.summary()
+    assert result.save(folder) == folder  # over what is there
+    identical_tables(result, PairAnalysis.load(folder))
+    again = loaded.save(tmp_path / "again")
+    assert (again / "result.json").read_bytes() == (folder / "result.json").read_bytes()
+    # columns without a number in them keep their type
+    few = analyze_pair(*pair(), **OPTIONS, matrices=["W_in"])
+    identical_tables(few, PairAnalysis.load(few.save(tmp_path / "few")))
+
+
+def test_what_cannot_be_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected a folder with result.json, got '.*nothing'; pass a folder"):
+        PairAnalysis.load(tmp_path / "nothing")
+    folder = analysed().save(tmp_path / "saved")
+    document = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    (folder / "result.json").write_text(json.dumps(document | {"schema": 99}), encoding="utf-8")
+    with pytest.raises(ValueError, match="expected schema 1 or older, got 99; pass it to a newer tl_asymmetry"):
+        PairAnalysis.load(folder)
+    other = save_result(tmp_path / "other", "Comparison", tables={}, arrays={}, config={}, notes=())
+    with pytest.raises(ValueError, match="expected a saved PairAnalysis, got 'Comparison'; pass its folder"):
+        PairAnalysis.load(other)
+    (other / "result.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match="expected a saved PairAnalysis, got None"):
+        PairAnalysis.load(other)
+
+
+def test_the_config_is_json_and_complete() -> None:
+    result = analyze_pair(*pair(), TEXTS, ranks=[1, 4], groups=3, progress=False, max_tokens=50)
+    config = result.config
+    assert json.loads(json.dumps(config)) == config
+    import inspect
+
+    expected = [p for p in inspect.signature(analyze_pair).parameters if not p.startswith("model_")]
+    assert list(config["arguments"]) == expected
+    assert config["arguments"]["max_tokens"] == 50
+    assert {"torch", "transformer-lens", "numpy"} <= config["versions"].keys()
+    for role in ("base", "aligned"):
+        model = config["models"][role]
+        assert {"name", "kind", "dtype", "storage", "device"} < model.keys()
+        assert model["dtype"] == model["storage"] == "torch.float32"
+    hashes = {next(v for k, v in m.items() if k.startswith("weights")) for m in config["models"].values()}
+    assert len(hashes) == 2
+    assert config["tokens"] == 50 - int((result.arrays["lengths"] > 0).sum())
+    assert (config["ranks"], config["shown_rank"]) == ([1, 4], 4)
+    tokens = analyze_pair(*pair(), **OPTIONS).config["arguments"]["tokens"]
+    assert tokens["shape"] == [9, 12]
+
+
+def test_to_xarray() -> None:
+    pytest.importorskip("xarray")
+    datasets = analysed().to_xarray()
+    heads, mlp = datasets["W_Q", "attn_in"], datasets["W_in", "mlp_in"]
+    assert dict(heads.sizes) == {"layer": 2, "head": 4, "rank": 2}
+    assert dict(mlp.sizes) == {"layer": 2, "rank": 2}
+    row = analysed().table.query("matrix == 'W_Q' and subspace == 'attn_in' and layer == 1 and head == 2 and rank == 4")
+    assert float(heads["fraction"].sel(layer=1, head=2, rank=4)) == row["fraction"].item()
+
+
+# --- sensitivity -----------------------------------------------------------------------------------------------------
+
+
+def test_sensitivity_holds_the_main_table_and_runs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    result, plain = analysed(), analyze_plain()
+    monkeypatch.setattr(ModelView, "run", lambda *_, **__: pytest.fail("a forward pass in .sensitivity()"))
+    variants = result.sensitivity()
+    captured = variants.query(
+        "activations == 'base' and (subspace != 'prediction' and not centered and first_position == 'excluded'"
+        " or subspace == 'prediction' and centered and fold_norm == 'folded')"
+    )
+    keys = ["matrix", "subspace", "layer", "head", "rank"]
+    main = result.table[[*keys, "fraction", "relative"]].sort_values(keys, ignore_index=True)
+    same = captured[[*keys, "fraction", "relative"]].sort_values(keys, ignore_index=True)
+    pd.testing.assert_frame_equal(main, same, rtol=1e-5, atol=1e-7, check_dtype=False)
+    with pytest.raises(ValueError, match="expected an analysis with sensitivity=True, got one without; pass sensitiv"):
+        plain.sensitivity()
+
+
+@functools.cache
+def analyze_plain() -> PairAnalysis:
+    return analyze_pair(*pair(), TEXTS, ranks=[1, 4], groups=3, progress=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"exclude_first": False}, {"centered": True}, {"activations": "aligned"}, {"activations": "both"}],
+    ids=str,
+)
+def test_sensitivity_agrees_with_an_analysis_that_made_the_other_choice(options: dict[str, Any]) -> None:
+    variants = analysed().sensitivity()
+    # kept from an analysis with the opposite first-position choice as well
+    other = analyze_pair(*pair(), **OPTIONS, **options, sensitivity=True)
+    chosen = {"activations": "base", "centered": False, "exclude_first": True} | options
+    rows = [
+        table[
+            (table["subspace"] != "prediction")
+            & (table["activations"] == chosen["activations"])
+            & (table["centered"] == chosen["centered"])
+            & (table["first_position"] == ("excluded" if chosen["exclude_first"] else "included"))
+        ]
+        for table in (variants, other.sensitivity())
+    ]
+    keys = ["matrix", "subspace", "layer", "head", "rank"]
+    main = other.table[other.table["subspace"] != "prediction"].sort_values(keys, ignore_index=True)
+    for table in rows:
+        fraction = table.sort_values(keys, ignore_index=True)["fraction"]
+        np.testing.assert_allclose(fraction, main["fraction"], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(other.sensitivity()["fraction"], variants["fraction"], rtol=1e-3, atol=1e-4)
+
+
+def test_sensitivity_of_given_subspaces_says_why_there_is_none() -> None:
+    from tl_asymmetry import random_subspace
+
+    result = analyze_pair(*pair(), **OPTIONS, sensitivity=True, subspaces={"mine": random_subspace(48, 8, 0)})
+    with pytest.raises(ValueError, match="expected a subspace that can be chosen otherwise, got only given ones; pass"):
+        result.sensitivity()
+
+
+# --- directions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize(("matrix", "head"), [("W_Q", 3), ("W_V", 1), ("W_O", 2), ("W_in", None), ("W_out", None)])
+def test_directions_against_a_naive_svd_and_argmax(kind: str, matrix: str, head: int | None) -> None:
+    base, aligned = pair(kind)
+    result = analyze_pair(base, aligned, TEXTS, ranks=[1], groups=1, progress=False)
+    layer, view = 1, ModelView(base)
+    table = result.directions(layer, head, matrix, n=2, contexts=3)
+    assert list(table["direction"]) == [1, 1, 2, 2]
+    ΔW = reference.float64(ModelView(aligned).weight(layer, matrix)) - reference.float64(view.weight(layer, matrix))
+    ΔW = ΔW if head is None else ΔW[head]
+    ΔW = ΔW.T if matrix in ("W_O", "W_out") else ΔW
+    U, s, Vt = np.linalg.svd(ΔW, full_matrices=False)
+    W_E, W_U = reference.float64(base.embed.W_E), reference.float64(base.unembed.W_U).T
+    point = {"W_Q": "attn_in", "W_V": "attn_in", "W_O": "z", "W_in": "mlp_in", "W_out": "mlp_post"}[matrix]
+    tokenizer = view.tokenizer
+    for i in range(2):
+        rows = table[table["direction"] == i + 1]
+        assert rows["energy"].iloc[0] == pytest.approx(s[i] ** 2 / (s**2).sum(), rel=1e-5)
+        probe = U[:, i] if matrix in ("W_Q", "W_V", "W_in") else Vt[i]
+        scores = []  # (projection, text of the context)
+        for text in TEXTS:
+            ids = [0, *tokenizer.encode(text, add_special_tokens=False)]
+            seen: list[torch.Tensor] = []
+            with torch.no_grad(), view.hooks({(point, layer): seen.append}):
+                view.run(torch.tensor([ids]))
+            x = reference.float64(seen[0][0] if point != "z" else seen[0][0, :, head])
+            scores += [(x[t] @ probe, tokenizer.decode(ids[max(0, t - 12) : t + 1])) for t in range(1, len(ids))]
+        # a singular vector's sign is free: match the two rows as a pair
+        both = []
+        for sign in (1, -1):
+            order = sorted(scores, key=lambda entry: -sign * entry[0])[:3]
+            tokens = [
+                [tokenizer.decode([t]) for t in np.argsort(-sign * (E @ U[:, i]) / np.linalg.norm(E, axis=1))[:3]]
+                for E in (W_E, W_U)
+            ]
+            both.append(([context for _, context in order], [sign * value for value, _ in order], *tokens))
+        got = []
+        for _, row in rows.iterrows():
+            contexts, values = zip(*row["contexts"], strict=True)
+            near = [[token for token, _ in row[f"{side}_tokens"][:3]] for side in ("embedding", "unembedding")]
+            got.append((list(contexts), list(values), *near))
+        if got[0][0] != both[0][0]:
+            both.reverse()
+        for ours, theirs in zip(got, both, strict=True):
+            assert ours[0] == theirs[0]
+            np.testing.assert_allclose(np.abs(ours[1]), np.abs(theirs[1]), rtol=1e-4, atol=1e-5)
+            assert ours[2:] == theirs[2:]
+
+
+def test_directions_refusals(tmp_path: Path) -> None:
+    result = analyze_plain()
+    for arguments, text in (
+        ((0, 0, "W_gate"), "expected a matrix among W_Q, .*, got 'W_gate'; pass one that was analysed"),
+        ((2, 0, "W_Q"), "expected a layer from 0 to 1, got 2; pass one of these"),
+        ((0, 4, "W_Q"), "expected a head from 0 to 3 for W_Q, got 4; pass that"),
+        ((0, None, "W_Q"), "expected a head from 0 to 3 for W_Q, got None; pass that"),
+        ((0, 1, "W_in"), r"expected head=None \(an MLP matrix\) for W_in, got 1; pass that"),
+        ((0, 1, "W_Q", 6), "expected n from 1 to 5, got 6; pass a smaller n"),
+        ((0, 1, "W_Q", 0), "expected n from 1 to 5, got 0; pass a smaller n"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            result.directions(*arguments)
+    loaded = PairAnalysis.load(result.save(tmp_path))
+    with pytest.raises(ValueError, match="expected the base model to look tokens and contexts up in, .*; pass mod"):
+        loaded.directions(0, 0, "W_Q")
+    with pytest.raises(ValueError, match="expected the base model of this analysis, got other weights .*; pass mod"):
+        loaded.directions(0, 0, "W_Q", model=pair()[1])
+    pd.testing.assert_frame_equal(loaded.directions(0, 0, "W_Q", model=pair()[0]), result.directions(0, 0, "W_Q"))
+
+
+def test_directions_do_not_keep_the_model_alive() -> None:
+    base, aligned = tiny.bridge("gpt2"), tiny.bridge("gpt2", delta=0.05)
+    result = analyze_pair(base, aligned, **OPTIONS)
+    del base, aligned
+    import gc
+
+    gc.collect()
+    with pytest.raises(ValueError, match="but it is gone; pass model=base"):
+        result.directions(0, 0, "W_Q")
+
+
+# --- estimates and words ---------------------------------------------------------------------------------------------
+
+
+def test_estimate() -> None:
+    estimate = estimate_pair(*pair(), tokens=TOKENS)
+    assert estimate.tokens == TOKENS.numel()
+    assert 0 < estimate.seconds < 60
+    assert 1e3 < estimate.peak_bytes < 1e8
+    assert {"forward", "moments", "eigensolves"} <= set(estimate.table["stage"])
+    assert "PairEstimate: about" in repr(estimate)
+    moments = {
+        name: estimate_pair(*pair(), tokens=TOKENS, **options).table.set_index("stage").loc["moments", "bytes"]
+        for name, options in {"8": {}, "1": {"groups": 1}, "both": {"activations": "both"}}.items()
+    }
+    assert moments["both"] == 2 * moments["8"] == 16 * moments["1"]
+    directory = tiny.hf_directory("gpt2", delta=0.05)
+    assert estimate_pair(pair()[0], directory, tokens=TOKENS).tokens == estimate_pair(
+        pair()[0], str(directory), tokens=TOKENS
+    ).tokens  # fmt: skip
+
+
+def test_the_summary() -> None:
+    result = analysed()
+    text = result.summary()
+    assert text == repr(result)
+    for words in (
+        "2 layers × 4 heads, d_model 48", "99 tokens in 9 sequences", "W_Q", "prediction", "Notes:", "Reading:",
+        "Writing:", "Asymmetry: mean log2(read / write)", "pass gradient=",
+    ):  # fmt: skip
+        assert words in text
+    assert max(map(len, text.split("\n\n")[1].splitlines())) < 120
+    html = result._repr_html_()
+    assert html.count("<tr") == 1 + 12  # each matrix against two subspaces
+    assert "<table" in html
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    base, aligned = (tiny.bridge("gpt2", delta=δ) for δ in (0.0, 0.05))
+    base.cfg.model_name = aligned.cfg.model_name = BAD_NAME
+    result = analyze_pair(base, aligned, **OPTIONS)
+    assert BAD_NAME in result.summary()
+    assert BAD_NAME not in result._repr_html_()
+    assert "&lt;img" in result._repr_html_()
+    assert BAD_NAME not in result.to_html(tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_calibration_texts_are_noted() -> None:
+    result = analyze_pair(*pair(), ranks=[1], groups=1, max_tokens=300, progress=False)
+    assert any("the package's calibration texts" in note and "pass texts=" in note for note in result.notes)
+    assert not any("calibration texts" in note for note in analyze_plain().notes)
+
+
+def test_the_progress_bar_can_be_switched_off(capfd: pytest.CaptureFixture[str]) -> None:
+    analyze_pair(*pair(), **OPTIONS)
+    assert capfd.readouterr() == ("", "")
+    analyze_pair(*pair(), **OPTIONS | {"progress": True})
+    assert "activations" in capfd.readouterr().err
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, tl_asymmetry; heavy = {'transformer_lens', 'plotly', 'transformers', 'IPython', 'matplotlib'};"
+        "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+# --- devices, without one --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not tiny.HOOKED_AVAILABLE, reason="transformer-lens 4 has no HookedTransformer")
+@pytest.mark.parametrize("name", ["plain", "rms_rotary_gated_gqa"])
+def test_capture_runs_on_fake_cuda_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model = tiny.toy(name, "hooked", seed=None)
+    # no cached index of either kind across the border
+    for cached in ("_triangle", "_places"):
+        monkeypatch.setattr(moments_module, cached, getattr(moments_module, cached).__wrapped__)
+    with FakeTensorMode(), IndexingWithoutDevice():
+        to_fake_cuda_(model)
+        tokens = torch.zeros(4, 12, dtype=torch.long, device="cuda")
+        view = ModelView(model)
+        assert view.device.type == "cuda"
+        points = [p for p in POINTS if view.has_point(p)]
+        moments = capture_moments(model, list(tokens.unbind()), points, batch_size=2)
+        for (point, _), m in moments.items():
+            assert m.second_moment.device.type == "cpu", point
+            assert m.second_moment.shape == (m.d, m.d)
+        assert view.weight(0, "W_Q").device.type == "cuda"
+        assert view.unembedding()[0].device.type == "cuda"
+
+
+class IndexingWithoutDevice(torch.overrides.TorchFunctionMode):
+    """`x[...]` as operators: Python's own indexing asks for the real device, which a CPU build of torch lacks."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") != "__getitem__":
+            return func(*args, **(kwargs or {}))
+        x, index = args
+        index = index if isinstance(index, tuple) else (index,)
+        if Ellipsis in [i for i in index if not isinstance(i, torch.Tensor)]:
+            place = next(n for n, i in enumerate(index) if i is Ellipsis)
+            missing = x.ndim - sum(i is not None and i is not Ellipsis for i in index)
+            index = (*index[:place], *[slice(None)] * missing, *index[place + 1 :])
+        axis, tensors = 0, {}
+        for i in index:
+            if isinstance(i, torch.Tensor):
+                tensors[axis] = i
+                axis += 1
+            elif i is None:
+                x, axis = x.unsqueeze(axis), axis + 1
+            elif isinstance(i, int):
+                x = x.select(axis, i)
+            else:
+                x = torch.ops.aten.slice.Tensor(x, axis, i.start, i.stop, i.step or 1)
+                axis += 1
+        return torch.ops.aten.index.Tensor(x, [tensors.get(n) for n in range(axis)]) if tensors else x
+
+
+def to_fake_cuda_(model: Any) -> None:
+    """Put fake cuda tensors in the place of all parameters and buffers, under FakeTensorMode."""
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for key, value in store.items():
+                if value is not None:
+                    fake = torch.empty(value.shape, dtype=value.dtype, device="cuda")
+                    store[key] = torch.nn.Parameter(fake) if store is module._parameters else fake
+    model.cfg.device = "cuda"

@@ -1,0 +1,1 @@
+"""Objectives to train and to measure gradients with."""
