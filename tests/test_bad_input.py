@@ -230,7 +230,7 @@ def test_too_few_tokens(pair: tuple[Any, Any]) -> None:
         ({"subspaces": []}, r"expected subspaces among attn_in, .*, got \[\]; pass a list"),
         ({"subspaces": "prediction"}, "expected subspaces among attn_in, .*, got 'prediction'; pass a list"),
         ({"subspaces": {}}, "expected at least one subspace, got an empty mapping; leave it out for the default"),
-        ({"subspaces": {"a": []}}, "expected one Subspace, or 2 of them, for 'a', got 0; pass one per layer"),
+        ({"subspaces": {"a": []}}, "expected a Subspace, or 2 of them, for 'a', got 0; pass one per layer"),
         (
             {"subspaces": {"a": random_subspace(40, 8, 0)}},
             r"expected subspaces of R\^48, got 'a' in R\^40; pass bases \[d_model, k\]",

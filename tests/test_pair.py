@@ -255,12 +255,11 @@ def test_both_kinds_give_the_same_table(name: str) -> None:
 def test_batch_size_and_padding_make_no_difference(name: str, kind: str, dtype: torch.dtype) -> None:
     base, aligned = models(name, kind, dtype)
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5
-    alone, *others = (run(base, aligned, batch_size=n, ranks=[1, 4]) for n in (1, 2, 100))
+    alone, other = (run(base, aligned, batch_size=n, ranks=[1, 4]) for n in (1, 2))  # 3 uneven sequences a group
     columns = [c for c in PAIR_COLUMNS if dtype == torch.float64 or c not in ("ci_low", "ci_high")]
-    for other in others:
-        pd.testing.assert_frame_equal(alone.table[columns], other.table[columns], rtol=tolerance, atol=tolerance)
-        pd.testing.assert_frame_equal(alone.circuits, other.circuits, rtol=tolerance, atol=tolerance)
-        pd.testing.assert_frame_equal(alone.table, other.table, rtol=max(tolerance, 1e-4), atol=max(tolerance, 1e-4))
+    pd.testing.assert_frame_equal(alone.table[columns], other.table[columns], rtol=tolerance, atol=tolerance)
+    pd.testing.assert_frame_equal(alone.circuits, other.circuits, rtol=tolerance, atol=tolerance)
+    pd.testing.assert_frame_equal(alone.table, other.table, rtol=max(tolerance, 1e-4), atol=max(tolerance, 1e-4))
 
 
 def test_the_order_of_sequences_within_and_of_groups_makes_no_difference() -> None:
@@ -460,7 +459,7 @@ def test_short_sequences_among_others() -> None:
     assert_same(result, naive("gpt2", base, aligned, [1, 4], groups=with_begin(groups)), 1e-10)
 
 
-@pytest.mark.parametrize(("max_tokens", "used"), [(1000, 116), (116, 116), (46, 46), (23, 23), (30, 30)])
+@pytest.mark.parametrize(("max_tokens", "used"), [(116, 116), (58, 58), (30, 30)])
 def test_max_tokens(max_tokens: int, used: int) -> None:
     base, aligned = models("gpt2", tiny.KINDS[0])
     result = run(base, aligned, ranks=[1], groups=1, max_tokens=max_tokens)

@@ -487,7 +487,7 @@ def test_import_is_light() -> None:
 
 
 @pytest.mark.skipif(not tiny.HOOKED_AVAILABLE, reason="transformer-lens 4 has no HookedTransformer")
-@pytest.mark.parametrize("name", ["plain", "rms_rotary_gated_gqa"])
+@pytest.mark.parametrize("name", ["plain", "no_norm", "attn_only"])  # rotary positions are assigned by index
 def test_capture_runs_on_fake_cuda_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -510,10 +510,13 @@ def test_capture_runs_on_fake_cuda_tensors(name: str, monkeypatch: pytest.Monkey
 
 
 class IndexingWithoutDevice(torch.overrides.TorchFunctionMode):
-    """`x[...]` as operators: Python's own indexing asks for the real device, which a CPU build of torch lacks."""
+    """`x[...]` and `contiguous` by operators: torch's own ask for the real device, which its CPU build lacks."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") != "__getitem__":
+        name = getattr(func, "__name__", "")
+        if name == "contiguous":
+            return args[0].clone(memory_format=torch.contiguous_format)
+        if name != "__getitem__":
             return func(*args, **(kwargs or {}))
         x, index = args
         index = index if isinstance(index, tuple) else (index,)

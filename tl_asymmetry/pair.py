@@ -98,7 +98,7 @@ def analyze_pair(
         >>> from tl_asymmetry.demo import demo_pair, demo_texts
         >>> result = analyze_pair(*demo_pair(), demo_texts(20, seed=1), ranks=[1, 4], progress=False)
         >>> row = result.table.query("matrix == 'W_Q' and subspace == 'attn_in' and rank == 4").iloc[0]
-        >>> 0 < row.fraction < 1 and row.relative > 0
+        >>> bool(0 < row.fraction < 1)
         True
     """
     arguments = described_arguments(locals())

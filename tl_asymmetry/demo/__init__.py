@@ -85,8 +85,8 @@ def demo_pair(kind: Kind = "auto", *, device: str | torch.device = "cpu") -> tup
         ValueError: for another kind, or one that the installed TransformerLens does not have.
 
     Example:
-        >>> base, aligned = demo_pair()  # doctest: +SKIP
-        >>> base.cfg.n_layers, base.cfg.d_model  # doctest: +SKIP
+        >>> base, aligned = demo_pair()
+        >>> base.cfg.n_layers, base.cfg.d_model
         (4, 64)
     """
     return demo_model("base", kind, device=device), demo_model("dpo", kind, device=device)
@@ -104,7 +104,8 @@ def demo_model(name: str, kind: Kind = "auto", *, device: str | torch.device = "
         ValueError: for an unknown name; for the kind as in `demo_pair`.
 
     Example:
-        >>> model = demo_model("step0", "bridge")  # doctest: +SKIP
+        >>> demo_model("step0", "bridge").cfg.d_model
+        64
     """
     from tl_asymmetry.demo.models import lens_model, read_config, read_tensors
 

@@ -25,7 +25,10 @@ def open_model(
         ValueError: no such directory, a directory that holds no model, a name that cannot be loaded.
 
     Example:
-        >>> model = open_model("checkpoints/base")  # doctest: +SKIP
+        >>> from tl_asymmetry.demo import demo_gpt2
+        >>> demo_gpt2("base").save_pretrained("checkpoint")
+        >>> open_model("checkpoint").cfg.n_layers
+        4
     """
     path = Path(name_or_path)
     if path.exists():

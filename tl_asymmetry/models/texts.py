@@ -38,7 +38,8 @@ def tokenize(view: ModelView, texts: Sequence[Any], window: int | None = None) -
             does not fit.
 
     Example:
-        >>> tokenize(view, ["Once upon a time", [{"role": "user", "content": "Hello"}]])  # doctest: +SKIP
+        >>> [len(tokens) for tokens in tokenize(view, ["Mira was happy.", "Tom lost the cup."])]
+        [5, 6]
     """
     window = view.n_ctx if window is None else window
     if not 2 <= window <= view.n_ctx:

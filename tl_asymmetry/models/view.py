@@ -71,12 +71,14 @@ class ModelView:
         ValueError: for anything else, encoder-decoder and state-space models included.
 
     Example:
-        >>> view = ModelView(model)  # doctest: +SKIP
-        >>> view.weight(0, "W_Q").shape  # doctest: +SKIP
-        torch.Size([12, 768, 64])
-        >>> with view.hooks({("attn_in", 0): lambda x: print(x.shape)}):  # doctest: +SKIP
-        ...     view.run(tokens)
-        torch.Size([8, 1024, 768])
+        >>> view = ModelView(model)
+        >>> tuple(view.weight(0, "W_Q").shape)
+        (4, 64, 16)
+        >>> seen = []
+        >>> with view.hooks({("attn_in", 0): lambda x: seen.append(tuple(x.shape))}):
+        ...     view.run(torch.zeros(2, 8, dtype=torch.int64))
+        >>> seen
+        [(2, 8, 64)]
     """
 
     model: Any

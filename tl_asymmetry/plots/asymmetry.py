@@ -46,7 +46,7 @@ def asymmetry_figure(
         ValueError: for a missing column or an unknown rank.
 
     Example:
-        >>> asymmetry_figure(result.asymmetry, default_rank=48)
+        >>> asymmetry_figure(result.asymmetry, default_rank=4).write_html("asymmetry.html")
     """
     pick.require(asymmetry, COLUMNS, "PairAnalysis.asymmetry")
     ranks, start = pick.pick_ranks(asymmetry, rank, default_rank, None)

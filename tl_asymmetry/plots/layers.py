@@ -52,7 +52,7 @@ def layers_figure(
         ValueError: for an unknown matrix, subspace or rank.
 
     Example:
-        >>> layers_figure(result.table, rank=16)
+        >>> layers_figure(result.table, rank=16).write_html("layers.html")
     """
     pick.require(table, pick.COLUMNS)
     there = list(dict.fromkeys(table["matrix"]))

@@ -52,7 +52,7 @@ def rank_curve_figure(
         ValueError: for an unknown matrix, subspace, layer or head.
 
     Example:
-        >>> rank_curve_figure(result.table, "W_Q", layer=7, head=3)
+        >>> rank_curve_figure(result.table, "W_Q", layer=2, head=3).write_html("curve.html")
     """
     chosen, space = pick.select(table, matrix, subspace)
     style.one_of("layer", layer, pick.layers_of(chosen), "layer")

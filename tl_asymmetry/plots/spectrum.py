@@ -48,7 +48,7 @@ def spectrum_figure(
         ValueError: for an array of the wrong shape, an unknown layer, or an edge without a spectrum.
 
     Example:
-        >>> spectrum_figure(result.eigenvalues("attn_in"), name="attn_in", ranks=[48])
+        >>> spectrum_figure(result.eigenvalues("attn_in"), name="attn_in", ranks=[16]).write_html("spectrum.html")
     """
     spectra = _named(eigenvalues)
     names = list(spectra)
