@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from tl_asymmetry.pair_data import PairData
 from tl_asymmetry.pair_summary import headline, summary_table
 from tl_asymmetry.report import FigureSection, Report, TableSection
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from tl_asymmetry.pair_result import PairAnalysis
 
-
-def pair_report(result: PairAnalysis) -> Report:
+def pair_report(result: PairData) -> Report:
     """Fill a `Report` from an analysis."""
     models = result.config["models"]
     shape = result.config["shape"]
@@ -39,7 +38,7 @@ def pair_report(result: PairAnalysis) -> Report:
     )
 
 
-def _figures(result: PairAnalysis) -> list[FigureSection]:
+def _figures(result: PairData) -> list[FigureSection]:
     matrices = list(dict.fromkeys(result.table["matrix"]))
     figures: list[FigureSection] = []
     if result.table["fraction"].notna().any():
@@ -60,18 +59,18 @@ def _figures(result: PairAnalysis) -> list[FigureSection]:
     return figures
 
 
-def _some_layers(result: PairAnalysis) -> list[int]:
+def _some_layers(result: PairData) -> list[int]:
     """First, middle and last layer."""
     last = result.config["shape"]["n_layers"] - 1
     return sorted({0, last // 2, last})
 
 
-def _spectra(result: PairAnalysis) -> list[str]:
+def _spectra(result: PairData) -> list[str]:
     names = (name.removeprefix("eigenvalues/") for name in result.arrays if name.startswith("eigenvalues/"))
     return [name for name in names if bool((result.arrays[f"eigenvalues/{name}"] > 0).any())]
 
 
-def _methods(result: PairAnalysis) -> list[tuple[str, str]]:
+def _methods(result: PairData) -> list[tuple[str, str]]:
     arguments = result.config["arguments"]
     return [
         ("Subspaces", "; ".join(f"{m}: {', '.join(names)}" for m, names in result.config["subspaces"].items())),

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import html
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from tl_asymmetry.models.view import INPUT_POINT
-
-if TYPE_CHECKING:
-    from tl_asymmetry.pair_result import PairAnalysis
+from tl_asymmetry.pair_data import PairData
 
 SIGNIFICANT = 0.05
 
 
-def summary_table(result: PairAnalysis) -> pd.DataFrame:
+def summary_table(result: PairData) -> pd.DataFrame:
     """One row per matrix and subspace at the shown rank: medians over layers and heads, and how many beat chance."""
     rows = result.table[result.table["rank"] == result.config["shown_rank"]]
     summary = []
@@ -39,7 +36,7 @@ def summary_table(result: PairAnalysis) -> pd.DataFrame:
     return pd.DataFrame(summary)
 
 
-def headline(result: PairAnalysis) -> list[str]:
+def headline(result: PairData) -> list[str]:
     """Sentences on what the table shows, at the shown rank."""
     k = result.config["shown_rank"]
     at_rank = result.table[result.table["rank"] == k]
@@ -80,7 +77,7 @@ def headline(result: PairAnalysis) -> list[str]:
     return sentences
 
 
-def summary_text(result: PairAnalysis) -> str:
+def summary_text(result: PairData) -> str:
     """For a terminal."""
     config, shape = result.config, result.config["shape"]
     base, aligned = config["models"]["base"], config["models"]["aligned"]
@@ -99,7 +96,7 @@ def summary_text(result: PairAnalysis) -> str:
     return "\n".join(lines)
 
 
-def summary_html(result: PairAnalysis) -> str:
+def summary_html(result: PairData) -> str:
     """For a notebook; names are escaped."""
     base, aligned = (html.escape(result.config["models"][role]["name"]) for role in ("base", "aligned"))
     table = summary_table(result).to_html(index=False, float_format="{:.3g}".format, na_rep="–", border=0)
