@@ -130,7 +130,7 @@ def test_the_table_in_float64(name: str, kind: str) -> None:
     base, aligned = models(name, kind)
     # Hugging Face's own attention takes its softmax in float32, whose sums depend on padding: so none here
     result = run(base, aligned, gradient=Gradient(), batch_size=8 if exact_under_padding(name, kind) else 1)
-    assert tuple(result.table.columns) == PAIR_COLUMNS
+    assert list(result.table.columns) == list(PAIR_COLUMNS)
     assert result.config["ranks"] == [1, 3, 4, 12, 16]
     assert result.config["tokens"] == sum(len(s) - 1 for s in SEQUENCES)
     into = "resid_post" if name in PARALLEL else "resid_mid"

@@ -215,10 +215,11 @@ def _check_models(base: ModelView, aligned: ModelView, sequences: Sequence[Tenso
         )
     else:
         notes.add(
-            "activation_matched on W_K rows uses the uncentred input: with rotary positions (or a query-key norm or "
-            "soft cap) softmax removes the keys' common part only partly, so the reference is an upper bound of sorts"
+            "activation_matched on W_K rows uses the uncentred input: with rotary positions, a query-key norm or a soft "
+            "cap softmax removes what all keys share only in part, so there the reference is an approximation"
         )
-    base.self_check(sequences[0][:_SELF_CHECK_TOKENS].unsqueeze(0))
+    for view in (base, aligned):
+        view.self_check(sequences[0][:_SELF_CHECK_TOKENS].unsqueeze(0))
     hashes = {"base": weights_hash(base), "aligned": weights_hash(aligned)}
     if hashes["base"] == hashes["aligned"]:
         notes.warn("the two models are identical, weight for weight: every delta is zero and every fraction NaN")

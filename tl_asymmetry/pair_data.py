@@ -22,7 +22,7 @@ class PairData:
     """What `PairAnalysis` holds, without the words and the files."""
 
     table: pd.DataFrame
-    """Tidy: one row per layer × head × matrix × subspace × rank; the columns are described in `how_to_read`."""
+    """Tidy: one row per layer × head × matrix × subspace × rank; `tables.PAIR_COLUMNS` says what the columns mean."""
     asymmetry: pd.DataFrame
     """Read against write per head, and per layer (head NA): log2 ratio, its expectation by chance, an interval."""
     other_changes: pd.DataFrame

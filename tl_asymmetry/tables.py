@@ -16,13 +16,35 @@ from tl_asymmetry.geometry.spectrum import effective_rank
 from tl_asymmetry.models.view import WRITE
 from tl_asymmetry.projections import Projection
 
-PAIR_COLUMNS = (
-    "layer", "head", "matrix", "pathway", "subspace", "rank", "fraction", "relative", "isotropic_z", "isotropic_p",
-    "p_method", "isotropic_q", "activation_matched", "excess", "gradient_matched", "gradient_excess", "ci_low",
-    "ci_high", "eigengap", "delta_norm", "delta_relative_norm", "delta_shrink", "delta_effective_rank",
-    "rounding_share", "fraction_unrounded", "flags",
-)  # fmt: skip
-"""Columns of a pair's table, in this order."""
+PAIR_COLUMNS = {
+    "layer": "layer, from 0",
+    "head": "head; the key-value head for W_K and W_V; NA for a matrix of the MLP",
+    "matrix": "W_Q … W_out",
+    "pathway": '"read" (d_model is the input) or "write" (d_model is the output)',
+    "subspace": "name of the subspace the delta is held against",
+    "rank": "k, the number of leading directions",
+    "fraction": "share of the delta's squared norm in them, 0 to 1",
+    "relative": "fraction · d/k; 1 is isotropic, d/k the most there can be",
+    "isotropic_z": "standard deviations above the mean over Haar-random subspaces; NaN for a flat spectrum",
+    "isotropic_p": "one-sided probability of a fraction this large in a Haar-random subspace",
+    "p_method": '"exact", "beta", "draws", or "none" where p is NaN',
+    "isotropic_q": "Benjamini–Hochberg over all layers and heads of this matrix, subspace and rank",
+    "activation_matched": "read: share of the matrix's own input variance in the same directions; write: NaN",
+    "excess": "fraction / activation_matched",
+    "gradient_matched": "write, with gradients: share of the output gradient's variance; else NaN",
+    "gradient_excess": "fraction / gradient_matched",
+    "ci_low": "lower end of the 95 % interval of relative over texts; NaN where the subspace needs no texts",
+    "ci_high": "upper end",
+    "eigengap": "(λ_k − λ_{k+1}) / λ_k of the subspace's spectrum",
+    "delta_norm": "‖ΔW‖",
+    "delta_relative_norm": "‖ΔW‖ / ‖W_base‖",
+    "delta_shrink": "⟨ΔW, W_base⟩ / ‖W_base‖²",
+    "delta_effective_rank": "exp(entropy) of the normalised eigenvalues of ΔW ΔWᵀ",
+    "rounding_share": "share of ‖ΔW‖² that storage in bf16 or fp16 explains by itself",
+    "fraction_unrounded": "fraction corrected for it; NaN above a share of 0.9",
+    "flags": '"eigengap" (under 0.05), "rounding" (share from 0.1), "rounding_dominated" (from 0.5), comma-joined',
+}
+"""Columns of a pair's table, in this order, and what they mean."""
 
 SMALL_EIGENGAP = 0.05
 ROUNDING_FLAGGED = 0.1
