@@ -207,7 +207,10 @@ def _apart(*arguments: str) -> dict[str, Any] | None:
         return None
     if done.returncode:
         raise RuntimeError(f"{arguments}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    measured = json.loads(done.stdout.splitlines()[-1])
+    shown = {name: value for name, value in measured.items() if isinstance(value, float | int)} or measured.get("ratio")
+    sys.stderr.write(f"{' '.join(arguments)}: {shown}\n")
+    return measured
 
 
 def main() -> None:

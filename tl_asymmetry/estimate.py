@@ -94,8 +94,9 @@ def estimate_pair(
     models = 2 if sensitivity or activations == "both" else 1
     sizes = [base.weight(0, matrix).numel() for matrix in plan.matrices]
 
-    flops = _rate(lambda x: x @ x, torch.randn(_PROBE, _PROBE, device=base.device), 2.0 * _PROBE**3)
-    probe = torch.randn(min(d, _PROBE), min(d, _PROBE), dtype=torch.float64)
+    noise = torch.randn(_PROBE, _PROBE, generator=torch.Generator().manual_seed(seed))
+    flops = _rate(lambda x: x @ x, noise.to(base.device), 2.0 * _PROBE**3)
+    probe = noise[:d, :d].double()
     eigensolve = (d / len(probe)) ** 3 / _rate(lambda x: ordered_eigh(x @ x.mT), probe, 1.0)
 
     packed = d * (d + 1) // 2 * 8

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tl_asymmetry.asymmetry import asymmetry_table
 from tl_asymmetry.bases import LayerBases
@@ -30,6 +30,7 @@ from tl_asymmetry.plan import Plan, Sources, make_plan, token_sequences
 from tl_asymmetry.projections import GradientMoments, Projection, project
 from tl_asymmetry.provenance import described_arguments, provenance, weights_hash
 from tl_asymmetry.sensitivity import SensitivityProfiles
+from tl_asymmetry.side_by_side import side_by_side
 from tl_asymmetry.tables import pair_table
 
 _SELF_CHECK_TOKENS = 16
@@ -114,9 +115,9 @@ def analyze_pair(
     if isinstance(model_aligned, str | Path):
         model_aligned = open_model(model_aligned, device=base.device)
     aligned = ModelView(model_aligned)
-    for name, layers in plan.given.items():
-        if layers[0].rank < max(plan.ranks):
-            notes.warn(f"ranks above {layers[0].rank} are left out for {name!r}, which has no more directions", level=3)
+    for name, held in plan.given.items():
+        if held[0].rank < max(plan.ranks):
+            notes.warn(f"ranks above {held[0].rank} are left out for {name!r}, which has no more directions", level=3)
     hashes = _check_models(base, aligned, sequences, notes)
 
     with torch.no_grad():
@@ -127,30 +128,35 @@ def analyze_pair(
         )  # fmt: skip
         given = {"prediction": [prediction_subspace(base)] * base.n_layers, **plan.given}
         profiles = SensitivityProfiles(base, aligned, sources) if sensitivity else None
-        deltas: dict[str, list[Delta]] = defaultdict(list)
-        projections: dict[tuple[str, str], list[Projection]] = defaultdict(list)
-        circuits = []
-        for layer in tqdm(range(base.n_layers), desc="layers", disable=not progress):
-            bases = LayerBases(layer, sources.groups, given, centered=centered, exact=base.dtype == torch.float64)
-            weights = {matrix: base.weight(layer, matrix) for matrix in plan.matrices}
-            measured = {
-                matrix: measure_delta(matrix, weight, aligned.weight(layer, matrix), seed=seed)
-                for matrix, weight in weights.items()
-            }
-            for name in plan.subspaces:
-                held = [measured[matrix] for matrix in plan.matrices if name in plan.targets[matrix]]
-                for projection in project(
-                    held, name, bases, plan.ranks,
-                    intervals=sources.intervals, softmax_centres_keys=base.score_shift_invariant, gradient=gradient,
-                ):  # fmt: skip
-                    projections[projection.matrix, name].append(projection)
-            circuits.append(layer_circuits(layer, weights, measured, bases, plan.ranks))
-            if profiles is not None:
-                profiles.add(layer, measured, plan)
-            for matrix, delta in measured.items():
-                deltas[matrix].append(delta.numbers)
 
-    same = [matrix for matrix, layers in deltas.items() if bool((stacked(layers, "energy") == 0).all())]
+    moments = sources.groups
+
+    def analyse(layer: int) -> _Layer:
+        bases = LayerBases(layer, moments, given, centered=centered, exact=base.dtype == torch.float64)
+        weights = {matrix: base.weight(layer, matrix) for matrix in plan.matrices}
+        measured = {
+            matrix: measure_delta(matrix, weight, aligned.weight(layer, matrix), seed=seed)
+            for matrix, weight in weights.items()
+        }
+        projections = [
+            projection
+            for name in plan.subspaces
+            for projection in project(
+                [measured[matrix] for matrix in plan.matrices if name in plan.targets[matrix]], name, bases, plan.ranks,
+                intervals=sources.intervals, softmax_centres_keys=base.score_shift_invariant, gradient=gradient,
+            )
+        ]  # fmt: skip
+        return _Layer(
+            deltas={matrix: delta.numbers for matrix, delta in measured.items()},
+            projections={(projection.matrix, projection.subspace): projection for projection in projections},
+            circuits=layer_circuits(layer, weights, measured, bases, plan.ranks),
+            variants={} if profiles is None else profiles.of_layer(layer, measured, plan),
+        )
+
+    layers = side_by_side(analyse, base.n_layers, device=base.device, description="layers", progress=progress)
+    deltas = {matrix: [layer.deltas[matrix] for layer in layers] for matrix in plan.matrices}
+    projections = {key: [layer.projections[key] for layer in layers] for key in layers[0].projections}
+    same = [matrix for matrix, changes in deltas.items() if bool((stacked(changes, "energy") == 0).all())]
     if same and hashes["base"] != hashes["aligned"]:
         if len(same) == len(deltas):
             notes.warn(
@@ -165,10 +171,10 @@ def analyze_pair(
         ),
         asymmetry=asymmetry_table(deltas, projections, plan.ranks, d=base.d_model, n_heads=base.n_heads),
         other_changes=other_changes(base, aligned),
-        circuits=circuits,
+        circuits=[layer.circuits for layer in layers],
         deltas=deltas,
         projections=projections,
-        sensitivity=profiles,
+        variants={} if profiles is None else profiles.arrays([layer.variants for layer in layers]),
         sequences=sequences,
         config={
             "arguments": arguments,
@@ -180,6 +186,16 @@ def analyze_pair(
         notes=notes.lines,
         model_base=model_base,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What one layer contributes."""
+
+    deltas: dict[str, Delta]
+    projections: dict[tuple[str, str], Projection]
+    circuits: pd.DataFrame
+    variants: dict[str, Tensor]
 
 
 class _Notes:
@@ -215,8 +231,8 @@ def _check_models(base: ModelView, aligned: ModelView, sequences: Sequence[Tenso
         )
     else:
         notes.add(
-            "activation_matched on W_K rows uses the uncentred input: with rotary positions, a query-key norm or a soft "
-            "cap softmax removes what all keys share only in part, so there the reference is an approximation"
+            "activation_matched on W_K rows uses the uncentred input: with rotary positions, a query-key norm or a "
+            "soft cap, softmax removes what all keys share only in part, so there the reference is an approximation"
         )
     for view in (base, aligned):
         view.self_check(sequences[0][:_SELF_CHECK_TOKENS].unsqueeze(0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class PairData:
     """What `PairAnalysis` holds, without the words and the files."""
 
@@ -33,9 +33,9 @@ class PairData:
     """Every argument, versions, model names and hashes, dtypes, devices, token count. JSON-ready."""
     notes: tuple[str, ...]
     """What a reader must know: what was left out, what degrades the answer."""
-    arrays: dict[str, Tensor] = field(compare=False)
+    arrays: dict[str, Tensor]
     """Profiles, eigenvalues, spectra and directions behind the tables, by name; see the accessors."""
-    _model: weakref.ref[Any] | None = field(default=None, compare=False)
+    _model: weakref.ref[Any] | None = None
 
     # -- numbers -------------------------------------------------------------------------------------------------
 

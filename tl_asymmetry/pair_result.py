@@ -21,10 +21,9 @@ from tl_asymmetry.pair_summary import summary_html, summary_text
 from tl_asymmetry.projections import Projection
 from tl_asymmetry.report import write_report
 from tl_asymmetry.results import load_result, save_result
-from tl_asymmetry.sensitivity import SensitivityProfiles
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class PairAnalysis(PairData):
     """Where a base and an aligned model differ, by head, against two nulls. Made by `analyze_pair`.
 
@@ -128,7 +127,7 @@ class PairAnalysis(PairData):
         circuits: Sequence[pd.DataFrame],
         deltas: Mapping[str, Sequence[Delta]],
         projections: Mapping[tuple[str, str], Sequence[Projection]],
-        sensitivity: SensitivityProfiles | None,
+        variants: Mapping[str, Tensor],
         sequences: Sequence[Tensor],
         config: dict[str, Any],
         notes: Sequence[str],
@@ -146,8 +145,7 @@ class PairAnalysis(PairData):
             arrays[f"eigenvalues/{subspace}"] = stacked(held, "eigenvalues")
         arrays["tokens"] = torch.cat(list(sequences))
         arrays["lengths"] = torch.tensor([len(sequence) for sequence in sequences])
-        if sensitivity is not None:
-            arrays |= sensitivity.arrays()
+        arrays |= variants
         return cls(
             table=table,
             asymmetry=asymmetry,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 
 import numpy as np
@@ -27,7 +26,7 @@ _PREFIX = "sensitivity"
 
 
 class SensitivityProfiles:
-    """Collects, layer by layer, energy profiles under every variant of the captured and prediction subspaces.
+    """Energy profiles under every variant of the captured and prediction subspaces.
 
     Variants of a captured subspace: whose activations (base, aligned, both) × covariance or second moment × first
     position out or in. Of the prediction subspace: whose unembedding × mean over the vocabulary out or in × final norm
@@ -36,7 +35,6 @@ class SensitivityProfiles:
 
     def __init__(self, base: ModelView, aligned: ModelView, sources: Sources) -> None:
         self._sources = sources
-        self._profiles: dict[str, list[Tensor]] = defaultdict(list)
         self._predictions = {
             f"prediction/{role}/{'centered' if centered else 'uncentered'}/-/{'folded' if fold else 'plain'}": (
                 prediction_subspace(view, fold_norm=fold, centered=centered, d_vocab=base.d_vocab).basis
@@ -46,17 +44,19 @@ class SensitivityProfiles:
             )
         }
 
-    def add(self, layer: int, deltas: Mapping[str, LiveDelta], plan: Plan) -> None:
-        """Project one layer's deltas on all variants of the subspaces they are held against."""
+    def of_layer(self, layer: int, deltas: Mapping[str, LiveDelta], plan: Plan) -> dict[str, Tensor]:
+        """One layer's energy profiles on all variants of the subspaces that its deltas are held against."""
+        profiles = {}
         for variant, basis in self._variants(layer, plan):
             for matrix, delta in deltas.items():
                 if variant.split("/")[0] in plan.targets[matrix]:
                     profile = delta.energies(basis) / delta.numbers.energy.unsqueeze(-1)
-                    self._profiles[f"{_PREFIX}/{matrix}/{variant}"].append(profile.float())
+                    profiles[f"{_PREFIX}/{matrix}/{variant}"] = profile.float()
+        return profiles
 
-    def arrays(self) -> dict[str, Tensor]:
+    def arrays(self, layers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Profiles `[layer, head, d]` by variant, and the moments behind them, for a result to keep."""
-        arrays = {name: torch.stack(layers) for name, layers in self._profiles.items()}
+        arrays = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
         for model, capture in self._sources.captures.items():
             for (point, layer), moments in capture.totals().items():
                 for name, value in moments.state_dict().items():

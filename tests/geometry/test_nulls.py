@@ -154,8 +154,9 @@ def test_where_the_code_says_beta_the_beta_holds(d: int, name: str, k: int) -> N
     if not says_beta:
         assert beta_disagreement(spectrum, d, k).item() > 0.03
         return
-    # 200,000 draws on another seed: 20,000 subspaces, ten permutations of the coordinates each.
-    pool = haar_leverages(d, k, 999)
+    # 200,000 draws on other seeds: 20,000 subspaces, ten permutations of the coordinates each.
+    seeds = range(999, 999 + -(-HAAR_DRAWS // len(haar_leverages(d, k, 999))))
+    pool = torch.cat([haar_leverages(d, k, seed) for seed in seeds])
     generator = torch.Generator().manual_seed(1)
     orders = [torch.randperm(d, generator=generator)[: len(λ)] for _ in range(10)]
     fractions = torch.cat([pool[:, order].double() @ spectrum[0] for order in orders])
@@ -175,7 +176,7 @@ def test_where_the_code_says_beta_the_beta_holds(d: int, name: str, k: int) -> N
 def test_a_small_pool_is_stretched_by_permutations() -> None:
     λ = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
     d, k = 400, 40  # fewer than HAAR_DRAWS Gaussian matrices fit
-    draws = IsotropicNull(d, seed=2).draws(λ, k)
+    draws = torch.cat(list(IsotropicNull(d, seed=2).draws(λ, k)))
     assert draws.shape == (HAAR_DRAWS, 1)
     assert len(haar_leverages(d, k, 2)) < HAAR_DRAWS
     variance, skewness, _ = (c.item() for c in fraction_cumulants(λ, d, k))

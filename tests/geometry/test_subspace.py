@@ -154,3 +154,15 @@ def test_messages() -> None:
         random_subspace(4, 5, seed=0)
     with pytest.raises(ValueError, match="pass the covariance itself"):
         principal_subspace(torch.eye(2), centered=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d", [64, 512])
+def test_an_eigensolve_is_the_same_wherever_it_runs(d: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(4 * d, d, dtype=torch.float64, generator=generator)
+    symmetric = X.mT @ X
+    (λ, Q), (λ_cuda, Q_cuda) = ordered_eigh(symmetric), ordered_eigh(symmetric.cuda())
+    assert Q_cuda.device.type == "cpu"
+    torch.testing.assert_close(λ_cuda, λ)
+    torch.testing.assert_close(Q_cuda.abs(), Q.abs(), atol=1e-8, rtol=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Literal
 
@@ -19,7 +20,8 @@ HAAR_DRAWS = 20_000
 # Largest disagreement of a Beta with the true law, in standard deviations at the 0.95 and 0.999 quantiles: 0.03 is a
 # tenth of p at p = 0.001.
 QUANTILE_TOLERANCE = 0.03
-_GAUSSIANS_PER_POOL = 100_000_000
+_GAUSSIANS_PER_POOL = 20_000_000
+_BLOCK = 1024
 
 
 def isotropic_null(
@@ -122,27 +124,30 @@ class IsotropicNull:
         return p, method
 
     def _tail_by_draws(self, λ: Tensor, k: int, x: Tensor) -> np.ndarray:
-        draws = self.draws(λ, k)
-        return ((draws >= x).sum(0) + 1).numpy() / (len(draws) + 1)
+        above = torch.zeros(len(x), dtype=torch.int64)
+        for fractions in self.draws(λ, k):
+            above += (fractions >= x).sum(0)
+        return (above + 1).numpy() / (HAAR_DRAWS + 1)
 
-    def draws(self, spectrum: Float[Tensor, "item r"], k: int) -> Float[Tensor, "draw item"]:
-        """`HAAR_DRAWS` fractions of each item in random k-subspaces, float64. All items see the same subspaces."""
+    def draws(self, spectrum: Float[Tensor, "item r"], k: int) -> Iterator[Float[Tensor, "draw item"]]:
+        """`HAAR_DRAWS` fractions of each item in random k-subspaces, in float64 blocks; all items see the same ones."""
         pool = haar_leverages(self.d, k, self.seed)
         generator = torch.Generator().manual_seed(self.seed)
         λ = spectrum.double()
-        batches: list[Tensor] = []
+        left = HAAR_DRAWS
         # A coordinate permutation of a Haar subspace is one again: a pool smaller than HAAR_DRAWS is used repeatedly.
-        while sum(len(batch) for batch in batches) < HAAR_DRAWS:
+        while left > 0:
             order = torch.randperm(self.d, generator=generator)[: λ.shape[-1]]
-            batches.append(pool[:, order].double() @ λ.mT)
-        return torch.cat(batches)[:HAAR_DRAWS]
+            for block in pool[:left].split(_BLOCK):
+                yield block[:, order].double() @ λ.mT
+            left -= len(pool)
 
 
 @lru_cache(maxsize=8)
 def haar_leverages(d: int, k: int, seed: int) -> Float[Tensor, "draw d"]:
     """‖Qᵀe_i‖² for seeded Haar-random Q in R^{d×k}: what a fraction draws on, f = Σ λ_i ‖Qᵀe_i‖². Float32.
 
-    As many draws as 10⁸ Gaussians allow, at most `HAAR_DRAWS`.
+    As many draws as 2 · 10⁷ Gaussians allow (256 at least), at most `HAAR_DRAWS`.
     """
     if 2 * k > d:
         # The complement of a Haar subspace is one; the smaller of the two is well conditioned.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float
@@ -10,6 +12,8 @@ from torch import Tensor
 
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.precision import exact_products
+
+_SMALLEST_ON_GPU = 256
 
 
 @dataclass(frozen=True)
@@ -103,13 +107,35 @@ def ordered_eigh(
 ) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, "*batch d d"]]:
     """Eigenvalues in descending order and their eigenvectors, on CPU, in the dtype of the matrix.
 
-    On CPU because LAPACK's divide and conquer there beats cuSOLVER at the sizes of a residual stream. Each vector's
-    largest entry is made positive, so that the same matrix gives the same basis everywhere.
+    Solved on the CPU, or on a GPU that was measured to be faster at this size. Each vector's largest entry is made
+    positive, so that the same matrix gives the same basis everywhere.
     """
-    λ, Q = torch.linalg.eigh(symmetric.cpu())
-    λ, Q = λ.flip(-1), Q.flip(-1)
+    solver = _faster_solver(symmetric.shape[-1], symmetric.dtype)
+    λ, Q = (part.cpu().flip(-1) for part in torch.linalg.eigh(symmetric.to(solver)))
     largest = Q.gather(-2, Q.abs().argmax(-2, keepdim=True))
     return λ, Q * torch.where(largest < 0, -1.0, 1.0).to(Q.dtype)
+
+
+def leading_directions(symmetric: Float[Tensor, "d d"], k: int) -> Float[Tensor, "d k"]:
+    """The k eigenvectors of the largest eigenvalues, the largest first, on CPU; their signs are as they come."""
+    solver = _faster_solver(symmetric.shape[-1], symmetric.dtype)
+    return torch.linalg.eigh(symmetric.to(solver))[1][:, -k:].flip(-1).cpu()
+
+
+@lru_cache(maxsize=16)
+def _faster_solver(d: int, dtype: torch.dtype) -> torch.device:
+    """Where one d × d eigensolve takes less time: tried once for each size, where there is a GPU to try."""
+    cpu = torch.device("cpu")
+    if d < _SMALLEST_ON_GPU or not torch.cuda.is_available():
+        return cpu
+    probe = torch.diag(torch.arange(1, d + 1, dtype=dtype)) + torch.ones(d, d, dtype=dtype)
+    seconds = {}
+    for device in (torch.device("cuda"), cpu):
+        torch.linalg.eigh(probe[:64, :64].to(device))  # the first call sets the library up
+        start = time.perf_counter()
+        torch.linalg.eigh(probe.to(device))[1].cpu()
+        seconds[device] = time.perf_counter() - start
+    return min(seconds, key=lambda device: seconds[device])
 
 
 def principal_subspace(
