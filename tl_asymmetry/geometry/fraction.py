@@ -75,7 +75,7 @@ def gram_energy(gram: Float[Tensor, "*head d d"], basis: Float[Tensor, "d k"]) -
     """
     Q = basis.to(gram)
     with exact_products(gram.device):
-        return ((gram @ Q) * Q).sum(-2, dtype=torch.float64).clamp(min=0)
+        return ((gram @ Q) * Q).sum(-2).to(torch.float64).clamp(min=0)
 
 
 def total(x: Float[Tensor, "*axes"], axes: int = 1) -> Float[Tensor, "*rest"]:
