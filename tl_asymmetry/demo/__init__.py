@@ -110,7 +110,9 @@ def demo_model(name: str, kind: Kind = "auto", *, device: str | torch.device = "
     from tl_asymmetry.demo.models import lens_model, read_config, read_tensors
 
     path = _checkpoint(name)
-    return lens_model(read_config(_data()), read_tensors(path), demo_tokenizer(), kind=kind, device=device)
+    config = read_config(_data())
+    config = {**config, "model_name": f"{config['model_name']}/{name}"}  # a result tells the two models of a pair apart
+    return lens_model(config, read_tensors(path), demo_tokenizer(), kind=kind, device=device)
 
 
 def demo_gpt2(name: str) -> GPT2LMHeadModel:
