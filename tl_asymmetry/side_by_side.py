@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from tqdm.auto import tqdm
 
+from tl_asymmetry.geometry.memory import return_freed_memory
 from tl_asymmetry.geometry.precision import exact_products
 
 Result = TypeVar("Result")
@@ -32,7 +33,9 @@ def side_by_side(
 
     def alone(index: int) -> Result:
         with torch.no_grad():  # the mode belongs to a thread
-            return work(index)
+            result = work(index)
+        return_freed_memory()
+        return result
 
     workers = min(torch.get_num_threads(), count)
     # The precision of products is a global setting: made exact once out here, no thread changes it under another.

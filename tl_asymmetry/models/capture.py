@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_asymmetry.geometry.memory import return_freed_memory
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.models.texts import batches
 from tl_asymmetry.models.view import ModelView
@@ -139,6 +140,7 @@ def capture(
             # A finished group leaves the device: only one group's moments are ever held there.
             counted.append({site: m.cpu() for site, m in moments.items()})
             firsts.append({site: m.cpu() for site, m in first.items()})
+            return_freed_memory()
     lengths = [len(sequence) - exclude_first for group in groups for sequence in group]
     return Capture(tuple(counted), tuple(firsts) if first_positions else None, sum(lengths), len(lengths))
 
