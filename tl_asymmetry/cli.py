@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_asymmetry.pair import analyze_pair
-from tl_asymmetry.pair_result import PairAnalysis
+from tl_asymmetry.results import Result, open_result
 
 _DEMO_STORIES = 400
 
@@ -83,11 +83,11 @@ def _analyze(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    result = PairAnalysis.load(options.folder)
+    result = open_result(options.folder)
     sys.stdout.write(f"report: {result.to_html(options.folder / 'report.html')}\n")
 
 
-def _finish(result: PairAnalysis, folder: Path) -> None:
+def _finish(result: Result, folder: Path) -> None:
     result.save(folder)
     report = result.to_html(folder / "report.html")
     sys.stdout.write(f"{result.summary()}\n\nreport: {report}\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +24,11 @@ from tl_asymmetry.models.checks import check_finite, check_pair, check_raw, chec
 from tl_asymmetry.models.loading import open_model
 from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.notes import Notes
 from tl_asymmetry.pair_result import PairAnalysis
 from tl_asymmetry.plan import Plan, Sources, make_plan, token_sequences
 from tl_asymmetry.projections import GradientMoments, Projection, project
-from tl_asymmetry.provenance import described_arguments, provenance, weights_hash
+from tl_asymmetry.provenance import described_arguments, model_record, shape_record, versions, weights_hash
 from tl_asymmetry.sensitivity import SensitivityProfiles
 from tl_asymmetry.side_by_side import side_by_side
 from tl_asymmetry.tables import pair_table
@@ -103,7 +103,7 @@ def analyze_pair(
         True
     """
     arguments = described_arguments(locals())
-    base, notes = ModelView(model_base), _Notes()
+    base, notes = ModelView(model_base), Notes()
     if gradient is not None and not isinstance(gradient, GradientMoments):
         raise ValueError(
             f"expected gradient with a method gradient_moment(layer, matrix, head), got {type(gradient).__name__}; "
@@ -178,7 +178,12 @@ def analyze_pair(
         sequences=sequences,
         config={
             "arguments": arguments,
-            **provenance(base, aligned, hashes),
+            "versions": versions(),
+            "models": {
+                "base": model_record(base, hashes["base"]),
+                "aligned": model_record(aligned, hashes["aligned"]),
+            },
+            "shape": shape_record(base),
             **plan.described(),
             "tokens": sources.tokens,
             "sequences": len(sequences),
@@ -198,21 +203,7 @@ class _Layer:
     variants: dict[str, Tensor]
 
 
-class _Notes:
-    """Lines the result carries; what degrades the answer is a warning as well."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def add(self, line: str) -> None:
-        self.lines.append(line)
-
-    def warn(self, line: str, *, level: int = 4) -> None:
-        self.lines.append(line)
-        warnings.warn(line, UserWarning, stacklevel=level)
-
-
-def _check_models(base: ModelView, aligned: ModelView, sequences: Sequence[Tensor], notes: _Notes) -> dict[str, str]:
+def _check_models(base: ModelView, aligned: ModelView, sequences: Sequence[Tensor], notes: Notes) -> dict[str, str]:
     """Refuse what cannot be compared, note what the reader must know, and return both hashes."""
     for warning in check_pair(base, aligned):
         notes.warn(warning)
@@ -247,7 +238,7 @@ def _captured(
     aligned: ModelView,
     sequences: Sequence[Tensor],
     plan: Plan,
-    notes: _Notes,
+    notes: Notes,
     *,
     activations: str,
     exclude_first: bool,

@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from torch import Tensor
 
+from tl_asymmetry.results import Result
 from tl_asymmetry.sensitivity import sensitivity_table
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-@dataclass(frozen=True, repr=False, eq=False)
-class PairData:
-    """What `PairAnalysis` holds, without the words and the files."""
+@dataclass(frozen=True, repr=False, eq=False, kw_only=True)
+class PairData(Result):
+    """What `PairAnalysis` holds, without the words."""
+
+    TABLES = ("table", "asymmetry", "other_changes", "circuits")
 
     table: pd.DataFrame
     """Tidy: one row per layer × head × matrix × subspace × rank; `tables.PAIR_COLUMNS` says what the columns mean."""
@@ -29,12 +31,6 @@ class PairData:
     """What has no head: biases, norm gains, embeddings; norms and the shrink component."""
     circuits: pd.DataFrame
     """Per head: change of the products W_Q W_Kᵀ and W_V W_O, and the fraction of it on each side."""
-    config: dict[str, Any]
-    """Every argument, versions, model names and hashes, dtypes, devices, token count. JSON-ready."""
-    notes: tuple[str, ...]
-    """What a reader must know: what was left out, what degrades the answer."""
-    arrays: dict[str, Tensor]
-    """Profiles, eigenvalues, spectra and directions behind the tables, by name; see the accessors."""
     _model: weakref.ref[Any] | None = None
 
     # -- numbers -------------------------------------------------------------------------------------------------

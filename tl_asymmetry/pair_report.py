@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tl_asymmetry.pair_data import PairData
 from tl_asymmetry.pair_summary import headline, summary_table
@@ -15,10 +14,9 @@ if TYPE_CHECKING:
 
 def pair_report(result: PairData) -> Report:
     """Fill a `Report` from an analysis."""
-    models = result.config["models"]
     shape = result.config["shape"]
     return Report(
-        title=f"{models['base']['name']} → {models['aligned']['name']}",
+        title=result._title(),
         subtitle=(
             f"{shape['n_layers']} layers × {shape['n_heads']} heads, d_model {shape['d_model']}, "
             f"{result.config['tokens']} tokens"
@@ -34,7 +32,7 @@ def pair_report(result: PairData) -> Report:
             TableSection("Other changes", result.other_changes, "Biases, gains, embeddings.", "other_changes"),
         ],
         methods=_methods(result),
-        config=_flat(result.config),
+        config=result.config,
     )
 
 
@@ -81,13 +79,3 @@ def _methods(result: PairData) -> list[tuple[str, str]]:
         ("Null", f"Haar-random subspaces, seed {arguments['seed']}; q by Benjamini–Hochberg over the layers and heads "
          "of one matrix, subspace and rank"),
     ]  # fmt: skip
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat

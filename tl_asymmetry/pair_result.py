@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -17,13 +16,12 @@ from tl_asymmetry.directions import describe_directions
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair_data import PairData
 from tl_asymmetry.pair_report import pair_report
-from tl_asymmetry.pair_summary import summary_html, summary_text
+from tl_asymmetry.pair_summary import headline, summary_table
 from tl_asymmetry.projections import Projection
-from tl_asymmetry.report import write_report
-from tl_asymmetry.results import load_result, save_result
+from tl_asymmetry.report import Report
 
 
-@dataclass(frozen=True, repr=False, eq=False)
+@dataclass(frozen=True, repr=False, eq=False, kw_only=True)
 class PairAnalysis(PairData):
     """Where a base and an aligned model differ, by head, against two nulls. Made by `analyze_pair`.
 
@@ -63,39 +61,28 @@ class PairAnalysis(PairData):
 
     # -- words ---------------------------------------------------------------------------------------------------
 
-    def summary(self) -> str:
-        """The main numbers in one screen of plain text."""
-        return summary_text(self)
+    def _title(self) -> str:
+        models = self.config["models"]
+        return f"{models['base']['name']} → {models['aligned']['name']}"
 
-    def __repr__(self) -> str:
-        return self.summary()
-
-    def _repr_html_(self) -> str:
-        return summary_html(self)
-
-    def to_html(self, path: str | Path) -> Path:
-        """Write the report: one self-contained page that opens offline. Returns its path."""
-        return write_report(path, pair_report(self))
-
-    # -- disk ----------------------------------------------------------------------------------------------------
-
-    def save(self, path: str | Path) -> Path:
-        """Write the analysis into a folder (safetensors and JSON, no pickle). Returns the folder."""
-        tables = {name: getattr(self, name) for name in _TABLES}
-        return save_result(
-            path, "PairAnalysis", tables=tables, arrays=self.arrays, config=self.config, notes=self.notes
+    def _facts(self) -> str:
+        shape, ranks = self.config["shape"], ", ".join(map(str, self.config["ranks"]))
+        return (
+            f"{shape['n_layers']} layers × {shape['n_heads']} heads, d_model {shape['d_model']}; "
+            f"{self.config['tokens']} tokens in {self.config['sequences']} sequences; "
+            f"ranks {ranks}, shown {self.config['shown_rank']}"
         )
 
-    @classmethod
-    def load(cls, path: str | Path) -> PairAnalysis:
-        """Read what `save` wrote; every number as it was.
+    def _summary_table(self) -> pd.DataFrame:
+        return summary_table(self)
 
-        Raises:
-            ValueError: no such analysis there.
-        """
-        tables, arrays, config, notes = load_result(path, "PairAnalysis")
-        table, asymmetry, other_changes, circuits = (tables[name] for name in _TABLES)
-        return cls(table, asymmetry, other_changes, circuits, config, notes, arrays)
+    def _headline(self) -> list[str]:
+        return headline(self)
+
+    def _report(self) -> Report:
+        return pair_report(self)
+
+    # -- other forms ---------------------------------------------------------------------------------------------
 
     def to_xarray(self) -> Any:
         """The table as an `xarray.Dataset` for each (matrix, subspace), in a dict. Needs the extra `xarray`.
@@ -156,6 +143,3 @@ class PairAnalysis(PairData):
             arrays=arrays,
             _model=weakref.ref(model_base),
         )
-
-
-_TABLES = ("table", "asymmetry", "other_changes", "circuits")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import html
-
 import numpy as np
 import pandas as pd
 
@@ -75,35 +73,6 @@ def headline(result: PairData) -> list[str]:
             f"Rounding explains half or more of the change in {rounded:.0%} of the rows: noise, not signal."
         )
     return sentences
-
-
-def summary_text(result: PairData) -> str:
-    """For a terminal."""
-    config, shape = result.config, result.config["shape"]
-    base, aligned = config["models"]["base"], config["models"]["aligned"]
-    ranks = ", ".join(map(str, config["ranks"]))
-    lines = [
-        f"PairAnalysis: {base['name']} → {aligned['name']}",
-        f"{shape['n_layers']} layers × {shape['n_heads']} heads, d_model {shape['d_model']}; {config['tokens']} tokens "
-        f"in {config['sequences']} sequences; ranks {ranks}, shown {config['shown_rank']}",
-        "",
-        summary_table(result).to_string(index=False, float_format="{:.3g}".format, na_rep="–"),
-        "",
-        *headline(result),
-    ]
-    if result.notes:
-        lines += ["", "Notes:", *(f"- {note}" for note in result.notes)]
-    return "\n".join(lines)
-
-
-def summary_html(result: PairData) -> str:
-    """For a notebook; names are escaped."""
-    base, aligned = (html.escape(result.config["models"][role]["name"]) for role in ("base", "aligned"))
-    table = summary_table(result).to_html(index=False, float_format="{:.3g}".format, na_rep="–", border=0)
-    sentences = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in headline(result))
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in result.notes)
-    listed = f"<details><summary>Notes ({len(result.notes)})</summary><ul>{notes}</ul></details>" if notes else ""
-    return f"<div><h4>{base} → {aligned}</h4>{table}{sentences}{listed}</div>"
 
 
 def _share(condition: pd.Series) -> str:

@@ -18,30 +18,33 @@ _PACKAGES = ("tl-asymmetry", "torch", "transformer-lens", "transformers", "numpy
 _LONGEST_LISTED = 400
 
 
-def provenance(base: ModelView, aligned: ModelView, hashes: dict[str, str]) -> dict[str, Any]:
-    """Versions, and for both models name, kind, dtype, storage, device and hash of the weights. JSON-ready."""
+def versions() -> dict[str, str | None]:
+    """Versions of this package and of those its numbers rest on; None where one is not installed."""
+    return {name: _version(name) for name in _PACKAGES}
+
+
+def model_record(view: ModelView, weights: str) -> dict[str, Any]:
+    """Which model: name, kind, dtype, storage, device and `weights`, its `weights_hash`. JSON-ready."""
     return {
-        "versions": {name: _version(name) for name in _PACKAGES},
-        "models": {
-            role: {
-                "name": view.name,
-                "kind": view.kind,
-                "dtype": str(view.dtype),
-                "storage": str(_storage(view)),
-                "device": str(view.device),
-                "weights_xxh3": hashes[role],
-            }
-            for role, view in (("base", base), ("aligned", aligned))
-        },
-        "shape": {
-            "n_layers": base.n_layers,
-            "d_model": base.d_model,
-            "n_heads": base.n_heads,
-            "n_kv_heads": base.n_kv_heads,
-            "d_head": base.d_head,
-            "d_mlp": base.d_mlp,
-            "d_vocab": base.d_vocab,
-        },
+        "name": view.name,
+        "kind": view.kind,
+        "dtype": str(view.dtype),
+        "storage": str(_storage(view)),
+        "device": str(view.device),
+        "weights_xxh3": weights,
+    }
+
+
+def shape_record(view: ModelView) -> dict[str, Any]:
+    """A model's numbers of layers and heads, and its widths. JSON-ready."""
+    return {
+        "n_layers": view.n_layers,
+        "d_model": view.d_model,
+        "n_heads": view.n_heads,
+        "n_kv_heads": view.n_kv_heads,
+        "d_head": view.d_head,
+        "d_mlp": view.d_mlp,
+        "d_vocab": view.d_vocab,
     }
 
 

@@ -214,7 +214,7 @@ class Report:
     definitions: Sequence[Definition] = DEFINITIONS
     """What the words mean and whose they are."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    """Every setting, version and hash; nested values are shown as JSON."""
+    """Every setting, version and hash; the names of nested ones are joined by dots."""
     citations: Sequence[Citation] = CITATIONS
     """What to cite."""
 
@@ -278,7 +278,7 @@ def report_html(report: Report, *, max_rows: int = 200) -> str:
     if report.definitions:
         parts.append(("Definitions", "definitions", _definitions(report.definitions)))
     if report.config:
-        rows = [(key, _setting(value)) for key, value in report.config.items()]
+        rows = [(key, _setting(value)) for key, value in _flat(report.config).items()]
         parts.append(("Settings and versions", "config", _config(rows)))
     if report.citations:
         parts.append(("How to cite", "citations", _citations(report.citations)))
@@ -408,6 +408,17 @@ def _setting(value: Any) -> str:
     if isinstance(value, (str, int, float, bool)) or value is None:
         return str(value)
     return json.dumps(value, default=str, ensure_ascii=False)
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one list, their names joined by dots."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
 
 
 def _config(rows: Sequence[tuple[str, str]]) -> str:

@@ -1,20 +1,134 @@
-"""What every result shares: tables and arrays on disk, as safetensors and JSON, never a pickle."""
+"""What every result shares: words, a report, tables and arrays on disk as safetensors and JSON, never a pickle."""
 
 from __future__ import annotations
 
+import html
+import importlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tl_asymmetry.report import Report, write_report
+
+KINDS = {"PairAnalysis": "tl_asymmetry.pair_result"}
+"""Every class of result, and the module that defines it."""
+
 SCHEMA = 1
 _DOCUMENT, _ARRAYS = "result.json", "arrays.safetensors"
+
+
+ResultT = TypeVar("ResultT", bound="Result")
+
+
+@dataclass(frozen=True, repr=False, eq=False, kw_only=True)
+class Result:
+    """A finished analysis: a tidy table, every setting, what degrades the answer, and the arrays behind it.
+
+    A subclass names its tables in `TABLES`, is listed in `KINDS`, and says of itself: `_title`, `_facts`,
+    `_summary_table`, `_headline` and `_report`.
+    """
+
+    TABLES: ClassVar[tuple[str, ...]] = ("table",)
+    """Fields that are DataFrames, `table` first."""
+
+    table: pd.DataFrame
+    """Tidy, one row per thing measured."""
+    config: dict[str, Any]
+    """Every argument, versions, model names and hashes of weights, token counts. JSON-ready."""
+    notes: tuple[str, ...]
+    """What a reader must know: what was left out, what degrades the answer."""
+    arrays: dict[str, Tensor]
+    """Arrays behind the tables, by name; see the accessors."""
+
+    # -- words ---------------------------------------------------------------------------------------------------
+
+    def _title(self) -> str:
+        """Which model or models, plain text."""
+        raise NotImplementedError
+
+    def _facts(self) -> str:
+        """One line: shapes, tokens, settings."""
+        raise NotImplementedError
+
+    def _summary_table(self) -> pd.DataFrame:
+        """The main numbers, a screen of rows at most."""
+        raise NotImplementedError
+
+    def _headline(self) -> list[str]:
+        """Sentences on what the table shows, claiming no more than its controls allow."""
+        raise NotImplementedError
+
+    def _report(self) -> Report:
+        """What the page says."""
+        raise NotImplementedError
+
+    def summary(self) -> str:
+        """The main numbers in one screen of plain text."""
+        lines = [
+            f"{type(self).__name__}: {self._title()}",
+            self._facts(),
+            "",
+            self._summary_table().to_string(index=False, float_format="{:.3g}".format, na_rep="–"),
+            "",
+            *self._headline(),
+        ]
+        if self.notes:
+            lines += ["", "Notes:", *(f"- {note}" for note in self.notes)]
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+    def _repr_html_(self) -> str:
+        """For a notebook; names are escaped."""
+        table = self._summary_table().to_html(index=False, float_format="{:.3g}".format, na_rep="–", border=0)
+        sentences = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in self._headline())
+        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
+        listed = f"<details><summary>Notes ({len(self.notes)})</summary><ul>{notes}</ul></details>" if notes else ""
+        return f"<div><h4>{html.escape(self._title())}</h4>{table}{sentences}{listed}</div>"
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write the report: one self-contained page that opens offline. Returns its path."""
+        return write_report(path, self._report())
+
+    # -- disk ----------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Write the result into a folder (safetensors and JSON, no pickle). Returns the folder."""
+        tables = {name: getattr(self, name) for name in self.TABLES}
+        return save_result(
+            path, type(self).__name__, tables=tables, arrays=self.arrays, config=self.config, notes=self.notes
+        )
+
+    @classmethod
+    def load(cls: type[ResultT], path: str | Path) -> ResultT:
+        """Read what `save` wrote; every number as it was.
+
+        Raises:
+            ValueError: no such result there.
+        """
+        tables, arrays, config, notes = load_result(path, cls.__name__)
+        return cls(**tables, config=config, notes=notes, arrays=arrays)
+
+
+def open_result(path: str | Path) -> Result:
+    """Read a saved result of whatever kind.
+
+    Raises:
+        ValueError: no result there, or of a kind this version does not know.
+    """
+    kind = _document(path).get("kind")
+    if kind not in KINDS:
+        raise ValueError(f"expected a saved {' or '.join(KINDS)}, got {kind!r}; pass it to the version that wrote it")
+    return getattr(importlib.import_module(KINDS[kind]), kind).load(path)
 
 
 def save_result(
@@ -68,17 +182,14 @@ def load_result(
     Raises:
         ValueError: no result there, another kind of result, or one written by a newer version.
     """
-    folder = Path(path)
-    if not (folder / _DOCUMENT).is_file():
-        raise ValueError(f"expected a folder with {_DOCUMENT}, got {str(folder)!r}; pass a folder written by save")
-    document = json.loads((folder / _DOCUMENT).read_text())
+    document = _document(path)
     if document.get("kind") != kind:
         raise ValueError(f"expected a saved {kind}, got {document.get('kind')!r}; pass its folder or use its own load")
     if document["schema"] > SCHEMA:
         raise ValueError(
             f"expected schema {SCHEMA} or older, got {document['schema']}; pass it to a newer tl_asymmetry"
         )
-    numbers = load_file(folder / _ARRAYS)
+    numbers = load_file(Path(path) / _ARRAYS)
     tables = {}
     for name, layout in document["tables"].items():
         columns = {}
@@ -90,6 +201,13 @@ def load_result(
         tables[name] = pd.DataFrame(columns)
     arrays = {name: numbers[f"array/{name}"] for name in document["arrays"]}
     return tables, arrays, document["config"], tuple(document["notes"])
+
+
+def _document(path: str | Path) -> dict[str, Any]:
+    file = Path(path) / _DOCUMENT
+    if not file.is_file():
+        raise ValueError(f"expected a folder with {_DOCUMENT}, got {str(path)!r}; pass a folder written by save")
+    return json.loads(file.read_text())
 
 
 def _replace(target: Path, write: Any) -> None:
