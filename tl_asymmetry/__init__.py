@@ -28,6 +28,9 @@ from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair import analyze_pair
 from tl_asymmetry.pair_result import PairAnalysis
 
+# The function takes the place of the module it stands in: `from tl_asymmetry.report import …` still finds the module.
+from tl_asymmetry.report import report, write_images
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -49,8 +52,10 @@ __all__ = [
     "prediction_subspace",
     "principal_subspace",
     "random_subspace",
+    "report",
     "rounding_share",
     "stable_rank",
     "storage_dtype",
     "subspace_fraction",
+    "write_images",
 ]

@@ -25,7 +25,7 @@ def pair_report(result: PairData) -> Report:
         notes=result.notes,
         figures=_figures(result),
         tables=[
-            TableSection("Summary", summary_table(result), "Medians over layers and heads.", "summary"),
+            TableSection("Medians by matrix", summary_table(result), "Over layers and heads.", "summary"),
             TableSection("All rows", result.table, "One row per layer, head, matrix, subspace and rank.", "table"),
             TableSection("Asymmetry", result.asymmetry, "Read against write; head empty = whole layer.", "asymmetry"),
             TableSection("Circuits", result.circuits, "Products that no choice of gauge changes.", "circuits"),
