@@ -73,9 +73,17 @@ class PairData(Result):
 
     # -- figures -------------------------------------------------------------------------------------------------
 
-    def plot_heads(self, matrix: str, **options: Any) -> go.Figure:
-        """Layer × head map of one matrix; hover gives value, interval and both nulls. See `plots.heads_figure`."""
-        from tl_asymmetry.plots import heads_figure
+    def plot_heads(self, matrix: str | None = None, **options: Any) -> go.Figure:
+        """Layer × head map of one matrix, or of all with a menu; hover gives value, interval and both nulls.
+
+        Args:
+            matrix: its name; None gives one figure of all matrices and subspaces (`plots.head_maps_figure`).
+            options: as for `plots.heads_figure`.
+        """
+        from tl_asymmetry.plots import head_maps_figure, heads_figure
+
+        if matrix is None:
+            return head_maps_figure(self.table, **{**self._figure_defaults(), **options})
 
         return heads_figure(self.table, matrix, **{**self._figure_defaults(), **self._kv(matrix), **options})
 

@@ -9,7 +9,7 @@ from tl_asymmetry.pair_summary import headline, summary_table
 from tl_asymmetry.report import FigureSection, Report, TableSection
 
 if TYPE_CHECKING:
-    import plotly.graph_objects as go
+    pass
 
 
 def pair_report(result: PairData) -> Report:
@@ -40,14 +40,14 @@ def _figures(result: PairData) -> list[FigureSection]:
     matrices = list(dict.fromkeys(result.table["matrix"]))
     figures: list[FigureSection] = []
     if result.table["fraction"].notna().any():
-        heads: dict[str, go.Figure] = {}
-        for matrix in matrices:
-            for subspace in dict.fromkeys(result.table.loc[result.table["matrix"] == matrix, "subspace"]):
-                heads[f"{matrix} in {subspace}"] = result.plot_heads(matrix, subspace=subspace)
-        figures.append(FigureSection("Where each head changed", heads, "Hover a cell for its interval and both nulls."))
+        figures.append(
+            FigureSection(
+                "Where each head changed", result.plot_heads(), "Hover a cell for its interval and both nulls."
+            )
+        )
         figures.append(FigureSection("Layer by layer", result.plot_layers()))
         curves = {f"{matrix}, layer {layer}": result.plot_rank_curve(matrix, layer)
-                  for matrix in matrices[:2] for layer in _some_layers(result)}  # fmt: skip
+                  for matrix in matrices for layer in _some_layers(result)}  # fmt: skip
         figures.append(FigureSection("Does the choice of rank matter?", curves))
         if len(result.asymmetry):
             figures.append(FigureSection("Read against write", result.plot_asymmetry()))
