@@ -10,6 +10,7 @@ Neither TransformerLens nor plotly is imported until it is needed.
 """
 
 from tl_asymmetry.estimate import PairEstimate, estimate_pair
+from tl_asymmetry.explore import explorer
 from tl_asymmetry.geometry.fraction import energy_profile, subspace_fraction
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.nulls import adjusted_p, isotropic_null
@@ -45,6 +46,7 @@ __all__ = [
     "effective_rank",
     "energy_profile",
     "estimate_pair",
+    "explorer",
     "isoscore",
     "isotropic_null",
     "marchenko_pastur_edge",

@@ -25,6 +25,7 @@ from tl_asymmetry.report_markup import (
     settings_table,
     table_box,
     terms_list,
+    write_page,
 )
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def report(
     for each in several:
         if not isinstance(each, Reportable):
             raise ValueError(f"expected results, got {type(each).__name__}; pass what an analysis returned")
-    return _write(path, _page([each._report() for each in several], title, max_rows))
+    return write_page(path, _page([each._report() for each in several], title, max_rows))
 
 
 def write_report(path: str | Path, report: Report, *, max_rows: int = 200) -> Path:
@@ -155,7 +156,7 @@ def write_report(path: str | Path, report: Report, *, max_rows: int = 200) -> Pa
         >>> write_report("report.html", Report(title="base → aligned", summary="Nothing moved."))
         PosixPath('report.html')
     """
-    return _write(path, report_html(report, max_rows=max_rows))
+    return write_page(path, report_html(report, max_rows=max_rows))
 
 
 def report_html(report: Report, *, max_rows: int = 200) -> str:
@@ -208,16 +209,6 @@ def write_images(
             path = Path(folder) / f"{len(paths) + 1:02}-{'-'.join(words)[:80]}.{format}"
             paths.append(write_image(figure, path, format=format, width=width, scale=float(scale)))
     return paths
-
-
-def _write(path: str | Path, content: str) -> Path:
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"expected the path of a file, got the folder {path}; pass e.g. {path / 'report.html'}")
-    if not path.parent.is_dir():
-        raise ValueError(f"expected an existing folder, got {path.parent}; create it or pass another path")
-    path.write_text(content, encoding="utf-8")
-    return path
 
 
 def _page(reports: Sequence[Report], title: str | None, max_rows: int) -> str:

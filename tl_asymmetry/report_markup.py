@@ -8,6 +8,7 @@ import html
 import json
 import numbers
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tl_asymmetry.definitions import MARKS, Citation, Definition
@@ -51,6 +52,21 @@ def document(title: str, body: str, scripts: str, *, css: str = "") -> str:
         '<meta name="color-scheme" content="light dark">'
         f"<title>{html.escape(title)}</title><style>{page.CSS}{css}</style></head><body>{body}{scripts}</body></html>\n"
     )
+
+
+def write_page(path: str | Path, content: str) -> Path:
+    """Write a page (UTF-8) and return its path.
+
+    Raises:
+        ValueError: a path that is a folder, or in none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"expected the path of a file, got the folder {path}; pass e.g. {path / 'report.html'}")
+    if not path.parent.is_dir():
+        raise ValueError(f"expected an existing folder, got {path.parent}; create it or pass another path")
+    path.write_text(content, encoding="utf-8")
+    return path
 
 
 def page_scripts() -> str:
