@@ -173,9 +173,7 @@ def _nearest(
     return torch.cat(tokens).reshape(shape), torch.cat(cosines).reshape(shape)
 
 
-def context_words(
-    tokenizer: Any, sequences: Sequence[Int[Tensor, " pos"]], places: Sequence[int], width: int
-) -> list[str]:
+def context_words(tokenizer: Any, sequences: Sequence[Tensor], places: Sequence[int], width: int) -> list[str]:
     """The tokens up to and including some positions of the concatenated sequences, as text.
 
     Args:

@@ -388,8 +388,9 @@
   }
 
   function plot(box, traces, layout) {
-    const own = {height: 270, autosize: true, margin: {l: 56, r: 8, t: 8, b: 44}, template: theme().template, dragmode: false,
-      legend: {orientation: "h", x: 0, y: -0.24, yanchor: "top", font: {size: 11}}};
+    // Below the plot: 46 pixels for the axis title, then room for four lines of legend on a telephone.
+    const own = {height: 320, autosize: true, margin: {l: 56, r: 8, t: 8, b: 122}, template: theme().template, dragmode: false,
+      showlegend: true, legend: {orientation: "h", x: 0, y: -46 / 190, yanchor: "top", font: {size: 11}}};
     Plotly.react(box, traces, {...own, ...layout}, {responsive: true, displayModeBar: false, showSendToCloud: false, plotlyServerURL: ""});
   }
 
@@ -457,7 +458,7 @@
       const dashes = ["solid", "dash", "dot", "dashdot"];
       const traces = Object.entries(series).map(([name, pairs], n) => { pairs.sort((a, b) => a[0] - b[0]); return {x: pairs.map((p) => p[0]), y: pairs.map((p) => p[1]), mode: "lines+markers", line: {dash: dashes[n % 4]}, name: escaped(name)}; });
       if (!traces.length) { chart.textContent = "No rows at this rank."; return; }
-      plot(chart, traces, {xaxis: {title: {text: "step"}}, yaxis: {title: {text: "relative (1 = chance)"}, type: "log"}, showlegend: true});
+      plot(chart, traces, {xaxis: {title: {text: "step"}}, yaxis: {title: {text: "relative (1 = chance)"}, type: "log"}});
     };
   }
 
