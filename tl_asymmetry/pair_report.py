@@ -51,6 +51,8 @@ def _figures(result: PairData) -> list[FigureSection]:
         figures.append(FigureSection("Does the choice of rank matter?", curves))
         if len(result.asymmetry):
             figures.append(FigureSection("Read against write", result.plot_asymmetry()))
+        if any(name.startswith("sensitivity/") for name in result.arrays):
+            figures.append(FigureSection("Does the choice of subspace matter?", result.plot_sensitivity()))
     spectra = {name: result.plot_spectrum(name) for name in _spectra(result)}
     if spectra:
         figures.append(FigureSection("Spectra of the subspaces", spectra))

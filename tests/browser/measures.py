@@ -1,5 +1,18 @@
 """What the tests ask of a page, in the page's own language."""
 
+from __future__ import annotations
+
+import time
+
+
+def until(page, condition):
+    """Wait for a condition; playwright's own waiting needs `eval`, which the pages forbid themselves."""
+    end = time.monotonic() + 15
+    while not page.evaluate(condition):
+        assert time.monotonic() < end, f"never: {condition}"
+        time.sleep(0.02)
+
+
 SHOWN_MAP = """(selector) => {
   const plot = document.querySelector(selector), full = plot._fullLayout;
   const inside = (axis, v) => { const [a, b] = axis.range; return v > Math.min(a, b) && v < Math.max(a, b); };

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from tests.browser.conftest import HOSTILE
-from tests.browser.measures import CONTRASTS, REACHED
+from tests.browser.measures import CONTRASTS, REACHED, until
 
 READY = "document.documentElement.dataset.ready === 'yes'"
 
@@ -16,7 +16,7 @@ READY = "document.documentElement.dataset.ready === 'yes'"
 def look(visit, explorer_page):
     def go(fragment="", **options):
         page = visit(explorer_page, fragment, **options)
-        page.wait_for_function(READY)
+        until(page, READY)
         return page
 
     return go
@@ -90,7 +90,7 @@ def test_deep_link_opens_several_side_by_side(look):
     page.locator(".card", has_text="L3 · W_in").get_by_role("button", name="Close").click()
     assert page.url.endswith("#L0H1/W_O/resid_mid+L2H3/W_K")
     page.evaluate("location.hash = '#L9H9/W_Q'")
-    page.wait_for_function("document.getElementById('said').textContent.includes('names no head')")
+    until(page, "document.getElementById('said').textContent.includes('names no head')")
 
 
 def test_pin_keeps_a_head_beside_the_next(look):
@@ -124,7 +124,7 @@ def test_search_sort_filter_and_download(look, pair):
         (table["rank"] == 4) & (table["layer"] == 2) & (table["relative"] > 2) & (table["isotropic_q"] < 0.05)
     ]  # fmt: skip
     assert len(wanted) > 3
-    page.wait_for_function(f"document.querySelectorAll('#rows tbody tr').length === {len(wanted)}")
+    until(page, f"document.querySelectorAll('#rows tbody tr').length === {len(wanted)}")
     page.get_by_role("button", name="relative", exact=True).click()
     shown = [float(v) for v in page.locator("#rows tbody td:nth-child(4)").all_inner_texts()]
     np.testing.assert_allclose(shown, [float(f"{v:.3g}") for v in sorted(wanted["relative"], reverse=True)])
@@ -179,5 +179,5 @@ def test_fits_a_telephone_and_can_be_read(look, scheme):
 def test_without_a_model_the_page_says_what_is_missing(visit, pair, tmp_path):
     result = pair[0].load(pair[0].save(tmp_path / "saved"))
     page = visit(result.to_explorer(tmp_path / "bare.html"), "#L0H0/W_Q")
-    page.wait_for_function(READY)
+    until(page, READY)
     assert "The base model was not at hand" in page.locator(".card").inner_text()

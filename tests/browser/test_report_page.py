@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.browser.conftest import HOSTILE
-from tests.browser.measures import CONTRASTS, REACHED, SHOWN_MAP
+from tests.browser.measures import CONTRASTS, REACHED, SHOWN_MAP, until
 
 HEADS = "#figure-0"
 
@@ -73,7 +73,7 @@ def test_a_figure_of_its_own_works_with_plotlys_own_controls(visit, pair, tmp_pa
     page.locator(".updatemenu-header").nth(1).click()
     page.locator(".updatemenu-dropdown-button", has_text="isotropic z").click()
     page.locator(".slider-group rect.slider-rail-touch-rect").click(position={"x": 5, "y": 5})
-    page.wait_for_function("document.querySelector('.js-plotly-plot').layout.sliders[0].active === 0")
+    until(page, "document.querySelector('.js-plotly-plot').layout.sliders[0].active === 0")
     page.wait_for_timeout(300)
     shown = page.evaluate(SHOWN_MAP, ".js-plotly-plot")
     rows = pair[0].table.query("matrix == 'W_O' and subspace == 'prediction' and rank == 1")

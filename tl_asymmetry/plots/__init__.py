@@ -11,6 +11,7 @@ from tl_asymmetry.plots.heads import heads_figure
 from tl_asymmetry.plots.layers import layers_figure
 from tl_asymmetry.plots.rank_curve import rank_curve_figure
 from tl_asymmetry.plots.spectrum import spectrum_figure
+from tl_asymmetry.plots.stability import stability_figure
 from tl_asymmetry.plots.style import template
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "layers_figure",
     "rank_curve_figure",
     "spectrum_figure",
+    "stability_figure",
     "template",
 ]
