@@ -7,9 +7,11 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
+from tests import tiny
 from tests.synthetic import make_asymmetry, make_table
-from tl_asymmetry import plots
+from tl_asymmetry import analyze_pair, marchenko_pastur_edge, plots
 from tl_asymmetry.plots import asymmetry_figure, layers_figure, rank_curve_figure, spectrum_figure
 
 
@@ -238,3 +240,19 @@ def test_spectrum_errors():
         spectrum_figure({"a": np.ones(3)}, edge={"b": 1.0})
     with pytest.raises(ValueError, match="expected ranks >= 1, got 0"):
         spectrum_figure(np.ones((2, 4)), ranks=[0])
+
+
+def test_activation_spectra_carry_their_edge_and_weights_do_not():
+    kind = tiny.KINDS[-1]
+    result = analyze_pair(
+        tiny.build("gpt2", kind), tiny.build("gpt2", kind, delta=0.05), tokens=tiny.tokens(9, 12), ranks=[4], groups=1,
+        progress=False,
+    )  # fmt: skip
+    figure = result.plot_spectrum("attn_in")
+    samples = 9 * 11  # first positions are left out
+    assert result.config["tokens"] == samples
+    for layer, λ in enumerate(result.eigenvalues("attn_in")):
+        edge = trace(figure, f"L{layer}: Marchenko–Pastur edge").y[0]
+        assert edge == pytest.approx(marchenko_pastur_edge(torch.from_numpy(λ), samples))
+    assert not any("edge" in t.name for t in result.plot_spectrum("prediction").data)
+    assert not any("edge" in t.name for t in result.plot_spectrum("W_Q").data)

@@ -367,6 +367,10 @@
     const first = Math.ceil(range[0] / Math.log10(2)), last = Math.floor(range[1] / Math.log10(2)), step = Math.max(1, Math.ceil((last - first) / 7));
     const exponents = [];
     for (let e = first; e <= last; e += 1) { if (e % step === 0) { exponents.push(e); } }
+    if (exponents.length < 3) {  // too narrow for powers of two alone
+      const fine = [0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 1.75, 2, 2.5, 3].filter((v) => Math.log10(v) >= range[0] && Math.log10(v) <= range[1]);
+      return {tickvals: fine, ticktext: fine.map(String)};
+    }
     return {tickvals: exponents.map((e) => 2 ** e), ticktext: exponents.map((e) => e >= 0 ? String(2 ** e) : "1/" + 2 ** -e)};
   }
 
