@@ -4,14 +4,16 @@
 
 The pair is random: its tables, profiles and spectra are full of noise, which compresses worse than a trained pair's.
 Times are wall-clock in a fresh browser context, median of the rounds: until the document is parsed, until the first
-figure (or the explorer's map) is drawn, and until a press of a control is answered. The last two columns of the table
-are the bound and whether it held.
+figure (or the explorer's map) is drawn, and until a press of a control is answered. "empty" is a report of one small
+figure: what plotly.js alone costs on this machine, for comparison where others are at work on it. The last two columns
+of the table are the bound and whether it held.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import statistics
@@ -64,6 +66,15 @@ def measure(browser: Any, path: Path, ready: str, press: str, answered: str) -> 
     return {"parsed": parsed, "drawn": drawn, "control answered": pressed}
 
 
+def write_empty(path: Path) -> Path:
+    """A report with next to nothing in it."""
+    import plotly.graph_objects as go
+
+    from tl_asymmetry.report import FigureSection, Report, write_report
+
+    return write_report(path, Report("empty", figures=[FigureSection("Line", go.Figure(go.Scatter(y=[1, 2])))]))
+
+
 def until(page: Any, condition: str) -> None:
     """Wait for a condition; playwright's own waiting needs `eval`, which the pages forbid themselves."""
     end = time.perf_counter() + 120
@@ -74,6 +85,11 @@ def until(page: Any, condition: str) -> None:
 
 
 PAGES = {
+    "empty": (
+        "document.querySelector('#figure-0 .js-plotly-plot .main-svg') !== null",
+        "document.querySelector('#figure-0 button').focus()",
+        "document.activeElement.textContent === 'Save as PNG'",
+    ),
     "report": (
         "document.querySelector('#figure-0 .js-plotly-plot .hm') !== null",
         """document.querySelector('#figure-0').scrollIntoView();
@@ -102,6 +118,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     seconds, paths = {}, {}
     for name, write in (
+        ("empty", write_empty),
         ("report", lambda path: result.to_html(path)),
         ("explorer", lambda path: result.to_explorer(path, model=base, progress=False)),
     ):
@@ -131,7 +148,7 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     document = {
         "rows": rows, "shape": {"layers": LAYERS, "heads": HEADS, "d_model": D_MODEL, "tokens": TOKENS},
-        "rounds": options.rounds, "table_rows": len(result.table), "cpu": platform.processor() or platform.machine(),
+        "rounds": options.rounds, "load_average": os.getloadavg()[0], "table_rows": len(result.table), "cpu": platform.processor() or platform.machine(),
         "chromium": chromium_version, "plotly": version("plotly"), "torch": version("torch"),
     }  # fmt: skip
     (RESULTS / "report.json").write_text(json.dumps(document, indent=1) + "\n")

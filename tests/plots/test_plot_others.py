@@ -227,6 +227,19 @@ def test_spectrum_counts_what_a_log_axis_cannot_hold_and_says_when_it_thins():
     assert "400 log-spaced" in words(large)
 
 
+def test_a_direction_without_variance_does_not_stretch_the_axis():
+    values = np.append(np.linspace(4, 1, 30), 1e-7)
+    figure = spectrum_figure(values[None], edge=0.5)
+    assert figure.data[0].y[-1] == 1e-7  # drawn, under the axis
+    low, high = figure.layout.yaxis.range
+    assert -0.6 < low < np.log10(0.5) < np.log10(4) < high
+    assert "1 last eigenvalues" in words(figure)
+    share = figure.layout.updatemenus[0].buttons[1].args[1]["yaxis.range"]
+    assert 10 ** share[0] < 0.5 / values.sum() < 4 / values.sum() < 10 ** share[1]
+    steady = spectrum_figure(np.geomspace(1, 1e-6, 30)[None])
+    assert steady.layout.yaxis.range[0] < -6
+
+
 def test_spectrum_errors():
     with pytest.raises(ValueError, match=r"expected eigenvalues of shape \[d\] or \[layer, d\], got \[1, 2, 3\]"):
         spectrum_figure(np.ones((1, 2, 3)))
