@@ -93,20 +93,7 @@ def trajectory():
 def explorer_page(pair, edits, trajectory, tmp_path_factory):
     result, base = pair
 
-    tokenizer = base.tokenizer
-
-    class Hostile:
-        """The tokenizer, its every word an attack."""
-
-        def __getattr__(self, name):
-            return getattr(tokenizer, name)
-
-        def decode(self, ids):
-            return f"{ids[-1]} {HOSTILE}"
-
-    base.tokenizer = Hostile()
-    try:
-        path = tmp_path_factory.mktemp("explorer") / "explorer.html"
+    path = tmp_path_factory.mktemp("explorer") / "explorer.html"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base.tokenizer, "decode", lambda ids: f"{ids[-1]} {HOSTILE}")  # every word is an attack
         return result.to_explorer(path, model=base, edits=edits, trajectory=trajectory, progress=False)
-    finally:
-        base.tokenizer = tokenizer

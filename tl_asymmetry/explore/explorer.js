@@ -524,9 +524,17 @@
     if (card) { card.scrollIntoView({block: "nearest"}); card.querySelector("h3").focus({preventScroll: true}); }
   }
 
+  // The fewest digits that give the held number back; most are held in single precision.
+  function shortest(value) {
+    if (Math.fround(value) !== value) { return String(value); }
+    let digits = 6;
+    while (digits < 9 && Math.fround(+value.toPrecision(digits)) !== value) { digits += 1; }
+    return String(+value.toPrecision(digits));
+  }
+
   function download() {
     const cell = (value) => {
-      if (typeof value !== "string") { return Number.isNaN(value) ? "" : String(+value.toPrecision(value !== 0 && Math.abs(value) < 1.2e-38 ? 15 : 7)); }
+      if (typeof value !== "string") { return Number.isNaN(value) ? "" : shortest(value); }
       // A spreadsheet must not take a name for a formula.
       const plain = /^[=+\-@\t\r]/.test(value) ? "'" + value : value;
       return /[",\n\r]/.test(plain) ? '"' + plain.replace(/"/g, '""') + '"' : plain;
