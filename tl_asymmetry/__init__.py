@@ -10,6 +10,7 @@ Neither TransformerLens nor plotly is imported until it is needed.
 """
 
 from tl_asymmetry.estimate import PairEstimate, estimate_pair
+from tl_asymmetry.explore import explorer
 from tl_asymmetry.geometry.fraction import energy_profile, subspace_fraction
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.nulls import adjusted_p, isotropic_null
@@ -28,6 +29,9 @@ from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair import analyze_pair
 from tl_asymmetry.pair_result import PairAnalysis
 
+# The function takes the place of the module it stands in: `from tl_asymmetry.report import …` still finds the module.
+from tl_asymmetry.report import report, write_images
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -42,6 +46,7 @@ __all__ = [
     "effective_rank",
     "energy_profile",
     "estimate_pair",
+    "explorer",
     "isoscore",
     "isotropic_null",
     "marchenko_pastur_edge",
@@ -49,8 +54,10 @@ __all__ = [
     "prediction_subspace",
     "principal_subspace",
     "random_subspace",
+    "report",
     "rounding_share",
     "stable_rank",
     "storage_dtype",
     "subspace_fraction",
+    "write_images",
 ]
