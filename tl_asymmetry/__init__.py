@@ -22,6 +22,8 @@ from tl_asymmetry.geometry.spectrum import (
     stable_rank,
 )
 from tl_asymmetry.geometry.subspace import Subspace, principal_subspace, random_subspace
+from tl_asymmetry.jacobian_result import LayerJacobians
+from tl_asymmetry.jacobians import jacobian_sketch, layer_jacobians
 from tl_asymmetry.models.capture import capture_moments
 from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.view import ModelView
@@ -31,6 +33,7 @@ from tl_asymmetry.pair_result import PairAnalysis
 __version__ = "0.1.0"
 
 __all__ = [
+    "LayerJacobians",
     "ModelView",
     "PairAnalysis",
     "PairEstimate",
@@ -44,6 +47,8 @@ __all__ = [
     "estimate_pair",
     "isoscore",
     "isotropic_null",
+    "jacobian_sketch",
+    "layer_jacobians",
     "marchenko_pastur_edge",
     "participation_ratio",
     "prediction_subspace",

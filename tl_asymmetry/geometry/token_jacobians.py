@@ -8,7 +8,7 @@ factors; an MLP is its two matrices with the activation's slopes between them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Tokens = slice | Sequence[int]
+Tokens = slice | list[int]
 """Which tokens: a slice or their indexes."""
 
 _ROWS_AT_ONCE = 1 << 24
@@ -48,8 +48,8 @@ class TokenJacobian(Protocol):
         """The matrices themselves."""
         ...
 
-    def mean(self) -> Float[Tensor, "out in"]:
-        """Their average over the tokens."""
+    def mean(self, chunk: int = 1) -> Float[Tensor, "out in"]:
+        """Their average over the tokens; `chunk` matrices at a time where it has to be formed."""
         ...
 
 
@@ -105,10 +105,10 @@ class NormJacobian:
         eye = torch.eye(self.unit.shape[-1], dtype=self.unit.dtype, device=self.unit.device)
         return self.pull(eye.expand(self.tokens, -1, -1))
 
-    def mean(self) -> Float[Tensor, "d d"]:
+    def mean(self, chunk: int = 1) -> Float[Tensor, "d d"]:
         x, s = self.unit, self.scale.reciprocal()
         eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-        N = self.folded(eye) * s.mean() - self.weighted(x) .mT @ (x * s.unsqueeze(-1)) / x.numel()
+        N = self.folded(eye) * s.mean() - self.weighted(x).mT @ (x * s.unsqueeze(-1)) / x.numel()
         return N
 
     def folded(self, rows: Float[Tensor, "*any d"]) -> Float[Tensor, "*any d"]:
@@ -200,7 +200,7 @@ class AttentionJacobian:
         inner += self.key_out.unsqueeze(-1) * torch.einsum("thj,hjd->thd", self.key_in, Kᵀ).unsqueeze(-2)
         return self.W_O.flatten(0, 1).mT @ inner.flatten(1, 2)
 
-    def mean(self) -> Float[Tensor, "d d"]:
+    def mean(self, chunk: int = 1) -> Float[Tensor, "d d"]:
         return _mean_attention(self, None)
 
 
@@ -241,7 +241,7 @@ class MLPJacobian:
         parts = zip(self.slopes, self.reads, strict=True)
         return self.W_out.mT @ sum(slope.unsqueeze(-1) * W.mT for slope, W in parts)
 
-    def mean(self) -> Float[Tensor, "d d"]:
+    def mean(self, chunk: int = 1) -> Float[Tensor, "d d"]:
         return _mean_mlp(self, None)
 
 
@@ -288,12 +288,12 @@ class BranchJacobian:
             J = self.before.pull(J)
         return J if self.after is None else self.after.push(J)
 
-    def mean(self) -> Float[Tensor, "d d"]:
+    def mean(self, chunk: int = 1) -> Float[Tensor, "d d"]:
         if self.after is None and isinstance(self.part, AttentionJacobian):
             return _mean_attention(self.part, self.before)
         if self.after is None and isinstance(self.part, MLPJacobian):
             return _mean_mlp(self.part, self.before)
-        return mean_of_dense(self, 1)
+        return mean_of_dense(self, chunk)
 
 
 @dataclass(frozen=True)
@@ -336,7 +336,7 @@ class BlockJacobian:
         # out of place: baddbmm would read J while it writes it
         return J + M if self.parallel else torch.baddbmm(J, M, J)
 
-    def mean(self) -> Float[Tensor, "d d"]:
+    def mean(self, chunk: int = 1) -> Float[Tensor, "d d"]:
         attention, mlp = self.attention, self.mlp
         exact_forms = (
             isinstance(attention.part, AttentionJacobian)
@@ -344,7 +344,7 @@ class BlockJacobian:
             and (mlp is None or self.parallel or (isinstance(mlp.part, MLPJacobian) and mlp.after is None))
         )
         if not exact_forms:
-            return mean_of_dense(self, 1)
+            return mean_of_dense(self, chunk)
         J = attention.mean()
         J.diagonal().add_(1)
         if mlp is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from tl_asymmetry.geometry.token_jacobians import (
     NormJacobian,
     TokenJacobian,
     Tokens,
+    mean_of_dense,
 )
 from tl_asymmetry.models.graphs import Edit, Side, leaf, place, run_until
 from tl_asymmetry.models.view import ModelView
@@ -43,24 +44,19 @@ class SummedAttention:
     before: NormJacobian | None
     """The norm of every source; of all positions, whatever the tokens asked for."""
     core: _AttentionCore
-    part: AttentionJacobian
-    """For its matrices, of all positions."""
     after: NormJacobian | None
     where: Tokens
     """The positions asked for."""
 
     def push(self, columns: Float[Tensor, "d c"]) -> Float[Tensor, "token d c"]:
         """The same tangents at every source, taken through to the tokens asked for."""
-        sources = self.part.tokens
-        x = columns.expand(sources, -1, -1)
+        core = self.core
+        x = columns.expand(core.n, -1, -1)
         if self.before is not None:
             x = self.before.push(x)
-        q, k, v = (
-            torch.einsum("sdc,hde->cshe", x, W)
-            for W in (self.part.W_Q, self.core.ungrouped(self.part.W_K), self.core.ungrouped(self.part.W_V))
-        )
-        z = self.core.push(q, k, v)[:, self.where]
-        out = torch.einsum("cthe,hed->tdc", z, self.part.W_O)
+        q, k, v = (torch.einsum("sdc,hde->cshe", x, core.W[name]) for name in ("W_Q", "W_K", "W_V"))
+        z = core.push(q, k, v)[:, self.where]
+        out = torch.einsum("cthe,hed->tdc", z, core.W["W_O"])
         return out if self.after is None else self.after.at(self.where).push(out)
 
 
@@ -83,39 +79,41 @@ class SummedBlock:
 
 @dataclass(frozen=True)
 class TracedBlock:
-    """The factors of one block's Jacobians at every position of one sequence."""
+    """The factors of one block's Jacobians at every position of one sequence; what was not asked for is None."""
 
-    norm: NormJacobian | None
-    """The norm before attention."""
-    attention: BranchJacobian
+    norms: Mapping[str, NormJacobian]
+    """By where they stand: "attn_pre", "attn_post", "mlp_pre", "mlp_post"."""
+    attention: BranchJacobian | None
+    """What attention adds, by the token's own stream."""
     mlp: BranchJacobian | None
+    """What the MLP adds; None in an attention-only model too."""
+    core: _AttentionCore | None
     parallel: bool
-    core: _AttentionCore
-    mlp_is_closed: bool
-    """False where the MLP (a mixture of experts) is differentiated by autograd, alone and token by token."""
 
     def block(self) -> BlockJacobian:
         """The whole block at every position, against itself."""
+        assert self.attention is not None  # noqa: S101 - asked for by whoever calls this
         return BlockJacobian(self.attention, self.mlp, self.parallel)
 
     def summed_attention(self, where: Tokens) -> SummedAttention:
         """What attention adds at some positions, against every source."""
-        part = self.attention.part
-        if not isinstance(part, AttentionJacobian):  # as `traced_blocks` made it
-            raise TypeError(f"expected an AttentionJacobian, got {type(part).__name__}")
-        return SummedAttention(self.attention.before, self.core, part, self.attention.after, where)
+        assert self.core is not None  # noqa: S101
+        return SummedAttention(self.norms.get("attn_pre"), self.core, self.norms.get("attn_post"), where)
 
     def summed_block(self, where: Tokens) -> SummedBlock:
         """The block at some positions, against every source."""
-        return SummedBlock(
-            self.summed_attention(where), None if self.mlp is None else self.mlp.at(where), self.parallel
-        )
+        mlp = None if self.mlp is None else self.mlp.at(where)
+        return SummedBlock(self.summed_attention(where), mlp, self.parallel)
+
+
+ATTENTION, OWN_PATTERN, MLP = "attention", "own pattern", "mlp"
+"""What to trace beside the norms: attention's core, the derivative of a token's own attention, the MLP."""
 
 
 def traced_blocks(
     view: ModelView, tokens: Int[Tensor, " pos"], layers: Sequence[int], *, needs: frozenset[str]
-) -> dict[int, TracedBlock]:
-    """The factors of some blocks' Jacobians, from one forward pass over one sequence.
+) -> Iterator[tuple[int, TracedBlock]]:
+    """The factors of some blocks' Jacobians, from one forward pass over one sequence, one block after the other.
 
     Read from the model: the norms' inputs and scales, the pattern's diagonal. Differentiated by autograd, each alone
     between two cuts: the heads' outputs z by q, k and v (softmax, rotation, query-key norm, soft cap, sinks, whatever
@@ -125,58 +123,54 @@ def traced_blocks(
         view: the model.
         tokens: one sequence.
         layers: which blocks.
-        needs: of "query" and "mlp", what is wanted beyond the norms.
+        needs: of `ATTENTION`, `OWN_PATTERN` and `MLP`, what is wanted.
 
     Raises:
         NoClosedForm: a block that is not norm, attention, norm, MLP as known here.
     """
-    collected = {layer: _Pieces() for layer in layers}
+    collected: dict[int, dict[str, Tensor]] = {layer: {} for layer in layers}
     edits: dict[Side, Edit] = {}
-    for layer, pieces in collected.items():
-        edits |= _cuts(view, layer, pieces)
+    for layer, kept in collected.items():
+        edits |= _cuts(view, layer, kept, needs)
     run_until(view, tokens.unsqueeze(0), edits)
-    return {layer: _assemble(view, layer, pieces, needs) for layer, pieces in collected.items()}
+    for layer in layers:
+        yield layer, _assemble(view, layer, collected.pop(layer), needs)
 
 
 # --- one pass ------------------------------------------------------------------------------------------------------
 
 
-class _Pieces:
-    """What one forward pass shows of a block."""
+def _cuts(view: ModelView, layer: int, kept: dict[str, Tensor], needs: frozenset[str]) -> dict[Side, Edit]:
+    """What to watch in one block, and where to part its graph."""
 
-    def __init__(self) -> None:
-        self.kept: dict[str, Tensor] = {}
-
-
-def _cuts(view: ModelView, layer: int, pieces: _Pieces) -> dict[Side, Edit]:
     def keep(name: str) -> Edit:
         def see(x: Tensor) -> None:
-            pieces.kept[name] = x.detach()
+            kept[name] = x.detach()
 
         return see
 
     def start(name: str) -> Edit:
         def see(x: Tensor) -> Tensor:
-            pieces.kept[name] = leaf(x)
-            return pieces.kept[name]
+            kept[name] = leaf(x)
+            return kept[name]
 
         return see
 
     def end(name: str) -> Edit:
         def see(x: Tensor) -> Tensor:
-            pieces.kept[name] = x
+            kept[name] = x
             return x.detach()
 
         return see
 
-    if view._adapter.splits_inputs is not None:
-        raise NoClosedForm(f"{view._adapter.splits_inputs} gives every head an input of its own")
-    wanted: list[tuple[str, Edit]] = [
-        *((name, start(name)) for name in ("q", "k", "v")), ("z", end("z")), ("pattern", keep("pattern")),
-    ]  # fmt: skip
-    if view._adapter.has_mlp(layer):
-        if place(view, layer, "pre") is None:
-            wanted += [("mlp_in", start("mlp_in")), ("mlp_out", end("mlp_out"))]
+    wanted: list[tuple[str, Edit]] = []
+    if ATTENTION in needs:
+        if view._adapter.splits_inputs is not None:
+            raise NoClosedForm(f"{view._adapter.splits_inputs} gives every head an input of its own")
+        wanted += [*((name, start(name)) for name in ("q", "k", "v")), ("z", end("z")), ("pattern", keep("pattern"))]
+    if MLP in needs and view._adapter.has_mlp(layer):
+        if place(view, layer, "pre") is None:  # a mixture of experts
+            wanted += [("mlp_in", start("mlp_in")), ("mlp_branch", end("mlp_branch"))]
         else:
             wanted += [("pre", start("pre")), ("post", end("post"))]
             if "W_gate" in view.matrices:
@@ -187,10 +181,9 @@ def _cuts(view: ModelView, layer: int, pieces: _Pieces) -> dict[Side, Edit]:
         if where is None:
             raise NoClosedForm(f"layer {layer} shows no {name!r}")
         edits[where] = edit
-    for where_norm, norm in view._adapter.norms(layer).items():
-        edits[norm, "input"] = _both(edits.get((norm, "input")), keep(f"{where_norm}.in"))
-        scale = norm.hook_scale, "output"
-        edits[scale] = _both(edits.get(scale), keep(f"{where_norm}.scale"))  # type: ignore[index, arg-type]
+    for position, norm in view._adapter.norms(layer).items():
+        for side, name in (((norm, "input"), f"{position}.in"), ((norm.hook_scale, "output"), f"{position}.scale")):
+            edits[side] = _both(edits.get(side), keep(name))
     return edits
 
 
@@ -205,32 +198,26 @@ def _both(first: Edit | None, second: Edit) -> Edit:
     return see
 
 
-def _assemble(view: ModelView, layer: int, pieces: _Pieces, needs: frozenset[str]) -> TracedBlock:
-    kept = pieces.kept
-    missing = [name for name in ("q", "k", "v", "z", "pattern") if name not in kept]
-    if missing:
-        raise NoClosedForm(f"layer {layer} never showed {', '.join(missing)}")
-    dtype = product_dtype(kept["z"])
+def _assemble(view: ModelView, layer: int, kept: dict[str, Tensor], needs: frozenset[str]) -> TracedBlock:
+    dtype = product_dtype(*(x for x in kept.values()))
     norms: dict[str, NormJacobian] = {}
-    for where, module in view._adapter.norms(layer).items():
+    for position, module in view._adapter.norms(layer).items():
         gain, centered = view._adapter.norm_form(module)
-        if f"{where}.in" not in kept or f"{where}.scale" not in kept:
-            raise NoClosedForm(f"layer {layer} does not run its norm {where}")
-        norms[where] = NormJacobian.of_input(
-            kept[f"{where}.in"][0].to(dtype), kept[f"{where}.scale"][0, :, 0].to(dtype),
+        if f"{position}.in" not in kept or f"{position}.scale" not in kept:
+            raise NoClosedForm(f"layer {layer} does not run its norm {position}")
+        norms[position] = NormJacobian.of_input(
+            kept[f"{position}.in"][0].to(dtype), kept[f"{position}.scale"][0, :, 0].to(dtype),
             None if gain is None else gain.detach().to(dtype), centered,
         )  # fmt: skip
-    core = _AttentionCore(view, layer, kept)
-    attention = BranchJacobian(norms.get("attn_pre"), core.same_position("query" in needs), norms.get("attn_post"))
-    mlp: BranchJacobian | None = None
-    closed = True
-    if view._adapter.has_mlp(layer) and "mlp" in needs:
-        closed = "pre" in kept
-        part: TokenJacobian = _dense_mlp(view, layer, kept) if closed else GraphJacobian.of_tokens(
-            kept["mlp_in"], kept["mlp_out"]
-        )  # fmt: skip
+    core, attention, mlp = None, None, None
+    if ATTENTION in needs:
+        core = _AttentionCore(view, layer, kept)
+        if OWN_PATTERN in needs:
+            attention = BranchJacobian(norms.get("attn_pre"), core.same_position(), norms.get("attn_post"))
+    if MLP in needs and view._adapter.has_mlp(layer):
+        part = _dense_mlp(view, layer, kept) if "pre" in kept else _experts(kept, layer)
         mlp = BranchJacobian(norms.get("mlp_pre"), part, norms.get("mlp_post"))
-    return TracedBlock(norms.get("attn_pre"), attention, mlp, view.parallel, core, closed)
+    return TracedBlock(norms, attention, mlp, core, view.parallel)
 
 
 # --- attention between q, k, v and z -------------------------------------------------------------------------------
@@ -240,6 +227,9 @@ class _AttentionCore:
     """Attention from the projected q, k, v to the heads' outputs z: the model's own graph, cut at both ends."""
 
     def __init__(self, view: ModelView, layer: int, kept: dict[str, Tensor]) -> None:
+        missing = [name for name in ("q", "k", "v", "z", "pattern") if name not in kept]
+        if missing:
+            raise NoClosedForm(f"layer {layer} never showed {', '.join(missing)}")
         self.q, self.k, self.v, self.z = (kept[name] for name in ("q", "k", "v", "z"))
         self.pattern = kept["pattern"][0]
         self.n = self.q.shape[1]
@@ -258,20 +248,15 @@ class _AttentionCore:
         self.group = self.heads // self.kv_heads
         self.chunk = max(1, _NUMBERS_AT_ONCE // (self.heads * self.n * self.n))
 
-    def ungrouped(self, W: Tensor) -> Tensor:
-        """Of matrices expanded to the query heads, one for each key and value head."""
-        return W[:: self.group]
-
-    def same_position(self, needed: bool) -> AttentionJacobian:
+    def same_position(self) -> AttentionJacobian:
         """The factors of attention's same-position Jacobian."""
-        expand = [self.W[name].repeat_interleave(self.group, 0) for name in ("W_K", "W_V")]
-        own = self.pattern.diagonal(dim1=-2, dim2=-1).mT.to(self.dtype)
-        if needed:
-            query, (key_out, key_in) = self._by_query(), self._by_key()
-        else:
-            query = own.new_zeros(self.n, self.heads, self.e, self.e)
-            key_out = key_in = own.new_zeros(self.n, self.heads, self.e)
-        return AttentionJacobian(own, query, key_out, key_in, self.W["W_Q"], *expand, self.W["W_O"])
+        key_out, key_in = self._by_key()
+        return AttentionJacobian(
+            own_weight=self.pattern.diagonal(dim1=-2, dim2=-1).mT.to(self.dtype),
+            query=self._by_query(), key_out=key_out, key_in=key_in, W_Q=self.W["W_Q"],
+            W_K=self.W["W_K"].repeat_interleave(self.group, 0), W_V=self.W["W_V"].repeat_interleave(self.group, 0),
+            W_O=self.W["W_O"],
+        )  # fmt: skip
 
     def _by_query(self) -> Float[Tensor, "pos head d_head d_head"]:
         """∂z[t]/∂q[t]: z[t] sees no other query, so one cotangent serves all positions and heads at once."""
@@ -321,6 +306,13 @@ class _AttentionCore:
 
 
 # --- MLPs ----------------------------------------------------------------------------------------------------------
+
+
+def _experts(kept: dict[str, Tensor], layer: int) -> TokenJacobian:
+    """An MLP without a closed form, differentiated alone; every token by itself."""
+    if not {"mlp_in", "mlp_branch"} <= set(kept) or not kept["mlp_branch"].requires_grad:
+        raise NoClosedForm(f"the MLP of layer {layer} has no history")
+    return GraphJacobian.of_tokens(kept["mlp_in"], kept["mlp_branch"])
 
 
 def _dense_mlp(view: ModelView, layer: int, kept: dict[str, Tensor]) -> MLPJacobian:
@@ -411,11 +403,8 @@ class GraphJacobian:
         eye = torch.eye(d, dtype=dtype, device=self.end.device)
         return self.pull(eye.expand(self.tokens, -1, -1))
 
-    def mean(self) -> Float[Tensor, "d d"]:
-        if not self.pointwise:
-            total = sum(self.at([i]).dense()[0].double() for i in range(self.tokens))
-            return (total / self.tokens).to(product_dtype(self.end))  # type: ignore[operator, union-attr]
-        return self.dense().mean(0)
+    def mean(self, chunk: int = 1) -> Float[Tensor, "d d"]:
+        return mean_of_dense(self, self.tokens if self.pointwise else chunk)
 
 
 def part_graph(

@@ -27,13 +27,17 @@ def place(view: ModelView, layer: int, name: str) -> Side | None:
         view: the model.
         layer: which block.
         name: a hook point of `ModelView` ("resid_pre", "mlp_in", "z", ...), "q", "k", "v" as projected (before rotation
-            and norm), "pattern", "pre", "pre_linear", "post" of a dense MLP, or "attn_out", "mlp_out", what is added to
-            the stream.
+            and norm), "pattern", "pre", "pre_linear", "post" of a dense MLP, "mlp_branch" (an MLP's output before any
+            norm), or "attn_out", "mlp_out", what is added to the stream.
     """
     adapter = view._adapter
     if name in _STREAM:
         return adapter.point(layer, name)
     block = adapter.blocks[layer]
+    if name == "mlp_branch":
+        # before the norm that follows the MLP in some models
+        after = adapter.norms(layer).get("mlp_post")
+        return (after, "input") if after is not None else place(view, layer, "mlp_out")
     if name in _MLP and (not adapter.has_mlp(layer) or adapter.is_moe(layer)):
         return None
     owner = block.attn if name in _ATTENTION else block.mlp if name in _MLP else block
