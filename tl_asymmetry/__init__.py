@@ -29,6 +29,8 @@ from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair import analyze_pair
 from tl_asymmetry.pair_result import PairAnalysis
+from tl_asymmetry.pullback import prediction_pullback
+from tl_asymmetry.pullback_result import PredictionPullback
 
 __version__ = "0.1.0"
 
@@ -37,6 +39,7 @@ __all__ = [
     "ModelView",
     "PairAnalysis",
     "PairEstimate",
+    "PredictionPullback",
     "StreamingMoments",
     "Subspace",
     "adjusted_p",
@@ -51,6 +54,7 @@ __all__ = [
     "layer_jacobians",
     "marchenko_pastur_edge",
     "participation_ratio",
+    "prediction_pullback",
     "prediction_subspace",
     "principal_subspace",
     "random_subspace",

@@ -129,7 +129,7 @@ def chosen_method(request: Request, tokens: Int[Tensor, " pos"], method: str, no
         return method
     try:
         error = disagreement(request, tokens[:_CHECK_TOKENS], seed=seed)
-        tolerance = _TOLERANCE.get(request.view.dtype, _COARSE_TOLERANCE)
+        tolerance = tolerance_of(request.view.dtype)
         fault = None if error <= tolerance else f"it is {error:.2g} off autograd (relative; at most {tolerance:g})"
     except NoClosedForm as found:
         fault = str(found)
@@ -139,6 +139,11 @@ def chosen_method(request: Request, tokens: Int[Tensor, " pos"], method: str, no
         raise ValueError(f"expected a block with a closed form, but {fault}; pass method='autograd'")
     notes.warn(f"Jacobians are computed by autograd, since the closed form does not hold here: {fault}", level=5)
     return "autograd"
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """How far the two ways may be apart, relatively, in a model of that type (Hugging Face's float64 is partly float32)."""
+    return _TOLERANCE.get(dtype, _COARSE_TOLERANCE)
 
 
 def disagreement(request: Request, tokens: Int[Tensor, " pos"], *, seed: int) -> float:

@@ -21,7 +21,7 @@ from tl_asymmetry.report import Report, write_report
 KINDS = {
     "LayerJacobians": "tl_asymmetry.jacobian_result",
     "PairAnalysis": "tl_asymmetry.pair_result",
-    "PredictionPullback": "tl_asymmetry.pullback",
+    "PredictionPullback": "tl_asymmetry.pullback_result",
 }
 """Every class of result, and the module that defines it."""
 

@@ -437,6 +437,42 @@ def part_graph(
     return GraphJacobian(kept["start"], kept["end"], tuple(where), pointwise, chunk)
 
 
+@dataclass(frozen=True)
+class StreamGraph:
+    """The stream behind some blocks and at the end, in one graph that begins behind the first of them."""
+
+    streams: Mapping[int, Tensor]
+    """By layer, what leaves its block `[1, pos, d]`."""
+    final: Tensor
+    """What leaves the last block `[1, pos, d]`, before the final norm."""
+
+    def pull(self, cotangents: Float[Tensor, "n one pos d"], *, chunk: int) -> dict[int, Float[Tensor, "n one pos d"]]:
+        """Cotangents of the final stream taken back to every layer's."""
+        found = pull_batch(self.final, list(self.streams.values()), cotangents, chunk=chunk)
+        return dict(zip(self.streams, found, strict=True))
+
+
+def stream_graph(view: ModelView, tokens: Int[Tensor, " pos"], layers: Sequence[int]) -> StreamGraph:
+    """Everything behind the lowest of some layers, cut out of one forward pass over one sequence."""
+    kept: dict[int, Tensor] = {}
+    last = view.n_layers - 1
+
+    def watch(layer: int) -> Edit:
+        def see(x: Tensor) -> Tensor | None:
+            kept[layer] = leaf(x) if layer == min(layers) else x
+            return kept[layer] if layer == min(layers) else None
+
+        return see
+
+    edits: dict[Side, Edit] = {}
+    for layer in sorted({*layers, last}):
+        where = place(view, layer, "resid_post")
+        assert where is not None  # noqa: S101 - every block has one
+        edits[where] = watch(layer)
+    run_until(view, tokens.unsqueeze(0), edits)
+    return StreamGraph({layer: kept[layer] for layer in layers}, kept[last])
+
+
 PARTS = ("block", "attn", "mlp", "ln", "ln2")
 """Parts of a block that have a Jacobian of their own."""
 
