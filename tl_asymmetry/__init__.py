@@ -9,6 +9,7 @@
 Neither TransformerLens nor plotly is imported until it is needed.
 """
 
+from tl_asymmetry.centroids import centroids, local_centroids
 from tl_asymmetry.estimate import PairEstimate, estimate_pair
 from tl_asymmetry.geometry.fraction import energy_profile, subspace_fraction
 from tl_asymmetry.geometry.moments import StreamingMoments
@@ -45,6 +46,7 @@ __all__ = [
     "adjusted_p",
     "analyze_pair",
     "capture_moments",
+    "centroids",
     "effective_rank",
     "energy_profile",
     "estimate_pair",
@@ -52,6 +54,7 @@ __all__ = [
     "isotropic_null",
     "jacobian_sketch",
     "layer_jacobians",
+    "local_centroids",
     "marchenko_pastur_edge",
     "participation_ratio",
     "prediction_pullback",

@@ -71,7 +71,7 @@ class LayerJacobians(Result):
         """
         if "per_token" not in self.arrays:
             raise ValueError(
-                'expected Jacobians of every token, got their mean only; pass reduce=None to layer_jacobians'
+                "expected Jacobians of every token, got their mean only; pass reduce=None to layer_jacobians"
             )
         return self.arrays["per_token"][self._index(layer)].unflatten(0, self.arrays["tokens"].shape)
 
@@ -183,12 +183,10 @@ class LayerJacobians(Result):
 
     def _headline(self) -> list[str]:
         table = self.table
-        strongest = table.loc[table["largest"].idxmax()]
-        lines = [
-            f"The strongest mean amplification is {strongest['largest']:.3g}, in layer {int(strongest['layer'])}."
-        ]
+        strongest = table.iloc[int(table["largest"].to_numpy().argmax())]
+        lines = [f"The strongest mean amplification is {strongest['largest']:.3g}, in layer {int(strongest['layer'])}."]
         if self.config["part"] == "block":
-            nearest = table.loc[table["from_identity"].idxmin()]
+            nearest = table.iloc[int(table["from_identity"].to_numpy().argmin())]
             lines.append(
                 f"Layer {int(nearest['layer'])} is nearest to passing its input on unchanged: its mean Jacobian is "
                 f"{nearest['from_identity']:.3g} of ‖I‖ away from the identity."

@@ -26,6 +26,7 @@ from tl_asymmetry.models.block_jacobians import (
     part_graph,
     traced_blocks,
 )
+from tl_asymmetry.models.checks import check_tokens
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.notes import Notes
 
@@ -45,6 +46,11 @@ _SHARE = 0.25
 """Of free memory, for what is at work at once."""
 _MOST_BYTES = 1 << 30
 """Beyond this, more at once is not faster."""
+
+
+def working_dtype(view: ModelView) -> torch.dtype:
+    """What Jacobians are computed in: float32, or float64 for a float64 model."""
+    return product_dtype(torch.empty(0, dtype=view.dtype))
 
 
 @dataclass(frozen=True)
@@ -72,8 +78,6 @@ def make_request(
     Raises:
         ValueError: an unknown part, kind, layer or position, or a part the model does not have.
     """
-    from tl_asymmetry.models.checks import check_tokens
-
     view = model if isinstance(model, ModelView) else ModelView(model)
     check_tokens(view, tokens)
     if part not in PARTS:
@@ -108,8 +112,8 @@ def chosen_positions(length: int, positions: Sequence[int] | None) -> tuple[int,
     wrong = [position for position in positions if not -length <= position < length]
     if wrong:
         raise ValueError(
-            f"expected positions from 0 to {length - 1} (the sequences have {length} tokens), got {wrong[0]}; pass such "
-            "positions"
+            f"expected positions from 0 to {length - 1} (the sequences have {length} tokens), got {wrong[0]}; pass "
+            "such positions"
         )
     return tuple(dict.fromkeys(position % length for position in positions))
 
@@ -142,7 +146,10 @@ def chosen_method(request: Request, tokens: Int[Tensor, " pos"], method: str, no
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
-    """How far the two ways may be apart, relatively, in a model of that type (Hugging Face's float64 is partly float32)."""
+    """How far the two ways may be apart, relatively, in a model of that type.
+
+    Hugging Face's models compute norms and softmax in float32 whatever their type.
+    """
     return _TOLERANCE.get(dtype, _COARSE_TOLERANCE)
 
 
@@ -154,9 +161,7 @@ def disagreement(request: Request, tokens: Int[Tensor, " pos"], *, seed: int) ->
     generator = torch.Generator().manual_seed(seed)
     d, worst = request.view.d_model, 0.0
     vectors = torch.randn(len(where), 1, d, generator=generator, dtype=torch.float64)
-    for (layer, closed), (_, graph) in zip(
-        closed_forms(short, tokens), by_autograd(short, tokens, chunk=8), strict=True
-    ):
+    for (_, closed), (_, graph) in zip(closed_forms(short, tokens), by_autograd(short, tokens, chunk=8), strict=True):
         x = vectors.to(graph.start.device, product_dtype(graph.start))
         if isinstance(closed, TokenJacobian):
             mine, other = closed.pull(x), graph.pull(x)
@@ -188,9 +193,7 @@ def closed_forms(
         for layer, block in traced_blocks(request.view, tokens, layers, needs=frozenset(needs)):
             match request.part:
                 case "block":
-                    yield layer, (
-                        block.summed_block(where) if request.summed else block.block().at(where)
-                    )
+                    yield layer, (block.summed_block(where) if request.summed else block.block().at(where))
                 case "attn" if request.summed:
                     yield layer, block.summed_attention(where)
                 case "attn" if block.attention is not None:
@@ -254,7 +257,7 @@ def plan_memory(
         ValueError: chunk < 1, or more memory needed than there is: says how much, and what to lower.
     """
     view, n = request.view, tokens.shape[1]
-    size = torch.tensor([], dtype=view.dtype).to(product_dtype(torch.tensor([], dtype=view.dtype))).element_size()
+    size = working_dtype(view).itemsize
     d, m, inner = view.d_model, view.d_mlp or 4 * view.d_model, view.n_heads * view.d_head
     gated = 2 if "W_gate" in view.matrices else 1
     scores = view.n_heads * n * n
@@ -272,9 +275,7 @@ def plan_memory(
     at_once = chunk or max(1, min(most, budget // (numbers * size)))
     layers_at_once = max(1, min(len(request.layers), budget // per_layer))
     held = matrices * d * d * size
-    plan = MemoryPlan(
-        at_once, unit, at_once * numbers * size, held, layers_at_once * per_layer, layers_at_once, free
-    )
+    plan = MemoryPlan(at_once, unit, at_once * numbers * size, held, layers_at_once * per_layer, layers_at_once, free)
     on_cpu = free_memory(torch.device("cpu"))
     needs = {"the model's device": (plan.working + plan.graph, free), "the CPU": (held, on_cpu)}
     if view.device.type == "cpu":

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_asymmetry.geometry.precision import exact_products, product_dtype
+from tl_asymmetry.geometry.precision import exact_products
 from tl_asymmetry.geometry.token_jacobians import BranchJacobian
 from tl_asymmetry.jacobian_result import LayerJacobians, jacobian_table, token_table
 from tl_asymmetry.jacobian_work import (
@@ -24,6 +24,7 @@ from tl_asymmetry.jacobian_work import (
     mean_summed,
     plan_memory,
     summed_columns,
+    working_dtype,
 )
 from tl_asymmetry.models.block_jacobians import GraphJacobian
 from tl_asymmetry.models.view import ModelView
@@ -63,11 +64,11 @@ def layer_jacobians(
     So a block is (I + J_mlp)(I + J_attn), or I + J_attn + J_mlp where the two are parallel.
 
     By "einsum" a block is one forward pass, then matrix products: norms as a scaling and rank-one terms, attention per
-    head through W_O, W_V, W_Q, W_K and the pattern's own derivative, the MLP through its two matrices. Only attention's
-    core (from q, k, v to the heads' outputs: rotation, query-key norm, soft cap, softmax) and the activation are
-    differentiated by autograd, each alone, so every variant of them is exact. An average of "same" needs no d × d matrix
-    per token: about the cost of d_head/3 forward passes. "autograd" does the same for any architecture, with batched
-    backward passes: d of them per token.
+    head through W_O, W_V, W_Q, W_K and the pattern's own derivative, the MLP through its two matrices. Only the core of
+    attention (from q, k, v to the heads' outputs: rotation, query-key norm, soft cap, softmax) and the activation are
+    differentiated by autograd, each alone, so every variant of them is exact. An average of "same" needs no d × d
+    matrix per token: about the cost of d_head/3 forward passes. "autograd" does the same for any architecture, with
+    batched backward passes: d of them per token.
 
     Args:
         model: a HookedTransformer or TransformerBridge; processed weights are fine.
@@ -102,8 +103,8 @@ def layer_jacobians(
     request = make_request(model, tokens, layers, part, sources, positions)
     if per_head and (part not in ("attn", "block") or sources != "same"):
         raise ValueError(
-            f'expected part "attn" or "block" and sources "same" with per_head=True, got {part!r} and {sources!r}; pass '
-            "these or per_head=False"
+            f'expected part "attn" or "block" and sources "same" with per_head=True, got {part!r} and {sources!r}; '
+            "pass these or per_head=False"
         )
     notes = Notes()
     view, L, kept = request.view, len(request.layers), len(request.where) * len(tokens)
@@ -114,7 +115,8 @@ def layer_jacobians(
     memory = plan_memory(request, tokens, used, matrices=matrices, chunk=chunk)
     _say_what_matters(request, used, notes)
 
-    d, dtype, means = view.d_model, product_dtype(torch.empty(0, dtype=view.dtype)), {}
+    d, dtype = view.d_model, working_dtype(view)
+    means: dict[int, Any] = {}
     every = torch.empty(L, kept if reduce is None else 0, d, d, dtype=dtype)
     heads = torch.zeros(L, view.n_heads if per_head else 0, d, d, dtype=torch.float64)
     index = {layer: i for i, layer in enumerate(request.layers)}
@@ -130,7 +132,7 @@ def layer_jacobians(
                         mean = _mean(jacobian, request, memory)
                     for head in range(heads.shape[1]):
                         branch = jacobian if part == "attn" else jacobian.attention  # type: ignore[union-attr]
-                        assert isinstance(branch, BranchJacobian)  # noqa: S101
+                        assert isinstance(branch, BranchJacobian)
                         heads[index[layer], head] += branch.head(head).mean(memory.chunk).double().cpu() / len(tokens)
                 means[layer] = means.get(layer, 0) + mean.double().cpu() / len(tokens)
                 bar.update()
@@ -210,7 +212,7 @@ def jacobian_sketch(
         )
     used = chosen_method(request, tokens[0], method, notes, seed=seed)
     memory = plan_memory(request, tokens, used, matrices=0, chunk=chunk)
-    dtype = product_dtype(torch.empty(0, dtype=view.dtype))
+    dtype = working_dtype(view)
     V = directions.to(view.device, dtype)
     found: dict[int, list[Tensor]] = {layer: [] for layer in request.layers}
     bar = tqdm(total=len(tokens) * len(request.layers), desc="sketches", unit="layer", disable=not progress)
@@ -221,9 +223,7 @@ def jacobian_sketch(
                     JV = _pushed(jacobian, V, request, memory)
                 found[layer].append(JV.double().mean(0, keepdim=True).cpu() if reduce else JV.cpu())
                 bar.update()
-    return torch.stack(
-        [torch.cat(parts).mean(0).to(dtype) if reduce else torch.cat(parts) for parts in found.values()]
-    )
+    return torch.stack([torch.cat(parts).mean(0).to(dtype) if reduce else torch.cat(parts) for parts in found.values()])
 
 
 def _say_what_matters(request: Request, used: str, notes: Notes) -> None:
@@ -271,12 +271,12 @@ def _pushed(jacobian: Closed, V: Tensor, request: Request, memory: MemoryPlan) -
     if request.summed:
         if isinstance(jacobian, GraphJacobian):
             return jacobian.push_everywhere(V)
-        return torch.cat([jacobian.push(part) for part in V.split(memory.chunk, -1)], -1)  # type: ignore[arg-type]
+        return torch.cat([jacobian.push(part) for part in V.split(memory.chunk, -1)], -1)
     return jacobian.push(V.expand(len(request.where), -1, -1))
 
 
 def _identity(view: ModelView) -> Float[Tensor, "d d"]:
-    return torch.eye(view.d_model, dtype=product_dtype(torch.empty(0, dtype=view.dtype)), device=view.device)
+    return torch.eye(view.d_model, dtype=working_dtype(view), device=view.device)
 
 
 def _singular_values(J: Float[Tensor, "d d"], device: torch.device) -> Float[Tensor, " d"]:

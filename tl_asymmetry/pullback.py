@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_asymmetry.geometry.precision import exact_products, product_dtype
+from tl_asymmetry.geometry.memory import free_memory
+from tl_asymmetry.geometry.precision import exact_products
 from tl_asymmetry.geometry.subspace import Subspace, principal_subspace
 from tl_asymmetry.geometry.token_jacobians import TokenJacobian
 from tl_asymmetry.jacobian_work import (
@@ -21,8 +22,8 @@ from tl_asymmetry.jacobian_work import (
     chosen_positions,
     closed_forms,
     tolerance_of,
+    working_dtype,
 )
-from tl_asymmetry.geometry.memory import free_memory
 from tl_asymmetry.models.block_jacobians import NoClosedForm, stream_graph
 from tl_asymmetry.models.checks import check_tokens
 from tl_asymmetry.models.prediction import prediction_gram
@@ -104,7 +105,7 @@ def prediction_pullback(
         raise ValueError(f"expected a method among {', '.join(METHODS)}, got {method!r}; pass one of these")
     G = prediction_gram(view, d_vocab=d_vocab)
     prediction = principal_subspace(G, name="prediction")
-    assert prediction.eigenvalues is not None  # noqa: S101 - of a principal subspace
+    assert prediction.eigenvalues is not None
     if rank is None:
         rows = torch.eye(d, dtype=torch.float64)
     else:
@@ -120,7 +121,7 @@ def prediction_pullback(
         check_tokens(view, tokens)
         where = chosen_positions(tokens.shape[1], positions)
         used = _method(view, tokens[0], chosen, sources, method, notes, seed=seed)
-        run = _Run(view, chosen, where, sources, rows.to(view.device, product_dtype(torch.empty(0, dtype=view.dtype))))
+        run = _Run(view, chosen, where, sources, rows.to(view.device, working_dtype(view)))
         at_once = run.chunk(tokens.shape[1], used, chunk)
         memory = {"chunk": at_once}
         total = dict.fromkeys(chosen, torch.zeros(len(rows), d, dtype=torch.float64))
@@ -130,9 +131,7 @@ def prediction_pullback(
                 total = {layer: total[layer] + mean[layer] for layer in chosen}
         pulled = {layer: X / len(tokens) for layer, X in total.items()}
         count = len(tokens) * len(where)
-    subspaces = [
-        _subspace(X.mT @ G @ X if rank is None else X.mT @ X, rank, layer) for layer, X in pulled.items()
-    ]
+    subspaces = [_subspace(X.mT @ G @ X if rank is None else X.mT @ X, rank, layer) for layer, X in pulled.items()]
     arrays = {
         "basis": torch.stack([subspace.basis for subspace in subspaces]),
         "eigenvalues": torch.stack([subspace.eigenvalues for subspace in subspaces]),  # type: ignore[misc]
@@ -141,7 +140,7 @@ def prediction_pullback(
         "prediction_eigenvalues": prediction.eigenvalues,
     }
     if rank is None:
-        arrays["mean"] = torch.stack([pulled[layer] for layer in chosen]).to(product_dtype(torch.empty(0, dtype=view.dtype)))
+        arrays["mean"] = torch.stack([pulled[layer] for layer in chosen]).to(working_dtype(view))
     return PredictionPullback(
         table=pullback_table(arrays),
         overlaps=overlap_table(arrays),
@@ -218,7 +217,7 @@ def _disagreement(view: ModelView, tokens: Int[Tensor, " pos"], layers: Sequence
     """Relative difference between the product of blocks and autograd, for a random direction at a few positions."""
     where = tuple(sorted({0, len(tokens) // 2, len(tokens) - 1}))
     row = torch.randn(1, view.d_model, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    run = _Run(view, tuple(layers), where, "same", row.to(view.device, product_dtype(torch.empty(0, dtype=view.dtype))))
+    run = _Run(view, tuple(layers), where, "same", row.to(view.device, working_dtype(view)))
     with exact_products(view.device):
         mine, other = run.factored(tokens, 1), run.by_autograd(tokens, 1)
     return max(float((mine[i] - other[i]).norm() / other[i].norm().clamp_min(1e-300)) for i in layers)
@@ -262,8 +261,8 @@ class _Run:
         if free is not None and size * (held + (chunk or 1) * each) > free:
             raise ValueError(
                 f"expected a call that fits into {free / 1e9:.3g} GB, got one that needs about "
-                f"{size * (held + (chunk or 1) * each) / 1e9:.3g} GB; pass shorter sequences, fewer positions or layers, or "
-                "a smaller chunk"
+                f"{size * (held + (chunk or 1) * each) / 1e9:.3g} GB; pass shorter sequences, fewer positions or "
+                "layers, or a smaller chunk"
             )
         budget = _MOST_BYTES if free is None else min(_MOST_BYTES, (free - size * held) // 4)
         return chunk or int(max(1, min(len(self.rows), budget // (size * each))))
@@ -283,7 +282,7 @@ class _Run:
                     total[layer][part] = X.mean(0, dtype=torch.float64).cpu()
                 if layer > first:
                     block = blocks[layer]
-                    assert isinstance(block, TokenJacobian)  # noqa: S101 - a same-position request
+                    assert isinstance(block, TokenJacobian)
                     with torch.no_grad():
                         X = block.pull(X)
         return total

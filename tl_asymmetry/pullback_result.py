@@ -82,7 +82,9 @@ class PredictionPullback(Result, Sequence[Subspace]):
 
     def _index(self, layer: int) -> int:
         if layer not in self.layers:
-            raise ValueError(f"expected a layer among {', '.join(map(str, self.layers))}, got {layer}; pass one of these")
+            raise ValueError(
+                f"expected a layer among {', '.join(map(str, self.layers))}, got {layer}; pass one of these"
+            )
         return self.layers.index(layer)
 
     def plot_overlaps(self, **options: Any) -> go.Figure:
@@ -98,7 +100,9 @@ class PredictionPullback(Result, Sequence[Subspace]):
         """Squared singular values of J̄ᵀP, a line per layer. Options as in `spectrum_figure`."""
         from tl_asymmetry.plots.spectrum import spectrum_figure
 
-        values = {f"layer {layer}": row.numpy() for layer, row in zip(self.layers, self.arrays["eigenvalues"], strict=True)}
+        values = {
+            f"layer {layer}": row.numpy() for layer, row in zip(self.layers, self.arrays["eigenvalues"], strict=True)
+        }
         return spectrum_figure(values, **{"name": "the pulled-back prediction map", **options})
 
     # -- words -----------------------------------------------------------------------------------------------------

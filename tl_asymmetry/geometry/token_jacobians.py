@@ -8,7 +8,6 @@ factors; an MLP is its two matrices with the activation's slopes between them.
 
 from __future__ import annotations
 
-
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -40,7 +39,7 @@ class TokenJacobian(Protocol):
         """`rows[t] @ J[t]`: cotangents taken back through the part."""
         ...
 
-    def push(self, columns: Float[Tensor, "token in c"]) -> Float[Tensor, "token out c"]:
+    def push(self, columns: Float[Tensor, token in c]) -> Float[Tensor, "token out c"]:
         """`J[t] @ columns[t]`: tangents taken through the part."""
         ...
 
@@ -74,7 +73,11 @@ class NormJacobian:
 
     @classmethod
     def of_input(
-        cls, x: Float[Tensor, "token d"], scale: Float[Tensor, " token"], gain: Float[Tensor, " d"] | None, centered: bool
+        cls,
+        x: Float[Tensor, "token d"],
+        scale: Float[Tensor, " token"],
+        gain: Float[Tensor, " d"] | None,
+        centered: bool,
     ) -> NormJacobian:
         """From a norm's input and its σ (ε included)."""
         x = x - x.mean(-1, keepdim=True) if centered else x
@@ -108,8 +111,7 @@ class NormJacobian:
     def mean(self, chunk: int = 1) -> Float[Tensor, "d d"]:
         x, s = self.unit, self.scale.reciprocal()
         eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-        N = self.folded(eye) * s.mean() - self.weighted(x).mT @ (x * s.unsqueeze(-1)) / x.numel()
-        return N
+        return self.folded(eye) * s.mean() - self.weighted(x).mT @ (x * s.unsqueeze(-1)) / x.numel()
 
     def folded(self, rows: Float[Tensor, "*any d"]) -> Float[Tensor, "*any d"]:
         """rows · diag(γ) C: the part of N that is the same for all tokens, σ apart."""
@@ -211,8 +213,8 @@ class AttentionJacobian:
 class MLPJacobian:
     """J = W_outᵀ Σ_b diag(slope_b) W_bᵀ, b over the input matrices (W_in; W_gate too in a gated MLP).
 
-    slope_b = ∂ hidden / ∂ (input W_b), both sides elementwise: φ'(pre) for a plain MLP; φ'(gate) · linear for W_gate and
-    φ(gate) for W_in in a gated one.
+    slope_b = ∂ hidden / ∂ (input W_b), both sides elementwise: φ'(pre) for a plain MLP; φ'(gate) · linear for W_gate
+    and φ(gate) for W_in in a gated one.
     """
 
     slopes: tuple[Float[Tensor, "token d_mlp"], ...]
@@ -365,14 +367,14 @@ def mean_of_dense(jacobian: TokenJacobian, chunk: int) -> Float[Tensor, "out in"
         dtype = J.dtype
         part = J.sum(0, dtype=torch.float64)
         total = part if total is None else total + part
-    assert total is not None  # noqa: S101 - there is a token at least
+    assert total is not None
     return (total / jacobian.tokens).to(dtype)
 
 
-# --- averages without forming anything ----------------------------------------------------------------------------
+# --- averages without forming anything --------------------------------------------------------------------------
 #
-# A token's Jacobian is constants times scalars of that token, plus rank-one terms: the average of each is one product of
-# token-by-something matrices. What would be O(tokens · d³) is O(tokens · d_mlp · d · d_head) at most.
+# A token's Jacobian is constants times scalars of that token, plus rank-one terms: the average of each is one product
+# of token-by-something matrices. What would be O(tokens · d³) is O(tokens · d_mlp · d · d_head) at most.
 
 
 def _mean_attention(part: AttentionJacobian, before: NormJacobian | None) -> Float[Tensor, "d d"]:
@@ -400,20 +402,20 @@ def _mean_mlp(part: MLPJacobian, before: NormJacobian | None) -> Float[Tensor, "
             along = slope * (before.weighted(before.unit) @ W) * s.unsqueeze(-1)
             term = term - along.mT @ before.unit / before.unit.numel()
         inner = term if inner is None else inner + term
-    assert inner is not None  # noqa: S101 - an MLP reads through one matrix at least
+    assert inner is not None
     return part.W_out.mT @ inner
 
 
 def _mean_product(mlp: BranchJacobian, attention: BranchJacobian) -> Float[Tensor, "d d"]:
     """mean_t J_mlp[t] J_attn[t]: the average of a product is not the product of averages.
 
-    J_mlp J_attn = W_outᵀ diag(slope) (Wᵀ N₂ W_Oᵀ) (B N₁). The bracket in the middle is a constant [d_mlp, heads · d_head]
-    matrix P, over σ₂, minus a rank-one term; B N₁ is per head a scalar times W_Vᵀ, a d_head × d_head matrix times W_Qᵀ,
-    and rank-one terms.
+    J_mlp J_attn = W_outᵀ diag(slope) (Wᵀ N₂ W_Oᵀ) (B N₁). The bracket in the middle is a constant matrix P
+    [d_mlp, heads · d_head], over σ₂, minus a rank-one term; B N₁ is per head a scalar times W_Vᵀ, a d_head × d_head
+    matrix times W_Qᵀ, and rank-one terms.
     """
     head_part, hidden_part = attention.part, mlp.part
-    assert isinstance(head_part, AttentionJacobian)  # noqa: S101 - as BlockJacobian.mean has checked
-    assert isinstance(hidden_part, MLPJacobian)  # noqa: S101
+    assert isinstance(head_part, AttentionJacobian)
+    assert isinstance(hidden_part, MLPJacobian)
     norm1, norm2 = attention.before, mlp.before
     s1, s2 = _inverse_scale(head_part.own_weight, norm1), _inverse_scale(head_part.own_weight, norm2)
     V, Q, K = (_folded(W.mT, norm1) for W in (head_part.W_V, head_part.W_Q, head_part.W_K))
@@ -442,7 +444,7 @@ def _mean_product(mlp: BranchJacobian, attention: BranchJacobian) -> Float[Tenso
             row = row if norm1 is None else norm1.pull(row)
             term -= along.mT @ row.squeeze(1)
         inner = term if inner is None else inner + term
-    assert inner is not None  # noqa: S101
+    assert inner is not None
     return hidden_part.W_out.mT @ inner / head_part.tokens
 
 

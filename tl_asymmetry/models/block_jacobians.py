@@ -92,12 +92,12 @@ class TracedBlock:
 
     def block(self) -> BlockJacobian:
         """The whole block at every position, against itself."""
-        assert self.attention is not None  # noqa: S101 - asked for by whoever calls this
+        assert self.attention is not None
         return BlockJacobian(self.attention, self.mlp, self.parallel)
 
     def summed_attention(self, where: Tokens) -> SummedAttention:
         """What attention adds at some positions, against every source."""
-        assert self.core is not None  # noqa: S101
+        assert self.core is not None
         return SummedAttention(self.norms.get("attn_pre"), self.core, self.norms.get("attn_post"), where)
 
     def summed_block(self, where: Tokens) -> SummedBlock:
@@ -181,7 +181,8 @@ def _cuts(view: ModelView, layer: int, kept: dict[str, Tensor], needs: frozenset
         if where is None:
             raise NoClosedForm(f"layer {layer} shows no {name!r}")
         edits[where] = edit
-    for position, norm in view._adapter.norms(layer).items():
+    norms: dict[str, Any] = view._adapter.norms(layer)
+    for position, norm in norms.items():
         for side, name in (((norm, "input"), f"{position}.in"), ((norm.hook_scale, "output"), f"{position}.scale")):
             edits[side] = _both(edits.get(side), keep(name))
     return edits
@@ -298,9 +299,7 @@ class _AttentionCore:
         v: Float[Tensor, "c pos kv_head d_head"],
     ) -> Float[Tensor, "c pos head d_head"]:
         """Tangents of all queries, keys and values together, taken through to the heads' outputs."""
-        tangents = [
-            t.to(x.dtype).reshape(len(t), *x.shape) for t, x in ((q, self.q), (k, self.k), (v, self.v))
-        ]
+        tangents = [t.to(x.dtype).reshape(len(t), *x.shape) for t, x in ((q, self.q), (k, self.k), (v, self.v))]
         z = push_batch(self.z, [self.q, self.k, self.v], tangents, chunk=self.chunk)
         return z.reshape(len(z), self.n, self.heads, self.e).to(self.dtype)
 
@@ -467,7 +466,7 @@ def stream_graph(view: ModelView, tokens: Int[Tensor, " pos"], layers: Sequence[
     edits: dict[Side, Edit] = {}
     for layer in sorted({*layers, last}):
         where = place(view, layer, "resid_post")
-        assert where is not None  # noqa: S101 - every block has one
+        assert where is not None
         edits[where] = watch(layer)
     run_until(view, tokens.unsqueeze(0), edits)
     return StreamGraph({layer: kept[layer] for layer in layers}, kept[last])

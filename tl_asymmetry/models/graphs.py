@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ def place(view: ModelView, layer: int, name: str) -> Side | None:
 
 @contextmanager
 def edited(edits: Mapping[Side, Edit]) -> Iterator[None]:
-    """Inside, each function sees its tensor in every forward pass, and what it returns (if anything) takes its place."""
+    """Inside, each function sees its tensor in every forward pass; what it returns, if anything, takes its place."""
 
     def on_input(edit: Edit) -> Callable[..., Any]:
         def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -88,7 +88,9 @@ def edited(edits: Mapping[Side, Edit]) -> Iterator[None]:
 @contextmanager
 def frozen(view: ModelView) -> Iterator[None]:
     """No parameter asks for a gradient inside: graphs hold activations alone. Afterwards each is as it was."""
-    parameters = {id(p): p for module in view._adapter.all_modules() for p in module._parameters.values() if p is not None}
+    parameters = {
+        id(p): p for module in view._adapter.all_modules() for p in module._parameters.values() if p is not None
+    }
     before = [(p, p.requires_grad) for p in parameters.values()]
     try:
         for p, _ in before:
@@ -104,21 +106,29 @@ class _Reached(Exception):
 
 
 def run_until(view: ModelView, tokens: Tensor, edits: Mapping[Side, Edit], last: Side | None = None) -> None:
-    """One forward pass in evaluation mode with gradients on and parameters frozen, cut short behind `last`."""
+    """`run_edited` in evaluation mode, with gradients on and parameters frozen."""
+    with torch.enable_grad(), view.evaluating(), frozen(view):
+        run_edited(view, tokens, edits, last=last)
+
+
+def run_edited(
+    view: ModelView, tokens: Tensor, edits: Mapping[Side, Edit], *, last: Side | None = None, logits: bool = False
+) -> Tensor | None:
+    """One forward pass with edits, in the mode the caller has set; cut short behind `last`, one of their places."""
+    edits = dict(edits)
     if last is not None:
-        module, side = last
-        inner = edits[last]
+        edits[last] = _then_stop(edits[last])
+    with edited(edits), suppress(_Reached):
+        return view.run(tokens, logits=logits)
+    return None
 
-        def and_stop(x: Tensor) -> Tensor | None:
-            inner(x)
-            raise _Reached
 
-        edits = {**{key: edit for key, edit in edits.items() if key != last}, (module, side): and_stop}
-    with torch.enable_grad(), view.evaluating(), frozen(view), edited(edits):
-        try:
-            view.run(tokens)
-        except _Reached:
-            pass
+def _then_stop(edit: Edit) -> Edit:
+    def see(x: Tensor) -> Tensor | None:
+        edit(x)
+        raise _Reached
+
+    return see
 
 
 def leaf(x: Tensor) -> Tensor:

@@ -159,7 +159,7 @@ class HookedAdapter:
             names = {"attn_post": "ln1", "mlp_post": "ln2"}
         elif self.cfg.use_normalization_before_and_after:
             names |= {"attn_post": "ln1_post", "mlp_post": "ln2_post"}
-        found = {where: getattr(self.blocks[layer], name, None) for where, name in names.items()}
+        found: dict[str, Any] = {where: getattr(self.blocks[layer], name, None) for where, name in names.items()}
         return {where: norm for where, norm in found.items() if hasattr(norm, "hook_scale")}
 
     def norm_form(self, norm: nn.Module) -> tuple[Tensor | None, bool]:

@@ -45,7 +45,7 @@ def prediction_subspace(
 def prediction_gram(
     view: ModelView, fold_norm: bool = True, centered: bool = True, *, d_vocab: int | None = None
 ) -> Float[Tensor, "d_model d_model"]:
-    """P Pᵀ of P = C · diag(γ) W_U minus its mean over the vocabulary: float64 on CPU. Arguments as `prediction_subspace`."""
+    """P Pᵀ of P = C · diag(γ) W_U minus its mean over the vocabulary, float64 on CPU; see `prediction_subspace`."""
     W_U, gain, subtracts_mean = view.unembedding()
     W_U = W_U[:, :d_vocab]
     gram, mean = _second_moment_over_vocabulary(W_U)

@@ -167,7 +167,7 @@ def overlap_figure(
         ValueError: an unknown rank, or a table without rows.
 
     Example:
-        >>> rows = {"a": ["0", "0", "1", "1"], "b": ["0", "1", "0", "1"], "rank": 2, "overlap": [1, 0.4, 0.4, 1], "chance": 0.1}
+        >>> rows = {"a": list("0011"), "b": list("0101"), "rank": 2, "overlap": [1, 0.4, 0.4, 1], "chance": 0.1}
         >>> overlap_figure(pd.DataFrame(rows)).data[0].type
         'heatmap'
     """
