@@ -10,6 +10,7 @@ import torch
 import tl_asymmetry.jacobian_work as work
 from tests import reference_jacobians as reference
 from tests import tiny
+from tests.test_pair_promises import state
 from tl_asymmetry import LayerJacobians, ModelView, Subspace, jacobian_sketch, layer_jacobians, random_subspace
 from tl_asymmetry.models.checks import check_tokens
 from tl_asymmetry.results import open_result
@@ -23,7 +24,9 @@ EVERYWHERE = [(architecture, kind) for architecture in tiny.ARCHITECTURES for ki
 
 
 def accuracy(architecture, kind):
-    return 2e-6 if kind == "bridge" and architecture in HALF_FLOAT32 else 1e-9
+    # HookedTransformer routes tokens to experts in float32 as well
+    half = architecture in HALF_FLOAT32 and (kind == "bridge" or architecture == "mixtral")
+    return 2e-6 if half else 1e-9
 
 
 def jacobians(model, tokens, **options):
@@ -43,7 +46,7 @@ def test_equals_jacrev_of_the_whole(architecture, kind, part):
     """Same position and summed over sources, closed form and autograd, every token."""
     model, tokens = tiny.build(architecture, kind, torch.float64), tiny.tokens(1, T)
     layer = 1
-    full = reference.jacobian(*reference.part_function(model, tokens, layer, part))
+    full = reference.jacobian(*reference.part_function(model, tokens, layer, part)).detach()
     expected = {"same": reference.same_position(full), "sum": reference.summed_sources(full)}
     for sources, truth in expected.items():
         found = jacobians(model, tokens, layers=[layer], part=part, sources=sources)
@@ -353,11 +356,8 @@ def test_auto_falls_back_where_the_closed_form_is_wrong(model):
             found = layer_jacobians(model, tokens, layers=[1], reduce=None, progress=False)
         assert found.config["method"] == "autograd"
         assert any("computed by autograd" in note for note in found.notes)
-        full = reference.jacobian(*reference.part_function(model, tokens, 1, "block"))
-        # jacrev reads behind the user's hook as well or before it, by the order of hooks: ask the same order
         plain = jacobians(model, tokens, layers=[1], method="autograd")
         assert torch.equal(found.arrays["per_token"], plain.arrays["per_token"])
-        assert full.shape[0] == T
         with pytest.raises(ValueError, match="expected a block with a closed form, but it is .* off autograd"):
             layer_jacobians(model, tokens, layers=[1], method="einsum", progress=False)
     finally:
@@ -379,56 +379,38 @@ def test_auto_falls_back_where_there_is_no_closed_form():
 # --- the caller's model --------------------------------------------------------------------------------------------
 
 
-def state(model):
-    modules = list(ModelView(model)._adapter.all_modules())
-    return {
-        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in modules],
-        "training": [m.training for m in modules],
-        "requires_grad": [p.requires_grad for p in model.parameters()],
-        "grad": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
-        "weights": [p.detach().clone() for p in model.parameters()],
-        "random": torch.random.get_rng_state(),
-        "mode": torch.is_grad_enabled(),
-        "precision": torch.get_float32_matmul_precision(),
-    }
-
-
-def assert_same_state(before, after):
-    for name, value in before.items():
-        if name in ("weights", "grad"):
-            for a, b in zip(value, after[name], strict=True):
-                assert (a is None and b is None) or torch.equal(a, b)
-        elif name == "random":
-            assert torch.equal(value, after[name])
-        else:
-            assert value == after[name], name
-
-
 @pytest.mark.parametrize("kind", tiny.KINDS)
 @pytest.mark.parametrize("method", ["auto", "autograd"])
 @pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.usefixtures("unchecked_types")
 def test_the_model_comes_back_as_it_was(kind, method, interrupted, monkeypatch):
     model, tokens = tiny.build("gemma2", kind), tiny.tokens(1, T)
     model.train()
     parameters = list(model.parameters())
     parameters[0].requires_grad_(False)
     parameters[1].grad = torch.ones_like(parameters[1])
-    before = state(model)
-    if interrupted:
-        module, _ = ModelView(model)._adapter.point(1, "resid_post")
+    calls = []
 
-        def stop(*_):
+    def interfere(*_):
+        calls.append(1)
+        if interrupted and len(calls) > 1:  # in the midst of the work
             raise KeyboardInterrupt
 
-        # the watched module itself breaks off, with everything in place
-        monkeypatch.setattr(module, "forward", stop)
+    ModelView(model).run(tokens)  # transformers itself leaves hooks on its first pass
+    ModelView(model)._adapter.point(1, "resid_post")[0].register_forward_hook(interfere)
+    before = state(model)
+
+    def both():
+        for sources in ("same", "sum"):
+            layer_jacobians(model, tokens, method=method, sources=sources, progress=False)
+
+    if interrupted:
+        calls.clear()
         with pytest.raises(KeyboardInterrupt):
-            layer_jacobians(model, tokens, method=method, progress=False)
-        monkeypatch.undo()
+            both()
     else:
-        layer_jacobians(model, tokens, method=method, progress=False)
-        layer_jacobians(model, tokens, method=method, sources="sum", progress=False)
-    assert_same_state(before, state(model))
+        both()
+    assert state(model) == before
 
 
 def test_result_does_not_depend_on_the_caller_s_mode(model):
@@ -438,6 +420,9 @@ def test_result_does_not_depend_on_the_caller_s_mode(model):
         assert torch.equal(jacobians(model, tokens).arrays["per_token"], plain.arrays["per_token"])
         summed = jacobians(model, tokens, sources="sum", method="autograd")
     again = jacobians(model, tokens, sources="sum", method="autograd")
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = jacobians(model, tokens)
+    assert torch.equal(inside.arrays["per_token"], plain.arrays["per_token"])
     assert torch.equal(summed.arrays["per_token"], again.arrays["per_token"])
     assert not plain.arrays["per_token"].requires_grad
 
@@ -495,13 +480,13 @@ def test_a_part_the_model_does_not_have():
 
 def test_what_cannot_fit_is_refused_beforehand(model, monkeypatch):
     tokens = tiny.tokens(2, 6)
-    monkeypatch.setattr(work, "free_memory", lambda device: 3_000_000)
+    monkeypatch.setattr(work, "free_memory", lambda device: 500_000)
     fits = jacobians(model, tokens, layers=[0], reduce="mean")
-    assert fits.config["memory"]["free_bytes"] == 3_000_000
+    assert fits.config["memory"]["free_bytes"] == 500_000
     ran = []
     monkeypatch.setattr(work, "closed_forms", lambda *a, **k: ran.append(a) or iter(()))
     monkeypatch.setattr("tl_asymmetry.jacobians.closed_forms", work.closed_forms)
-    message = r"fits into the 0.003 GB free on the CPU, got one that needs about .* GB \(26 matrices of 48 × 48"
+    message = r"fits into the 0.0005 GB free on the CPU, got one that needs about .* GB \(26 matrices of 48 × 48"
     with pytest.raises(ValueError, match=message) as error:
         layer_jacobians(model, tokens, reduce=None, method="autograd", progress=False)
     assert 'pass reduce="mean", fewer layers, positions or sequences' in str(error.value)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_asymmetry.geometry.precision import exact_products
 from tl_asymmetry.models.block_jacobians import part_ends
 from tl_asymmetry.models.checks import check_tokens
 from tl_asymmetry.models.graphs import Edit, Side, frozen, place, run_edited
@@ -18,6 +19,7 @@ from tl_asymmetry.models.view import ModelView
 KINDS = ("full", "logit")
 
 
+@torch.inference_mode(False)
 def centroids(
     model: Any,
     inputs: Int[Tensor, "batch pos"] | Float[Tensor, "batch pos d_model"],
@@ -98,7 +100,7 @@ def centroids(
         y = logits.detach().argmax(-1) if targets is None else targets.to(logits.device)
         return logits.gather(-1, y.unsqueeze(-1)).sum()
 
-    with view.evaluating(), _maybe_frozen(view, not create_graph):
+    with exact_products(view.device), view.evaluating(), _maybe_frozen(view, not create_graph):
         if given is None:
             given = _value_at(view, tokens, begin)
         return local_centroids(

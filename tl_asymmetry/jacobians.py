@@ -32,6 +32,7 @@ from tl_asymmetry.notes import Notes
 from tl_asymmetry.provenance import described_arguments, model_record, shape_record, versions, weights_hash
 
 
+@torch.inference_mode(False)
 def layer_jacobians(
     model: Any,
     tokens: Int[Tensor, "batch pos"],
@@ -108,7 +109,8 @@ def layer_jacobians(
         )
     notes = Notes()
     view, L, kept = request.view, len(request.layers), len(request.where) * len(tokens)
-    used = chosen_method(request, tokens[0], method, notes, seed=seed)
+    with exact_products(view.device):
+        used = chosen_method(request, tokens[0], method, notes, seed=seed)
     if per_head and used != "einsum":
         raise ValueError("expected a block with a closed form for per_head=True, got none; pass per_head=False")
     matrices = L * (1 + (kept if reduce is None else 0) + (view.n_heads if per_head else 0))
@@ -168,6 +170,7 @@ def layer_jacobians(
     )
 
 
+@torch.inference_mode(False)
 def jacobian_sketch(
     model: Any,
     tokens: Int[Tensor, "batch pos"],
@@ -210,7 +213,8 @@ def jacobian_sketch(
         raise ValueError(
             f"expected directions [{view.d_model}, c], got {list(directions.shape)}; pass them in columns of R^d_model"
         )
-    used = chosen_method(request, tokens[0], method, notes, seed=seed)
+    with exact_products(view.device):
+        used = chosen_method(request, tokens[0], method, notes, seed=seed)
     memory = plan_memory(request, tokens, used, matrices=0, chunk=chunk)
     dtype = working_dtype(view)
     V = directions.to(view.device, dtype)

@@ -36,6 +36,7 @@ _MOST_BYTES = 1 << 29
 _CHECK_TOKENS = 12
 
 
+@torch.inference_mode(False)
 def prediction_pullback(
     model: Any,
     tokens: Int[Tensor, "batch pos"] | None,
@@ -120,7 +121,8 @@ def prediction_pullback(
             raise ValueError("expected tokens to average Jacobians over, got None; pass tokens or jacobians=")
         check_tokens(view, tokens)
         where = chosen_positions(tokens.shape[1], positions)
-        used = _method(view, tokens[0], chosen, sources, method, notes, seed=seed)
+        with exact_products(view.device):
+            used = _method(view, tokens[0], chosen, sources, method, notes, seed=seed)
         run = _Run(view, chosen, where, sources, rows.to(view.device, working_dtype(view)))
         at_once = run.chunk(tokens.shape[1], used, chunk)
         memory = {"chunk": at_once}
@@ -218,8 +220,7 @@ def _disagreement(view: ModelView, tokens: Int[Tensor, " pos"], layers: Sequence
     where = tuple(sorted({0, len(tokens) // 2, len(tokens) - 1}))
     row = torch.randn(1, view.d_model, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     run = _Run(view, tuple(layers), where, "same", row.to(view.device, working_dtype(view)))
-    with exact_products(view.device):
-        mine, other = run.factored(tokens, 1), run.by_autograd(tokens, 1)
+    mine, other = run.factored(tokens, 1), run.by_autograd(tokens, 1)
     return max(float((mine[i] - other[i]).norm() / other[i].norm().clamp_min(1e-300)) for i in layers)
 
 
