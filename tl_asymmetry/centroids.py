@@ -87,6 +87,11 @@ def centroids(
             f"expected targets as {len(tokens)} token ids with kind='logit', got {list(targets.shape)} {targets.dtype} "
             f"with kind={kind!r}; pass one id for each sequence"
         )
+    if targets is not None and not 0 <= int(targets.min()) <= int(targets.max()) < view.unembedding()[0].shape[1]:
+        raise ValueError(
+            f"expected targets from 0 to {view.unembedding()[0].shape[1] - 1}, got {int(targets.min())} to "
+            f"{int(targets.max())}; pass token ids of this model"
+        )
     read_logits = kind == "logit" or part == "model"
     where = -1 if position is None and kind == "logit" else position
 
