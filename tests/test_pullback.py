@@ -63,7 +63,7 @@ def test_equals_jacrev_and_an_svd(architecture, kind):
 
 
 def test_positions_sequences_and_chunks():
-    model, tokens = tiny.build("llama", KIND, torch.float64), tiny.tokens(2, 6)
+    model, tokens = tiny.build("neox", KIND, torch.float64), tiny.tokens(2, 6)
     for sources in ("same", "sum"):
         parts = [
             pulled(model, row[None], sources=sources, positions=[-1, 2], chunk=c)
