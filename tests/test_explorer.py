@@ -218,6 +218,12 @@ def test_a_large_attached_table_keeps_the_shown_rank(monkeypatch):
     assert found["rows"] == (make_table()["rank"] == 4).sum()
 
 
+def test_of_a_trajectory_only_what_is_shown_is_kept():
+    table = make_table().assign(step=10, reference="first")
+    columns = contents.attached("Trajectory", table, 4, Pack())["columns"]
+    assert set(columns) == {*contents.STEP_COLUMNS, "step", "reference"}
+
+
 def test_the_page_is_one_file_that_asks_for_nothing_and_escapes(tmp_path):
     result = PairAnalysis.load(analysed("gpt2").save(tmp_path / "saved"))
     result.config["models"]["aligned"]["name"] = BAD

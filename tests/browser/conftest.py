@@ -84,7 +84,7 @@ def trajectory():
     return pd.DataFrame(
         {
             "step": steps * 2, "layer": 1, "head": 2, "matrix": "W_Q", "subspace": ["attn_in"] * 4 + ["prediction"] * 4,
-            "rank": 4, "relative": [1.0, 2.0, 4.0, 5.0, 1.0, 1.0, 1.25, 1.5],
+            "reference": "first", "rank": 4, "relative": [1.0, 2.0, 4.0, 5.0, 1.0, 1.0, 1.25, 1.5],
         }
     )  # fmt: skip
 

@@ -456,7 +456,8 @@
       const series = {};
       rows.forEach((i) => {
         if ("rank" in table.columns && value("rank", i) !== data.ranks[state.rank]) { return; }
-        const key = ["subspace", "delta"].filter((c) => c in table.columns).map((c) => value(c, i)).join(", ") || "relative";
+        // Whatever else tells rows apart (subspace, which delta) makes lines of its own.
+        const key = columns.filter((c) => table.columns[c].words).map((c) => value(c, i)).join(", ") || "relative";
         (series[key] = series[key] || []).push([value("step", i), value("relative", i)]);
       });
       const dashes = ["solid", "dash", "dot", "dashdot"];
