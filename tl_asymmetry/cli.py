@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_asymmetry.pair import analyze_pair
+from tl_asymmetry.pair_result import PairAnalysis
 from tl_asymmetry.results import Result, open_result
 
 _DEMO_STORIES = 400
@@ -62,7 +63,8 @@ def _demo(options: argparse.Namespace) -> None:
     from tl_asymmetry.demo import demo_pair, demo_texts
 
     base, aligned = demo_pair()
-    _finish(analyze_pair(base, aligned, demo_texts(_DEMO_STORIES, seed=0), batch_size=32), options.out)
+    result = analyze_pair(base, aligned, demo_texts(_DEMO_STORIES, seed=0), batch_size=32)
+    _finish(result, options.out, explorer_model=base)
 
 
 def _analyze(options: argparse.Namespace) -> None:
@@ -87,10 +89,13 @@ def _report(options: argparse.Namespace) -> None:
     sys.stdout.write(f"report: {result.to_html(options.folder / 'report.html')}\n")
 
 
-def _finish(result: Result, folder: Path) -> None:
+def _finish(result: Result, folder: Path, *, explorer_model: Any = None) -> None:
     result.save(folder)
-    report = result.to_html(folder / "report.html")
-    sys.stdout.write(f"{result.summary()}\n\nreport: {report}\n")
+    pages = []
+    if isinstance(result, PairAnalysis) and explorer_model is not None:
+        pages.append(f"explorer: {result.to_explorer(folder / 'explorer.html', model=explorer_model)}")
+    pages.append(f"report: {result.to_html(folder / 'report.html')}")
+    sys.stdout.write("\n".join([result.summary(), "", *pages, ""]))
 
 
 def _read_texts(path: Path) -> list[Any]:
