@@ -22,29 +22,43 @@ from tl_asymmetry.geometry.spectrum import (
     stable_rank,
 )
 from tl_asymmetry.geometry.subspace import Subspace, principal_subspace, random_subspace
+from tl_asymmetry.gradient_result import GradientCovariance
+from tl_asymmetry.gradients import gradient_covariance
 from tl_asymmetry.models.capture import capture_moments
 from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair import analyze_pair
 from tl_asymmetry.pair_result import PairAnalysis
+from tl_asymmetry.training import objectives
+from tl_asymmetry.training.objectives import DPO, ORPO, CrossEntropy, InfoNCE, Mix, PreferenceBatch, TokenBatch
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DPO",
+    "ORPO",
+    "CrossEntropy",
+    "GradientCovariance",
+    "InfoNCE",
+    "Mix",
     "ModelView",
     "PairAnalysis",
     "PairEstimate",
+    "PreferenceBatch",
     "StreamingMoments",
     "Subspace",
+    "TokenBatch",
     "adjusted_p",
     "analyze_pair",
     "capture_moments",
     "effective_rank",
     "energy_profile",
     "estimate_pair",
+    "gradient_covariance",
     "isoscore",
     "isotropic_null",
     "marchenko_pastur_edge",
+    "objectives",
     "participation_ratio",
     "prediction_subspace",
     "principal_subspace",

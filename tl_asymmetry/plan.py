@@ -121,7 +121,7 @@ def make_plan(
         raise ValueError(f"expected a batch_size of at least 1, got {batch_size}; pass batch_size=8")
     d = view.d_model
     checked_ranks = check_ranks(default_ranks(d) if ranks is None else ranks, d)
-    chosen = _matrices(view, matrices)
+    chosen = chosen_matrices(view, matrices)
     given = _given(subspaces, view, min(checked_ranks)) if isinstance(subspaces, Mapping) else {}
     names = _subspace_names(view, subspaces)
     targets = {m: _default_targets(m, view) if subspaces is None else names for m in chosen}
@@ -193,7 +193,12 @@ def token_sequences(
     return kept
 
 
-def _matrices(view: ModelView, matrices: Sequence[str] | None) -> tuple[str, ...]:
+def chosen_matrices(view: ModelView, matrices: Sequence[str] | None) -> tuple[str, ...]:
+    """The matrices asked for, all by default, in canonical order.
+
+    Raises:
+        ValueError: one that the model does not have.
+    """
     if matrices is None:
         return view.matrices
     unknown = [matrix for matrix in matrices if matrix not in view.matrices]

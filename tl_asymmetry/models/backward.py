@@ -181,7 +181,9 @@ def _watch(
     def show(δ: Tensor) -> None:
         δ = δ.detach()
         if matrix in ("W_Q", "W_K", "W_V"):
-            δ = δ.reshape(*δ.shape[:2], view.heads(matrix), view.d_head)
+            heads = view.heads(matrix) or 1
+            # a HookedTransformer may repeat key-value heads before the hook (ungroup_grouped_query_attention)
+            δ = δ.reshape(*δ.shape[:2], heads, -1, view.d_head).sum(3)
         reader(index, site, a, δ)
 
     y.register_hook(show)

@@ -17,7 +17,7 @@ Face model, whose output carries `.logits`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -39,6 +39,7 @@ __all__ = [
     "PreferenceBatch",
     "TokenBatch",
     "next_token_logits",
+    "objective_name",
     "sequence_log_probs",
 ]
 
@@ -480,6 +481,24 @@ class Mix:
     def token_weights(self, batch: Any) -> tuple[Float[Tensor, "batch _pos"], ...]:
         """Those of the parts, times their weights."""
         return tuple(weight * w for weight, objective in self.parts for w in objective.token_weights(batch))
+
+
+def objective_name(objective: Any) -> str:
+    """What to call an objective in a table: its class, and the settings that are not the default ones.
+
+    Example:
+        >>> objective_name(CrossEntropy(temperature=2.0)), objective_name(Mix([(0.5, CrossEntropy()), (0.5, InfoNCE())]))
+        ('CrossEntropy(temperature=2)', 'Mix(0.5 CrossEntropy + 0.5 InfoNCE)')
+    """
+    kind = type(objective).__name__
+    if isinstance(objective, Mix):
+        return f"{kind}({' + '.join(f'{weight:g} {objective_name(part)}' for weight, part in objective.parts)})"
+    settings = []
+    for setting in fields(objective) if is_dataclass(objective) else ():
+        value = getattr(objective, setting.name)
+        if isinstance(value, int | float) and value != setting.default:
+            settings.append(f"{setting.name}={value:g}" if not isinstance(value, bool) else f"{setting.name}={value}")
+    return f"{kind}({', '.join(settings)})" if settings else kind
 
 
 def _require(batch: Any, kind: type[Any], name: str) -> None:
