@@ -96,7 +96,9 @@ def test_both_sides_and_the_gradient_itself_against_loops(matrix):
             assert of_δ["prediction_relative"] == pytest.approx(energy * tiny.D_MODEL / of_δ["rank"], rel=1e-9)
 
 
-@pytest.mark.parametrize(("point", "matrices"), [("attn_in", "QKV"), ("z", "O"), ("mlp_in", ["in"]), ("mlp_post", ["out"])])
+@pytest.mark.parametrize(
+    ("point", "matrices"), [("attn_in", "QKV"), ("z", "O"), ("mlp_in", ["in"]), ("mlp_post", ["out"])]
+)
 def test_inputs_count_the_tokens_at_which_any_of_their_readers_has_a_gradient(point, matrices):
     result, data = of_toy(), batch()
     names = [f"W_{letter}" for letter in matrices]
@@ -328,11 +330,13 @@ def test_permuted_gradients_are_permutations_within_sequences():
         for g, which in zip(drawn, found, strict=True):
             np.testing.assert_allclose(g, possible[which], atol=1e-10)
         assert len(set(found)) > 20  # of 36: no order is preferred
-        Q = torch.linalg.qr(torch.randn(tiny.D_MODEL, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+        Q = torch.linalg.qr(
+            torch.randn(tiny.D_MODEL, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        )
         expected = [reference.subspace_fraction(g, Q.Q.numpy()) for g in drawn]
         fractions = result.permuted_fractions(0, matrix, Q.Q)
         np.testing.assert_allclose(fractions[:, head or 0, -1], expected, rtol=1e-9)
-    assert result.permuted_fractions(0, "W_V", Q.Q).shape == (draws, tiny.N_HEADS, 3)
+    assert result.permuted_fractions(0, "W_V", Q).shape == (draws, tiny.N_HEADS, 3)
 
 
 def test_permutations_belong_to_sequences_not_to_batches():
@@ -452,7 +456,12 @@ def test_precision_of_the_models_dtype():
         (object(), "texts", {}, r"expected an objective, got object; pass CrossEntropy\(\), DPO"),
         ("DPO", "texts", {}, r"expected a PreferenceBatch for this objective, got TokenBatch as batch 0; pass prompts"),
         (InfoNCE(), "one", {}, r"expected two sequences or more for InfoNCE, got one: .*; pass a larger batch"),
-        (CrossEntropy(), "texts", {"halves": True}, r"expected an objective with two kinds of passes.*leave out halves"),
+        (
+            CrossEntropy(),
+            "texts",
+            {"halves": True},
+            r"expected an objective with two kinds of.*leave out halves",
+        ),
         (CrossEntropy(), "texts", {"groups": 0}, r"expected groups >= 1, got 0; pass groups=1"),
         (CrossEntropy(), "texts", {"permutations": -1}, r"expected permutations >= 0, got -1; pass 40"),
         (CrossEntropy(), "texts", {"matrices": ["W_X"]}, r"expected matrices among W_Q, .*got \['W_X'\]"),

@@ -253,9 +253,7 @@ class _Collector:
         if index not in self._keys:
             width = counted.shape[1]
             rows = [
-                torch.rand(
-                    width, self._permutations, dtype=torch.float64, generator=_generator(self._seed, row, index)
-                )
+                torch.rand(width, self._permutations, dtype=torch.float64, generator=_generator(self._seed, row, index))
                 for row in range(self._first_row, self._first_row + len(counted))
             ]
             self._keys[index] = torch.stack(rows).permute(2, 0, 1).to(counted.device)
@@ -319,9 +317,7 @@ def _segments(batches: Sequence[Batch], groups: int) -> list[list[tuple[int, sli
     for batch in batches:
         mine = group_of[row : row + len(batch)]
         row += len(batch)
-        segments.append(
-            [(g, slice(mine.index(g), len(mine) - mine[::-1].index(g))) for g in dict.fromkeys(mine)]
-        )
+        segments.append([(g, slice(mine.index(g), len(mine) - mine[::-1].index(g))) for g in dict.fromkeys(mine)])
     return segments
 
 

@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 DEFINITIONS = (
     Definition(
         "The two sides", "[choice]",
-        "A weight gradient is a sum of outer products over tokens, ∂L/∂W = Σ a δᵀ: a is what the matrix multiplies, δ the "
-        "gradient of the loss at its product. δ of W_Q, W_K and W_V is taken before any query-key norm and rotary "
+        "A weight gradient is a sum of outer products over tokens, ∂L/∂W = Σ a δᵀ: a is what the matrix multiplies, δ "
+        "the gradient of the loss at its product. δ of W_Q, W_K and W_V is taken before any query-key norm and rotary "
         "positions, δ of W_O at the attention's output before any norm (the heads have it in common), δ of W_in and "
         "W_gate at the pre-activation, δ of W_out at the MLP's output.",
     ),
     Definition(
         "Second moments and their scale", "[choice]",
-        "Uncentred and per token, over the tokens at which there is a gradient. The loss is summed over its terms (tokens, "
-        "pairs, sequences), so that δ does not depend on the size of a batch; the batch still matters to objectives whose "
-        "rows meet in it (InfoNCE) or that add means over different things.",
+        "Uncentred and per token, over the tokens at which there is a gradient. The loss is summed over its terms "
+        "(tokens, pairs, sequences), so that δ does not depend on the size of a batch; the batch still matters to "
+        "objectives whose rows meet in it (InfoNCE) or that add means over different things.",
     ),
     Definition(
         "Effective rank, participation ratio, stable rank", "[choice]",
@@ -33,13 +33,13 @@ DEFINITIONS = (
     ),
     Definition(
         "Marchenko–Pastur edge and spikes", "[ours]",
-        "How large an eigenvalue independent tokens of the bulk's variance would reach. Tokens of a text are dependent, so "
-        "the number of eigenvalues above it describes and does not test.",
+        "How large an eigenvalue independent tokens of the bulk's variance would reach. Tokens of a text are dependent, "
+        "so the number of eigenvalues above it describes and does not test.",
     ),
     Definition(
         "Coherence", "[ours]",
-        "‖Σ a δᵀ‖² / Σ ‖a‖²‖δ‖². 1 if the outer products of different tokens are orthogonal on average: then the gradient "
-        "is as large as its two sides explain. More where tokens push the same way, less where they cancel.",
+        "‖Σ a δᵀ‖² / Σ ‖a‖²‖δ‖². 1 if the outer products of different tokens are orthogonal on average: then the "
+        "gradient is as large as its two sides explain. More where tokens push the same way, less where they cancel.",
     ),
 )  # fmt: skip
 
@@ -84,8 +84,8 @@ def headline(table: pd.DataFrame, gradients: pd.DataFrame) -> list[str]:
         )
     coherent = gradients["coherence"].median()
     sentences.append(
-        f"Coherence: a gradient's squared norm is {coherent:.2g} times that of its tokens' outer products added up as if "
-        "they were orthogonal (median)."
+        f"Coherence: a gradient's squared norm is {coherent:.2g} times that of its tokens' outer products added up as "
+        "if they were orthogonal (median)."
     )
     return sentences
 
@@ -124,8 +124,8 @@ def gradient_report(result: GradientCovariance) -> Report:
         ],
         methods=[
             ("Objective", str(result.config["objective"])),
-            ("Passes", "one forward and one backward pass per batch, evaluation mode, parameters frozen; the graph starts "
-             "at the residual stream before the first block"),
+            ("Passes", "one forward and one backward pass per batch, evaluation mode, parameters frozen; the graph "
+             "starts at the residual stream before the first block"),
             ("Intervals", "delete-one-group jackknife over groups of sequences, on the log; over texts, not seeds"),
             *columns,
         ],

@@ -77,9 +77,7 @@ class GradientCovariance(Result):
         own = matrix in ("W_Q", "W_K", "W_V")
         return self._moment(f"gradient/{matrix}", layer, matrix, head if own else None, half)
 
-    def spectrum(
-        self, matrix: str, side: str = "gradient", *, half: str = "all"
-    ) -> Float[np.ndarray, "layer head r"]:
+    def spectrum(self, matrix: str, side: str = "gradient", *, half: str = "all") -> Float[np.ndarray, "layer head r"]:
         """Eigenvalues of a side's second moment, descending (the leading ones on a sketched axis); one head if shared.
 
         Raises:

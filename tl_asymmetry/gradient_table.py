@@ -59,10 +59,10 @@ CROSS_COLUMNS = {
     "pathway": '"read" or "write"',
     "input_trace": "Σλ of the input side",
     "gradient_trace": "Σλ of the gradient side",
-    "gradient_norm": "‖Σ_t a_t δ_tᵀ‖, the norm of the summed loss's gradient in this matrix (estimated from the sketch "
-    "where a side lies on d_mlp, unless full moments were asked for)",
-    "coherence": "‖Σ_t a_t δ_tᵀ‖² / Σ_t ‖a_t‖² ‖δ_t‖²: 1 if different tokens' outer products are orthogonal on average, "
-    "more where they add up, less where they cancel",
+    "gradient_norm": "‖Σ_t a_t δ_tᵀ‖, the norm of the summed loss's gradient in this matrix (estimated from the "
+    "sketch where a side lies on d_mlp, unless full moments were asked for)",
+    "coherence": "‖Σ_t a_t δ_tᵀ‖² / Σ_t ‖a_t‖² ‖δ_t‖²: 1 if different tokens' outer products are orthogonal on "
+    "average, more where they add up, less where they cancel",
 }
 """Columns of `GradientCovariance.gradients`."""
 
@@ -138,7 +138,7 @@ def gradient_table(
                     side = sides[half, kind, key]
                     shared = heads[matrix] is not None and side.axis == "residual"
                     for head in range(heads[matrix] or 1):
-                        place = 0 if shared or heads[matrix] is None else head
+                        numbers = {n: float(v[head if len(v) > 1 else 0]) for n, v in side.numbers.items()}
                         rows.append(
                             {
                                 "layer": layer,
@@ -152,7 +152,10 @@ def gradient_table(
                                 "dimension": side.dimension,
                                 "tokens": side.tokens,
                                 "rank": shown_rank(side.dimension),
-                                **{name: float(value[place if len(value) > 1 else 0]) for name, value in side.numbers.items()},
+                                **{
+                                    name: float(value[place if len(value) > 1 else 0])
+                                    for name, value in side.numbers.items()
+                                },
                             }
                         )
     table = pd.DataFrame(rows, columns=list(GRADIENT_COLUMNS))
@@ -234,7 +237,8 @@ def _side(groups: Sequence[Moments | None], axis: str, P: Tensor | None, *, exac
     if intervals:
         narrow = d >= _FLOAT32_WIDTH and not exact
         for group in groups:
-            assert group is not None and not isinstance(group, SketchedMoments)
+            if group is None or isinstance(group, SketchedMoments):  # cannot happen: as the total
+                raise RuntimeError("a group without moments")
             m = group.count
             rest = (n * M - m * _matrix(group)) / (n - m)
             solved = torch.linalg.eigvalsh(rest.float() if narrow else rest).double().flip(-1).clamp(min=0)

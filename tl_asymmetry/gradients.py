@@ -43,8 +43,8 @@ def gradient_covariance(
     """Second moments of both sides of every weight gradient, under any objective, in one pass over the data.
 
     The gradient of a matrix is a sum of outer products over tokens, `∂L/∂W = Σ_t a_t δ_tᵀ`, of its input a and the
-    upstream gradient δ = ∂L/∂(a W + b). Each batch is run forward and backward once; a and δ become second moments inside
-    the hooks and are gone. The model's parameters are frozen meanwhile and no gradient of theirs is made or touched.
+    upstream gradient δ = ∂L/∂(a W + b). Each batch is run forward and backward once; a and δ become second moments
+    inside the hooks and are gone. The model's parameters are frozen meanwhile and no gradient of theirs is made or touched.
     Memory is set by the model: two d × d moments per site, for each of `groups` groups of sequences, on the CPU; and
     `permutations` times the size of the read matrices where those are asked for.
 
@@ -56,8 +56,8 @@ def gradient_covariance(
         objective: what is differentiated: `CrossEntropy`, `DPO`, `ORPO`, `InfoNCE`, `Mix`, or any `Objective`. The loss
             is summed over its terms (tokens, pairs, sequences), so the result does not depend on how the data are
             batched, unless the objective's own value does (`objective.additive`).
-        batches: `TokenBatch` or `PreferenceBatch` objects, or texts, chats, or rows of a dataset with trl's columns: see
-            `training.data.as_batches`.
+        batches: `TokenBatch` or `PreferenceBatch` objects, or texts, chats, or rows of a dataset with trl's columns:
+            see `training.data.as_batches`.
         matrices: default all the model has of W_Q, W_K, W_V, W_O, W_in, W_gate, W_out.
         halves: keep the moments of an objective's passes (chosen and rejected) apart as well.
         full_mlp: also keep the d_mlp × d_mlp moments of δ of W_in and W_gate and of W_out's input. Otherwise that axis

@@ -153,7 +153,7 @@ def default_ranks(d: int) -> tuple[int, ...]:
 def token_sequences(
     view: ModelView,
     texts: Sequence[str | Sequence[Mapping[str, Any]]] | None,
-    tokens: Int[Tensor, "batch pos"] | None,
+    tokens: Int[Tensor, "batch pos"] | Sequence[Int[Tensor, " _pos"]] | None,
     max_tokens: int | None,
     *,
     notes: Callable[[str], None],
@@ -166,8 +166,14 @@ def token_sequences(
     if texts is not None and tokens is not None:
         raise ValueError("expected texts or tokens, got both; pass one of them")
     if tokens is not None:
-        check_tokens(view, tokens)
-        sequences = list(tokens.cpu())
+        if isinstance(tokens, Tensor):
+            check_tokens(view, tokens)
+        else:
+            if not len(tokens):
+                raise ValueError("expected at least one sequence of tokens, got none; pass texts or tokens=")
+            for sequence in tokens:
+                check_tokens(view, sequence.unsqueeze(0) if isinstance(sequence, Tensor) else sequence)
+        sequences = [sequence.cpu() for sequence in tokens]
     else:
         if texts is None:
             from tl_asymmetry.demo import calibration_texts

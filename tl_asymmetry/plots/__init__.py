@@ -6,6 +6,7 @@ and nowhere above, so the package itself stays light.
 """
 
 from tl_asymmetry.plots.asymmetry import asymmetry_figure
+from tl_asymmetry.plots.gradients import effective_rank_figure
 from tl_asymmetry.plots.heads import heads_figure
 from tl_asymmetry.plots.layers import layers_figure
 from tl_asymmetry.plots.rank_curve import rank_curve_figure
@@ -14,6 +15,7 @@ from tl_asymmetry.plots.style import template
 
 __all__ = [
     "asymmetry_figure",
+    "effective_rank_figure",
     "heads_figure",
     "layers_figure",
     "rank_curve_figure",

@@ -28,8 +28,8 @@ def as_batches(
 
     Args:
         view: the model whose tokenizer and context length count.
-        data: batches (as they are; the chosen half of a `PreferenceBatch` where texts are wanted); or texts (strings, or
-            lists of chat messages); or rows: a Hugging Face dataset, a list of mappings or of objects, with columns
+        data: batches (as they are; the chosen half of a `PreferenceBatch` where texts are wanted); or texts (strings,
+            or lists of chat messages); or rows: a Hugging Face dataset, a list of mappings or of objects, with columns
             `prompt, chosen, rejected`, or `chosen, rejected` whose common beginning is the prompt (trl's formats), for
             texts also `text`, `messages`, or `prompt, completion`. Values are strings or lists of
             `{"role": ..., "content": ...}`.
@@ -57,8 +57,8 @@ def as_batches(
         data = [data]
     if isinstance(data, str | bytes | Mapping) or not isinstance(data, Iterable):
         raise ValueError(
-            f"expected batches, texts or rows of a dataset, got {type(data).__name__}; pass a list of them (one split of "
-            "a DatasetDict)"
+            f"expected batches, texts or rows of a dataset, got {type(data).__name__}; pass a list of them (one "
+            "split of a DatasetDict)"
         )
     rows = list(data)
     if not rows:
@@ -163,7 +163,9 @@ class _Encoder:
                 f"expected prompt and continuation of one form, got {type(prompt).__name__} and "
                 f"{type(answer).__name__} in row {index}; pass strings, or lists of messages, for both"
             )
-        start = next((i for i, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b), min(len(head), len(whole)))
+        start = next(
+            (i for i, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b), min(len(head), len(whole))
+        )
         start = max(start, 1)  # nothing comes before the first token to predict it from
         self.cut += len(whole) > self.length
         whole = whole[: self.length]
@@ -222,12 +224,16 @@ def _explicit_prompt(prompt: Any, chosen: Any, rejected: Any) -> tuple[Any, Any,
     """Prompt and continuations; without a prompt, or with a plain one beside chats, what both chats begin with."""
     if prompt is not None and isinstance(prompt, str) == isinstance(chosen, str):
         return prompt, chosen, rejected
-    common = next(
-        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
-    )
+    common = _common(chosen, rejected)
     if isinstance(chosen, str) and 0 < common < len(chosen) and chosen[common - 1] == " ":
         common -= 1  # a word begins with its space
     return chosen[:common], chosen[common:], rejected[common:]
+
+
+def _common(a: Any, b: Any) -> int:
+    """How many elements two sequences have in common at their beginning."""
+    shorter = min(len(a), len(b))
+    return next((i for i in range(shorter) if a[i] != b[i]), shorter)
 
 
 def _some(rows: list[Any]) -> list[Any]:

@@ -360,8 +360,8 @@ class InfoNCE:
         _require(batch, TokenBatch, "InfoNCE")
         if len(batch) < 2:
             raise ValueError(
-                "expected two sequences or more for InfoNCE, got one: without others there is nothing to contrast with; "
-                "pass a larger batch"
+                "expected two sequences or more for InfoNCE, got one: without others there is nothing to contrast "
+                "with; pass a larger batch"
             )
         view = model if isinstance(model, ModelView) else ModelView(model)
         first, second = (F.normalize(self._pooled(view, crop), dim=-1) for crop in _crops(batch))
@@ -413,7 +413,9 @@ def _crops(batch: TokenBatch) -> tuple[TokenBatch, TokenBatch]:
             )
         middle = int(places[len(places) // 2])
         end = int(places[-1]) + 1
-        for side, kept in enumerate((torch.arange(middle), torch.cat([torch.zeros(1).long(), torch.arange(middle, end)]))):
+        for side, kept in enumerate(
+            (torch.arange(middle), torch.cat([torch.zeros(1).long(), torch.arange(middle, end)]))
+        ):
             kept = kept.to(tokens.device)
             halves[side].append(tokens[kept])
             masks[side].append(counted[kept])
@@ -453,7 +455,9 @@ class Mix:
             )
         kinds = {objective.batch_type.__name__ for _, objective in self.parts}
         if len(kinds) > 1:
-            raise ValueError(f"expected parts that read one kind of batch, got {sorted(kinds)}; mix objectives of a kind")
+            raise ValueError(
+                f"expected parts that read one kind of batch, got {sorted(kinds)}; mix objectives of a kind"
+            )
 
     def __call__(self, model: LanguageModel, batch: Any) -> Float[Tensor, ""]:
         _require(batch, self.batch_type, "this Mix")
@@ -487,8 +491,10 @@ def objective_name(objective: Any) -> str:
     """What to call an objective in a table: its class, and the settings that are not the default ones.
 
     Example:
-        >>> objective_name(CrossEntropy(temperature=2.0)), objective_name(Mix([(0.5, CrossEntropy()), (0.5, InfoNCE())]))
-        ('CrossEntropy(temperature=2)', 'Mix(0.5 CrossEntropy + 0.5 InfoNCE)')
+        >>> objective_name(CrossEntropy(temperature=2.0))
+        'CrossEntropy(temperature=2)'
+        >>> objective_name(Mix([(0.5, CrossEntropy()), (0.5, InfoNCE())]))
+        'Mix(0.5 CrossEntropy + 0.5 InfoNCE)'
     """
     kind = type(objective).__name__
     if isinstance(objective, Mix):
