@@ -9,6 +9,8 @@
 Neither TransformerLens nor plotly is imported until it is needed.
 """
 
+from tl_asymmetry.control import contrastive_control
+from tl_asymmetry.control_result import ControlStudy
 from tl_asymmetry.estimate import PairEstimate, estimate_pair
 from tl_asymmetry.geometry.fraction import energy_profile, subspace_fraction
 from tl_asymmetry.geometry.moments import StreamingMoments
@@ -31,10 +33,12 @@ from tl_asymmetry.pair import analyze_pair
 from tl_asymmetry.pair_result import PairAnalysis
 from tl_asymmetry.training import objectives
 from tl_asymmetry.training.objectives import DPO, ORPO, CrossEntropy, InfoNCE, Mix, PreferenceBatch, TokenBatch
+from tl_asymmetry.training.runs import Optimizer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ControlStudy",
     "DPO",
     "ORPO",
     "CrossEntropy",
@@ -42,6 +46,7 @@ __all__ = [
     "InfoNCE",
     "Mix",
     "ModelView",
+    "Optimizer",
     "PairAnalysis",
     "PairEstimate",
     "PreferenceBatch",
@@ -51,6 +56,7 @@ __all__ = [
     "adjusted_p",
     "analyze_pair",
     "capture_moments",
+    "contrastive_control",
     "effective_rank",
     "energy_profile",
     "estimate_pair",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from tl_asymmetry.geometry.side_moments import HeadMoments, SketchedMoments, ske
 from tl_asymmetry.models.backward import Outer, outer_products
 from tl_asymmetry.models.capture import balanced_groups
 from tl_asymmetry.models.view import INPUT_POINT, READ, ModelView
-from tl_asymmetry.training.batches import Batch, PreferenceBatch, TokenBatch
+from tl_asymmetry.training.batches import Batch
 from tl_asymmetry.training.objectives import Objective
 
 Moments = StreamingMoments | HeadMoments | SketchedMoments
@@ -97,7 +97,7 @@ def capture_gradients(
         for number, batch in enumerate(batches):
             collector.begin(segments[number], first_row, objective.passes if halves else None)
             with outer_products(view, sites, collector.read) as backward:
-                loss = objective(view, _on_device(batch, view.device))
+                loss = objective(view, batch.to(view.device))
                 value = float(loss.detach())
                 if not -torch.inf < value < torch.inf:
                     raise ValueError(
@@ -319,15 +319,3 @@ def _segments(batches: Sequence[Batch], groups: int) -> list[list[tuple[int, sli
         row += len(batch)
         segments.append([(g, slice(mine.index(g), len(mine) - mine[::-1].index(g))) for g in dict.fromkeys(mine)])
     return segments
-
-
-def _on_device(batch: Batch, device: torch.device) -> Batch:
-    if isinstance(batch, PreferenceBatch):
-        return PreferenceBatch(_moved(batch.chosen, device), _moved(batch.rejected, device))
-    return _moved(batch, device)
-
-
-def _moved(batch: TokenBatch, device: torch.device) -> TokenBatch:
-    if batch.tokens.device == device:
-        return batch
-    return replace(batch, tokens=batch.tokens.to(device), mask=batch.mask.to(device))

@@ -33,8 +33,8 @@ DEFINITIONS = (
     ),
     Definition(
         "Marchenko–Pastur edge and spikes", "[ours]",
-        "How large an eigenvalue independent tokens of the bulk's variance would reach. Tokens of a text are dependent, "
-        "so the number of eigenvalues above it describes and does not test.",
+        "How large an eigenvalue independent tokens of the bulk's variance would reach. Tokens of a text depend on "
+        "each other, so the number of eigenvalues above it describes and does not test.",
     ),
     Definition(
         "Coherence", "[ours]",

@@ -152,10 +152,7 @@ def gradient_table(
                                 "dimension": side.dimension,
                                 "tokens": side.tokens,
                                 "rank": shown_rank(side.dimension),
-                                **{
-                                    name: float(value[place if len(value) > 1 else 0])
-                                    for name, value in side.numbers.items()
-                                },
+                                **numbers,
                             }
                         )
     table = pd.DataFrame(rows, columns=list(GRADIENT_COLUMNS))

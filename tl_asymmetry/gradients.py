@@ -44,9 +44,9 @@ def gradient_covariance(
 
     The gradient of a matrix is a sum of outer products over tokens, `∂L/∂W = Σ_t a_t δ_tᵀ`, of its input a and the
     upstream gradient δ = ∂L/∂(a W + b). Each batch is run forward and backward once; a and δ become second moments
-    inside the hooks and are gone. The model's parameters are frozen meanwhile and no gradient of theirs is made or touched.
-    Memory is set by the model: two d × d moments per site, for each of `groups` groups of sequences, on the CPU; and
-    `permutations` times the size of the read matrices where those are asked for.
+    inside the hooks and are gone. The model's parameters are frozen meanwhile; no gradient of theirs is made or
+    touched. Memory is set by the model: d × d moments of both sides for each of `groups` groups of sequences, on the CPU;
+    and `permutations` times the size of the read matrices where those are asked for.
 
     The question is that of arXiv 2605.16600 (deltas inherit direction from whichever side has a concentrated
     covariance); the definitions are ours, since the paper's are not public.
@@ -82,7 +82,7 @@ def gradient_covariance(
         >>> covariance = gradient_covariance(model, DPO(model), demo_preferences(8), matrices=["W_O"], progress=False)
         >>> tuple(covariance.gradient_moment(0, "W_O").shape)
         (64, 64)
-        >>> covariance.table.query("side == 'gradient' and layer == 0").effective_rank.iloc[0] > 1
+        >>> bool(covariance.table.query("side == 'gradient' and layer == 0").effective_rank.iloc[0] > 1)
         True
     """
     arguments = described_arguments({k: v for k, v in locals().items() if k not in ("model", "batches")})
@@ -150,7 +150,7 @@ def gradient_covariance(
             "tokens": sum(int(batch.lengths.sum()) for batch in held),
             "terms": captured.terms,
             "loss": _mean_loss(objective, held, captured.losses),
-            "data_sha256": _fingerprint(held),
+            "data_sha256": data_fingerprint(held),
         },
         notes=notes.lines,
     )
@@ -188,7 +188,7 @@ def _tokens(batch: Batch) -> list[torch.Tensor]:
     return [batch.tokens]
 
 
-def _fingerprint(batches: Sequence[Batch]) -> str:
+def data_fingerprint(batches: Sequence[Batch]) -> str:
     """SHA-256 of all rows' tokens up to their last target, whatever the batches they come in."""
     digest = hashlib.sha256()
     for batch in batches:

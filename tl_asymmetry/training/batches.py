@@ -51,6 +51,12 @@ class TokenBatch:
         """Some of the rows."""
         return TokenBatch(self.tokens[index], self.mask[index])
 
+    def to(self, device: torch.device) -> TokenBatch:
+        """The batch on a device."""
+        if self.tokens.device == device:
+            return self
+        return TokenBatch(self.tokens.to(device), self.mask.to(device))
+
 
 @dataclass(frozen=True)
 class PreferenceBatch:
@@ -85,6 +91,10 @@ class PreferenceBatch:
     def rows(self, index: slice) -> PreferenceBatch:
         """Some of the pairs."""
         return PreferenceBatch(self.chosen.rows(index), self.rejected.rows(index))
+
+    def to(self, device: torch.device) -> PreferenceBatch:
+        """Both halves on a device."""
+        return PreferenceBatch(self.chosen.to(device), self.rejected.to(device))
 
 
 Batch = TokenBatch | PreferenceBatch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ def as_batches(
         >>> rows = [{"prompt": "Mira lost", "chosen": " the cup.", "rejected": " a song."}]
         >>> batch, = as_batches(view, rows, PreferenceBatch, note=print)
         >>> view.tokenizer.decode(batch.chosen.tokens[0][batch.chosen.mask[0]])
-        'the cup.<eos>'
+        'the cup. <eos>'
     """
     if batch_size < 1:
         raise ValueError(f"expected a batch_size of at least 1, got {batch_size}; pass batch_size=8")
@@ -86,14 +86,7 @@ def as_batches(
 def rebatched(batches: Sequence[Batch], batch_size: int) -> list[Batch]:
     """The same rows in the same order, `batch_size` of them to a batch (the last may be smaller)."""
     rows = [(batch, i) for batch in batches for i in range(len(batch))]
-    result: list[Batch] = []
-    for part in _chunks(rows, batch_size):
-        single = [batch.rows(slice(i, i + 1)) for batch, i in part]
-        if isinstance(single[0], PreferenceBatch):
-            result.append(PreferenceBatch(_joined([b.chosen for b in single]), _joined([b.rejected for b in single])))
-        else:
-            result.append(_joined(single))
-    return result
+    return [_stacked(part) for part in _chunks(rows, batch_size)]
 
 
 Row = tuple[list[int], int]
@@ -163,10 +156,7 @@ class _Encoder:
                 f"expected prompt and continuation of one form, got {type(prompt).__name__} and "
                 f"{type(answer).__name__} in row {index}; pass strings, or lists of messages, for both"
             )
-        start = next(
-            (i for i, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b), min(len(head), len(whole))
-        )
-        start = max(start, 1)  # nothing comes before the first token to predict it from
+        start = max(_common(head, whole), 1)  # nothing comes before the first token to predict it from
         self.cut += len(whole) > self.length
         whole = whole[: self.length]
         return (whole, start) if len(whole) > start else None
@@ -256,6 +246,14 @@ def _padded(rows: Sequence[Row]) -> TokenBatch:
     return TokenBatch(tokens, mask)
 
 
+def _stacked(rows: Sequence[tuple[Any, int]]) -> Batch:
+    """Rows of several batches as one."""
+    single = [batch.rows(slice(i, i + 1)) for batch, i in rows]
+    if isinstance(single[0], PreferenceBatch):
+        return PreferenceBatch(_joined([b.chosen for b in single]), _joined([b.rejected for b in single]))
+    return _joined(single)
+
+
 def _joined(batches: Sequence[Any]) -> TokenBatch:
     width = max(int(batch.lengths.max()) for batch in batches)
 
@@ -263,3 +261,25 @@ def _joined(batches: Sequence[Any]) -> TokenBatch:
         return torch.nn.functional.pad(x[:, :width], (0, max(width - x.shape[1], 0)))
 
     return TokenBatch(torch.cat([pad(b.tokens) for b in batches]), torch.cat([pad(b.mask) for b in batches]))
+
+
+def shuffled(batches: Sequence[Batch], batch_size: int, *, seed: int) -> Iterator[Batch]:
+    """Endless batches of `batch_size` rows: all rows in an order drawn anew for each pass over the data.
+
+    A pass ends where no full batch is left, so that no batch holds a row twice. The order depends on the seed and the
+    number of rows alone: objectives that read the same rows get them in the same order.
+
+    Raises:
+        ValueError: fewer rows than a batch takes.
+    """
+    rows = [(batch, i) for batch in batches for i in range(len(batch))]
+    if not 1 <= batch_size <= len(rows):
+        raise ValueError(
+            f"expected a batch_size from 1 to the number of rows ({len(rows)}), got {batch_size}; pass a smaller one or "
+            "more data"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(rows), generator=generator).tolist()
+        for first in range(0, len(rows) - batch_size + 1, batch_size):
+            yield _stacked([rows[i] for i in order[first : first + batch_size]])
