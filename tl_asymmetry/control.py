@@ -124,7 +124,7 @@ def contrastive_control(
         "seeds": seeds,
         "match_norm": match_norm,
         "batch_size": batch_size,
-        "optimizer": asdict(optimizer),
+        "optimizer": asdict(optimizer) | {"betas": list(optimizer.betas)},
         "matrices": list(chosen),
         "ranks": None if ranks is None else list(ranks),
         "gradient_rows": gradient_rows,
@@ -198,7 +198,7 @@ def _named(objectives: Mapping[str, Objective[Any]] | Sequence[Objective[Any]]) 
     for name, objective in named.items():
         if not isinstance(objective, Objective):
             raise ValueError(
-                f"expected objectives, got {type(objective).__name__} as {name!r}; pass CrossEntropy(), DPO(reference), …"
+                f"expected objectives, got {type(objective).__name__} as {name!r}; pass CrossEntropy(), DPO(model), …"
             )
     return named
 

@@ -36,9 +36,9 @@ DEFINITIONS = (
     ),
     Definition(
         "Equal steps, equal norm", "[ours]",
-        "Deltas are compared after the same number of steps, and where they have come equally far: at the first step at "
-        "which √Σ‖ΔW‖² reaches what the slowest grade of that seed reaches in the end. A delta's fraction does not change "
-        "when it is scaled, so that is what matched norms can mean.",
+        "Deltas are compared after the same number of steps, and where they have come equally far: at the first step "
+        "at which √Σ‖ΔW‖² reaches what the slowest grade of that seed reaches in the end. A delta's fraction does not "
+        "change when it is scaled, so that is what matched norms can mean.",
     ),
     Definition(
         "Pooled fraction", "[choice]",
@@ -202,7 +202,7 @@ class ControlStudy(Result):
 
     def _report(self) -> Report:
         figures = [
-            FigureSection("Fraction against grade", self.plot_grades(), "One point per seed; the line joins their means."),
+            FigureSection("Fraction against grade", self.plot_grades(), "A point per seed; the line joins the means."),
             FigureSection("How many directions δ has", self.plot_effective_rank()),
             FigureSection(
                 "Spectra of δ", {f"δ of {m}": self.plot_spectrum(m) for m in self.config["matrices"]

@@ -46,8 +46,8 @@ class Store:
         if different:
             name = different[0]
             raise ValueError(
-                f"expected a store of this study, got one with {name} {there.get(name)!r} instead of {identity[name]!r} "
-                f"in {str(self._folder)!r}; pass another folder, or the arguments it was begun with"
+                f"expected a store of this study, got one with {name} {there.get(name)!r} instead of "
+                f"{identity[name]!r} in {str(self._folder)!r}; pass another folder, or the arguments it was begun with"
             )
 
     def gradients(self, name: str, make: Callable[[], GradientCovariance]) -> GradientCovariance:

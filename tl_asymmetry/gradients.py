@@ -45,8 +45,8 @@ def gradient_covariance(
     The gradient of a matrix is a sum of outer products over tokens, `∂L/∂W = Σ_t a_t δ_tᵀ`, of its input a and the
     upstream gradient δ = ∂L/∂(a W + b). Each batch is run forward and backward once; a and δ become second moments
     inside the hooks and are gone. The model's parameters are frozen meanwhile; no gradient of theirs is made or
-    touched. Memory is set by the model: d × d moments of both sides for each of `groups` groups of sequences, on the CPU;
-    and `permutations` times the size of the read matrices where those are asked for.
+    touched. Memory is set by the model: d × d moments of both sides for each of `groups` groups of sequences, on the
+    CPU; and `permutations` times the size of the read matrices where those are asked for.
 
     The question is that of arXiv 2605.16600 (deltas inherit direction from whichever side has a concentrated
     covariance); the definitions are ours, since the paper's are not public.

@@ -275,8 +275,8 @@ def shuffled(batches: Sequence[Batch], batch_size: int, *, seed: int) -> Iterato
     rows = [(batch, i) for batch in batches for i in range(len(batch))]
     if not 1 <= batch_size <= len(rows):
         raise ValueError(
-            f"expected a batch_size from 1 to the number of rows ({len(rows)}), got {batch_size}; pass a smaller one or "
-            "more data"
+            f"expected a batch_size from 1 to the number of rows ({len(rows)}), got {batch_size}; pass a smaller one "
+            "or more data"
         )
     generator = torch.Generator().manual_seed(seed)
     while True:

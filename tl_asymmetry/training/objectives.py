@@ -292,6 +292,9 @@ class ORPO:
         log_p_c = (of_chosen * counted).sum(-1) / counted.sum(-1)
         of_rejected, counted = _log_probs(model, batch.rejected)
         log_p_r = (of_rejected * counted).sum(-1) / counted.sum(-1)
+        # A probability that rounds to 1 has infinite odds, and two of them no ratio.
+        certain = -torch.finfo(log_p_c.dtype).eps
+        log_p_c, log_p_r = log_p_c.clamp(max=certain), log_p_r.clamp(max=certain)
         log_odds_ratio = (log_p_c - log_p_r) - (_log1mexp(log_p_c) - _log1mexp(log_p_r))
         return cross_entropy - self.beta * F.logsigmoid(log_odds_ratio).mean()
 
