@@ -6,8 +6,8 @@
 Every measurement runs in a process of its own. Times are compared as ratios within one process, interleaved, medians
 over the rounds; memory is the peak resident set above what the loaded model holds (allocated bytes on CUDA). Random
 weights: cost does not depend on what was learned. kronfluence fits the covariances of the same Hugging Face model (its
-linear layers, heads side by side) on the same tokens in the same process; it is left out where it is not installed. Ours
-then runs through TransformerBridge. The last two columns of the table are the bound and whether it held.
+linear layers, heads side by side) on the same tokens in the same process, ours then through TransformerBridge; without
+kronfluence that part is left out. The last two columns of the table are the bound and whether it held.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ import time
 import warnings
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
-
-from benchmarks.pair import BATCH, RESULTS, SEQUENCE, SHAPE, measured_apart, memory_meter, tokens_of
+from apart import measured_apart, memory_meter
+from pair import BATCH, RESULTS, SEQUENCE, SHAPE, tokens_of
 
 PEER_LAYERS = 4
 """The comparison with kronfluence takes fewer layers of the same shape, for time's sake."""

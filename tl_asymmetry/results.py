@@ -21,7 +21,9 @@ from tl_asymmetry.report import Report, write_report
 KINDS = {
     "ControlStudy": "tl_asymmetry.control_result",
     "GradientCovariance": "tl_asymmetry.gradient_result",
+    "LayerJacobians": "tl_asymmetry.jacobian_result",
     "PairAnalysis": "tl_asymmetry.pair_result",
+    "PredictionPullback": "tl_asymmetry.pullback_result",
 }
 """Every class of result, and the module that defines it."""
 

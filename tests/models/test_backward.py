@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tl_asymmetry.models.backward import frozen, outer_products
+from tl_asymmetry.models.backward import outer_products
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.training.objectives import DPO, CrossEntropy, PreferenceBatch, TokenBatch
 
@@ -206,19 +206,3 @@ def test_refusals_say_what_to_do():
     with pytest.raises(ValueError, match=r"got inference tensors \(.*\); load the model outside"), \
             outer_products(ModelView(made), [(0, "W_Q")], lambda *_: None):  # fmt: skip
         pass
-
-
-def test_frozen_restores_each_parameter():
-    view = ModelView(tiny.build("gpt2", tiny.KINDS[0]))
-    some = parameters(view)
-    some[0].requires_grad_(False)
-    inside = []
-
-    def look():
-        inside.extend(p.requires_grad for p in some)
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError), frozen(view):
-        look()
-    assert not any(inside)
-    assert [p.requires_grad for p in some] == [False] + [True] * (len(some) - 1)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tl_asymmetry.models.graphs import frozen
 from tl_asymmetry.models.view import INPUT_POINT, ModelView, Reader
 
 Outer = tuple[int, str]
@@ -100,20 +101,6 @@ def outer_products(view: ModelView, sites: Sequence[Outer], reader: OuterReader)
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def frozen(view: ModelView) -> Iterator[None]:
-    """No parameter requires a gradient inside; afterwards each requires what it did."""
-    parameters = {id(p): p for module in view.all_modules() for p in module.parameters(recurse=False)}
-    before = [(p, p.requires_grad) for p in parameters.values()]
-    try:
-        for parameter, _ in before:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)
 
 
 def _refuse_inference(view: ModelView) -> None:
