@@ -15,6 +15,7 @@ from tl_asymmetry.control_result import ControlStudy
 from tl_asymmetry.control_store import Store
 from tl_asymmetry.gradient_result import GradientCovariance
 from tl_asymmetry.gradients import data_fingerprint, gradient_covariance
+from tl_asymmetry.models.backward import check_differentiable
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.notes import Notes
 from tl_asymmetry.pair import analyze_pair
@@ -102,6 +103,7 @@ def contrastive_control(
     seeds = list(dict.fromkeys(int(seed) for seed in seeds))
     if steps < 1 or not seeds:
         raise ValueError(f"expected steps >= 1 and at least one seed, got {steps} and {seeds}; pass such")
+    check_differentiable(view)
     chosen = chosen_matrices(view, matrices)
     wanted = [objective.batch_type for objective in named.values()]
     kind = PreferenceBatch if PreferenceBatch in wanted else TokenBatch

@@ -45,7 +45,7 @@ CORRELATION_COLUMNS = {
     "measure": '"relative", or the fraction over its matched reference: "excess" (read), "gradient_excess" (write)',
     "against": '"grade", or "gradient_effective_rank": that of the same matrix\'s δ, mean over layers and heads',
     "rho": "Spearman's ρ over objectives and seeds",
-    "p": "two-sided, from permutations of the objectives",
+    "p": "two-sided, from permutations of the objectives; not corrected for the number of rows",
     "p_method": '"exact" (all orders), "draws" or "none"',
     "groups": "number of objectives",
 }

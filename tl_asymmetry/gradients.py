@@ -12,6 +12,7 @@ from tl_asymmetry.geometry.jackknife import MINIMUM_GROUPS
 from tl_asymmetry.gradient_capture import capture_gradients
 from tl_asymmetry.gradient_result import GradientCovariance
 from tl_asymmetry.gradient_table import cross_table, gradient_table, layer_sides
+from tl_asymmetry.models.backward import check_differentiable
 from tl_asymmetry.models.checks import check_finite, check_tokens
 from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.view import ModelView
@@ -101,6 +102,7 @@ def gradient_covariance(
             f"expected an objective with two kinds of passes to tell apart, got {objective_name(objective)}; leave out "
             "halves=True"
         )
+    check_differentiable(view)
     chosen = chosen_matrices(view, matrices)
     held = as_batches(view, batches, objective.batch_type, batch_size=batch_size, note=notes.warn)
     for batch in held:

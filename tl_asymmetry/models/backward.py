@@ -84,7 +84,7 @@ def outer_products(view: ModelView, sites: Sequence[Outer], reader: OuterReader)
         >>> seen[0, "W_Q"], seen[3, "W_out"]
         (((2, 10, 64), (2, 10, 4, 16)), ((2, 10, 256), (2, 10, 64)))
     """
-    _refuse_inference(view)
+    check_differentiable(view)
     backward = Backward()
     inputs: dict[tuple[str, int], Tensor] = {}
     points: dict[tuple[str, int], Reader] = {
@@ -103,7 +103,12 @@ def outer_products(view: ModelView, sites: Sequence[Outer], reader: OuterReader)
             handle.remove()
 
 
-def _refuse_inference(view: ModelView) -> None:
+def check_differentiable(view: ModelView) -> None:
+    """Refuse a call in inference mode, and a model that was made in it.
+
+    Raises:
+        ValueError: saying which of the two, and what to do.
+    """
     if torch.is_inference_mode_enabled():
         raise ValueError(
             "expected gradients to be possible, got a call inside torch.inference_mode(); leave that context (no_grad "
