@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tl_asymmetry.notes import Notes
 from tl_asymmetry.pair import analyze_pair
 from tl_asymmetry.pair_result import PairAnalysis
 from tl_asymmetry.plan import chosen_matrices
-from tl_asymmetry.provenance import model_record, shape_record, versions, weights_hash
+from tl_asymmetry.provenance import described_arguments, model_record, shape_record, versions, weights_hash
 from tl_asymmetry.training.batches import Batch, PreferenceBatch, TokenBatch
 from tl_asymmetry.training.data import as_batches, rebatched, shuffled
 from tl_asymmetry.training.objectives import Objective, objective_name
@@ -113,7 +114,7 @@ def contrastive_control(
     }
     sequences = None if texts is not None else _sequences(by_type.get(TokenBatch, [_chosen(b) for b in held]))
     next(shuffled(held, batch_size, seed=0))  # refuses too few rows
-    config = {
+    config: dict[str, Any] = {
         "versions": versions(),
         "model": model_record(view, weights_hash(view)),
         "shape": shape_record(view),
@@ -130,7 +131,7 @@ def contrastive_control(
         "matrices": list(chosen),
         "ranks": None if ranks is None else list(ranks),
         "gradient_rows": gradient_rows,
-        "texts": None if texts is None else len(texts),
+        "texts": described_arguments({"texts": texts})["texts"],
     }
     kept = Store(store, config)
 
@@ -160,12 +161,12 @@ def contrastive_control(
 
     with bar:
         for name, objective in named.items():
-            gradients[name] = kept.gradients(name, lambda objective=objective: spectra(objective))
+            gradients[name] = kept.gradients(name, partial(spectra, objective))
             bar.update()
         for seed in seeds:
             for name in named:
                 key = (name, seed, "steps")
-                runs[key], pairs[key] = kept.grade(key, lambda name=name, seed=seed: grade(name, seed, None))
+                runs[key], pairs[key] = kept.grade(key, partial(grade, name, seed, None))
                 bar.update()
             if not match_norm:
                 continue
@@ -175,9 +176,7 @@ def contrastive_control(
                 if runs[whole].distances[-1] == target:  # the slowest: its whole run
                     runs[key], pairs[key] = runs[whole], pairs[whole]
                 else:
-                    runs[key], pairs[key] = kept.grade(
-                        key, lambda name=name, seed=seed, target=target: grade(name, seed, target)
-                    )
+                    runs[key], pairs[key] = kept.grade(key, partial(grade, name, seed, target))
                 bar.update()
     for note in dict.fromkeys(note for part in (*gradients.values(), *pairs.values()) for note in part.notes):
         notes.add(note)

@@ -59,7 +59,8 @@ def head_table(pairs: Mapping[tuple[str, int, str], PairAnalysis], grades: Mappi
     frames = []
     for (name, seed, compared), pair in pairs.items():
         frame = pair.table.copy()
-        for column, value in reversed(list(zip(_KEY, (name, grades[name], seed, compared), strict=True))):
+        values: list[Any] = [name, grades[name], seed, compared]
+        for column, value in zip(reversed(_KEY), reversed(values), strict=True):
             frame.insert(0, column, value)
         frames.append(frame)
     return pd.concat(frames, ignore_index=True)
@@ -77,7 +78,7 @@ def control_table(heads: pd.DataFrame, d: int) -> pd.DataFrame:
             return float((block[column].to_numpy(float) * energy).sum() / total) if total > 0 else float("nan")
 
         fraction, activation, gradient = (pooled(c) for c in ("fraction", "activation_matched", "gradient_matched"))
-        entry = dict(zip(by, key, strict=True))
+        entry: dict[str, Any] = {str(name): value for name, value in zip(by, key, strict=True)}
         rows.append(
             entry
             | {
@@ -126,7 +127,7 @@ def correlation_table(table: pd.DataFrame, gradients: pd.DataFrame) -> pd.DataFr
         for measure in ("relative", own):
             values = torch.from_numpy(block[measure].to_numpy(float, copy=True))
             for against in ("grade", "gradient_effective_rank"):
-                held = [grades[name] if against == "grade" else effective[name, matrix] for name in names]
+                held = [grades[name] if against == "grade" else effective[name, str(matrix)] for name in names]
                 ρ, p, method = grouped_spearman(values, groups, torch.tensor(held, dtype=torch.float64))
                 rows.append((compared, matrix, pathway, subspace, rank, measure, against, ρ, p, method, len(names)))
     return pd.DataFrame(rows, columns=list(CORRELATION_COLUMNS))

@@ -111,6 +111,20 @@ def test_mix_is_the_weighted_sum():
     assert (mix.count(batch), both.count(pairs)) == (CrossEntropy().count(batch), 5)
 
 
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_a_tokenizer_that_pads_on_the_left_changes_nothing(kind):
+    model = tiny.build("gpt2", kind, torch.float64)
+    tokens = tiny.tokens(3, 9)
+    tokens[0, :2] = model.tokenizer.pad_token_id  # a real token here
+    batch = TokenBatch(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    expected = CrossEntropy()(model, batch)
+    model.tokenizer.padding_side = "left"
+    torch.testing.assert_close(CrossEntropy()(model, batch), expected)
+    torch.testing.assert_close(CrossEntropy()(ModelView(model), batch), expected)
+    margins = DPO(model).margins(ModelView(model), PreferenceBatch(batch, batch.rows(slice(None, None, -1))))
+    assert bool((margins == 0).all())
+
+
 # --- what they say of themselves ------------------------------------------------------------------------------------
 
 

@@ -97,6 +97,9 @@ def next_token_logits(model: LanguageModel, tokens: Int[Tensor, "batch pos"]) ->
     Raises:
         ValueError: when the model returns neither logits nor an object with `.logits`.
     """
+    if getattr(getattr(model, "tokenizer", None), "padding_side", None) == "left" and hasattr(model, "blocks"):
+        # A HookedTransformer with such a tokenizer would take pad tokens within the text for padding.
+        model = ModelView(model)
     output = model(tokens)
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != tokens.shape:

@@ -65,7 +65,8 @@ def trainable_copy(model: Any) -> Any:
             f"expected float32 or float64 weights to train, got {view.dtype}: small steps would be rounded away; pass "
             "the model loaded with dtype=torch.float32"
         )
-    kept = []
+    kept: list[tuple[Any, Any]] = []
+    module: Any
     for module in view.all_modules():
         # The Bridge's attention keeps its last pattern with its graph, which cannot be copied.
         if getattr(module, "_pattern", None) is not None:
