@@ -55,7 +55,7 @@ def estimate_pair(
     model_aligned: Any,
     texts: Sequence[str | Sequence[Mapping[str, Any]]] | None = None,
     *,
-    tokens: Int[Tensor, "batch pos"] | None = None,
+    tokens: Int[Tensor, "batch pos"] | Sequence[Int[Tensor, " _pos"]] | None = None,
     matrices: Sequence[str] | None = None,
     ranks: Sequence[int] | None = None,
     subspaces: Sequence[str] | Mapping[str, Subspace | Sequence[Subspace]] | None = None,

@@ -23,7 +23,7 @@ from tl_asymmetry.models.capture import balanced_groups, capture
 from tl_asymmetry.models.checks import check_finite, check_pair, check_raw, check_token_count
 from tl_asymmetry.models.loading import open_model
 from tl_asymmetry.models.prediction import prediction_subspace
-from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.models.view import WRITE, ModelView
 from tl_asymmetry.notes import Notes
 from tl_asymmetry.pair_result import PairAnalysis
 from tl_asymmetry.plan import Plan, Sources, make_plan, token_sequences
@@ -41,7 +41,7 @@ def analyze_pair(
     model_aligned: Any,
     texts: Sequence[str | Sequence[Mapping[str, Any]]] | None = None,
     *,
-    tokens: Int[Tensor, "batch pos"] | None = None,
+    tokens: Int[Tensor, "batch pos"] | Sequence[Int[Tensor, " _pos"]] | None = None,
     matrices: Sequence[str] | None = None,
     ranks: Sequence[int] | None = None,
     subspaces: Sequence[str] | Mapping[str, Subspace | Sequence[Subspace]] | None = None,
@@ -70,7 +70,8 @@ def analyze_pair(
         model_aligned: the same, or a local Hugging Face directory or hub name.
         texts: strings, or lists of chat messages, read with the base's tokenizer and cut into windows; without texts
             and tokens the package's calibration texts are used and the result says so.
-        tokens: token ids `[batch, pos]` instead of texts; every one counts, so no padding.
+        tokens: token ids instead of texts, `[batch, pos]` or sequences of different lengths; every one counts, so no
+            padding.
         matrices: default all the model has of W_Q, W_K, W_V, W_O, W_in, W_gate, W_out.
         ranks: default the distinct values of 1, 4, 16, 64, d//16, d//4 below d.
         subspaces: names out of attn_in, mlp_in, resid_pre, resid_mid, resid_post, prediction, or a mapping from names
@@ -82,7 +83,8 @@ def analyze_pair(
         max_tokens: use no more tokens than this.
         groups: groups of sequences for the jackknife; 1 switches intervals off (less memory, less time).
         activations: whose activations define the subspaces: "base", "aligned" or "both".
-        gradient: output-gradient second moments for the matched reference of W_O and W_out: any object with
+        gradient: output-gradient second moments for the matched reference of W_O and W_out: a `GradientCovariance` of
+            the base (with its `permutations`, also for the permutation range of read matrices), or any object with
             `gradient_moment(layer, matrix, head)`.
         sensitivity: also keep moments and projections under the other choices of subspace, for `.sensitivity()`.
         seed: of the null's draws and of the rounding calibration.
@@ -119,6 +121,7 @@ def analyze_pair(
         if held[0].rank < max(plan.ranks):
             notes.warn(f"ranks above {held[0].rank} are left out for {name!r}, which has no more directions", level=3)
     hashes = _check_models(base, aligned, sequences, notes)
+    _check_gradient(gradient, base, hashes, plan, notes)
 
     with torch.no_grad():
         sources = _captured(
@@ -231,6 +234,38 @@ def _check_models(base: ModelView, aligned: ModelView, sequences: Sequence[Tenso
     if hashes["base"] == hashes["aligned"]:
         notes.warn("the two models are identical, weight for weight: every delta is zero and every fraction NaN")
     return hashes
+
+
+def _check_gradient(
+    gradient: GradientMoments | None, base: ModelView, hashes: Mapping[str, str], plan: Plan, notes: Notes
+) -> None:
+    """Refuse gradients of a model of another shape; say where they are of other weights than the base's."""
+    config = getattr(gradient, "config", None)
+    if not isinstance(config, Mapping) or not {"model", "shape", "matrices"} <= set(config):
+        return  # a user's own moments
+    ours, theirs = shape_record(base), config["shape"]
+    if ours != theirs:
+        different = next(name for name in ours if ours[name] != theirs.get(name))
+        raise ValueError(
+            f"expected gradients of a model like the base, got {different} {theirs.get(different)} "
+            f"({config['model']['name']!r}) against {ours[different]} ({base.name!r}); pass "
+            "gradient_covariance(base, ...)"
+        )
+    missing = [matrix for matrix in plan.matrices if matrix in WRITE and matrix not in config["matrices"]]
+    if missing:
+        raise ValueError(
+            f"expected gradients of {', '.join(missing)}, got only {', '.join(config['matrices'])}; pass "
+            "gradient_covariance(..., matrices=None), or matrices without these"
+        )
+    name, weights = config["model"]["name"], config["model"]["weights_xxh3"]
+    if weights == hashes["aligned"] != hashes["base"]:
+        notes.add("the gradients were measured at the aligned model, not at the base")
+    elif weights != hashes["base"]:
+        notes.warn(
+            f"the gradients were measured on other weights ({name!r}) than those compared here: their references "
+            "describe that model",
+            level=4,
+        )
 
 
 def _captured(

@@ -373,6 +373,32 @@ class ModelView:
 
         return module, side, see_input if side == "input" else see_output
 
+    def module_at(self, point: str, layer: int) -> tuple[nn.Module, str]:
+        """The module behind a point, and whether the point is its "input" or its "output".
+
+        Raises:
+            ValueError: no such point or layer.
+        """
+        module, side, _ = self._watch(point, layer, lambda x: None)
+        return module, side
+
+    def projection(self, layer: int, matrix: str) -> nn.Module | None:
+        """The module whose (first) output is `input @ matrix + bias`, or None where the model hides that product."""
+        self._require_layer(layer)
+        self._require_matrix(matrix)
+        return self._adapter.projection(layer, matrix)
+
+    def all_modules(self) -> Iterator[nn.Module]:
+        """Every module of the model, the wrapped Hugging Face model's included, each once."""
+        return self._adapter.all_modules()
+
+    def __call__(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits, as `run(tokens, logits=True)`: a view is a language model to any objective."""
+        logits = self.run(tokens, logits=True)
+        if logits is None:  # cannot happen: logits were asked for
+            raise RuntimeError("the model returned no logits")
+        return logits
+
     def run(self, tokens: Int[Tensor, "batch pos"], *, logits: bool = False) -> Tensor | None:
         """One forward pass in the mode (training or not, gradients or not) the caller has set.
 
