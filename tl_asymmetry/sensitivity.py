@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from tl_asymmetry.deltas import LiveDelta
+from tl_asymmetry.deltas import AnyDelta
 from tl_asymmetry.geometry.subspace import principal_subspace
 from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.view import ModelView
@@ -44,7 +44,7 @@ class SensitivityProfiles:
             )
         }
 
-    def of_layer(self, layer: int, deltas: Mapping[str, LiveDelta], plan: Plan) -> dict[str, Tensor]:
+    def of_layer(self, layer: int, deltas: Mapping[str, AnyDelta], plan: Plan) -> dict[str, Tensor]:
         """One layer's energy profiles on all variants of the subspaces that its deltas are held against."""
         profiles = {}
         for variant, basis in self._variants(layer, plan):
