@@ -169,8 +169,6 @@ def measure_factors(matrix: str, base: Float[Tensor, "*head rows columns"], fact
     W = residual_first(matrix, base)
     W = W.to(product_dtype(W))
     residual, other = (side.to(W.device, torch.float64) for side in (factors.residual, factors.other))
-    if residual.shape[1] == 0:  # a matrix that the adapter leaves alone
-        residual, other = residual.new_zeros(len(residual), 1), other.new_zeros(*other.shape[:2], 1)
     U, σ, V = factored_svd(residual.unsqueeze(0), other)
     energy = σ.square().sum(-1)
     with exact_products(W.device):

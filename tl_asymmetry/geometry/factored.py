@@ -14,6 +14,8 @@ def factored_svd(
 ) -> tuple[Float64[Tensor, "*head d n"], Float64[Tensor, "*head n"], Float64[Tensor, "*head e n"]]:
     """Singular values of left rightᵀ and their vectors, n = min(d, e, r), from two thin QRs and one r × r SVD.
 
+    Factors without columns (a product of zero) count as one column of zeros.
+
     Args:
         left: `[..., d, r]`.
         right: `[..., e, r]`; leading axes (heads) are broadcast against each other.
@@ -26,6 +28,8 @@ def factored_svd(
         >>> round(σ.item(), 6)
         10.0
     """
+    if left.shape[-1] == 0:
+        left, right = (side.new_zeros(*side.shape[:-1], 1) for side in (left, right))
     Q_left, R_left = torch.linalg.qr(left.double())
     Q_right, R_right = torch.linalg.qr(right.double())
     with exact_products(left.device):

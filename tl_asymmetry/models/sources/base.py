@@ -164,8 +164,9 @@ class WeightSource:
             base: what to subtract; an adapter needs none (without one its relative norms are NaN).
 
         Returns:
-            One row per layer × matrix × head: `layer, matrix, head` (NA for the MLP, and "all" heads together in
-            rows with head NA for attention), `delta_norm, delta_relative_norm, stable_rank, effective_rank`.
+            One row per layer × matrix × head: `layer, matrix, head` (the KV head for W_K and W_V, NA for the MLP),
+            `delta_norm, delta_relative_norm, stable_rank, effective_rank` (of the eigenvalues of ΔW ΔWᵀ; NaN for a
+            matrix that did not change).
         """
         from tl_asymmetry.models.sources.spectra import delta_table
 

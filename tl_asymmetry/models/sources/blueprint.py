@@ -99,8 +99,7 @@ class Blueprint:
         self.tied = _ties(whole)
         self._layers = _layer_list(whole, self.n_layers)
         self._rename = _renaming(whole)
-        skeleton = _on_meta(_one_layer(config))
-        self.conv1d = frozenset(f"{n}.weight" for n, m in skeleton.named_modules() if type(m).__name__ == "Conv1D")
+        self.conv1d = frozenset(f"{n}.weight" for n, m in whole.named_modules() if type(m).__name__ == "Conv1D")
         self._lock = threading.Lock()
         rows, columns = _Probe(config, axis=0), _Probe(config, axis=1)
         self.view, self._parameters = columns.view, columns.parameters
@@ -184,7 +183,7 @@ class _Probe:
 
     def source(self, values: Tensor) -> str | None:
         """The parameter whose numbers these are (or those numbers + 1); None if they are no one parameter's."""
-        low, high = float(values.min()), float(values.max())
+        low, high = values.detach().aminmax()
         of = (name for name, numbers in self._ranges.items() if numbers.start <= low and high <= numbers.stop)
         return next(of, None)
 
@@ -204,9 +203,9 @@ def _numbered(shape: torch.Size, axis: int, start: int) -> tuple[Tensor, int]:
 
 def _layout(matrix: str, rows: _Probe, columns: _Probe) -> Layout:
     """Read a matrix's layout off the two wrappers."""
-    row_values, column_values = (probe.view._adapter.matrix(0, matrix) for probe in (rows, columns))
-    name = None if row_values is None else rows.source(row_values)
-    if row_values is not None and column_values is not None and name is not None:
+    row_values, column_values = (probe.view._weight(0, matrix) for probe in (rows, columns))
+    name = rows.source(row_values)
+    if name is not None:
         r, c = rows.numbers(row_values, name), columns.numbers(column_values, name)
         if matrix in READ:
             r, c = r.mT, c.mT  # d_model last

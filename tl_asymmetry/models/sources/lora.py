@@ -199,7 +199,7 @@ class LoraWeights(WeightSource):
         if not sides and not replaced:
             raise ValueError(f"expected LoRA factors in {self.name!r}, got no tensors; pass a trained adapter")
         pairs = {}
-        for module, names in sides.items():
+        for module, names in sorted(sides.items(), key=lambda item: _natural(item[0])):
             if set(names) != {"A", "B"}:
                 raise ValueError(
                     f"expected both factors of {module} in {self.name!r}, got lora_{''.join(names)} alone; pass the "
@@ -242,6 +242,11 @@ class LoraWeights(WeightSource):
             )
         α = _by_pattern(adapter.get("alpha_pattern"), module, adapter.get("lora_alpha", 8))
         return α / math.sqrt(rank) if adapter.get("use_rslora") else α / rank
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """h.2 before h.10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:

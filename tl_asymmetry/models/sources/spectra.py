@@ -25,10 +25,10 @@ DELTA_COLUMNS = (
 def delta_table(source: WeightSource, base: Weights | None) -> pd.DataFrame:
     """See `WeightSource.table`."""
     rows = [
-        (layer, matrix, pd.NA if heads == 1 and matrix[-1].islower() else head, *numbers)
+        (layer, matrix, head, *numbers)
         for layer in range(source.n_layers)
         for matrix in source.matrices
-        for heads, head, numbers in _of_heads(source, base, layer, matrix)
+        for head, numbers in _of_heads(source, base, layer, matrix)
     ]
     table = pd.DataFrame(rows, columns=list(DELTA_COLUMNS))
     return table.astype({"layer": "Int64", "head": "Int64", **dict.fromkeys(DELTA_COLUMNS[3:], "float64")})
@@ -36,7 +36,7 @@ def delta_table(source: WeightSource, base: Weights | None) -> pd.DataFrame:
 
 def _of_heads(
     source: WeightSource, base: Weights | None, layer: int, matrix: str
-) -> list[tuple[int, int, tuple[float, float, float, float]]]:
+) -> list[tuple[int | None, tuple[float, ...]]]:
     factors = source.factors(layer, matrix)
     if factors is None:
         λ = _eigenvalues(source.delta(layer, matrix, base))
@@ -48,10 +48,9 @@ def _of_heads(
         W = base.weight(layer, matrix).detach()
         relative = norm / (W.unsqueeze(0) if W.ndim == 2 else W).double().flatten(1).norm(dim=-1).cpu()
     stable, effective = stable_rank(λ), effective_rank(λ)
-    return [
-        (len(λ), head, tuple(t[head].item() for t in (norm, relative, stable, effective)))  # type: ignore[misc]
-        for head in range(len(λ))
-    ]
+    headed = matrix in ("W_Q", "W_K", "W_V", "W_O")
+    columns = torch.stack([norm, relative, stable_rank(λ), effective_rank(λ)], -1).tolist()
+    return [(head if headed else None, tuple(numbers)) for head, numbers in enumerate(columns)]
 
 
 def _eigenvalues(delta: Tensor) -> Float64[Tensor, "head r"]:
