@@ -198,7 +198,7 @@ def _padded(vectors: Float64[Tensor, "head long r"]) -> Float64[Tensor, "head lo
     axes = torch.eye(vectors.shape[-2], dtype=vectors.dtype, device=vectors.device)
     # One of any r + 1 axes sticks out of r columns: the least covered ones are far from them.
     covered = vectors.square().sum(-1)
-    least = covered.argsort(-1)[..., : wanted]
+    least = covered.argsort(-1)[..., :wanted]
     return _orthonormal(torch.cat([vectors, axes[least].mT], -1))[..., :wanted]
 
 

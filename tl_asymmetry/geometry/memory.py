@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from pathlib import Path
+
+import torch
 
 
 def return_freed_memory() -> None:
@@ -11,3 +14,37 @@ def return_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that could still be taken on a device: on the CPU by this process's own limit too; None if unknown."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What torch keeps for itself but does not use is as good as free.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        return None
+    rooms = [room for room in (_machine_room(), _group_room()) if room is not None]
+    return min(rooms) if rooms else None
+
+
+def _machine_room() -> int | None:
+    """What Linux thinks it could hand out without swapping."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _group_room() -> int | None:
+    """What is left of the limit of the control group (version 2), as in a container."""
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+        cache = Path("/sys/fs/cgroup/memory.stat").read_text()
+    except OSError:
+        return None
+    if limit == "max":
+        return None
+    files = next((int(line.split()[1]) for line in cache.splitlines() if line.startswith("inactive_file ")), 0)
+    return max(0, int(limit) - int(used) + files)

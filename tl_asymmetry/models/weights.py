@@ -61,6 +61,11 @@ def weights_from(
             return _adapter(name, path, open_files(path), base)
         if (path / "config.json").is_file():
             return HuggingFaceWeights(name, read_config(path), open_files(path), path)
+        if not any(path.glob("*.safetensors")):
+            raise ValueError(
+                f"expected a Hugging Face model directory with config.json, got {name!r}; pass a directory written by "
+                "save_pretrained, an adapter's, or a name on the Hub"
+            )
     files, folder = open_files(path), path if path.is_dir() else path.parent
     if any(MARK.fullmatch(key) for key in files):
         return _state(name, files, files.bytes, _told(folder), base)
@@ -84,8 +89,8 @@ def _found(source: str | Path, revision: str | None) -> Path:
         return path
     if isinstance(source, Path) or not _HUB_NAME.fullmatch(source) or source.endswith(".safetensors"):
         raise ValueError(
-            f"expected an existing file or directory or a name on the Hub, got {str(source)!r}; pass the path of "
-            "weights, or a name like 'EleutherAI/pythia-160m'"
+            f"expected an existing directory or a name on the Hub, got {str(source)!r}; pass the path of a model "
+            "directory, a weights file or an adapter, or a name like 'EleutherAI/pythia-160m'"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -119,9 +124,7 @@ def _adapter(name: str, folder: Path, files: TensorFiles, base: Any) -> LoraWeig
     return LoraWeights(name, adapter, files, config, view if isinstance(view, ModelView) else None)
 
 
-def _state(
-    name: str, tensors: Mapping[str, Tensor], size: int, config: Mapping[str, Any], base: Any
-) -> StateWeights:
+def _state(name: str, tensors: Mapping[str, Tensor], size: int, config: Mapping[str, Any], base: Any) -> StateWeights:
     if not any(MARK.fullmatch(key) for key in tensors):
         raise ValueError(
             "expected TransformerLens's parameter names (blocks.0.attn.W_Q, …), got others; pass a HookedTransformer's "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import pandas as pd
 import torch
@@ -13,28 +13,6 @@ from torch import Tensor
 
 from tl_asymmetry.geometry.precision import product_dtype
 from tl_asymmetry.models.view import MATRICES, WRITE, ModelView
-
-
-@runtime_checkable
-class Weights(Protocol):
-    """The weights of one model, wherever they are: what `ModelView` and every `WeightSource` have."""
-
-    name: str
-    kind: str
-    matrices: tuple[str, ...]
-    n_layers: int
-
-    def weight(self, layer: int, matrix: str) -> Tensor:
-        """A matrix in TransformerLens orientation."""
-        ...
-
-    def headless(self, *, include_tied: bool = False) -> Mapping[str, Tensor]:
-        """All parameters that are no matrix, by HookedTransformer's names."""
-        ...
-
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor once."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -180,6 +158,10 @@ class WeightSource:
             raise ValueError(f"expected a matrix among {known}, got {matrix!r}; pass one these weights have")
 
 
+Weights = ModelView | WeightSource
+"""The weights of one model, loaded or in files."""
+
+
 def as_weights(source: Any) -> Weights:
     """A model as its view; views and sources as they are."""
-    return source if isinstance(source, ModelView | WeightSource) else ModelView(source)
+    return source if isinstance(source, Weights) else ModelView(source)

@@ -41,7 +41,7 @@ class Layout:
     index: Int[Tensor, "*place"]
     """Which row (or column) of the other axis: `[head, d_head]`, or `[d_mlp]`."""
 
-    def take(self, parameter: Float[Tensor, "rows columns"]) -> Float[Tensor, "*head rows columns"]:
+    def take(self, parameter: Float[Tensor, "rows columns"]) -> Float[Tensor, "*head first second"]:
         """The matrix in TransformerLens orientation, out of its parameter; a view where the rows are contiguous."""
         rows = self.rows(parameter if self.residual_axis == 1 else parameter.mT)
         return rows.mT if self.matrix in READ else rows
@@ -147,6 +147,8 @@ class Blueprint:
             if parameter is None:
                 return torch.zeros(entry.index.shape)
             return parameter[entry.index]
+        if parameter is None:
+            raise RuntimeError(f"{name} was asked for without its stored parameter")
         own = self._parameters[str(entry.parameter)]
         with self._lock:
             kept = own.data
@@ -334,4 +336,3 @@ def _quiet() -> Any:
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
-

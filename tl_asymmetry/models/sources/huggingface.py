@@ -112,8 +112,8 @@ class HuggingFaceWeights(WeightSource):
         self.tied = bool(blueprint.tied) and blueprint.view.tied
         if converted:
             self.notes = (
-                f"{len(converted)} tensors of {name!r} that transformers converts on loading (experts) are not read and "
-                "left out of other_changes",
+                f"{len(converted)} tensors of {name!r} that transformers converts on loading (experts) are not "
+                "read and left out of other_changes",
             )
         self.tokenizer = None if folder is None else read_tokenizer(folder)
 
@@ -185,4 +185,3 @@ def read_config(folder: Path) -> Any:
             f"expected a model configuration that transformers knows in {str(folder)!r}, got {error}; pass a folder "
             "written by save_pretrained"
         ) from error
-

@@ -88,7 +88,9 @@ class LoraWeights(WeightSource):
         self._pairs, replaced = self._sorted(adapter)
         self._replaced = StoredParameters(blueprint, files, replaced, only_some=True)
         of_matrices = {
-            blueprint.at(layout.parameter, layer) for layout in blueprint.layouts.values() for layer in range(self.n_layers)
+            blueprint.at(layout.parameter, layer)
+            for layout in blueprint.layouts.values()
+            for layer in range(self.n_layers)
         }  # fmt: skip
         others = [parameter for parameter in self._pairs if parameter not in of_matrices]
         if others:
@@ -97,8 +99,8 @@ class LoraWeights(WeightSource):
                 f"({len(others)} such modules); pass the merged model"
             )
         self.notes = (
-            f"deltas come from the factors of the adapter {name!r}, not from subtracting stored weights: rounding_share "
-            "is 0",
+            f"deltas come from the factors of the adapter {name!r}, not from subtracting stored weights: "
+            "rounding_share is 0",
         )
 
     # -- deltas ----------------------------------------------------------------------------------------------------
@@ -264,8 +266,8 @@ def _refuse_other_adapters(adapter: Mapping[str, Any], name: str) -> None:
     for option, reason in _NOT_A_PRODUCT.items():
         if adapter.get(option):
             raise ValueError(
-                f"expected an adapter whose change is scale · B A, got {option} in {name!r} ({reason}); pass the merged "
-                "model (merge_and_unload, save_pretrained)"
+                f"expected an adapter whose change is scale · B A, got {option} in {name!r} ({reason}); pass the "
+                "merged model (merge_and_unload, save_pretrained)"
             )
     start = adapter.get("init_lora_weights")
     if start not in _PLAIN_STARTS:

@@ -47,7 +47,6 @@ def _of_heads(
     if base is not None:
         W = base.weight(layer, matrix).detach()
         relative = norm / (W.unsqueeze(0) if W.ndim == 2 else W).double().flatten(1).norm(dim=-1).cpu()
-    stable, effective = stable_rank(λ), effective_rank(λ)
     headed = matrix in ("W_Q", "W_K", "W_V", "W_O")
     columns = torch.stack([norm, relative, stable_rank(λ), effective_rank(λ)], -1).tolist()
     return [(head if headed else None, tuple(numbers)) for head, numbers in enumerate(columns)]

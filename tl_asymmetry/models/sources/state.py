@@ -58,7 +58,7 @@ class StateWeights(WeightSource):
         self.d_vocab = tensors["embed.W_E"].shape[0] if "embed.W_E" in tensors else int(config.get("d_vocab", 0))
         self._take_kinds(config, base)
         U, E = tensors.get("unembed.W_U"), tensors.get("embed.W_E")
-        self.tied = U is not None and E is not None and U.shape == E.mT.shape and bool((U == E.mT).all())
+        self.tied = U is not None and E is not None and U.shape == E.mT.shape and bool((E.mT == U).all())
 
     def _take_kinds(self, config: Mapping[str, Any], base: Weights | None) -> None:
         has = self._tensors.__contains__
