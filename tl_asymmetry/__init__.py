@@ -25,6 +25,7 @@ from tl_asymmetry.geometry.subspace import Subspace, principal_subspace, random_
 from tl_asymmetry.models.capture import capture_moments
 from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.models.weights import WeightSource, weights_from
 from tl_asymmetry.pair import analyze_pair
 from tl_asymmetry.pair_result import PairAnalysis
 
@@ -36,6 +37,7 @@ __all__ = [
     "PairEstimate",
     "StreamingMoments",
     "Subspace",
+    "WeightSource",
     "adjusted_p",
     "analyze_pair",
     "capture_moments",
@@ -53,4 +55,5 @@ __all__ = [
     "stable_rank",
     "storage_dtype",
     "subspace_fraction",
+    "weights_from",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -25,7 +24,7 @@ from tl_asymmetry.models.checks import check_pair, check_raw, check_token_count,
 from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.ranks import ALONE, Ranks, present_ranks
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.models.weights import Weights, WeightSource, weights_from
+from tl_asymmetry.models.weights import Weights, WeightSource, opened
 from tl_asymmetry.notes import Notes
 from tl_asymmetry.pair_result import PairAnalysis
 from tl_asymmetry.plan import Plan, Sources, make_plan, token_sequences
@@ -127,7 +126,7 @@ def analyze_pair(
     plan = make_plan(base, matrices, ranks, subspaces, groups=groups, activations=activations, batch_size=batch_size)
     sequences = token_sequences(base, texts, tokens, max_tokens, notes=notes.add)
     check_token_count(sum(len(s) - exclude_first for s in sequences), plan.ranks)
-    aligned = _opened(model_aligned, base, runs=sensitivity or activations != "base")
+    aligned = opened(model_aligned, base, runs=sensitivity or activations != "base")
     for name, held in plan.given.items():
         if held[0].rank < max(plan.ranks):
             notes.warn(f"ranks above {held[0].rank} are left out for {name!r}, which has no more directions", level=3)
@@ -236,19 +235,6 @@ class _Layer:
     circuits: pd.DataFrame
     variants: dict[str, Tensor]
     moments: dict[str, Tensor]
-
-
-def _opened(model_aligned: Any, base: ModelView, *, runs: bool) -> Weights:
-    """The aligned model: a view of a loaded one, or a source that reads it tensor by tensor."""
-    if not isinstance(model_aligned, str | Path | Mapping | WeightSource):
-        return ModelView(model_aligned)
-    if runs:
-        raise ValueError(
-            'expected a loaded aligned model where its activations are wanted (activations="aligned" or "both", '
-            f"sensitivity=True), got weights ({type(model_aligned).__name__}); pass "
-            "TransformerBridge.boot_transformers(name_or_directory)"
-        )
-    return weights_from(model_aligned, base=base)
 
 
 def _check_weights(base: ModelView, aligned: Weights, sequences: Sequence[Tensor], notes: Notes) -> dict[str, str]:

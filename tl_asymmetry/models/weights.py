@@ -16,7 +16,7 @@ from tl_asymmetry.models.sources.lora import LoraWeights
 from tl_asymmetry.models.sources.state import MARK, StateWeights
 from tl_asymmetry.models.view import ModelView
 
-__all__ = ["Factors", "WeightSource", "Weights", "as_weights", "weights_from"]
+__all__ = ["Factors", "WeightSource", "Weights", "as_weights", "opened", "weights_from"]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _ADAPTER = "adapter_config.json"
@@ -80,6 +80,19 @@ def weights_from(
             "save_pretrained wrote, or base="
         )
     return HuggingFaceWeights(name, config, files, None)
+
+
+def opened(model_aligned: Any, base: ModelView, *, runs: bool) -> Weights:
+    """The aligned model: a view of a loaded one, or a source that reads it tensor by tensor."""
+    if not isinstance(model_aligned, str | Path | Mapping | WeightSource):
+        return ModelView(model_aligned)
+    if runs:
+        raise ValueError(
+            'expected a loaded aligned model where its activations are wanted (activations="aligned" or "both", '
+            f"sensitivity=True), got weights ({type(model_aligned).__name__}); pass "
+            "TransformerBridge.boot_transformers(name_or_directory)"
+        )
+    return weights_from(model_aligned, base=base)
 
 
 def _found(source: str | Path, revision: str | None) -> Path:

@@ -244,7 +244,7 @@ def _wrapped(model: Any) -> Any:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="a", eos_token="a", pad_token="a")
     tokenizer.init_kwargs["add_bos_token"] = True
     tokenizer.init_kwargs.setdefault("name_or_path", "")
-    with _quiet():
+    with _quiet(), torch.random.fork_rng(devices=[]):  # split projections are made with random weights first
         try:
             return TransformerBridge.boot_transformers(
                 "skeleton", hf_model=model, tokenizer=tokenizer, device="cpu", dtype=torch.float32

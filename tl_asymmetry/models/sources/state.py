@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tl_asymmetry.geometry.precision import product_dtype
@@ -43,7 +44,7 @@ class StateWeights(WeightSource):
         self, name: str, tensors: Mapping[str, Tensor], size: int, config: Mapping[str, Any], base: Weights | None
     ) -> None:
         self.name, self.bytes, self._tensors = name, size, tensors
-        layers = {int(found[1]) for key in tensors if (found := MARK.fullmatch(key))}
+        layers = {int(found[1]) for key in tensors if (found := re.match(r"blocks\.(\d+)\.", key))}
         self.n_layers = len(layers)
         self.matrices = tuple(m for m in MATRICES if all(self._key(i, m) in tensors for i in range(self.n_layers)))
         if not layers or layers != set(range(self.n_layers)) or not {"W_Q", "W_K", "W_V", "W_O"} <= set(self.matrices):
@@ -57,8 +58,7 @@ class StateWeights(WeightSource):
         self.d_mlp = tensors[self._key(0, "W_in")].shape[1] if "W_in" in self.matrices else None
         self.d_vocab = tensors["embed.W_E"].shape[0] if "embed.W_E" in tensors else int(config.get("d_vocab", 0))
         self._take_kinds(config, base)
-        U, E = tensors.get("unembed.W_U"), tensors.get("embed.W_E")
-        self.tied = U is not None and E is not None and U.shape == E.mT.shape and bool((E.mT == U).all())
+        self.tied = _are_tied(tensors.get("embed.W_E"), tensors.get("unembed.W_U"))
 
     def _take_kinds(self, config: Mapping[str, Any], base: Weights | None) -> None:
         has = self._tensors.__contains__
@@ -99,3 +99,19 @@ class StateWeights(WeightSource):
         if self.tied and not include_tied:
             makers.pop("unembed.W_U", None)
         return Parameters(makers)
+
+
+def _are_tied(embedding: Tensor | None, unembedding: Tensor | None) -> bool:
+    """Whether W_U is the transpose of W_E, up to Gemma's factor √d_model (which is rounded)."""
+    if embedding is None or unembedding is None or embedding.shape != unembedding.mT.shape:
+        return False
+    scale = embedding.shape[1] ** 0.5
+    rounding = max(1e-6, torch.finfo(embedding.dtype).eps)
+    equal = scaled = True
+    for i in range(0, len(embedding), 4096):  # in slices: no second copy of a large embedding
+        E, U = embedding[i : i + 4096], unembedding[:, i : i + 4096].mT
+        equal = equal and torch.equal(E, U)
+        scaled = scaled and torch.allclose(E, U * scale, rtol=rounding, atol=0)
+        if not (equal or scaled):
+            return False
+    return True
