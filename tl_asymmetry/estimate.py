@@ -15,7 +15,7 @@ from torch import Tensor
 from tl_asymmetry.geometry.subspace import Subspace, ordered_eigh
 from tl_asymmetry.memory_plan import plan_memory
 from tl_asymmetry.models.checks import check_pair, check_token_count
-from tl_asymmetry.models.ranks import present_ranks
+from tl_asymmetry.models.ranks import ALONE, present_ranks
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.models.weights import WeightSource, opened
 from tl_asymmetry.plan import STREAM_SUBSPACES, make_plan, token_sequences
@@ -103,14 +103,15 @@ def estimate_pair(
     plan = make_plan(base, matrices, ranks, subspaces, groups=groups, activations=activations, batch_size=batch_size)
     sequences = token_sequences(base, texts, tokens, max_tokens, notes=lambda line: None)
     check_token_count(sum(len(s) - exclude_first for s in sequences), plan.ranks)
+    together = present_ranks() if distributed else ALONE
     memory = plan_memory(
         base, plan, sequences,
         groups=groups, activations=activations, sensitivity=sensitivity, batch_size=batch_size,
-        layers_per_pass=layers_per_pass,
+        layers_per_pass=layers_per_pass, ranks=together,
     )  # fmt: skip
     load, held = memory.workload, memory.layers_per_pass
     d, L, n = base.d_model, base.n_layers, sum(map(len, sequences))
-    processes = present_ranks().count if distributed else 1
+    processes = together.count
 
     noise = torch.randn(_PROBE, _PROBE, generator=torch.Generator().manual_seed(seed))
     flops = _rate(lambda x: x @ x, noise.to(base.device), 2.0 * _PROBE**3)
@@ -118,7 +119,7 @@ def estimate_pair(
     eigensolve = (d / len(probe)) ** 3 / _rate(lambda x: ordered_eigh(x @ x.mT), probe, 1.0)
     files = aligned.bytes if isinstance(aligned, WeightSource) else 0
     tensor = aligned.weight(0, plan.matrices[0]) if files and isinstance(aligned, WeightSource) else noise
-    reading = _rate(lambda x: aligned.weight(0, plan.matrices[0]), tensor, tensor.nbytes) if files else 1.0
+    reading = _rate(lambda x: aligned.weight(0, plan.matrices[0]), tensor, float(tensor.nbytes)) if files else 1.0
 
     streams = [name for name in plan.subspaces if name in STREAM_SUBSPACES and name not in plan.given]
     replicates = load.groups if groups > 1 else 0

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tl_asymmetry.geometry.memory import free_memory
 from tl_asymmetry.models.capture import balanced_groups
+from tl_asymmetry.models.ranks import ALONE, Ranks
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.plan import Plan
 
@@ -27,6 +28,8 @@ class Workload:
     """Blocks of the model."""
     d: int
     """d_model."""
+    d_vocab: int
+    """Tokens of the vocabulary."""
     matrices: int
     """Entries of a layer's analysed matrices."""
     largest: int
@@ -73,7 +76,7 @@ class Workload:
 
     def prediction(self) -> int:
         """The Gram matrix of the unembedding, in pieces, and its eigensolve."""
-        return 4 * self.d * _VOCABULARY_CHUNK + 6 * 8 * self.d**2
+        return 4 * self.d * min(_VOCABULARY_CHUNK, self.d_vocab) + 6 * 8 * self.d**2
 
     def result(self) -> int:
         """What the finished layers leave behind: profiles and spectra; under `sensitivity` their moments too."""
@@ -125,6 +128,7 @@ def plan_memory(
     sensitivity: bool,
     batch_size: int,
     layers_per_pass: int | None,
+    ranks: Ranks = ALONE,
 ) -> MemoryPlan:
     """Choose how many layers' moments to hold at once, by what is free now.
 
@@ -137,6 +141,7 @@ def plan_memory(
         sensitivity: whether every variant is kept.
         batch_size: sequences per forward pass.
         layers_per_pass: None to choose; else this number, which must fit.
+        ranks: processes that share the work; they take what fits all of them.
 
     Raises:
         ValueError: where not even one layer a pass fits, saying what would; a number that is no number of layers.
@@ -149,11 +154,11 @@ def plan_memory(
     load = workload(
         base, plan, sequences, groups=groups, activations=activations, sensitivity=sensitivity, batch_size=batch_size
     )
-    room = _Room.now(base.device)
+    room = _Room.now(base.device, ranks)
     if layers_per_pass is not None and room.fits(load, layers_per_pass):
         layers = layers_per_pass
     else:
-        layers = max((n for n in range(1, L + 1) if room.fits(load, n)), default=0)
+        layers = ranks.least(max((n for n in range(1, L + 1) if room.fits(load, n)), default=0))
         if layers_per_pass is not None and layers:
             raise ValueError(_refusal(load, layers_per_pass, room, [f"layers_per_pass={layers}"]))
     if not layers:
@@ -177,6 +182,7 @@ def workload(
     return Workload(
         n_layers=base.n_layers,
         d=base.d_model,
+        d_vocab=base.d_vocab,
         matrices=sum(sizes),
         largest=max(sizes),
         points=len(plan.points),
@@ -201,10 +207,13 @@ class _Room:
     device: int | None
 
     @classmethod
-    def now(cls, device: torch.device) -> _Room:
-        free = [free_memory(torch.device("cpu")), None if device.type == "cpu" else free_memory(device)]
-        host, own = (None if n is None else int(USED_OF_FREE * n) for n in free)
-        return cls(host, own)
+    def now(cls, device: torch.device, ranks: Ranks) -> _Room:
+        host = free_memory(torch.device("cpu"))
+        own = None if device.type == "cpu" else free_memory(device)
+        return cls(
+            None if host is None else int(USED_OF_FREE * host / ranks.on_this_machine),
+            None if own is None else int(USED_OF_FREE * own),
+        )
 
     def fits(self, load: Workload, layers: int) -> bool:
         host = self.host is None or load.peak_host(layers) <= self.host

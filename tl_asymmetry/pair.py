@@ -131,13 +131,13 @@ def analyze_pair(
         if held[0].rank < max(plan.ranks):
             notes.warn(f"ranks above {held[0].rank} are left out for {name!r}, which has no more directions", level=3)
     _check_architectures(base, aligned, notes)
+    together = present_ranks() if distributed else ALONE
     memory = plan_memory(
         base, plan, sequences,
         groups=groups, activations=activations, sensitivity=sensitivity, batch_size=batch_size,
-        layers_per_pass=layers_per_pass,
+        layers_per_pass=layers_per_pass, ranks=together,
     )  # fmt: skip
     hashes = _check_weights(base, aligned, sequences, notes)
-    together = present_ranks() if distributed else ALONE
     together.agree({"arguments": arguments, "weights": hashes, "tokens": [s.tolist() for s in sequences]})
     grouped = balanced_groups(sequences, groups)
     intervals = _has_intervals(grouped, groups, notes)

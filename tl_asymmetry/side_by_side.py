@@ -37,7 +37,7 @@ def side_by_side(
         return_freed_memory()
         return result
 
-    workers = min(torch.get_num_threads(), count)
+    workers = max(1, min(torch.get_num_threads(), count))
     # The precision of products is a global setting: made exact once out here, no thread changes it under another.
     with (
         exact_products(device),

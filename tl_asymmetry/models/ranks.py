@@ -32,6 +32,11 @@ class Ranks:
     """How many there are."""
 
     @property
+    def on_this_machine(self) -> int:
+        """How many of them share this machine's memory; all of them where the launcher does not say."""
+        return 1 if self.count == 1 else int(os.environ.get("LOCAL_WORLD_SIZE", self.count))
+
+    @property
     def is_first(self) -> bool:
         """Whether this is the one that shows progress."""
         return self.rank == 0
@@ -47,6 +52,14 @@ class Ranks:
         parts: list[Any] = [None] * self.count
         dist.all_gather_object(parts, own)
         return [parts[i % self.count][i // self.count] for i in range(sum(map(len, parts)))]
+
+    def least(self, number: int) -> int:
+        """The smallest of the numbers that the processes have."""
+        if self.count == 1:
+            return number
+        numbers: list[Any] = [None] * self.count
+        dist.all_gather_object(numbers, number)
+        return min(numbers)
 
     def summed(self, moments: StreamingMoments) -> StreamingMoments:
         """Moments of the rows that all processes saw, the same on every process; on CPU."""

@@ -190,7 +190,11 @@ class LoraWeights(WeightSource):
                 sides.setdefault(found["module"].removeprefix(_PREFIX), {})[found["side"]] = name
                 continue
             parameter = name.removeprefix(_PREFIX).replace(".modules_to_save.default", "").replace(".base_layer", "")
-            parameter = self._blueprint.tied.get(parameter, parameter)
+            if parameter in {*self._blueprint.tied, *self._blueprint.tied.values()}:
+                raise ValueError(
+                    f"expected an adapter that leaves a tied embedding alone, got {name}, which may or may not untie "
+                    "it; pass the merged model (merge_and_unload, save_pretrained)"
+                )
             if parameter not in self._blueprint.shapes or "lora_" in name:
                 raise ValueError(
                     f"expected LoRA factors of {self._blueprint.architecture} or whole parameters of it, got {name}; "
