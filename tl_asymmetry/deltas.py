@@ -50,15 +50,15 @@ class LiveDelta:
 
     numbers: Delta
     """What stays when the tensors go."""
-    change: Float[Tensor, "head d_model other"]
-    """ΔW, the residual axis first, on the device of the base's weights."""
+    change: Float[Tensor, "head d_model other"] | None
+    """ΔW, the residual axis first, on the device of the base's weights; None where its Gram matrix stands in for it."""
     gram: Float[Tensor, "head d_model d_model"] | None
-    """ΔW ΔWᵀ where the other axis is the longer one: it then stands in for ΔW in every projection."""
+    """ΔW ΔWᵀ where the other axis is the longer one: smaller than ΔW, and all that a projection needs."""
 
     @cached_property
     def flat(self) -> Float[Tensor, "d_model columns"]:
         """ΔW with its heads side by side: one large product is faster than one for each head."""
-        return self.change.transpose(0, 1).flatten(1)
+        return self._change().transpose(0, 1).flatten(1)
 
     @property
     def matrix(self) -> str:
@@ -69,14 +69,19 @@ class LiveDelta:
         """‖q_iᵀ ΔW‖² for each direction of an orthonormal basis, on CPU."""
         if self.gram is not None:
             return gram_energy(self.gram, basis).cpu()
-        heads = self.change.shape[0]
+        heads = self._change().shape[0]
         with exact_products(self.flat.device):
             projected = basis.to(self.flat).mT @ self.flat
         return total(projected.square().unflatten(-1, (heads, -1))).mT.cpu()
 
     def factors(self) -> tuple[Float[Tensor, "head d_model r"], None]:
         """ΔW as residual · otherᵀ with `other` the identity (None)."""
-        return self.change, None
+        return self._change(), None
+
+    def _change(self) -> Float[Tensor, "head d_model other"]:
+        if self.change is None:
+            raise RuntimeError(f"ΔW of {self.matrix} has been reduced to its Gram matrix")
+        return self.change
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,7 @@ def measure_delta(
         partners=sides[1] if wide else sides[0],
         rounding=rounding.cpu(),
     )
-    return LiveDelta(numbers, ΔW, gram if wide else None)
+    return LiveDelta(numbers, None if wide else ΔW, gram if wide else None)
 
 
 def measure_factors(matrix: str, base: Float[Tensor, "*head rows columns"], factors: Factors) -> FactoredDelta:

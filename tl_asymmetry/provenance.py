@@ -12,12 +12,14 @@ import torch
 import xxhash
 from torch import Tensor
 
+from tl_asymmetry.geometry.precision import product_dtype
 from tl_asymmetry.geometry.rounding import coarser, storage_dtype
 from tl_asymmetry.models.sources.base import Weights, WeightSource
 from tl_asymmetry.models.view import ModelView
 
 _PACKAGES = ("tl-asymmetry", "torch", "transformer-lens", "transformers", "numpy", "scipy", "pandas")
 _LONGEST_LISTED = 400
+_PIECE = 1 << 22
 
 
 def versions() -> dict[str, str | None]:
@@ -81,10 +83,14 @@ def weights_hash(view: Weights, *, each: Callable[[str, Tensor], None] = lambda 
         each: called with every name and tensor as it passes.
     """
     tensors = []
+    adapter = isinstance(view, WeightSource) and view.only_changes
     for name, weight in view.named_weights():
         each(name, weight)
-        digest = xxhash.xxh3_128(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(weight.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        # Weights in files count as the float32 they would be loaded as, an adapter's as what they are.
+        dtype = weight.dtype if isinstance(view, ModelView) or adapter else product_dtype(weight)
+        digest = xxhash.xxh3_128(f"{name} {tuple(weight.shape)} {dtype}".encode())
+        for piece in weight.reshape(-1).split(_PIECE):
+            digest.update(piece.cpu().to(dtype).contiguous().view(torch.uint8).numpy().data)
         tensors.append(digest.hexdigest())
     # in no order: the two kinds of model list their parameters differently
     return xxhash.xxh3_128("".join(sorted(tensors)).encode()).hexdigest()

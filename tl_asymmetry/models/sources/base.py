@@ -122,6 +122,8 @@ class WeightSource:
     def headless(self, *, include_tied: bool = False) -> Mapping[str, Tensor]:
         """All parameters that are no matrix, by HookedTransformer's names, each read when it is looked up.
 
+        Embeddings come in the type they are stored in: they are the largest tensors, and only compared in pieces.
+
         Args:
             include_tied: list `unembed.W_U` also where it is the embedding.
         """

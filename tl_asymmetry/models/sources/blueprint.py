@@ -63,6 +63,8 @@ class Extra:
     """Name of the stored parameter (of layer 0); None for a bias that this architecture does not have."""
     index: Int[Tensor, "*place"] | None
     """For a bias, its entries' places in the stored one, or the shape of the missing one; None: ask the wrapper."""
+    as_stored: bool = False
+    """Whether the wrapper shows the parameter's own numbers, so that they need no more room than they are stored in."""
 
 
 class Blueprint:
@@ -227,10 +229,11 @@ def _extra(name: str, maker: Callable[[], Tensor], rows: _Probe) -> Extra:
         source = rows.source(value) if bool(value.any()) else None
         index = torch.zeros(value.shape, dtype=torch.int64) if source is None else rows.numbers(value, source)
         return Extra(source, index)
-    if name == "embed.W_E":
-        value = rows.view._adapter.embedding()  # as stored; Gemma's is scaled
+    scaled = name == "embed.W_E" and _address(value) != _address(rows.view._adapter.embedding())
+    if scaled:  # Gemma's
+        value = rows.view._adapter.embedding()
     same = [n for n, p in rows.parameters.items() if _address(p) == _address(value)]
-    return Extra(same[0] if same else rows.source(value), None)
+    return Extra(same[0] if same else rows.source(value), None, as_stored=bool(same) and not scaled)
 
 
 def _wrapped(model: Any) -> Any:

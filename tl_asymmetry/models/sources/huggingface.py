@@ -43,15 +43,15 @@ class StoredParameters:
         """Whether a parameter is in the files."""
         return parameter in self._names
 
-    def read(self, parameter: str) -> Tensor:
-        """A stored parameter in float32, or float64 if stored so."""
+    def read(self, parameter: str, *, as_stored: bool = False) -> Tensor:
+        """A stored parameter in float32, or float64 if stored so; or in the type it is stored in."""
         tensor = self._files[self._names[parameter]]
         if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             raise ValueError(
                 f"expected floating-point weights of 16 bits or more, got {tensor.dtype} in {self._names[parameter]}; "
                 "pass weights saved without quantisation"
             )
-        return tensor.to(product_dtype(tensor))
+        return tensor if as_stored else tensor.to(product_dtype(tensor))
 
     def matrix(self, layer: int, matrix: str) -> Tensor:
         """A matrix in TransformerLens orientation."""
@@ -76,7 +76,8 @@ class StoredParameters:
         return Parameters(makers)
 
     def _extra(self, name: str, stored: str | None) -> Tensor:
-        return self._blueprint.extra(name, None if stored is None else self.read(stored))
+        as_stored = self._blueprint.extras[name].as_stored
+        return self._blueprint.extra(name, None if stored is None else self.read(stored, as_stored=as_stored))
 
 
 class HuggingFaceWeights(WeightSource):
