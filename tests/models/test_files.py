@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tl_asymmetry.models.sources.files import TensorFiles, open_files, read_json
+from tl_asymmetry.models.sources.files import ADAPTER_FILES, TensorFiles, open_files, read_json
 
 
 @pytest.fixture(name="sharded")
@@ -141,3 +141,12 @@ def test_json_is_an_object(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="expected JSON in"):
         read_json(tmp_path / "x.json")
+
+
+def test_transformers_order_of_names_and_the_adapters_own(tmp_path: Path) -> None:
+    for i, name in enumerate(("model.safetensors", "adapter_model.safetensors")):
+        save_file({"w": torch.full((1,), float(i))}, tmp_path / name)
+    torch.save({"w": torch.full((1,), 2.0)}, tmp_path / "pytorch_model.bin")
+    assert open_files(tmp_path)["w"].item() == 0
+    assert open_files(tmp_path, ADAPTER_FILES)["w"].item() == 1
+    assert open_files(tmp_path / "pytorch_model.bin")["w"].item() == 2

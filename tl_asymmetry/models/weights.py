@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from tl_asymmetry.models.sources.base import Factors, Weights, WeightSource, as_weights
-from tl_asymmetry.models.sources.files import TensorFiles, open_files, read_json
+from tl_asymmetry.models.sources.files import ADAPTER_FILES, TensorFiles, open_files, read_json
 from tl_asymmetry.models.sources.huggingface import HuggingFaceWeights, read_config
 from tl_asymmetry.models.sources.lora import LoraWeights
 from tl_asymmetry.models.sources.state import MARK, StateWeights
@@ -58,7 +58,7 @@ def weights_from(
     name = str(source)
     if path.is_dir():
         if (path / _ADAPTER).is_file():
-            return _adapter(name, path, open_files(path), base)
+            return _adapter(name, path, open_files(path, ADAPTER_FILES), base)
         if (path / "config.json").is_file():
             return HuggingFaceWeights(name, read_config(path), open_files(path), path)
         if not any(path.glob("*.safetensors")):

@@ -13,8 +13,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-_SINGLE = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin", "adapter_model.bin")
-_INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+MODEL_FILES = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
+"""What transformers calls a model's weights, in the order in which it looks for them."""
+
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+"""What PEFT calls an adapter's."""
 
 
 @dataclass(frozen=True)
@@ -102,26 +107,21 @@ class TensorFiles(Mapping[str, Tensor]):
             yield name, tuple(tensor.shape)
 
 
-def open_files(where: Path) -> TensorFiles:
-    """The tensors of a file, or of a folder by its index or its only file.
+def open_files(where: Path, names: tuple[str, ...] = MODEL_FILES) -> TensorFiles:
+    """The tensors of a file, or of a folder: of the first of these names that is there, else of its only file.
 
     Raises:
         ValueError: no weights there, or files that do not hold what they should.
     """
-    if where.is_file():
-        return _from_index(where) if where.name.endswith(".index.json") else TensorFiles([where])
-    for name in _INDEX:
-        if (where / name).is_file():
-            return _from_index(where / name)
-    for name in _SINGLE:
-        if (where / name).is_file():
-            return TensorFiles([where / name])
+    there = where if where.is_file() else next((where / name for name in names if (where / name).is_file()), None)
+    if there is not None:
+        return _from_index(there) if there.name.endswith(".index.json") else TensorFiles([there])
     found = sorted(where.glob("*.safetensors"))
     if len(found) == 1:
         return TensorFiles(found)
     got = f"{len(found)} safetensors files without an index" if found else "none"
     raise ValueError(
-        f"expected weights ({', '.join(_INDEX[:1] + _SINGLE[:1])}) in {str(where)!r}, got {got}; pass a folder written "
+        f"expected weights ({', '.join(names[:2])}) in {str(where)!r}, got {got}; pass a folder written "
         "by save_pretrained, or the file itself"
     )
 
