@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     analyze.add_argument(
         "aligned",
         metavar="ALIGNED",
-        help="hub name, Hugging Face directory, .safetensors file or LoRA adapter: streamed",
+        help="hub name, Hugging Face directory, .safetensors file or LoRA adapter",
     )
     analyze.add_argument(
         "--texts", type=Path, help="UTF-8 text file (texts apart by blank lines) or .jsonl (see below)"

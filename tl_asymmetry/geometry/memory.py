@@ -1,8 +1,9 @@
-"""Memory that was freed should be free for others too."""
+"""How much memory there is, and that what was freed is free for others too."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from pathlib import Path
 
@@ -29,12 +30,15 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def _machine_room() -> int | None:
-    """What Linux thinks it could hand out without swapping."""
+    """What Linux thinks it could hand out without swapping; elsewhere the pages that are free."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        try:
+            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, OSError, ValueError):
+            return None
 
 
 def _group_room() -> int | None:
