@@ -99,7 +99,7 @@ def weights_hash(view: Weights, *, each: Callable[[str, Tensor], None] = lambda 
 def _storage(view: Weights) -> torch.dtype:
     """The finest storage format among the first layer's matrices, or among an adapter's tensors."""
     if isinstance(view, WeightSource) and view.only_changes:
-        tensors = (weight for _, weight in view.named_weights())
+        tensors = (weight for _, weight in view.named_weights() if weight.ndim > 1)
     else:
         tensors = (view.weight(0, matrix) for matrix in view.matrices)
     stored = [storage_dtype(weight) for weight in tensors]

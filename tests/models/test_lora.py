@@ -21,6 +21,7 @@ from tests import tiny
 from tl_asymmetry import analyze_pair, stable_rank, weights_from
 from tl_asymmetry.deltas import FactoredDelta, measure_change, measure_delta
 from tl_asymmetry.models.view import MATRICES, ModelView
+from tl_asymmetry.provenance import weights_hash
 
 peft = pytest.importorskip("peft")
 
@@ -192,6 +193,22 @@ def test_the_table_needs_no_base() -> None:
     with pytest.raises(ValueError, match="expected a base to add the adapter .* to, got none; pass base="):
         weights.weight(0, "W_Q")
     assert weights.table(tiny.bridge("llama"))["delta_relative_norm"].notna().all()
+    on_files = weights_from(adapted("llama")[0], base=tiny.hf_directory("llama"))  # no model anywhere
+    merged = weights_from(adapted("llama")[1])
+    torch.testing.assert_close(on_files.weight(1, "W_Q"), merged.weight(1, "W_Q"), atol=3e-7, rtol=0)
+
+
+def test_the_scale_counts_as_part_of_the_adapter(tmp_path: Path) -> None:
+    adapter = altered(tmp_path, lora_alpha=6)
+    one, other = weights_from(adapted("llama")[0]), weights_from(adapter)
+    torch.testing.assert_close(other.delta(0, "W_Q"), 6 / 5 * one.delta(0, "W_Q"))
+    assert weights_hash(one) != weights_hash(other)
+
+
+def test_an_adapter_of_another_base_is_noted() -> None:
+    weights = weights_from(adapted("llama")[0], base=tiny.bridge("llama", seed=4))
+    assert any("the adapter says that it was trained from" in note for note in weights.notes)
+    assert len(weights_from(adapted("llama")[0], base=tiny.bridge("llama")).notes) == 1
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

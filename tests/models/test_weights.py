@@ -79,6 +79,45 @@ def test_a_directory_reads_as_the_loaded_model(name: str, kind: str) -> None:
         assert not check_pair(view, weights)
 
 
+def _bloom() -> Any:
+    from transformers import BloomConfig
+
+    return BloomConfig(hidden_size=48, n_layer=2, n_head=4, vocab_size=96, bos_token_id=0, eos_token_id=1)
+
+
+def _falcon() -> Any:
+    from transformers import FalconConfig
+
+    return FalconConfig(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=96, multi_query=True, bos_token_id=0,
+        eos_token_id=1,
+    )  # fmt: skip
+
+
+def _phi3() -> Any:
+    from transformers import Phi3Config
+
+    return Phi3Config(
+        hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=96, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [_bloom, _falcon, _phi3])
+def test_architectures_that_no_table_was_made_for(config: Any, tmp_path: Path) -> None:
+    """Other fusions than those above: interleaved with alibi, multi-query, gate and input in one."""
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng():
+        model = AutoModelForCausalLM.from_config(config(), attn_implementation="eager")
+    tiny.randomize_(model, 0)
+    model.save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    view = ModelView(TransformerBridge.boot_transformers(str(tmp_path), device="cpu", dtype=torch.float32))
+    assert weights_hash(weights_from(tmp_path)) == weights_hash(view)
+
+
 @pytest.mark.parametrize("kind", tiny.KINDS)
 @pytest.mark.parametrize("name", ["gpt2", "neox", "gemma2", "mixtral"])
 def test_the_analysis_is_that_of_two_loaded_models(name: str, kind: str) -> None:

@@ -242,6 +242,8 @@ def check_tokenizers(base: ModelView, aligned: Weights) -> list[str]:
             "rows of its embedding and unembedding are left out"
         )
     ours, theirs = base.tokenizer, aligned.tokenizer
+    if isinstance(aligned, WeightSource) and aligned.only_changes:
+        return warnings  # an adapter reads texts with its base's tokenizer
     if ours is None or theirs is None:
         if (ours is None) != (theirs is None):
             warnings.append(f"the {'base' if ours is None else 'aligned'} model has no tokenizer: vocabularies were "

@@ -35,8 +35,9 @@ def weights_from(
 
     Args:
         source: where the weights are; a `WeightSource` is given back as it is.
-        base: the model they are to be compared with: a HookedTransformer, TransformerBridge, `ModelView`, or a
-            transformers configuration. An adapter needs it where its base_model_name_or_path cannot be found.
+        base: the model they are to be compared with: a HookedTransformer, TransformerBridge, `ModelView`, another
+            source or its path, or a transformers configuration. An adapter needs it where its
+            base_model_name_or_path cannot be found.
         revision: branch, tag or commit of a hub name.
 
     Raises:
@@ -52,6 +53,8 @@ def weights_from(
     """
     if isinstance(source, WeightSource):
         return source
+    if isinstance(base, str | Path):
+        base = weights_from(base)
     if isinstance(source, Mapping):
         return _state("state dict", source, 0, {}, base)
     path = _found(source, revision)
@@ -133,8 +136,8 @@ def _adapter(name: str, folder: Path, files: TensorFiles, base: Any) -> LoraWeig
             ) from error
     if config is None:
         raise ValueError(f"expected a base for the adapter {name!r}, which names none; pass base=")
-    view = None if base is None or _is_config(base) else as_weights(base)
-    return LoraWeights(name, adapter, files, config, view if isinstance(view, ModelView) else None)
+    weights = None if base is None or _is_config(base) else as_weights(base)
+    return LoraWeights(name, adapter, files, config, weights)
 
 
 def _state(name: str, tensors: Mapping[str, Tensor], size: int, config: Mapping[str, Any], base: Any) -> StateWeights:
@@ -161,5 +164,7 @@ def _config_of(base: Any) -> Any:
     """The transformers configuration of a base, if it has one (a HookedTransformer has none)."""
     if _is_config(base):
         return base
+    if isinstance(base, HuggingFaceWeights):
+        return base.config
     model = base.model if isinstance(base, ModelView) else base
     return getattr(getattr(model, "original_model", None), "config", None)

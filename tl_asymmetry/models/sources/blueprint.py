@@ -252,7 +252,7 @@ def _wrapped(model: Any) -> Any:
             return TransformerBridge.boot_transformers(
                 "skeleton", hf_model=model, tokenizer=tokenizer, device="cpu", dtype=torch.float32
             )
-        except (ValueError, KeyError, NotImplementedError, AttributeError) as error:
+        except (ValueError, KeyError, NotImplementedError, AttributeError, RuntimeError, TypeError) as error:
             raise ValueError(
                 f"expected an architecture that TransformerLens knows, got {type(model).__name__}: {error}; pass a "
                 "loaded model of a supported one"

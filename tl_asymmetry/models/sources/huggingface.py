@@ -98,6 +98,7 @@ class HuggingFaceWeights(WeightSource):
     def __init__(self, name: str, config: Any, files: TensorFiles, folder: Path | None) -> None:
         refuse_quantised(config, name)
         self.name = name
+        self.config = config
         self.bytes = files.bytes
         self._blueprint = blueprint = Blueprint(config)
         self.n_layers = blueprint.n_layers

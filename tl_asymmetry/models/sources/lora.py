@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -16,11 +17,11 @@ from torch import Tensor
 from tl_asymmetry.geometry.factored import factored_svd
 from tl_asymmetry.geometry.precision import product_dtype
 from tl_asymmetry.geometry.spectrum import effective_rank, stable_rank
-from tl_asymmetry.models.sources.base import Factors, WeightSource
+from tl_asymmetry.models.sources.base import Factors, Weights, WeightSource
 from tl_asymmetry.models.sources.blueprint import Blueprint
 from tl_asymmetry.models.sources.files import TensorFiles
 from tl_asymmetry.models.sources.huggingface import StoredParameters, refuse_quantised, take_dimensions
-from tl_asymmetry.models.view import ModelView, Parameters
+from tl_asymmetry.models.view import Parameters
 
 _PREFIX = "base_model.model."
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
@@ -64,7 +65,7 @@ class LoraWeights(WeightSource):
         adapter: its adapter_config.json.
         files: its tensors.
         config: the base's transformers configuration.
-        base: a view of the base, for `weight`; deltas need none.
+        base: the base's weights, for `weight`; deltas need none.
 
     Raises:
         ValueError: another kind of adapter, options whose change is no product of two factors, factors that fit no
@@ -75,7 +76,7 @@ class LoraWeights(WeightSource):
     only_changes = True
 
     def __init__(
-        self, name: str, adapter: Mapping[str, Any], files: TensorFiles, config: Any, base: ModelView | None = None
+        self, name: str, adapter: Mapping[str, Any], files: TensorFiles, config: Any, base: Weights | None = None
     ) -> None:
         _refuse_other_adapters(adapter, name)
         refuse_quantised(config, name)
@@ -102,6 +103,11 @@ class LoraWeights(WeightSource):
             f"deltas come from the factors of the adapter {name!r}, not from subtracting stored weights: "
             "rounding_share is 0",
         )
+        trained_from = adapter.get("base_model_name_or_path")
+        if base is not None and trained_from and Path(trained_from).name != Path(base.name).name:
+            self.notes += (
+                f"the adapter says that it was trained from {trained_from!r}; the base here is {base.name!r}",
+            )
 
     # -- deltas ----------------------------------------------------------------------------------------------------
 
@@ -144,15 +150,15 @@ class LoraWeights(WeightSource):
         return self._replaced.headless(include_tied=include_tied, tied=self.tied)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The adapter's own tensors, as they are stored."""
+        """The adapter's own tensors, as they are stored, and the scale of each module."""
         yield from self._files.items()
+        for parameter, pair in self._pairs.items():
+            yield f"{parameter}.scale", torch.tensor(pair.scale, dtype=torch.float64)
 
     def modules(self) -> pd.DataFrame:
         """One row per adapted module, fused ones whole: `module, rank, scale, delta_norm, stable_rank, effective_rank`.
 
-        Example:
-            >>> from tl_asymmetry.demo import demo_model  # doctest: +SKIP
-            >>> weights_from("my-adapter", base=demo_model("base")).modules()  # doctest: +SKIP
+        The ranks are of the eigenvalues of ΔW ΔWᵀ.
         """
         rows = []
         for parameter, pair in self._pairs.items():
