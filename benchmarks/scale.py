@@ -41,7 +41,7 @@ SHARD = 500_000_000
 SEQUENCE = 128
 LARGE_TOKENS = 512
 RANKS = [1, 4, 16, 64, 128]
-GROWTH = {"layers": [4, 8, 16, 32], "tokens": [4096, 8192, 16_384, 32_768], "ranks": [1, 4, 16, 64]}
+GROWTH = {"layers": [4, 8, 16], "tokens": [2048, 4096, 8192, 16_384], "ranks": [1, 4, 16, 64]}
 
 
 def write_pair(folder: Path, shape: dict[str, Any]) -> None:
@@ -146,7 +146,7 @@ def measure_growth(folder: Path, what: str, size: int) -> dict[str, Any]:
     from tl_asymmetry.models.loading import open_model
 
     base = open_model(folder / "base", device="cpu")
-    tokens = tokens_of(size if what == "tokens" else 8192, MEDIUM["vocab_size"])
+    tokens = tokens_of(size if what == "tokens" else 4096, MEDIUM["vocab_size"])
     ranks = list(range(1, 1 + size)) if what == "ranks" else [1, 16, 64]
 
     def run(sequences: torch.Tensor) -> float:
@@ -170,7 +170,7 @@ def measure_processes(folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     with started_ranks() as ranks:
         base = open_model(folder / "base", device="cpu")
-        tokens = tokens_of(16_384, MEDIUM["vocab_size"])
+        tokens = tokens_of(8192, MEDIUM["vocab_size"])
         times = []
         for _ in range(4):
             start = time.perf_counter()

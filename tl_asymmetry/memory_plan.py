@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,8 @@ class Workload:
     """Entries of a layer's analysed matrices."""
     largest: int
     """Entries of the largest one of them."""
+    attention: int
+    """Entries of those with heads, whose changes stay until the layer is done."""
     points: int
     """Hook points captured in each layer."""
     centred_points: int
@@ -66,13 +69,17 @@ class Workload:
         return layers * self._one_set() + 4 * self.rows * self.longest * self.width + 3 * 8 * self.d**2
 
     def layers_host(self) -> int:
-        """Deltas, bases and eigensolves of the layers at work side by side; one tensor read from files for each."""
-        deltas = 12 * self.matrices + 6 * self.largest if self.device.type == "cpu" else 6 * self.largest
-        return self.workers * (deltas + 48 * self.d**2)
+        """Deltas, bases and eigensolves of the layers at work side by side; one tensor read from files for each.
+
+        Float32 copies of one matrix and its aligned twin, its change, squares and a sample's order while it is
+        measured; heads' products and projections after that; moments and bases in float64.
+        """
+        deltas = 26 * self.largest + 12 * self.attention if self.device.type == "cpu" else 6 * self.largest
+        return self.workers * (deltas + 96 * self.d**2)
 
     def layers_device(self) -> int:
         """Deltas at work where the base is on a device of its own."""
-        return self.workers * (12 * self.matrices + 8 * self.d**2)
+        return self.workers * (26 * self.largest + 12 * self.attention + 8 * self.d**2)
 
     def prediction(self) -> int:
         """The Gram matrix of the unembedding, in pieces, and its eigensolve."""
@@ -105,7 +112,7 @@ class MemoryPlan:
     workload: Workload
     """The sizes."""
     layers_per_pass: int
-    """Layers whose moments are held at once."""
+    """Layers whose moments are held at once; `workload.workers` of them are analysed side by side."""
     host_bytes: int
     """Peak on the host, beside the models."""
     device_bytes: int
@@ -155,14 +162,19 @@ def plan_memory(
         base, plan, sequences, groups=groups, activations=activations, sensitivity=sensitivity, batch_size=batch_size
     )
     room = _Room.now(base.device, ranks)
-    if layers_per_pass is not None and room.fits(load, layers_per_pass):
-        layers = layers_per_pass
-    else:
-        layers = ranks.least(max((n for n in range(1, L + 1) if room.fits(load, n)), default=0))
-        if layers_per_pass is not None and layers:
-            raise ValueError(_refusal(load, layers_per_pass, room, [f"layers_per_pass={layers}"]))
-    if not layers:
-        raise ValueError(_refusal(load, 1, room, list(_remedies(load, room))))
+    single = replace(load, workers=1)
+    most = ranks.least(max((n for n in range(1, L + 1) if room.fits(single, n)), default=0))
+    if not most:
+        raise ValueError(_refusal(single, 1, room, list(_remedies(single, room))))
+    if layers_per_pass is not None and layers_per_pass > most:
+        raise ValueError(_refusal(single, layers_per_pass, room, [f"layers_per_pass={most}"]))
+    # As many layers side by side as fit, and as many moments at once as then fit: never fewer layers than are at work.
+    for workers in range(load.workers, 0, -1):
+        load = replace(load, workers=workers)
+        fitting = max((n for n in range(1, L + 1) if room.fits(load, n)), default=0)
+        if fitting >= (layers_per_pass or workers):
+            break
+    layers = layers_per_pass or ranks.least(fitting)
     return MemoryPlan(load, layers, load.peak_host(layers), load.peak_device(layers))
 
 
@@ -185,6 +197,7 @@ def workload(
         d_vocab=base.d_vocab,
         matrices=sum(sizes),
         largest=max(sizes),
+        attention=sum(n for n, matrix in zip(sizes, plan.matrices, strict=True) if base.heads(matrix) is not None),
         points=len(plan.points),
         centred_points=int(base.score_shift_invariant and "attn_in" in plan.points),
         heads=sum((base.heads(matrix) or 1) * len(plan.targets[matrix]) for matrix in plan.matrices),
@@ -222,18 +235,22 @@ class _Room:
 
 def _remedies(load: Workload, room: _Room) -> Iterator[str]:
     """Changes of the arguments that would make it fit, the mildest first; each by itself, then all together."""
-    options = {
-        "batch_size=1": replace(load, rows=1),
-        "groups=1": replace(load, groups=1),
-        "sensitivity=False": replace(load, sensitivity=False, models=1),
-        "matrices one at a time": replace(load, matrices=load.largest, points=1, centred_points=1),
+    one_matrix = {
+        "matrices": load.largest,
+        "attention": min(load.largest, load.attention),
+        "points": 1,
+        "centred_points": 1,
     }
-    fitting = [name for name, lighter in options.items() if lighter != load and room.fits(lighter, 1)]
+    options: dict[str, dict[str, Any]] = {
+        "batch_size=1": {"rows": 1},
+        "groups=1": {"groups": 1},
+        "sensitivity=False": {"sensitivity": False, "models": 1},
+        "matrices one at a time": one_matrix,
+    }
+    fitting = [name for name, change in options.items() if room.fits(replace(load, **change), 1)]
     yield from fitting
-    everything = replace(
-        load, rows=1, groups=1, sensitivity=False, models=1, matrices=load.largest, points=1, centred_points=1
-    )
-    if not fitting and room.fits(everything, 1):
+    everything = {field: value for change in options.values() for field, value in change.items()}
+    if not fitting and room.fits(replace(load, **everything), 1):
         yield "batch_size=1, groups=1, sensitivity=False and matrices one at a time"
 
 

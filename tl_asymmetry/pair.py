@@ -179,7 +179,12 @@ def analyze_pair(
         own = together.share(few)
         bars = progress and together.is_first
         done = side_by_side(
-            lambda i: analyse(own[i]), len(own), device=base.device, description="layers", progress=bars
+            lambda i: analyse(own[i]),
+            len(own),
+            device=base.device,
+            description="layers",
+            progress=bars,
+            workers=memory.workload.workers,
         )
         return together.gathered(done)
 
