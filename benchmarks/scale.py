@@ -211,6 +211,8 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="leave the large model out")
     parser.add_argument("--folder", type=Path, help="where to generate (5 GB); a temporary folder by default")
     parser.add_argument("--layers-per-pass", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=LLAMA["num_hidden_layers"], help="of the large model")
+    parser.add_argument("--large-only", action="store_true", help="leave growth out")
     parser.add_argument("--only", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
@@ -229,14 +231,15 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        rows, growth = _growth_rows(folder)
+        rows, growth = ([], {}) if options.large_only else _growth_rows(folder)
         large: dict[str, Any] = {}
         if not options.small:
             if shutil.disk_usage(folder).free < 12e9:
                 raise SystemExit(f"expected 12 GB of free disk in {folder}, pass --folder or --small")
-            write_pair(folder / "large", LLAMA)
+            write_pair(folder / "large", {**LLAMA, "num_hidden_layers": options.layers})
             large = apart(__file__, "--only", "large", str(folder / "large"), str(options.layers_per_pass)) or {}
             rows += [
+                ("layers of the large model", float(options.layers), "", None),
                 ("aligned weights, GB", large["gigabytes"], "", None),
                 ("base in memory, GB", large["base_bytes"] / 1e9, "", None),
                 ("peak above the base, GB", large["peak_bytes"] / 1e9, "", None),
@@ -257,7 +260,7 @@ def main() -> None:
         "device": f"{torch.get_num_threads()}-core CPU",
         "machine": platform.machine(),
         "versions": {package: version(package) for package in ("torch", "transformer-lens", "tl-asymmetry")},
-        "shape": LLAMA,
+        "shape": {**LLAMA, "num_hidden_layers": options.layers},
         "rows": [{"name": n, "value": v, "bound": f"{s} {b:g}" if b is not None else None} for n, v, s, b in rows],
         "growth": growth,
         "large": large,
