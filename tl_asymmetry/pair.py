@@ -138,7 +138,7 @@ def analyze_pair(
         layers_per_pass=layers_per_pass, ranks=together,
     )  # fmt: skip
     hashes = _check_weights(base, aligned, sequences, notes)
-    together.agree({"arguments": arguments, "weights": hashes, "tokens": [s.tolist() for s in sequences]})
+    together.agree({"arguments": arguments, "weights": hashes, "tokens": sequences})
     grouped = balanced_groups(sequences, groups)
     intervals = _has_intervals(grouped, groups, notes)
     with torch.no_grad():

@@ -47,6 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bias": {"bias": "all"},
     "saved": {"modules_to_save": ["lm_head", "norm"]},
     "wide": {"r": 20},
+    "whole": {"modules_to_save": ["v_proj"]},
 }  # fmt: skip
 
 
@@ -79,7 +80,8 @@ def quiet(*arguments: Any, **options: Any) -> Any:
         return analyze_pair(*arguments, **{**OPTIONS, **options})
 
 
-CASES = [(name, "plain") for name in TARGETS] + [("llama", v) for v in VARIANTS if v != "plain"] + [("gpt2", "bias")]
+CASES = [(name, "plain") for name in TARGETS] + [("gpt2", "bias")]
+CASES += [("llama", variant) for variant in VARIANTS if variant not in ("plain", "bias", "whole")]
 
 
 @pytest.mark.parametrize(("name", "variant"), CASES)
@@ -106,7 +108,7 @@ def test_deltas_are_those_of_pefts_merged_model(name: str, variant: str) -> None
             assert torch.equal(ours[key], theirs[key]), key
         elif "expert" not in key and ".mlp.gate" not in key:
             assert torch.equal(base.headless(include_tied=True)[key], theirs[key]), key
-    assert ((name, variant) in (("gpt2", "bias"), ("llama", "saved"))) == bool(len(ours))
+    assert (variant in ("bias", "saved")) == bool(len(ours))
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -156,6 +158,20 @@ def test_factored_numbers_are_those_of_the_dense_delta(matrix: str) -> None:
             torch.testing.assert_close(ours @ ours.mT, eye, atol=1e-5, rtol=0)
             rank = min(3, ours.shape[1]) if bool(change.any()) else 0
             torch.testing.assert_close(ours[:, :rank], theirs[:, :rank], atol=1e-4, rtol=0)
+
+
+def test_a_matrix_that_is_replaced_whole() -> None:
+    adapter, merged = adapted("llama", "whole")
+    base = tiny.bridge("llama")
+    weights, truth = weights_from(adapter, base=base), weights_from(merged)
+    assert weights.factors(0, "W_V") is None
+    assert torch.equal(weights.weight(1, "W_V"), truth.weight(1, "W_V"))
+    assert not torch.equal(weights.weight(1, "W_V"), ModelView(base).weight(1, "W_V"))
+    assert torch.equal(weights.delta(1, "W_V", base), truth.delta(1, "W_V", base))
+    with pytest.raises(ValueError, match="expected a base to subtract for LoRA adapter, got none; pass base="):
+        weights.delta(1, "W_V")
+    rows = [result.table.query("matrix == 'W_V'") for result in (quiet(base, adapter), quiet(base, merged))]
+    np.testing.assert_allclose(rows[0]["fraction"], rows[1]["fraction"], rtol=1e-6)
 
 
 def test_an_untouched_matrix_is_zero() -> None:
