@@ -33,6 +33,7 @@ from tl_asymmetry.jacobians import jacobian_sketch, layer_jacobians
 from tl_asymmetry.models.capture import capture_moments
 from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.models.weights import WeightSource, weights_from
 from tl_asymmetry.pair import analyze_pair
 from tl_asymmetry.pair_result import PairAnalysis
 from tl_asymmetry.pullback import prediction_pullback
@@ -64,6 +65,7 @@ __all__ = [
     "StreamingMoments",
     "Subspace",
     "TokenBatch",
+    "WeightSource",
     "adjusted_p",
     "analyze_pair",
     "capture_moments",
@@ -91,5 +93,6 @@ __all__ = [
     "stable_rank",
     "storage_dtype",
     "subspace_fraction",
+    "weights_from",
     "write_images",
 ]

@@ -399,7 +399,9 @@ class ModelView:
             raise RuntimeError("the model returned no logits")
         return logits
 
-    def run(self, tokens: Int[Tensor, "batch pos"], *, logits: bool = False) -> Tensor | None:
+    def run(
+        self, tokens: Int[Tensor, "batch pos"], *, logits: bool = False, layers: int | None = None
+    ) -> Tensor | None:
         """One forward pass in the mode (training or not, gradients or not) the caller has set.
 
         No attention mask is made from pad tokens: in a causal model, padding on the right leaves every
@@ -409,8 +411,14 @@ class ModelView:
             tokens: token ids.
             logits: return the logits `[batch, pos, d_vocab]`. Otherwise the final norm and the
                 unembedding are left out.
+            layers: without logits, run this many blocks and stop; all by default.
         """
-        return self._adapter.run(tokens.to(self.device), logits)
+        if layers is not None and (logits or not 1 <= layers <= self.n_layers):
+            raise ValueError(
+                f"expected layers from 1 to {self.n_layers}, without logits, got {layers}; pass None for the whole "
+                "model"
+            )
+        return self._adapter.run(tokens.to(self.device), logits, self.n_layers if layers is None else layers)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
