@@ -27,6 +27,8 @@ from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair import analyze_pair
 from tl_asymmetry.pair_result import PairAnalysis
+from tl_asymmetry.trajectory import analyze_trajectory
+from tl_asymmetry.trajectory_result import TrajectoryAnalysis
 
 __version__ = "0.1.0"
 
@@ -36,8 +38,10 @@ __all__ = [
     "PairEstimate",
     "StreamingMoments",
     "Subspace",
+    "TrajectoryAnalysis",
     "adjusted_p",
     "analyze_pair",
+    "analyze_trajectory",
     "capture_moments",
     "effective_rank",
     "energy_profile",

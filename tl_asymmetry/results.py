@@ -18,7 +18,10 @@ from torch import Tensor
 
 from tl_asymmetry.report import Report, write_report
 
-KINDS = {"PairAnalysis": "tl_asymmetry.pair_result"}
+KINDS = {
+    "PairAnalysis": "tl_asymmetry.pair_result",
+    "TrajectoryAnalysis": "tl_asymmetry.trajectory_result",
+}
 """Every class of result, and the module that defines it."""
 
 SCHEMA = 1

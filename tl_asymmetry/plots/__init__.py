@@ -11,9 +11,19 @@ from tl_asymmetry.plots.layers import layers_figure
 from tl_asymmetry.plots.rank_curve import rank_curve_figure
 from tl_asymmetry.plots.spectrum import spectrum_figure
 from tl_asymmetry.plots.style import template
+from tl_asymmetry.plots.trajectory import (
+    animation_figure,
+    curves_figure,
+    emergence_figure,
+    head_curves_figure,
+)
 
 __all__ = [
+    "animation_figure",
     "asymmetry_figure",
+    "curves_figure",
+    "emergence_figure",
+    "head_curves_figure",
     "heads_figure",
     "layers_figure",
     "rank_curve_figure",
