@@ -254,7 +254,7 @@ def _projections(
 
 def _curves(numbers: Mapping[str, Tensor], reference: str, measuring: Measuring) -> pd.DataFrame:
     plan = measuring.plan
-    groups = [((matrix,), name) for matrix in plan.matrices for name in plan.targets[matrix]]
+    groups: list[tuple[tuple[str, ...], str]] = [((m,), name) for m in plan.matrices for name in plan.targets[m]]
     for side in (READ_SIDE, WRITE_SIDE):
         pooled = tuple(matrix for matrix, name in side if name in plan.targets.get(matrix, ()))
         if len(pooled) > 1:

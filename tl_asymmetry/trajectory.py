@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def analyze_trajectory(
         del model
     try:
         sweep = _Sweep(run, first)
-        known = len(checkpoints) - 1 if hasattr(checkpoints, "__len__") else None
+        known = len(checkpoints) - 1 if isinstance(checkpoints, Sized) else None
         for checkpoint in tqdm(rest, desc="checkpoints", total=known, disable=not progress):
             sweep.take(checkpoint)
         if not sweep.steps:

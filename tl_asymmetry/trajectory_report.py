@@ -77,38 +77,28 @@ def headline(result: TrajectoryData) -> list[str]:
         if not len(run) or run["relative"].isna().all():
             continue
         end = run.iloc[-1]
-        interval = (
-            ""
-            if np.isnan(end["ci_low"])
-            else f" (95 % interval over texts {end['ci_low']:.2f} to {end['ci_high']:.2f})"
-        )
+        interval = ""
+        if not np.isnan(end["ci_low"]):
+            interval = f" (95 % interval over texts {end['ci_low']:.2f} to {end['ci_high']:.2f})"
         matched = end["activation_matched"] if side == "read" else end["gradient_matched"]
-        reference_words = (
-            "; its matched reference is unknown without gradients"
-            if np.isnan(matched)
-            else f"; inputs alone would give {matched:.2f}"
-            if side == "read"
-            else f"; gradients alone {matched:.2f}"
-        )
+        chance = "its matched reference is unknown without gradients"
+        if not np.isnan(matched):
+            chance = f"{'inputs' if side == 'read' else 'gradients'} alone would give {matched:.2f}"
         sentences.append(
-            f"{'Reading' if side == 'read' else 'Writing'} ({matrix} in {subspace}, rank {k}): the change {change} has a "
-            f"pooled relative fraction of {run['relative'].iloc[0]:.2f} at step {int(run['step'].iloc[0])} and "
-            f"{end['relative']:.2f} at step {last}{interval}{reference_words} (1 = isotropic)."
+            f"{'Reading' if side == 'read' else 'Writing'} ({matrix} in {subspace}, rank {k}): the change {change} has "
+            f"a pooled relative fraction of {run['relative'].iloc[0]:.2f} at step {int(run['step'].iloc[0])} and "
+            f"{end['relative']:.2f} at step {last}{interval}; {chance} (1 = isotropic)."
         )
     since = _own(result.emergence())
     since = since[(since["rank"] == k) & (since["reference"] == reference)]
-    for pathway, verb in (("read", "read"), ("write", "written")):
+    for pathway in ("read", "write"):
         block = since[since["pathway"] == pathway]
         if len(block):
-            there = block["step"].dropna()
-            when = (
-                f", half of them by step {int(np.sort(there.to_numpy(int))[(len(there) - 1) // 2])}"
-                if len(there)
-                else ""
-            )
+            there = np.sort(block["step"].dropna().to_numpy(int))
+            when = f", half of them by step {there[(len(there) - 1) // 2]}" if len(there) else ""
             sentences.append(
-                f"{len(there)} of {len(block)} heads and matrices that are {verb} with are more concentrated than a "
-                f"random subspace (q < {_SIGNIFICANT}) from some checkpoint to the last one{when}."
+                f"{len(there)} of {len(block)} {pathway} heads and matrices are more concentrated than a random "
+                f"subspace (q < {_SIGNIFICANT}) from some checkpoint to the last one{when}."
             )
     return sentences
 
@@ -127,7 +117,7 @@ def trajectory_report(result: TrajectoryData) -> Report:
             TableSection("Summary", summary_table(result), "Heads pooled by energy.", "summary"),
             TableSection("Emergence", result.emergence(), "Since which step q stays below 0.05.", "emergence"),
             TableSection("Curves", result.curves, "Layers and heads pooled by energy.", "curves"),
-            TableSection("All rows", result.table, "One row per step, reference, layer, head, matrix, subspace and rank.",
+            TableSection("All rows", result.table, "One row per step, reference, layer, head, matrix, subspace, rank.",
                          "table"),
             TableSection("Asymmetry", result.asymmetry, "Read against write; head empty = whole layer.", "asymmetry"),
             TableSection("Checkpoints", result.checkpoints, "Which weights were measured.", "checkpoints"),
@@ -137,7 +127,7 @@ def trajectory_report(result: TrajectoryData) -> Report:
              + "; ".join(f"{m}: {', '.join(names)}" for m, names in config["targets"].items())),
             ("Activations", f"first position of each sequence {'left out' if config['exclude_first'] else 'kept'}, "
              f"{'covariance' if config['centered'] else 'uncentred second moment'}"),
-            ("Intervals", f"delete-one-group jackknife over at most {config['groups']} groups of sequences, on the log"),
+            ("Intervals", f"delete-one-group jackknife, at most {config['groups']} groups of sequences, on the log"),
             ("Null", f"Haar-random subspaces, seed {config['seed']}; q by Benjamini–Hochberg over the layers and heads "
              "of one matrix, subspace and rank, at each checkpoint by itself"),
             ("Gradients", "none" if config["gradient"] is None else f"from {arguments['gradient']}"),

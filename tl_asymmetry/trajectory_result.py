@@ -34,10 +34,11 @@ class TrajectoryAnalysis(TrajectoryData):
     def _facts(self) -> str:
         shape, ranks = self.config["shape"], ", ".join(map(str, self.config["ranks"]))
         source = self.config["subspaces_from"]
+        source = source if isinstance(source, str) else "one model"
         return (
             f"{len(self.config['steps'])} checkpoints; {shape['n_layers']} layers × {shape['n_heads']} heads, d_model "
             f"{shape['d_model']}; {self.config['tokens']} tokens in {self.config['sequences']} sequences; subspaces "
-            f"from {source if isinstance(source, str) else 'one model'}; ranks {ranks}, shown {self.config['shown_rank']}"
+            f"from {source}; ranks {ranks}, shown {self.config['shown_rank']}"
         )
 
     def _summary_table(self) -> pd.DataFrame:

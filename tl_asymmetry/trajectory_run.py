@@ -150,7 +150,9 @@ class TrajectoryRun:
         self._outline = _outline(view)
         weights = self.checked(view, step, first=True)
         earlier = _earlier_run(store) if recorder and store is not None else None
-        start = {"step": step, "weights_xxh3": weights} if earlier is None else earlier.settings["start"]
+        start: dict[str, Any] = {"step": step, "weights_xxh3": weights}
+        if earlier is not None:
+            start = earlier.settings["start"]
         if step < start["step"]:
             raise ValueError(
                 f"expected step {start['step']} or later, where the store {str(store)!r} begins, got {step}; pass the "
@@ -205,7 +207,8 @@ class TrajectoryRun:
             MemoryStore() if store is None else CheckpointStore(store, KIND, settings, about)
         )
         try:
-            self.first_step, self.seen = start["step"], {start["weights_xxh3"]: start["step"]}
+            self.first_step: int = start["step"]
+            self.seen: dict[str, int] = {start["weights_xxh3"]: self.first_step}
             for finished in self.store.steps:
                 self.seen.setdefault(self.store.entry(finished)["weights_xxh3"], finished)
             self.bases: list[HeldBases] | None = None

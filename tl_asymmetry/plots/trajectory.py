@@ -283,8 +283,8 @@ def animation_figure(
         return style.heading(
             style.text(title) if title is not None else f"{style.text(matrix)} at step {step}",
             f"Relative fraction in {style.text(space)} at rank {ranks[start]} of the change "
-            f"{WORDS.get(reference, style.text(reference))}; 1 = chance. Dot: q &lt; {style.Q_LEVEL}. One scale for all "
-            "steps.",
+            f"{WORDS.get(reference, style.text(reference))}; 1 = chance. Dot: q &lt; {style.Q_LEVEL}. One scale for "
+            "all steps.",
         )
 
     def drawn(step: int) -> list[Any]:
@@ -297,6 +297,7 @@ def animation_figure(
             head = None if pd.isna(row["head"]) else int(row["head"])
             hover[layers.index(int(row["layer"]))][heads.index(head)] = cell
         i, j = np.nonzero(below)
+        dots: dict[str, list[Any]] = {"x": [int(v) for v in j] or [None], "y": [layers[v] for v in i] or [None]}
         return [
             go.Heatmap(
                 x=x, y=layers, z=[[None if math.isnan(v) else round(float(v), 3) for v in r] for r in z],
@@ -309,7 +310,7 @@ def animation_figure(
                 },
             ),
             go.Scatter(
-                x=[int(v) for v in j] or [None], y=[layers[v] for v in i] or [None], mode="markers",
+                **dots, mode="markers",
                 marker={"symbol": "circle", "size": 6, "color": "#14181f", "line": {"width": 1.4, "color": "#ffffff"}},
                 name=f"q &lt; {style.Q_LEVEL}", hoverinfo="skip", showlegend=True,
             ),
@@ -575,8 +576,11 @@ def _step_axis(steps: pd.Series) -> dict[str, Any]:
     values = sorted(int(s) for s in steps.unique())
     if not _is_wide(values[0], values[-1]):
         return {"type": "linear"}
-    return {"type": "log", "tickmode": "array", "tickvals": _apart(values), "ticktext": [f"{v}" for v in _apart(values)],
-            "minor": {"ticks": ""}}  # fmt: skip
+    ticks = _apart(values)
+    return {
+        "type": "log", "tickmode": "array", "tickvals": ticks, "ticktext": [str(v) for v in ticks],
+        "minor": {"ticks": ""},
+    }  # fmt: skip
 
 
 def _is_wide(low: int, high: int) -> bool:
