@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from tl_asymmetry.asymmetry import READ_SIDE, WRITE_SIDE, asymmetry_table
 from tl_asymmetry.deltas import Delta, LiveDelta, measure_delta
 from tl_asymmetry.geometry.jackknife import log_jackknife_interval
+from tl_asymmetry.geometry.nulls import adjusted_p
 from tl_asymmetry.held_bases import HeldBases
 from tl_asymmetry.models.view import READ, WRITE, ModelView
 from tl_asymmetry.plan import Plan
@@ -35,6 +37,7 @@ CURVE_COLUMNS = {
 }
 """Columns of a checkpoint's pooled curves, in this order, and what they mean."""
 
+_HEADS_AT_ONCE = 4096
 _NUMBERS = ("energy", "base_energy", "shrink", "rounding", "spectrum")
 
 
@@ -85,6 +88,8 @@ class Measuring:
     """Whether W_K's gradient sees its input about each sequence's mean."""
     d: int
     """d_model."""
+    n_layers: int
+    """Layers."""
     n_heads: int
     """Query heads."""
     headed: Mapping[str, bool]
@@ -179,104 +184,164 @@ def _layer_numbers(
 
 
 @dataclass(frozen=True)
+class Measured:
+    """The numbers of one checkpoint against one reference."""
+
+    step: int
+    """The checkpoint's step."""
+    reference: str
+    """ "first" or "previous"."""
+    numbers: Mapping[str, Tensor]
+    """As `measure` returns them."""
+
+    def of(self, name: str) -> Tensor | None:
+        """One of the numbers, layers first; None where it was not measured."""
+        shared = name.startswith("eigenvalues/")
+        return self.numbers.get(name if shared else f"{self.reference}/{name}")
+
+
+@dataclass(frozen=True)
 class CheckpointTables:
-    """The tables of one checkpoint against one reference."""
+    """The tables of some checkpoints."""
 
     table: pd.DataFrame
-    """As `PairAnalysis.table`."""
+    """As `PairAnalysis.table`, with `step` and `reference`."""
     asymmetry: pd.DataFrame
-    """As `PairAnalysis.asymmetry`."""
+    """As `PairAnalysis.asymmetry`, with `step` and `reference`."""
     curves: pd.DataFrame
-    """Layers and heads pooled by energy, see `CURVE_COLUMNS`."""
+    """Layers and heads pooled by energy, with `step` and `reference`; see `CURVE_COLUMNS`."""
 
 
-def checkpoint_tables(numbers: Mapping[str, Tensor], reference: str, measuring: Measuring) -> CheckpointTables:
-    """From one checkpoint's numbers to its tables; both nulls are made here."""
+def batches_of(measured: Iterable[Measured], measuring: Measuring) -> Iterator[list[Measured]]:
+    """As many at a time as make tables of a few thousand rows at a rank: nulls cost less for many heads at once."""
+    batch: list[Measured] = []
+    for one in measured:
+        batch.append(one)
+        if len(batch) * measuring.n_layers * measuring.n_heads >= _HEADS_AT_ONCE:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def checkpoint_tables(batch: Sequence[Measured], measuring: Measuring) -> CheckpointTables:
+    """From the numbers of some checkpoints to their tables; both nulls are made here.
+
+    The layers of all checkpoints go through the pair's own tables as if they were layers of one deep model; only q is
+    made again, for each checkpoint by itself.
+    """
     plan = measuring.plan
-    deltas = {matrix: _deltas(numbers, reference, matrix) for matrix in plan.matrices}
+    deltas = {matrix: _deltas(batch, matrix) for matrix in plan.matrices}
     projections = {
-        (matrix, subspace): _projections(numbers, reference, matrix, subspace, measuring)
+        (matrix, subspace): _projections(batch, matrix, subspace, measuring)
         for subspace in plan.subspaces
         for matrix in plan.matrices
         if subspace in plan.targets[matrix]
     }
-    return CheckpointTables(
-        table=pair_table(
-            deltas, projections, plan.ranks, d=measuring.d, headed=measuring.headed, seed=measuring.seed
-        ),
-        asymmetry=asymmetry_table(deltas, projections, plan.ranks, d=measuring.d, n_heads=measuring.n_heads),
-        curves=_curves(numbers, reference, measuring),
+    table = pair_table(
+        deltas, projections, plan.ranks, d=measuring.d, headed=measuring.headed, seed=measuring.seed
     )  # fmt: skip
+    table = _apart(table, batch, measuring)
+    tests = table.groupby(["step", "reference", "matrix", "subspace", "rank"], sort=False).indices.values()
+    p, q = table["isotropic_p"].to_numpy(), table["isotropic_q"].to_numpy(copy=True)
+    for rows in tests:
+        q[rows] = adjusted_p(p[rows])
+    asymmetry = asymmetry_table(deltas, projections, plan.ranks, d=measuring.d, n_heads=measuring.n_heads)
+    return CheckpointTables(
+        table=table.assign(isotropic_q=q),
+        asymmetry=_apart(asymmetry, batch, measuring),
+        curves=pd.concat([_curves(one, measuring) for one in batch], ignore_index=True),
+    )
 
 
-def _deltas(numbers: Mapping[str, Tensor], reference: str, matrix: str) -> list[Delta]:
-    held = {name: numbers[f"{reference}/{matrix}/{name}"] for name in _NUMBERS}
-    heads = held["energy"].shape[1]
-    nothing = torch.zeros(heads, 0, 1)  # directions are not kept
+def _apart(table: pd.DataFrame, batch: Sequence[Measured], measuring: Measuring) -> pd.DataFrame:
+    """Rows of the layers of all checkpoints, told apart again and in the order of the checkpoints."""
+    if not len(table):
+        return table.assign(step=[], reference=[])[["step", "reference", *table.columns]]
+    deep = table["layer"].to_numpy(int)
+    which = deep // measuring.n_layers
+    columns = {
+        "step": np.array([one.step for one in batch])[which],
+        "reference": np.array([one.reference for one in batch], dtype=object)[which],
+        "layer": pd.array(deep % measuring.n_layers, dtype="Int64"),
+    }
+    table = table.assign(**columns)[["step", "reference", *table.columns]]
+    return table.iloc[np.argsort(which, kind="stable")].reset_index(drop=True)
+
+
+def _all(batch: Sequence[Measured], name: str) -> Tensor | None:
+    """One of the numbers, the layers of all checkpoints one after the other."""
+    parts = [value for one in batch if (value := one.of(name)) is not None]
+    return torch.cat(parts) if parts else None
+
+
+def _deltas(batch: Sequence[Measured], matrix: str) -> list[Delta]:
+    held = {name: _there(_all(batch, f"{matrix}/{name}")) for name in _NUMBERS}
+    nothing = torch.zeros(held["energy"].shape[1], 0, 1)  # directions are not kept
     return [
-        Delta(
-            matrix=matrix, directions=nothing, partners=nothing, **{name: value[layer] for name, value in held.items()}
-        )
+        Delta(matrix=matrix, directions=nothing, partners=nothing, **{name: of[layer] for name, of in held.items()})
         for layer in range(len(held["energy"]))
     ]
 
 
-def _projections(
-    numbers: Mapping[str, Tensor], reference: str, matrix: str, subspace: str, measuring: Measuring
-) -> list[Projection]:
+def _projections(batch: Sequence[Measured], matrix: str, subspace: str, measuring: Measuring) -> list[Projection]:
     """Projections that give the same numbers at every rank: all energy between two ranks stands at the upper one."""
-    here = f"{reference}/{matrix}/{subspace}"
-    inside = numbers[f"{here}/inside"]
+    here = f"{matrix}/{subspace}"
+    inside = _there(_all(batch, f"{here}/inside"))
     layers, heads, count = inside.shape
     ranks = list(measuring.plan.ranks[:count])
     at, top = torch.tensor(ranks) - 1, ranks[-1]
-    nan = torch.full((top,), torch.nan, dtype=torch.float64)
-    replicates = numbers.get(f"{here}/replicates")
-    projections = []
-    for layer in range(layers):
-        energies = torch.zeros(heads, top, dtype=torch.float64)
-        energies[:, at] = inside[layer].diff(dim=-1, prepend=torch.zeros(heads, 1, dtype=torch.float64))
-        activation, gradient, λ = nan.clone(), nan.expand(heads, -1).clone(), torch.cat([nan, nan[:1]])
-        if f"{here}/activation" in numbers:
-            activation[at] = numbers[f"{here}/activation"][layer]
-        if f"{here}/gradient" in numbers:
-            gradient[:, at] = numbers[f"{here}/gradient"][layer]
-        pairs = numbers[f"eigenvalues/{subspace}"][layer]
-        λ[at], λ[at + 1] = pairs[:, 0], pairs[:, 1]
-        projections.append(
-            Projection(
-                matrix=matrix, subspace=subspace, energies=energies, eigenvalues=λ, activation_reference=activation,
-                gradient_reference=gradient, replicates=None if replicates is None else replicates[layer],
-            )
-        )  # fmt: skip
-    return projections
+    # one direction more, for the eigengap, unless that would pass for a rank the subspace does not have
+    width = top + (top + 1 not in measuring.plan.ranks)
+
+    def laid_out(values: Tensor | None, *shape: int) -> Tensor:
+        spread = torch.full((layers, *shape, top), torch.nan, dtype=torch.float64)
+        if values is not None:
+            spread[..., at] = values
+        return spread
+
+    energies = torch.zeros(layers, heads, width, dtype=torch.float64)
+    energies[..., at] = inside.diff(dim=-1, prepend=torch.zeros(layers, heads, 1, dtype=torch.float64))
+    activation = laid_out(_all(batch, f"{here}/activation"))
+    gradient = laid_out(_all(batch, f"{here}/gradient"), heads)
+    pairs = _there(_all(batch, f"eigenvalues/{subspace}"))
+    λ = torch.full((layers, top + 1), torch.nan, dtype=torch.float64)
+    λ[:, at], λ[:, at + 1] = pairs[..., 0], pairs[..., 1]
+    replicates = _all(batch, f"{here}/replicates")
+    return [
+        Projection(
+            matrix=matrix, subspace=subspace, energies=energies[layer], eigenvalues=λ[layer, :width],
+            activation_reference=activation[layer], gradient_reference=gradient[layer],
+            replicates=None if replicates is None else replicates[layer],
+        )
+        for layer in range(layers)
+    ]  # fmt: skip
 
 
-def _curves(numbers: Mapping[str, Tensor], reference: str, measuring: Measuring) -> pd.DataFrame:
+def _curves(one: Measured, measuring: Measuring) -> pd.DataFrame:
     plan = measuring.plan
     groups: list[tuple[tuple[str, ...], str]] = [((m,), name) for m in plan.matrices for name in plan.targets[m]]
     for side in (READ_SIDE, WRITE_SIDE):
         pooled = tuple(matrix for matrix, name in side if name in plan.targets.get(matrix, ()))
         if len(pooled) > 1:
             groups.append((pooled, side[0][1]))
-    rows = [row for matrices, name in groups for row in _pooled(numbers, reference, matrices, name, measuring)]
-    return pd.DataFrame(rows, columns=list(CURVE_COLUMNS))
+    rows = [row for matrices, name in groups for row in _pooled(one, matrices, name, measuring)]
+    frame = pd.DataFrame(rows, columns=list(CURVE_COLUMNS)).assign(step=one.step, reference=one.reference)
+    return frame[["step", "reference", *CURVE_COLUMNS]]
 
 
-def _pooled(
-    numbers: Mapping[str, Tensor], reference: str, matrices: Sequence[str], subspace: str, measuring: Measuring
-) -> list[dict[str, Any]]:
+def _pooled(one: Measured, matrices: Sequence[str], subspace: str, measuring: Measuring) -> list[dict[str, Any]]:
     """One row for each rank of all layers and heads of some matrices against one subspace."""
 
     def total(name: str, *, by_energy: bool = False) -> Tensor | None:
         """Sum over matrices, layers and heads, weighted by ‖ΔW‖² if asked; None where a matrix does not have it."""
         parts = []
         for matrix in matrices:
-            value = numbers.get(f"{reference}/{matrix}/{name}")
+            value = one.of(f"{matrix}/{name}")
             if value is None:
                 return None
             if by_energy:
-                value = numbers[f"{reference}/{matrix}/energy"].unsqueeze(-1) * (
+                value = _there(one.of(f"{matrix}/energy")).unsqueeze(-1) * (
                     value.unsqueeze(1) if value.ndim == 2 else value
                 )
             # heads are the last axis of norms, the one before ranks elsewhere
@@ -285,7 +350,7 @@ def _pooled(
 
     energy, base_energy, inside = (_there(total(name)) for name in ("energy", "base_energy", f"{subspace}/inside"))
     ranks = measuring.plan.ranks[: len(inside)]
-    scale = measuring.d / torch.tensor(ranks) / energy
+    scale = measuring.d / torch.tensor(ranks, dtype=torch.float64) / energy
     nan = torch.full_like(inside, torch.nan)
     relative, low, high = inside * scale, nan, nan
     replicates = total(f"{subspace}/replicates")

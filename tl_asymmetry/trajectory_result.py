@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from tl_asymmetry.measurements import CURVE_COLUMNS, Measuring, checkpoint_tables
+from tl_asymmetry.measurements import Measured, Measuring, batches_of, checkpoint_tables
 from tl_asymmetry.plan import Plan
 from tl_asymmetry.report import Report
 from tl_asymmetry.store import CheckpointStore, MemoryStore, StoreReader
@@ -87,6 +87,7 @@ class TrajectoryAnalysis(TrajectoryData):
             intervals=about["intervals"],
             softmax_centres_keys=False,
             d=shape["d_model"],
+            n_layers=shape["n_layers"],
             n_heads=shape["n_heads"],
             headed={matrix: matrix not in ("W_in", "W_gate", "W_out") for matrix in targets},
             seed=settings["seed"],
@@ -107,20 +108,19 @@ class TrajectoryAnalysis(TrajectoryData):
         notes: Sequence[str],
     ) -> TrajectoryAnalysis:
         """Make the tables of some finished checkpoints, one at a time; their nulls are made here."""
-        references = settings["references"]
-        tables: dict[str, list[pd.DataFrame]] = {"table": [], "asymmetry": [], "curves": []}
         spectra: dict[str, list[Tensor]] = {}
-        for step in steps:
-            numbers = store.arrays(step)
-            for reference in references:
-                made = checkpoint_tables(numbers, reference, measuring)
-                for name, held in tables.items():
-                    frame = getattr(made, name)
-                    held.append(frame.assign(step=step, reference=reference)[["step", "reference", *frame.columns]])
-                for matrix in measuring.plan.matrices:
-                    spectra.setdefault(f"spectrum/{matrix}/{reference}", []).append(
-                        numbers[f"{reference}/{matrix}/spectrum"]
-                    )
+
+        def measured() -> Iterator[Measured]:
+            for step in steps:
+                numbers = store.arrays(step)
+                for reference in settings["references"]:
+                    for matrix in measuring.plan.matrices:
+                        name = f"{matrix}/{reference}"
+                        spectra.setdefault(f"spectrum/{name}", []).append(numbers[f"{reference}/{matrix}/spectrum"])
+                    yield Measured(step, reference, numbers)
+
+        made = [checkpoint_tables(batch, measuring) for batch in batches_of(measured(), measuring)]
+        tables = {name: _joined([getattr(part, name) for part in made]) for name in ("table", "asymmetry", "curves")}
         start = settings["start"]
         entries = [
             {
@@ -144,7 +144,7 @@ class TrajectoryAnalysis(TrajectoryData):
             "sequences": about["sequences"],
         }
         return cls(
-            **{name: _joined(held, name) for name, held in tables.items()},
+            **tables,
             checkpoints=pd.DataFrame(entries).astype({"previous_step": "Int64"}),
             config=config,
             notes=tuple(notes),
@@ -156,9 +156,6 @@ def _listed(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": entry["name"], "weights_xxh3": entry["weights_xxh3"], "previous_step": entry["previous"][0]}
 
 
-def _joined(frames: Sequence[pd.DataFrame], name: str) -> pd.DataFrame:
+def _joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """One after the other; without those that have no rows, whose columns have no type."""
-    filled = [frame for frame in frames if len(frame)] or list(frames[:1])
-    if name == "curves" and not len(filled[0]):
-        return pd.DataFrame(columns=["step", "reference", *CURVE_COLUMNS])
-    return pd.concat(filled, ignore_index=True)
+    return pd.concat([frame for frame in frames if len(frame)] or list(frames[:1]), ignore_index=True)

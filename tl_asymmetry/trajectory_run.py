@@ -143,6 +143,7 @@ class TrajectoryRun:
             intervals=intervals,
             softmax_centres_keys=view.score_shift_invariant,
             d=view.d_model,
+            n_layers=view.n_layers,
             n_heads=view.n_heads,
             headed={matrix: view.heads(matrix) is not None for matrix in plan.matrices},
             seed=options.seed,
