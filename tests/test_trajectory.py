@@ -282,10 +282,8 @@ def test_directories_and_functions(tmp_path: Path) -> None:
         shutil.copytree(tiny.hf_directory("gpt2", delta=0.02 * seed), folder)
     expected = analyze_trajectory(folders, **OPTIONS)
     identical(analyze_trajectory(list(folders.values()), **OPTIONS), expected)
-    made = analyze_trajectory(
-        [(s, functools.partial(tiny.bridge, "gpt2", delta=0.01 * s / (1 if s < 30 else 0.75) / 5)) for s in (0, 10, 30)],
-        **OPTIONS, duplicates="keep",
-    )  # fmt: skip
+    makers = [(step, functools.partial(tiny.bridge, "gpt2", delta=δ)) for step, δ in ((0, 0.0), (10, 0.02), (30, 0.04))]
+    made = analyze_trajectory(makers, **OPTIONS)
     assert made.table["step"].unique().tolist() == [10, 30]
     pd.testing.assert_frame_equal(
         rows(expected, "table", 10, "first"), rows(made, "table", 10, "first"), check_exact=True

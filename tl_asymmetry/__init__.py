@@ -27,6 +27,7 @@ from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair import analyze_pair
 from tl_asymmetry.pair_result import PairAnalysis
+from tl_asymmetry.recorder import TrajectoryRecorder
 from tl_asymmetry.trajectory import analyze_trajectory
 from tl_asymmetry.trajectory_result import TrajectoryAnalysis
 
@@ -39,6 +40,7 @@ __all__ = [
     "StreamingMoments",
     "Subspace",
     "TrajectoryAnalysis",
+    "TrajectoryRecorder",
     "adjusted_p",
     "analyze_pair",
     "analyze_trajectory",

@@ -58,8 +58,9 @@ def hold(bases: LayerBases, plan: Plan, *, intervals: bool, softmax_centres_keys
         whole = bases.subspace(name)
         top = min(whole.rank, max(plan.ranks))
         cut = whole if whole.rank <= top + 1 else whole.truncate(top + 1)
-        # a copy, so that the rest can go; what was cut before may be shared by all layers
-        tensors[f"{name}/basis"] = cut.basis if cut is whole else cut.basis.clone()
+        # A copy, so that the rest can go; what was cut before may be shared by all layers. In the one layout that a file
+        # gives back: products of the same numbers in another one differ in their last bits.
+        tensors[f"{name}/basis"] = cut.basis.contiguous() if cut is whole else _copy(cut.basis)
         if cut.eigenvalues is not None:
             tensors[f"{name}/eigenvalues"] = cut.eigenvalues.clone()
         if intervals and bases.is_captured(name):
@@ -70,6 +71,10 @@ def hold(bases: LayerBases, plan: Plan, *, intervals: bool, softmax_centres_keys
                 key = _reference(INPUT_POINT[matrix], name, within)
                 tensors[key] = bases.reference(INPUT_POINT[matrix], name, top, within_sequences=within)
     return HeldBases(bases.layer, tensors)
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _reference(point: str, name: str, within_sequences: bool) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -388,7 +388,10 @@ class TrajectoryRun:
         given = dict(plan.given)
         if "prediction" in plan.subspaces and "prediction" not in given:
             top = min(max(plan.ranks) + 1, view.d_model)
-            given["prediction"] = [prediction_subspace(view).truncate(top)] * view.n_layers
+            prediction = prediction_subspace(view).truncate(top)
+            # one contiguous basis for all layers
+            prediction = replace(prediction, basis=prediction.basis.contiguous())
+            given["prediction"] = [prediction] * view.n_layers
 
         def of_layer(layer: int) -> HeldBases:
             bases = LayerBases(
