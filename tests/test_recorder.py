@@ -254,6 +254,24 @@ def test_a_nan_stops_the_training_or_is_left_out() -> None:
         assert recorder.result().steps == [2]
 
 
+def test_a_transformers_model_without_a_name_reads_texts_with_the_given_tokenizer() -> None:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny.CONFIGS["llama"]())
+    texts = [" ".join(f"w{(7 * i + j * j) % 90}" for j in range(10 + i)) for i in range(6)]
+    tokenizer = tiny.tokenizer()
+    before = dict(tokenizer.init_kwargs), tokenizer.padding_side, tokenizer.all_special_tokens
+    recorder = TrajectoryRecorder(model, 1, texts=texts, tokenizer=tokenizer, ranks=[4], groups=3)
+    tiny.perturb_(model, 0.02, 1)
+    recorder.step(1)
+    result = recorder.result()
+    assert result.config["tokens"] == sum(len(text.split()) for text in texts)
+    assert before == (dict(tokenizer.init_kwargs), tokenizer.padding_side, tokenizer.all_special_tokens)
+    with pytest.raises(ValueError, match="expected a model with a tokenizer to read texts"):
+        TrajectoryRecorder(model, 1, texts=texts)
+
+
 def test_wrappers_are_seen_through() -> None:
     model = hf_model()
     plain = TrajectoryRecorder(model, 1, **OPTIONS)

@@ -58,7 +58,7 @@ def hold(bases: LayerBases, plan: Plan, *, intervals: bool, softmax_centres_keys
         whole = bases.subspace(name)
         top = min(whole.rank, max(plan.ranks))
         cut = whole if whole.rank <= top + 1 else whole.truncate(top + 1)
-        # A copy, so that the rest can go; what was cut before may be shared by all layers. In the one layout that a file
+        # A copy, so that the rest can go; what was cut before may be shared by all layers. In the layout that a file
         # gives back: products of the same numbers in another one differ in their last bits.
         tensors[f"{name}/basis"] = cut.basis.contiguous() if cut is whole else _copy(cut.basis)
         if cut.eigenvalues is not None:

@@ -268,8 +268,8 @@ class TrajectoryRecorder:
         weights = run.checked(view, step, quick=True)
         if weights != entry["weights_xxh3"]:
             raise ValueError(
-                f"expected the weights of step {before[-1]}, the last recording before step {step}, got none: the store "
-                'keeps those of its last recording only; resume from there, or pass reference="first"'
+                f"expected the weights of step {before[-1]}, the last recording before step {step}, got none: the "
+                'store keeps those of its last recording only; resume from there, or pass reference="first"'
             )
         self._previous = WeightsSnapshot.of(view, run.plan.matrices, before[-1], weights)
 
@@ -308,14 +308,29 @@ def _bridge(model: Any, tokenizer: Any) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
     device = next(model.parameters()).device
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        twin: Any = copy.deepcopy(model)
-        twin.zero_grad(set_to_none=True)
+    config: Any = model.config
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        twin: Any = copy.deepcopy(model)  # without the gradients, which a copied parameter does not have
         if hasattr(twin, "set_attn_implementation"):
             twin.set_attn_implementation("eager")
-        config: Any = model.config
-        name = str(getattr(config, "_name_or_path", "") or config.model_type)
-        return TransformerBridge.boot_transformers(
-            name, hf_model=twin, tokenizer=tokenizer, device=str(device), dtype=next(model.parameters()).dtype
-        ).eval()
+        bridge = TransformerBridge.boot_transformers(
+            str(getattr(config, "_name_or_path", "") or config.model_type), hf_model=twin, tokenizer=_stand_in(),
+            device=str(device), dtype=next(model.parameters()).dtype,
+        )  # fmt: skip
+    # only now: TransformerLens would look for one on the hub, or set up the user's own
+    bridge.tokenizer = tokenizer
+    return bridge.eval()
+
+
+def _stand_in() -> Any:
+    """A tokenizer that TransformerLens accepts without asking the hub."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    stand_in = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="a", eos_token="a", unk_token="a", pad_token="a"
+    )
+    stand_in.init_kwargs |= {"add_bos_token": True, "name_or_path": ""}
+    return stand_in

@@ -244,7 +244,7 @@ class CheckpointStore(StoreReader):
         Raises:
             OSError: no room (errno ENOSPC) or another failure of the disk; what was finished before is untouched.
         """
-        content = save({name: array.detach().cpu().contiguous() for name, array in arrays.items()})
+        content = save(_plain(arrays))
         line = {
             "step": int(step),
             "bytes": len(content),
@@ -260,7 +260,7 @@ class CheckpointStore(StoreReader):
 
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors that belong to no checkpoint, in the place of earlier ones of that name."""
-        content = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+        content = save(_plain(tensors))
         with _explained(self.folder, name):
             _replace(self._blob(name), content)
 
@@ -301,6 +301,18 @@ class CheckpointStore(StoreReader):
                 f"expected the models and settings that the store {str(self.folder)!r} was begun with, got others: "
                 f"{', '.join(differences)}; pass the same ones or another folder"
             )
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors on CPU, none of which shares memory with another, as safetensors asks for."""
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        plain[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return plain
 
 
 def _foreign(folder: Path) -> list[str]:

@@ -152,8 +152,9 @@ class TrajectoryRun:
         weights = self.checked(view, step, first=True)
         earlier = _earlier_run(store) if recorder and store is not None else None
         start: dict[str, Any] = {"step": step, "weights_xxh3": weights}
+        record = model_record(view, weights)
         if earlier is not None:
-            start = earlier.settings["start"]
+            start, name, record = earlier.settings["start"], earlier.about["name"], earlier.about["model"]
         if step < start["step"]:
             raise ValueError(
                 f"expected step {start['step']} or later, where the store {str(store)!r} begins, got {step}; pass the "
@@ -195,7 +196,7 @@ class TrajectoryRun:
         about = {
             "arguments": dict(arguments),
             "versions": versions(),
-            "model": model_record(view, weights),
+            "model": record,
             "name": name,
             "shown_rank": plan.shown_rank,
             "intervals": intervals,
