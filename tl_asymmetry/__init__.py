@@ -9,6 +9,8 @@
 Neither TransformerLens nor plotly is imported until it is needed.
 """
 
+from tl_asymmetry.compare import compare
+from tl_asymmetry.comparison import Comparison
 from tl_asymmetry.estimate import PairEstimate, estimate_pair
 from tl_asymmetry.geometry.fraction import energy_profile, subspace_fraction
 from tl_asymmetry.geometry.moments import StreamingMoments
@@ -34,6 +36,7 @@ from tl_asymmetry.trajectory_result import TrajectoryAnalysis
 __version__ = "0.1.0"
 
 __all__ = [
+    "Comparison",
     "ModelView",
     "PairAnalysis",
     "PairEstimate",
@@ -45,6 +48,7 @@ __all__ = [
     "analyze_pair",
     "analyze_trajectory",
     "capture_moments",
+    "compare",
     "effective_rank",
     "energy_profile",
     "estimate_pair",

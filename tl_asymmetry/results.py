@@ -20,6 +20,7 @@ from tl_asymmetry.report import Report, write_report
 
 KINDS = {
     "PairAnalysis": "tl_asymmetry.pair_result",
+    "Comparison": "tl_asymmetry.comparison",
     "TrajectoryAnalysis": "tl_asymmetry.trajectory_result",
 }
 """Every class of result, and the module that defines it."""

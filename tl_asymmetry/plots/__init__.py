@@ -6,6 +6,7 @@ and nowhere above, so the package itself stays light.
 """
 
 from tl_asymmetry.plots.asymmetry import asymmetry_figure
+from tl_asymmetry.plots.comparison import differences_figure, overlap_figure
 from tl_asymmetry.plots.heads import heads_figure
 from tl_asymmetry.plots.layers import layers_figure
 from tl_asymmetry.plots.rank_curve import rank_curve_figure
@@ -22,10 +23,12 @@ __all__ = [
     "animation_figure",
     "asymmetry_figure",
     "curves_figure",
+    "differences_figure",
     "emergence_figure",
     "head_curves_figure",
     "heads_figure",
     "layers_figure",
+    "overlap_figure",
     "rank_curve_figure",
     "spectrum_figure",
     "template",

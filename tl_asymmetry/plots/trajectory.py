@@ -344,7 +344,7 @@ def animation_figure(
                 }
             ],
         )  # fmt: skip
-    _head_axes(figure, layers, heads, shared)
+    pick.head_axes(figure, layers, heads, shared)
     return style.finish(
         figure, title=heading(last), template_name=template, width=width, height=height, right=64,
         plot_height=int(np.clip(26 * len(layers), 220, 620)),
@@ -448,7 +448,7 @@ def emergence_figure(
             z, words, nx, ny = drawn(k)
             changes.append([{"z": [z, None], "customdata": [words, None], "x": [x, nx], "y": [layers, ny]}, [0, 1]])
         figure.update_layout(sliders=[style.rank_slider(ranks, start, changes)])
-    _head_axes(figure, layers, heads, shared)
+    pick.head_axes(figure, layers, heads, shared)
     heading = style.heading(
         style.text(title) if title is not None else f"{style.text(matrix)}: since when more concentrated than chance",
         f"First step from which q stays below {level:g} in {style.text(space)}, for the change "
@@ -556,19 +556,6 @@ def _hover(row: Any, name: str, space: str, matched: float) -> list[str]:
         pick.isotropic(row), style.number(matched), style.number(row["excess"]),
         style.number(row["delta_relative_norm"]),
     ]  # fmt: skip
-
-
-def _head_axes(figure: go.Figure, layers: Sequence[int], heads: Sequence[int | None], shared: bool) -> None:
-    single = list(heads) == [None]
-    ticks = style.integer_ticks(list(range(len(heads))))
-    figure.update_xaxes(
-        title=None if single else ("KV head" if shared else "head"), showgrid=False, constrain="domain",
-        tickmode="array", tickvals=ticks["tickvals"], range=[-0.5, len(heads) - 0.5],
-        ticktext=["MLP"] if single else [str(heads[i]) for i in ticks["tickvals"]],
-    )  # fmt: skip
-    figure.update_yaxes(
-        title="layer", showgrid=False, range=[layers[-1] + 0.5, layers[0] - 0.5], **style.integer_ticks(layers, 24)
-    )
 
 
 def _step_axis(steps: pd.Series) -> dict[str, Any]:
