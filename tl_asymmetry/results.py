@@ -22,6 +22,8 @@ KINDS = {
     "PairAnalysis": "tl_asymmetry.pair_result",
     "Comparison": "tl_asymmetry.comparison",
     "TrajectoryAnalysis": "tl_asymmetry.trajectory_result",
+    "LayerJacobians": "tl_asymmetry.jacobian_result",
+    "PredictionPullback": "tl_asymmetry.pullback_result",
 }
 """Every class of result, and the module that defines it."""
 
