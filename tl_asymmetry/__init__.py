@@ -35,6 +35,7 @@ from tl_asymmetry.pair import analyze_pair
 from tl_asymmetry.pair_result import PairAnalysis
 from tl_asymmetry.pullback import prediction_pullback
 from tl_asymmetry.pullback_result import PredictionPullback
+from tl_asymmetry.pythia import pythia_checkpoints
 from tl_asymmetry.recorder import TrajectoryRecorder
 
 # The function takes the place of the module it stands in: `from tl_asymmetry.report import …` still finds the module.
@@ -75,6 +76,7 @@ __all__ = [
     "prediction_pullback",
     "prediction_subspace",
     "principal_subspace",
+    "pythia_checkpoints",
     "random_subspace",
     "report",
     "rounding_share",

@@ -106,14 +106,14 @@ def _one(entry: Any, several: bool) -> Checkpoint:
     if isinstance(model, str | Path):
         return _of_path(step, model)
     if callable(model) and not isinstance(model, nn.Module):
-        return Checkpoint(step, f"step {step}", lambda: _made(model))
+        return Checkpoint(step, f"step {step}", lambda: made_model(model))
     return Checkpoint(step, f"step {step}", lambda: _given(model), again=several)
 
 
 def _of_path(step: int, path: str | Path) -> Checkpoint:
     here = Path(path)
     known = (lambda: _directory_fingerprint(here)) if here.is_dir() else None
-    return Checkpoint(step, str(path), lambda: _made(lambda: open_model(path)), known)
+    return Checkpoint(step, str(path), lambda: made_model(lambda: open_model(path)), known)
 
 
 @contextmanager
@@ -122,7 +122,7 @@ def _given(model: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def _made(make: Callable[[], Any]) -> Iterator[Any]:
+def made_model(make: Callable[[], Any]) -> Iterator[Any]:
     """A model made for this context: nothing of it is held afterwards."""
     held = [make()]
     try:

@@ -83,7 +83,11 @@ def headline(result: TrajectoryData) -> list[str]:
         matched = end["activation_matched"] if side == "read" else end["gradient_matched"]
         chance = "its matched reference is unknown without gradients"
         if not np.isnan(matched):
-            chance = f"{'inputs' if side == 'read' else 'gradients'} alone would give {matched:.2f}"
+            whose = {"base": "the first checkpoint's", "each": "its own"}.get(
+                str(result.config["subspaces_from"]), "that model's"
+            )
+            chance = f"{whose} inputs alone" if side == "read" else "its own gradients alone"
+            chance = f"{chance} would give {matched:.2f}"
         sentences.append(
             f"{'Reading' if side == 'read' else 'Writing'} ({matrix} in {subspace}, rank {k}): the change {change} has "
             f"a pooled relative fraction of {run['relative'].iloc[0]:.2f} at step {int(run['step'].iloc[0])} and "
