@@ -571,7 +571,7 @@ def _step_axis(steps: pd.Series) -> dict[str, Any]:
 
 
 def _is_wide(low: int, high: int) -> bool:
-    return low > 0 and high / low > 20
+    return low > 0 and high / low > 10
 
 
 def _apart(values: Sequence[int]) -> list[int]:
