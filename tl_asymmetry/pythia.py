@@ -49,13 +49,20 @@ class Hub(Protocol):
 
 
 class HuggingFaceHub:
-    """The hub at huggingface.co, or where HF_ENDPOINT points, through huggingface_hub."""
+    """The hub at huggingface.co, or where HF_ENDPOINT points, through huggingface_hub.
+
+    Args:
+        endpoint: another address, such as a mirror's.
+    """
+
+    def __init__(self, endpoint: str | None = None) -> None:
+        self._endpoint = endpoint
 
     def files(self, repository: str, revision: str) -> tuple[str, list[RemoteFile]]:
         """As `Hub.files`."""
         from huggingface_hub import HfApi
 
-        found = HfApi().model_info(repository, revision=revision, files_metadata=True)
+        found = HfApi(endpoint=self._endpoint).model_info(repository, revision=revision, files_metadata=True)
         return str(found.sha), [
             RemoteFile(s.rfilename, int(s.size or 0), None if s.lfs is None else s.lfs.sha256)
             for s in found.siblings or ()
@@ -65,7 +72,7 @@ class HuggingFaceHub:
         """As `Hub.download`."""
         from huggingface_hub import hf_hub_download
 
-        return Path(hf_hub_download(repository, name, revision=commit, local_dir=folder))
+        return Path(hf_hub_download(repository, name, revision=commit, local_dir=folder, endpoint=self._endpoint))
 
 
 def pythia_checkpoints(
@@ -161,6 +168,7 @@ def _revision(hub: Hub, repository: str, step: int) -> _Revision:
         raise ValueError(
             f"expected a revision step{step} of {repository} on the hub, got none; pass a step the model was saved at"
         ) from error
+    files = [file for file in files if "/" not in file.name and "\\" not in file.name]  # a model lies at the top
     there = {file.name for file in files}
     tensors = [file for file in files if file.name.endswith(".safetensors")]
     pickled = [file for file in files if file.name.startswith("pytorch_model") and file.name.endswith(".bin")]
@@ -171,7 +179,7 @@ def _revision(hub: Hub, repository: str, step: int) -> _Revision:
             f"{', '.join(sorted(there)) or 'nothing'}; pass a model in the format of transformers"
         )
     ending = ".safetensors.index.json" if tensors else ".bin.index.json"
-    chosen = [*weights, *(file for file in files if file.name in _SETTINGS or file.name.endswith(ending))]
+    chosen = [*(file for file in files if file.name in _SETTINGS or file.name.endswith(ending)), *weights]
     return _Revision(commit, tuple(chosen))
 
 
