@@ -20,7 +20,14 @@ import torch
 from tests import tiny
 from tests.killing import Fatal, deaths
 from tests.test_pair_promises import state
-from tl_asymmetry import TrajectoryAnalysis, analyze_pair, analyze_trajectory, capture_moments, prediction_subspace
+from tl_asymmetry import (
+    TrajectoryAnalysis,
+    analyze_pair,
+    analyze_trajectory,
+    capture_moments,
+    prediction_subspace,
+    random_subspace,
+)
 from tl_asymmetry.checkpoints import Checkpoint, checkpoints_of
 from tl_asymmetry.geometry.subspace import principal_subspace
 from tl_asymmetry.models.view import ModelView
@@ -169,6 +176,21 @@ def test_subspaces_from_one_model() -> None:
         analyze_trajectory(checkpoints, **OPTIONS, subspaces_from=other)
 
 
+def test_given_subspaces_smaller_than_the_largest_rank() -> None:
+    checkpoints = run()
+    given = {"attn_in": first_subspaces("attn_in"), "random": random_subspace(tiny.D_MODEL, 5, seed=0)}
+    options = OPTIONS | {"ranks": [1, 4, 5, 6, 20], "subspaces": given}
+    with pytest.warns(UserWarning, match="ranks above 5 are left out for 'random'"):
+        result = analyze_trajectory(checkpoints, **options)
+    with pytest.warns(UserWarning, match="ranks above 5 are left out for 'random'"):
+        pair = analyze_pair(checkpoints[0], checkpoints[30], **options).table
+    close(
+        rows(result, "table", 30, "first"), pair, [c for c in pair.columns if c not in ("activation_matched", "excess")]
+    )
+    assert set(result.table.loc[result.table["subspace"] == "random", "rank"]) == {1, 4, 5}
+    assert result.table.loc[result.table["subspace"] == "random", "eigengap"].isna().all()
+
+
 def test_curves_pool_heads_by_energy() -> None:
     """Σ‖QᵀΔW‖²/Σ‖ΔW‖² over layers and heads, and its jackknife, by hand from the pair's table."""
     result = analysed()
@@ -255,6 +277,12 @@ def test_gradients_are_made_of_each_checkpoint() -> None:
     close(rows(result, "asymmetry", 30, "first"), pair.asymmetry)
     curves = rows(result, "curves", 30, "first")
     assert curves.loc[curves["pathway"] == "write", "gradient_matched"].notna().all()
+    spectra = result.gradient_spectrum("W_O")
+    assert spectra.shape == (3, tiny.N_LAYERS, tiny.N_HEADS, tiny.D_MODEL)
+    moment = Matched(checkpoints[30]).gradient_moment(1, "W_O", 2)
+    np.testing.assert_allclose(spectra[1, 1, 2], torch.linalg.eigvalsh(moment).flip(-1).clamp(min=0), atol=1e-12)
+    with pytest.raises(ValueError, match=r"expected one of none \(made without gradient=\), got 'W_O'"):
+        analysed().gradient_spectrum("W_O")
     with pytest.raises(ValueError, match="expected gradient to return an object with a method gradient_moment"):
         analyze_trajectory(checkpoints, **OPTIONS, gradient=lambda model: 3)
 

@@ -138,6 +138,8 @@ def measure(
                 deltas[matrix] = measure_delta(matrix, before, weight, seed=measuring.seed)
             for name, value in _layer_numbers(deltas, held, measuring, gradient).items():
                 numbers[f"{reference}/{name}"] = value
+        if gradient is not None:
+            numbers |= _gradient_spectra(layer, measuring, gradient)
         return numbers
 
     layers = side_by_side(of_layer, view.n_layers, device=view.device, description="layers", progress=progress)
@@ -154,6 +156,17 @@ def _eigenvalues(held: HeldBases, measuring: Measuring) -> dict[str, Tensor]:
         if subspace.eigenvalues is not None:
             λ[: subspace.rank] = subspace.eigenvalues[: len(λ)].double().cpu()
         numbers[f"eigenvalues/{name}"] = torch.stack([λ[[k - 1, k]] for k in ranks])
+    return numbers
+
+
+def _gradient_spectra(layer: int, measuring: Measuring, gradient: GradientMoments) -> dict[str, Tensor]:
+    """Eigenvalues of the upstream gradient's second moment of each write matrix `[head, d]`, descending."""
+    numbers = {}
+    for matrix in measuring.plan.matrices:
+        if matrix in WRITE:
+            heads = range(measuring.n_heads) if measuring.headed[matrix] else [None]
+            moments = torch.stack([gradient.gradient_moment(layer, matrix, head).double().cpu() for head in heads])
+            numbers[f"gradients/{matrix}"] = torch.linalg.eigvalsh(moments).flip(-1).clamp(min=0)
     return numbers
 
 

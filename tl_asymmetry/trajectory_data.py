@@ -80,6 +80,21 @@ class TrajectoryData(Result):
         """
         return self._array("spectrum", matrix, reference)
 
+    def gradient_spectrum(self, matrix: str) -> Float[np.ndarray, "step layer head d_model"]:
+        """Eigenvalues of the second moment of the gradient upstream of W_O or W_out at each step, descending, float64.
+
+        Raises:
+            ValueError: another matrix, or a trajectory recorded without `gradient`.
+        """
+        name = f"gradient_spectrum/{matrix}"
+        if name not in self.arrays:
+            there = sorted(n.partition("/")[2] for n in self.arrays if n.startswith("gradient_spectrum/"))
+            raise ValueError(
+                f"expected one of {', '.join(there) or 'none (made without gradient=)'}, got {matrix!r}; pass W_O or "
+                "W_out of a trajectory with gradient="
+            )
+        return self.arrays[name].numpy()
+
     @property
     def steps(self) -> list[int]:
         """Steps of the table, ascending; the first checkpoint is not among them."""

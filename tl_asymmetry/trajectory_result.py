@@ -113,6 +113,9 @@ class TrajectoryAnalysis(TrajectoryData):
         def measured() -> Iterator[Measured]:
             for step in steps:
                 numbers = store.arrays(step)
+                for name, value in numbers.items():
+                    if name.startswith("gradients/"):
+                        spectra.setdefault(f"gradient_spectrum/{name.partition('/')[2]}", []).append(value)
                 for reference in settings["references"]:
                     for matrix in measuring.plan.matrices:
                         name = f"{matrix}/{reference}"

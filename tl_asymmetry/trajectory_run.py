@@ -148,6 +148,9 @@ class TrajectoryRun:
             headed={matrix: view.heads(matrix) is not None for matrix in plan.matrices},
             seed=options.seed,
         )
+        for given, held in plan.given.items():
+            if held[0].rank < max(plan.ranks):
+                notes.warn(f"ranks above {held[0].rank} are left out for {given!r}, which has no more directions")
         self._outline = _outline(view)
         weights = self.checked(view, step, first=True)
         earlier = _earlier_run(store) if recorder and store is not None else None
