@@ -10,6 +10,8 @@ Neither TransformerLens nor plotly is imported until it is needed.
 """
 
 from tl_asymmetry.centroids import centroids, local_centroids
+from tl_asymmetry.compare import compare
+from tl_asymmetry.comparison import Comparison
 from tl_asymmetry.control import contrastive_control
 from tl_asymmetry.control_result import ControlStudy
 from tl_asymmetry.estimate import PairEstimate, estimate_pair
@@ -38,18 +40,23 @@ from tl_asymmetry.pair import analyze_pair
 from tl_asymmetry.pair_result import PairAnalysis
 from tl_asymmetry.pullback import prediction_pullback
 from tl_asymmetry.pullback_result import PredictionPullback
+from tl_asymmetry.pythia import pythia_checkpoints
+from tl_asymmetry.recorder import TrajectoryRecorder
 
 # The function takes the place of the module it stands in: `from tl_asymmetry.report import …` still finds the module.
 from tl_asymmetry.report import report, write_images
 from tl_asymmetry.training import objectives
 from tl_asymmetry.training.objectives import DPO, ORPO, CrossEntropy, InfoNCE, Mix, PreferenceBatch, TokenBatch
 from tl_asymmetry.training.runs import Optimizer
+from tl_asymmetry.trajectory import analyze_trajectory
+from tl_asymmetry.trajectory_result import TrajectoryAnalysis
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DPO",
     "ORPO",
+    "Comparison",
     "ControlStudy",
     "CrossEntropy",
     "GradientCovariance",
@@ -65,11 +72,15 @@ __all__ = [
     "StreamingMoments",
     "Subspace",
     "TokenBatch",
+    "TrajectoryAnalysis",
+    "TrajectoryRecorder",
     "WeightSource",
     "adjusted_p",
     "analyze_pair",
+    "analyze_trajectory",
     "capture_moments",
     "centroids",
+    "compare",
     "contrastive_control",
     "effective_rank",
     "energy_profile",
@@ -87,6 +98,7 @@ __all__ = [
     "prediction_pullback",
     "prediction_subspace",
     "principal_subspace",
+    "pythia_checkpoints",
     "random_subspace",
     "report",
     "rounding_share",

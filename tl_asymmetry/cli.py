@@ -1,4 +1,4 @@
-"""The command line: `tl-asymmetry demo | analyze | report`."""
+"""The command line: `tl-asymmetry demo | analyze | trajectory | compare | report`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tl_asymmetry.cli_trajectory import add_compare, add_trajectory, run_compare, run_trajectory
 from tl_asymmetry.pair import analyze_pair
 from tl_asymmetry.pair_result import PairAnalysis
 from tl_asymmetry.results import Result, open_result
@@ -57,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     analyze.epilog = 'a .jsonl file has one string, {"text": …} or {"messages": […]} a line'
     analyze.set_defaults(run=_analyze)
 
+    add_trajectory(commands).set_defaults(run=_trajectory)
+    add_compare(commands).set_defaults(run=_compare)
+
     report = commands.add_parser("report", help="write the report of a saved result again")
     report.add_argument("folder", metavar="DIR", type=Path, help="folder that holds a saved result")
     report.set_defaults(run=_report)
@@ -89,6 +93,14 @@ def _analyze(options: argparse.Namespace) -> None:
         )
     if together.is_first:
         _finish(result, options.out)
+
+
+def _trajectory(options: argparse.Namespace) -> None:
+    _finish(run_trajectory(options, None if options.texts is None else _read_texts(options.texts)), options.out)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    _finish(run_compare(options), options.out)
 
 
 def _report(options: argparse.Namespace) -> None:

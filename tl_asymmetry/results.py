@@ -19,11 +19,13 @@ from torch import Tensor
 from tl_asymmetry.report import Report, write_report
 
 KINDS = {
+    "Comparison": "tl_asymmetry.comparison",
     "ControlStudy": "tl_asymmetry.control_result",
     "GradientCovariance": "tl_asymmetry.gradient_result",
     "LayerJacobians": "tl_asymmetry.jacobian_result",
     "PairAnalysis": "tl_asymmetry.pair_result",
     "PredictionPullback": "tl_asymmetry.pullback_result",
+    "TrajectoryAnalysis": "tl_asymmetry.trajectory_result",
 }
 """Every class of result, and the module that defines it."""
 
