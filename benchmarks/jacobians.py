@@ -1,13 +1,12 @@
-"""Cost of block Jacobians at GPT-2-small shape: the closed form against jacrev, and against TransformerLens 4's
-JacobianLens.
+"""Cost of block Jacobians at GPT-2-small shape: the closed form against jacrev and TransformerLens 4's JacobianLens.
 
-    python benchmarks/jacobians.py                  # prints the table, writes benchmarks/results/jacobians-<device>.json
+    python benchmarks/jacobians.py                  # prints the table, writes results/jacobians-<device>.json
     python benchmarks/jacobians.py --device cuda
 
 float32, random weights: cost does not depend on what was learned. Times are compared as ratios within one process,
-interleaved, medians over the rounds. jacrev computes every ∂ out[t] / ∂ in[s] and throws all but t = s away; its chunk is
-chosen to hold as much memory at once as the closed form does. Where the whole of it would not finish, one chunk is timed
-and multiplied by the number of chunks, and the row says so.
+interleaved, medians over the rounds. jacrev computes every ∂ out[t] / ∂ in[s] and throws all but t = s away; its chunk
+is chosen to hold as much memory at once as the closed form does. Where the whole of it would not finish, one chunk is
+timed and multiplied by the number of chunks, and the row says so.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from pair import RESULTS, _memory_meter
 SHAPE = {"n_embd": 768, "n_layer": 2, "n_head": 12, "n_positions": 1024, "vocab_size": 1024}
 LAYER = 1
 TOKENS = 128
-WHOLE = (4, 8, 16)
+WHOLE = (4, 8)
 """Lengths at which jacrev is run to its end."""
 
 
