@@ -11,6 +11,7 @@ Neither TransformerLens nor plotly is imported until it is needed.
 
 from tl_asymmetry.centroids import centroids, local_centroids
 from tl_asymmetry.estimate import PairEstimate, estimate_pair
+from tl_asymmetry.explore import explorer
 from tl_asymmetry.geometry.fraction import energy_profile, subspace_fraction
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.nulls import adjusted_p, isotropic_null
@@ -33,6 +34,9 @@ from tl_asymmetry.pair_result import PairAnalysis
 from tl_asymmetry.pullback import prediction_pullback
 from tl_asymmetry.pullback_result import PredictionPullback
 
+# The function takes the place of the module it stands in: `from tl_asymmetry.report import …` still finds the module.
+from tl_asymmetry.report import report, write_images
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -50,6 +54,7 @@ __all__ = [
     "effective_rank",
     "energy_profile",
     "estimate_pair",
+    "explorer",
     "isoscore",
     "isotropic_null",
     "jacobian_sketch",
@@ -61,8 +66,10 @@ __all__ = [
     "prediction_subspace",
     "principal_subspace",
     "random_subspace",
+    "report",
     "rounding_share",
     "stable_rank",
     "storage_dtype",
     "subspace_fraction",
+    "write_images",
 ]
