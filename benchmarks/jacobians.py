@@ -46,7 +46,8 @@ def load_model(device: str) -> Any:
         model.save_pretrained(folder)
         demo_model("base").tokenizer.save_pretrained(folder)
         bridge = TransformerBridge.boot_transformers(folder, device=device, dtype=torch.float32)
-    return bridge.eval()
+    # else jacrev, unlike the package, would keep a graph of every gradient for the weights (20 GB at 16 tokens)
+    return bridge.eval().requires_grad_(False)
 
 
 def tokens_of(length: int) -> torch.Tensor:
