@@ -23,6 +23,7 @@ from tl_asymmetry.geometry.spectrum import (
 )
 from tl_asymmetry.geometry.subspace import Subspace, principal_subspace, random_subspace
 from tl_asymmetry.models.capture import capture_moments
+from tl_asymmetry.models.edits import AppliedEdits, RankOneEdit, apply_edits
 from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair import analyze_pair
@@ -31,13 +32,16 @@ from tl_asymmetry.pair_result import PairAnalysis
 __version__ = "0.1.0"
 
 __all__ = [
+    "AppliedEdits",
     "ModelView",
     "PairAnalysis",
     "PairEstimate",
+    "RankOneEdit",
     "StreamingMoments",
     "Subspace",
     "adjusted_p",
     "analyze_pair",
+    "apply_edits",
     "capture_moments",
     "effective_rank",
     "energy_profile",

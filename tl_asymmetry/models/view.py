@@ -122,6 +122,7 @@ class ModelView:
     def __init__(self, model: Any) -> None:
         self.model = model
         self._adapter = adapter = _adapter_for(model)
+        self._owners: dict[tuple[int, str], Tensor] = {}
         cfg = adapter.cfg
         self.kind = adapter.kind
         self.name = str(getattr(cfg, "model_name", None) or "unnamed")
@@ -217,14 +218,28 @@ class ModelView:
             ValueError: no such layer or matrix; a quantised matrix; a copy (what the wrapper computed on
                 the fly).
         """
+        return self.weight_and_parameter(layer, matrix)[0]
+
+    def weight_and_parameter(self, layer: int, matrix: str) -> tuple[Tensor, Tensor]:
+        """What `weight` gives, and the model's parameter that it is a view of; `Module.to` may move that one.
+
+        Raises:
+            ValueError: as `weight`.
+        """
         weight = self._weight(layer, matrix)
-        block = self._adapter.blocks[layer]
-        if not _shares_storage(weight, block.parameters()):
-            raise ValueError(
-                f"expected a live view of blocks.{layer} {matrix}, got a copy; pass a model with raw weights "
-                "(a TransformerBridge without enable_compatibility_mode)"
-            )
-        return weight
+        address = _address(weight)
+        if address == 0:  # fake and meta tensors have no address, so there a copy cannot be told from a view
+            return weight, weight
+        owner = self._owners.get((layer, matrix))
+        if owner is None or _address(owner) != address:
+            owner = next((p for p in self._adapter.blocks[layer].parameters() if _address(p) == address), None)
+            if owner is None:
+                raise ValueError(
+                    f"expected a live view of blocks.{layer} {matrix}, got a copy; pass a model with raw weights "
+                    "(a TransformerBridge without enable_compatibility_mode)"
+                )
+            self._owners[layer, matrix] = owner
+        return weight, owner
 
     def _weight(self, layer: int, matrix: str) -> Tensor:
         self._require_layer(layer)
@@ -505,6 +520,9 @@ def _first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def _shares_storage(tensor: Tensor, parameters: Iterator[Tensor]) -> bool:
-    pointer = tensor.untyped_storage().data_ptr()
-    # fake and meta tensors have no address, so there a copy cannot be told from a view
-    return pointer == 0 or any(p.untyped_storage().data_ptr() == pointer for p in parameters)
+    address = _address(tensor)
+    return address == 0 or any(_address(p) == address for p in parameters)
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
