@@ -205,6 +205,11 @@ class ModelView:
             raise ValueError(f"expected a head from 0 to {self.n_heads - 1}, got {head}; pass a query head's index")
         return head // (self.n_heads // self.n_kv_heads)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks, in order."""
+        return self._adapter.blocks
+
     # -- matrices ----------------------------------------------------------------------------------
 
     def weight(self, layer: int, matrix: str) -> Tensor:
@@ -381,7 +386,7 @@ class ModelView:
             reader(x.unflatten(-1, (self.n_heads, self.d_head)) if point == "z" and x.ndim == 3 else x)
 
         def see_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            show(_first_tensor(args, kwargs))
+            show(first_tensor(args, kwargs))
 
         def see_output(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             show(output[0] if isinstance(output, tuple) else output)
@@ -512,7 +517,8 @@ def _adapter_for(model: Any) -> HookedAdapter | BridgeAdapter:
     raise ValueError(f"expected a HookedTransformer or TransformerBridge, {got}; {hint}")
 
 
-def _first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a module works on, however it was called."""
     for name in ("query_input", "hidden_states"):
         if name in kwargs:
             return kwargs[name]
