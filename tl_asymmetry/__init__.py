@@ -9,6 +9,15 @@
 Neither TransformerLens nor plotly is imported until it is needed.
 """
 
+from tl_asymmetry.edit_design import (
+    MatchedControls,
+    closed_form_edit,
+    head_delta,
+    input_at,
+    insert_edit,
+    matched_controls,
+    removal_edit,
+)
 from tl_asymmetry.estimate import PairEstimate, estimate_pair
 from tl_asymmetry.geometry.fraction import energy_profile, subspace_fraction
 from tl_asymmetry.geometry.moments import StreamingMoments
@@ -33,6 +42,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AppliedEdits",
+    "MatchedControls",
     "ModelView",
     "PairAnalysis",
     "PairEstimate",
@@ -43,16 +53,22 @@ __all__ = [
     "analyze_pair",
     "apply_edits",
     "capture_moments",
+    "closed_form_edit",
     "effective_rank",
     "energy_profile",
     "estimate_pair",
+    "head_delta",
+    "input_at",
+    "insert_edit",
     "isoscore",
     "isotropic_null",
     "marchenko_pastur_edge",
+    "matched_controls",
     "participation_ratio",
     "prediction_subspace",
     "principal_subspace",
     "random_subspace",
+    "removal_edit",
     "rounding_share",
     "stable_rank",
     "storage_dtype",
