@@ -29,7 +29,7 @@ VARIANCE_TOLERANCE = 0.05
 """How near a control's variance must come to the target's to count as equal."""
 
 _TILTS = (-64.0, 64.0)
-_HALVINGS = 52
+_HALVINGS = 44
 
 
 # --- edits ------------------------------------------------------------------------------------------------------
