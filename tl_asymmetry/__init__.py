@@ -31,12 +31,14 @@ from tl_asymmetry.geometry.spectrum import (
     stable_rank,
 )
 from tl_asymmetry.geometry.subspace import Subspace, principal_subspace, random_subspace
+from tl_asymmetry.interventions import rank_one_study
 from tl_asymmetry.models.capture import capture_moments
 from tl_asymmetry.models.edits import AppliedEdits, RankOneEdit, apply_edits
 from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair import analyze_pair
 from tl_asymmetry.pair_result import PairAnalysis
+from tl_asymmetry.study_result import RankOneStudy
 
 __version__ = "0.1.0"
 
@@ -47,6 +49,7 @@ __all__ = [
     "PairAnalysis",
     "PairEstimate",
     "RankOneEdit",
+    "RankOneStudy",
     "StreamingMoments",
     "Subspace",
     "adjusted_p",
@@ -68,6 +71,7 @@ __all__ = [
     "prediction_subspace",
     "principal_subspace",
     "random_subspace",
+    "rank_one_study",
     "removal_edit",
     "rounding_share",
     "stable_rank",

@@ -6,7 +6,7 @@ import html
 import importlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tl_asymmetry.report import Report, write_report
 
-KINDS = {"PairAnalysis": "tl_asymmetry.pair_result"}
+KINDS = {"PairAnalysis": "tl_asymmetry.pair_result", "RankOneStudy": "tl_asymmetry.study_result"}
 """Every class of result, and the module that defines it."""
 
 SCHEMA = 1
@@ -169,8 +169,8 @@ def save_result(
         layouts[name] = {"rows": len(table), "columns": columns}
     document = {"kind": kind, "schema": SCHEMA, "config": dict(config), "notes": list(notes), "tables": layouts}
     document["arrays"] = list(arrays)  # a safetensors file forgets their order
-    _replace(folder / _ARRAYS, lambda part: save_file(numbers, part))
-    _replace(folder / _DOCUMENT, lambda part: part.write_text(json.dumps(document, indent=1, ensure_ascii=False)))
+    replace_file(folder / _ARRAYS, lambda part: save_file(numbers, part))
+    replace_file(folder / _DOCUMENT, lambda part: part.write_text(json.dumps(document, indent=1, ensure_ascii=False)))
     return folder
 
 
@@ -210,7 +210,8 @@ def _document(path: str | Path) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
-def _replace(target: Path, write: Any) -> None:
+def replace_file(target: Path, write: Callable[[Path], object]) -> None:
+    """Write a file in one step: whoever reads meanwhile, or after a crash, meets the old one or the new one."""
     part = target.with_name(target.name + ".part")
     try:
         write(part)

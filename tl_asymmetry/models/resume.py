@@ -55,7 +55,7 @@ class EditedRuns:
         self.tokens = tokens.to(view.device)
         self._whole = whole
         self._calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        self._outputs: dict[int, Any] = {}
+        self._beside: dict[int, tuple[Any, ...] | None] = {}
         handles = []
         try:
             for layer in () if whole else sorted(set(layers)):
@@ -99,10 +99,10 @@ class EditedRuns:
 
     def carried(self, layer: int, streams: Float[Tensor, "rows pos d_model"]) -> Float[Tensor, "rows pos vocab"]:
         """Logits from given outputs of a block; `rows` is a multiple of the batch."""
-        output = self._outputs[layer]
+        beside = self._beside[layer]
 
         def as_block_does(hidden: Tensor) -> Any:
-            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+            return hidden if beside is None else (hidden, *beside)
 
         known: list[Callable[..., Any]] = [
             lambda *args, **kwargs: as_block_does(first_tensor(args, kwargs)) for _ in range(layer)
@@ -121,7 +121,7 @@ class EditedRuns:
 
     def _keep_output(self, layer: int) -> Callable[..., None]:
         def see(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-            self._outputs[layer] = output
+            self._beside[layer] = output[1:] if isinstance(output, tuple) else None
 
         return see
 

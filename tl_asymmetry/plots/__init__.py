@@ -7,6 +7,7 @@ and nowhere above, so the package itself stays light.
 
 from tl_asymmetry.plots.asymmetry import asymmetry_figure
 from tl_asymmetry.plots.heads import heads_figure
+from tl_asymmetry.plots.interventions import controls_figure, doses_figure, effects_figure
 from tl_asymmetry.plots.layers import layers_figure
 from tl_asymmetry.plots.rank_curve import rank_curve_figure
 from tl_asymmetry.plots.spectrum import spectrum_figure
@@ -14,6 +15,9 @@ from tl_asymmetry.plots.style import template
 
 __all__ = [
     "asymmetry_figure",
+    "controls_figure",
+    "doses_figure",
+    "effects_figure",
     "heads_figure",
     "layers_figure",
     "rank_curve_figure",
