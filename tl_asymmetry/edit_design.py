@@ -243,7 +243,7 @@ def matched_controls(
     Args:
         edit: what they are held against; q is its residual direction.
         kind: "random": a Haar-random direction. "complement": a random one orthogonal to q. "low_variance": the
-            eigenvectors of C with the lowest eigenvalues, signs random. "equal_variance": a random r ⟂ q, tilted
+            eigenvectors of C with the lowest eigenvalues, signs random (any basis of its null space, where it has one). "equal_variance": a random r ⟂ q, tilted
             towards directions of more or less variance until rᵀCr = qᵀCq; where no r ⟂ q comes within 5 % (q is a top
             principal component), a random r ⟂ q scaled to equal rᵀCr, with `norm_matched` False. "permuted_heads": the
             same edit at another head of the same matrix and layer, each head at most once.
@@ -328,7 +328,8 @@ def _of_equal_variance(
 ) -> tuple[Float64[Tensor, "draw d"], Float64[Tensor, " draw"]]:
     """Unit directions orthogonal to q, and what to scale them by for a variance equal to q's."""
     c = V.mT @ q
-    G = torch.randn(draws, len(q), dtype=torch.float64, generator=generator)
+    # Drawn before the change of basis: which eigenvectors stand for a repeated eigenvalue then does not matter.
+    G = torch.randn(draws, len(q), dtype=torch.float64, generator=generator) @ V
     wanted = (λ * c.square()).sum()
     high, low = (_extreme_variance(λ, c, largest) for largest in (True, False))
     if low * (1 - VARIANCE_TOLERANCE) <= wanted <= high / (1 - VARIANCE_TOLERANCE):

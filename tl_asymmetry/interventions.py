@@ -56,7 +56,7 @@ def rank_one_study(
     interventions: Sequence[str] = ("removal",),
     controls: Sequence[str] = ("random", "equal_variance"),
     draws: int = 20,
-    scales: Sequence[float] = (1.0,),
+    scales: Sequence[float | int] = (1.0,),
     outcomes: Sequence[str] | None = None,
     exclude_first: bool = True,
     batch_size: int = 8,
@@ -164,7 +164,7 @@ def rank_one_study(
     baselines: list[dict[str, Any]] = []
     for intervention in interventions:
         view, other = (aligned, base) if intervention == "removal" else (base, aligned)
-        study = _Study(view, other, maker, evaluated, base.d_vocab, tuple(scales), intervention, kept)
+        study = _Study(view, other, maker, evaluated, base.d_vocab, tuple(map(float, scales)), intervention, kept)
         study.whole = _whole_passes(view, sequences, placed, notes)
         found, baseline = study.run(placed, progress=progress)
         rows += found
@@ -173,8 +173,8 @@ def rank_one_study(
     table, lacking = study_table(edits, wanted)
     if lacking:
         notes.warn(
-            f"q is NaN: with {draws} draws p cannot get below {1 / (draws + 1):.3g}, too much for {len(placed)} sites at "
-            f"{LEVEL}; pass draws={lacking}, or fewer sites, for q",
+            f"q is NaN: with {draws} draws p cannot get below {1 / (draws + 1):.3g}, too much for {len(placed)} sites "
+            f"at {LEVEL}; pass draws={lacking}, or fewer sites, for q",
             level=3,
         )
     _note_controls(edits, notes)
@@ -195,7 +195,7 @@ class _Study:
     store: StudyStore
     whole: bool = False
 
-    def run(self, sites: Sequence[EditSite], *, progress: bool) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    def run(self, sites: Sequence[EditSite], *, progress: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Rows of single edits in the order of sites, and sums of the unedited models."""
         records = {site: record for site in sites if (record := self.store.get(self.intervention, site)) is not None}
         todo = [site for site in sites if site not in records]
@@ -261,7 +261,7 @@ class _Study:
                 yield {"edit": control.edit, "row": {**_identity(cell), **row}}
 
     def _effects(
-        self, entry: Mapping[str, Any], measured: Iterator[list[float]], baseline: Mapping[str, float]
+        self, entry: Mapping[str, Any], measured: Iterator[list[float]], baseline: Mapping[str, Any]
     ) -> dict[str, Any]:
         edit = entry["edit"]
         # No change of weights is no change of anything: exactly, whatever rounding two runs would differ by.
@@ -279,7 +279,7 @@ def _identity(cell: Cell) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _baseline_sums(baseline: Baseline) -> dict[str, float]:
+def _baseline_sums(baseline: Baseline) -> dict[str, Any]:
     return {"places": baseline.places, "pairs": baseline.pairs, **baseline.sums}
 
 
@@ -375,8 +375,8 @@ def _note_controls(edits: Any, notes: Notes) -> None:
         cells = len(unmatched.drop_duplicates(["layer", "head", "matrix", "intervention", "direction", "index"]))
         ratios = unmatched["norm_ratio"]
         notes.add(
-            f"equal_variance controls of {cells} cells are not norm-matched: no orthogonal direction varies as much (or "
-            f"as little), so they were scaled to, by {ratios.min():.2g} to {ratios.max():.2g}"
+            f"equal_variance controls of {cells} cells are not norm-matched: no orthogonal direction varies as much "
+            f"(or as little), so they were scaled to, by {ratios.min():.2g} to {ratios.max():.2g}"
         )
     if bool((controls["overlap"] > _DEGENERATE).any()):
         notes.add(

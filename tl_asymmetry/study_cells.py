@@ -285,7 +285,9 @@ def _unit_columns(value: Subspace | Tensor, name: str, d: int) -> Tensor:
     return columns / norms
 
 
-def check_choices(controls: Sequence[str], interventions: Sequence[str], scales: Sequence[float], draws: int) -> None:
+def check_choices(
+    controls: Sequence[str], interventions: Sequence[str], scales: Sequence[float | int], draws: int
+) -> None:
     """Refuse what a study cannot do, before anything runs."""
     _check_names(controls, CONTROL_KINDS, "controls")
     _check_names(interventions, INTERVENTIONS, "interventions")

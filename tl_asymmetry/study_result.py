@@ -30,7 +30,7 @@ class RankOneStudy(Result):
     TABLES: ClassVar[tuple[str, ...]] = ("table", "edits", "baseline")
 
     edits: pd.DataFrame
-    """One row per edit that was made, targets (`control` "target", at every dose) and controls alike: outcomes, norm."""
+    """One row per edit, targets (`control` "target", at every dose) and controls alike: outcomes, norm."""
     baseline: pd.DataFrame
     """One row per intervention: the unedited models, what they predict and how far they are apart."""
 
@@ -156,17 +156,17 @@ def _headline(study: RankOneStudy) -> Sequence[str]:
     if not bool((study.edits["norm"] > 0).any()):
         return ["No edit changes a weight: the models do not differ along these directions."]
     sentences = []
-    for row in study.baseline.itertuples():
+    for row in study.baseline.to_dict("records"):
         margins = ""
-        if row.pairs:
-            margins = f"; preference margin {row.margin_original:+.3g} and {row.margin_other:+.3g} nats"
+        if row["pairs"]:
+            margins = f"; preference margin {row['margin_original']:+.3g} and {row['margin_other']:+.3g} nats"
         sentences.append(
-            f"{row.intervention.capitalize()}, unedited: cross-entropy {row.ce_original:.4g} ({row.original}) and "
-            f"{row.ce_other:.4g} ({row.other}) nats, {row.kl_other:.3g} nats apart{margins}."
+            f"Unedited: cross-entropy {row['ce_original']:.4g} ({row['original']}) and {row['ce_other']:.4g} "
+            f"({row['other']}) nats, {row['kl_other']:.3g} nats apart{margins}."
         )
-    for (intervention, direction), rows in table[table["outcome"] == outcome].groupby(
-        ["intervention", "direction"], sort=False
-    ):
+    shown = table[table["outcome"] == outcome]
+    for intervention, direction in dict.fromkeys(zip(shown["intervention"], shown["direction"], strict=True)):
+        rows = shown[(shown["intervention"] == intervention) & (shown["direction"] == direction)]
         cells = rows.drop_duplicates(list(CELL))
         best = study.strongest(1, intervention=intervention, direction=direction).iloc[0]
         verb = {"shift": "moves {:.1%} of the way to the other model", "margin_shift": "moves {:.1%} of the margin"}
@@ -205,15 +205,15 @@ _DEFINITIONS = (
     ),
     Definition(
         "Controls", "[choice]",
-        "Edits that keep everything but the residual direction. random: any; complement: orthogonal to q; low_variance: "
-        "the eigenvectors of least variance; equal_variance: orthogonal to q with the same variance of the stream, or, "
-        "where there is none such, scaled to it and marked as not norm-matched. permuted_heads [ours]: the same edit at "
-        "another head.",
+        "Edits that keep everything but the residual direction. random: any; complement: orthogonal to q; "
+        "low_variance: the eigenvectors of least variance; equal_variance: orthogonal to q with the same variance of "
+        "the stream, or, where there is none such, scaled to it and marked as not norm-matched. permuted_heads [ours]: "
+        "the same edit at another head.",
     ),
     Definition(
         "Percentile, p, q", "[ours]",
-        "Standing of the effect among its controls; p = (1 + controls at least as large) / (1 + draws), one-sided. q by "
-        "Benjamini–Hochberg over sites, given only where that many draws can reach 0.05.",
+        "Standing of the effect among its controls; p = (1 + controls at least as large) / (1 + draws), one-sided. "
+        "q by Benjamini–Hochberg over sites, given only where that many draws can reach 0.05.",
     ),
     *(Definition(f"Outcome: {name}", "[choice]", meaning[0].upper() + meaning[1:] + ".") for name, meaning in
       OUTCOMES.items()),
@@ -227,7 +227,8 @@ def _report(study: RankOneStudy) -> Report:
     if bool((study.edits["norm"] > 0).any()):
         figures = [
             FigureSection(
-                "Which heads carry it", {m: study.plot_heads(m) for m in matrices}, "A dot: above all controls.", "matrix"
+                "Which heads carry it", {m: study.plot_heads(m) for m in matrices}, "A dot: above all controls.",
+                "matrix",
             ),
             FigureSection(
                 "Each head against its controls", {m: study.plot_controls(m) for m in matrices},

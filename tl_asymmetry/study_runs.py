@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float64, Int
@@ -57,7 +58,7 @@ class Baseline:
     """Predicted places of plain text."""
     pairs: int = 0
     """Preference pairs."""
-    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("log_prob", "gain", "kl_other", "margin"), 0))
+    sums: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(("log_prob", "gain", "kl_other", "margin"), 0))
     """log_prob: of the targets under the edited model before any edit. gain, margin: how much more the other model
     gives the targets, and chosen over rejected. kl_other: KL(other ‖ original)."""
 
@@ -105,7 +106,7 @@ def measure(
                 for logits in stacked:
                     edited = places.of(logits)
                     divergence, gain = here.compare(edited, places.targets)
-                    if batch.signs is not None:
+                    if places.signs is not None:
                         sums[done, 3] += (gain * places.signs).sum().item()
                     else:
                         further, _ = there.compare(edited, places.targets)
@@ -137,8 +138,7 @@ def _add_baseline(
     baseline: Baseline, batch: EvaluationBatch, places: _Places, here: Prediction, there: Prediction
 ) -> None:
     _, gain = here.compare(there.logits, places.targets)
-    if batch.signs is not None:
-        assert places.signs is not None
+    if batch.signs is not None and places.signs is not None:
         baseline.pairs += int((batch.signs > 0).sum())
         baseline.sums["margin"] += (gain * places.signs).sum().item()
         return

@@ -39,8 +39,8 @@ class StudyStore:
         differing = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
         if differing:
             raise ValueError(
-                f"expected a folder of the same study, got one with other {', '.join(differing)}; pass another store or "
-                "the arguments it was made with"
+                f"expected a folder of the same study, got one with other {', '.join(differing)}; pass another store "
+                "or the arguments it was made with"
             )
 
     def get(self, intervention: str, site: EditSite) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ CELL = ("layer", "head", "matrix", "pathway", "intervention", "direction", "inde
 OUTCOMES = {
     "kl": "KL(original ‖ edited) of next-token predictions, mean over places, nats",
     "ce": "cross-entropy on the texts, edited less original, mean over places, nats",
-    "shift": "share of the way from the edited model back (removal) or over (insertion) to the other model of the pair: "
+    "shift": "share of the way to the other model of the pair, back (removal) or over (insertion): "
     "1 − KL(other ‖ edited) / KL(other ‖ original)",
     "margin": "preference margin, edited less original, mean over pairs, nats: log-probability of chosen less that of "
     "rejected",
@@ -70,7 +70,7 @@ LEVEL = 0.05
 """q is given where it can reach this level."""
 
 
-def outcomes_of(sums: Mapping[str, float], baseline: Mapping[str, float]) -> dict[str, float]:
+def outcomes_of(sums: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:
     """One edit's outcomes from its sums over places and the sums of the unedited models.
 
     Args:
@@ -88,7 +88,7 @@ def outcomes_of(sums: Mapping[str, float], baseline: Mapping[str, float]) -> dic
     }
 
 
-def baseline_row(intervention: str, names: Mapping[str, str], baseline: Mapping[str, float]) -> dict[str, Any]:
+def baseline_row(intervention: str, names: Mapping[str, str], baseline: Mapping[str, Any]) -> dict[str, Any]:
     """One row of the table of unedited models; margins are relative to the base, whose own is 0."""
     places, pairs = baseline["places"], baseline["pairs"]
     original, other = ("aligned", "base") if intervention == "removal" else ("base", "aligned")
@@ -155,7 +155,7 @@ def study_table(edits: pd.DataFrame, outcomes: Sequence[str]) -> tuple[pd.DataFr
     return table, lacking
 
 
-def standing(effect: float, controls: np.ndarray, outcome: str) -> dict[str, float]:
+def standing(effect: float, controls: np.ndarray, outcome: str) -> dict[str, Any]:
     """Where an effect stands among those of its controls."""
     if math.isnan(effect) or np.isnan(controls).any():
         known = ("control_mean", "control_low", "control_median", "control_high", "percentile", "p")

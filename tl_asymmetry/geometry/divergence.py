@@ -52,9 +52,10 @@ class Prediction:
             mean = (p * δ).sum(-1)
             x = δ - mean.unsqueeze(-1)
             divergence = (p * (x.clamp(max=_LARGEST_EXPONENT).expm1() - x)).sum(-1).log1p()
-            divergence = torch.where(
-                x.amax(-1) > _LARGEST_EXPONENT, (p.log() + x).logsumexp(-1), divergence.clamp(min=0)
-            )
+            divergence = divergence.clamp(min=0)
+            beyond = x.amax(-1) > _LARGEST_EXPONENT
+            if bool(beyond.any()):
+                divergence = torch.where(beyond, (p.log() + x).logsumexp(-1), divergence)
             # log Σ p e^δ, by which the normalising sums differ
             shift = mean + divergence
             divergences.append(divergence.double())

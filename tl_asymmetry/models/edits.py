@@ -50,7 +50,7 @@ class RankOneEdit:
     """The vector on the d_model axis."""
     other: Float[Tensor, " other"]
     """The vector on the other axis, d_head or d_mlp long."""
-    scale: float = 1.0
+    scale: float | int = 1.0
     """What the outer product is multiplied by; −1 takes out, 0.5 is half a dose."""
 
     def __post_init__(self) -> None:
@@ -98,7 +98,7 @@ class RankOneEdit:
         """The same edit along another direction of the residual stream."""
         return replace(self, residual=residual)
 
-    def scaled(self, factor: float) -> RankOneEdit:
+    def scaled(self, factor: float | int) -> RankOneEdit:
         """The same edit, `factor` times as strong."""
         return replace(self, scale=self.scale * factor)
 

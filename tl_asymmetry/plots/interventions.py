@@ -72,6 +72,7 @@ def controls_figure(
     kinds = [kind for kind in dict.fromkeys(rows["control"]) if kind != "target"]
     for i, kind in enumerate(kinds):
         of = rows[rows["control"] == kind]
+        symbol = CONTROL_SYMBOLS.get(kind, "circle")
         x = [
             place[int(r["layer"]), _head(r["head"])] + _offset(i, len(kinds), int(r["draw"]), len(of) / len(place))
             for r in of.to_dict("records")
@@ -81,7 +82,7 @@ def controls_figure(
                 x=x, y=of[outcome], mode="markers", name=style.text(kind),
                 marker={
                     "size": 5, "opacity": 0.75, "color": CONTROL_COLOURS.get(kind, style.GUIDE),
-                    "symbol": [CONTROL_SYMBOLS.get(kind, "circle") + ("" if m else "-open") for m in of["norm_matched"]],
+                    "symbol": [symbol if matched else f"{symbol}-open" for matched in of["norm_matched"]],
                 },
                 customdata=[
                     [_name(r), style.text(kind), int(r["draw"]) + 1, style.number(r[outcome], 4),
@@ -190,10 +191,10 @@ def effects_figure(
                     "line": {"color": style.PAPER["dark" if style.is_dark(template) else "light"], "width": 1}},
         )
     )  # fmt: skip
-    figure.update_xaxes(title="head", range=[-0.5, len(heads) - 0.5], tickmode="array", tickvals=list(range(len(heads))),
-                        ticktext=["" if h is None else str(h) for h in heads], showgrid=False)  # fmt: skip
-    figure.update_yaxes(title="layer", range=[len(layers) - 0.5, -0.5], tickmode="array",
-                        tickvals=list(range(len(layers))), ticktext=[str(x) for x in layers], showgrid=False)  # fmt: skip
+    head_ticks = {"tickvals": list(range(len(heads))), "ticktext": ["" if h is None else str(h) for h in heads]}
+    layer_ticks = {"tickvals": list(range(len(layers))), "ticktext": [str(layer) for layer in layers]}
+    figure.update_xaxes(title="head", range=[-0.5, len(heads) - 0.5], tickmode="array", showgrid=False, **head_ticks)
+    figure.update_yaxes(title="layer", range=[len(layers) - 0.5, -0.5], tickmode="array", showgrid=False, **layer_ticks)
     if not np.isfinite(values).any():
         style.note(figure, "No value: the models do not differ here.")
     sign = " Blue: below zero." if signed else ""
