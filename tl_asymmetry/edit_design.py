@@ -243,10 +243,11 @@ def matched_controls(
     Args:
         edit: what they are held against; q is its residual direction.
         kind: "random": a Haar-random direction. "complement": a random one orthogonal to q. "low_variance": the
-            eigenvectors of C with the lowest eigenvalues, signs random (any basis of its null space, where it has one). "equal_variance": a random r ⟂ q, tilted
-            towards directions of more or less variance until rᵀCr = qᵀCq; where no r ⟂ q comes within 5 % (q is a top
-            principal component), a random r ⟂ q scaled to equal rᵀCr, with `norm_matched` False. "permuted_heads": the
-            same edit at another head of the same matrix and layer, each head at most once.
+            eigenvectors of C with the lowest eigenvalues (any basis of its null space, where it has one), signs random.
+            "equal_variance": a random r ⟂ q, tilted towards directions of more or less variance until rᵀCr = qᵀCq;
+            where no r ⟂ q comes within 5 % (q is a top principal component), a random r ⟂ q scaled to equal rᵀCr, with
+            `norm_matched` False. "permuted_heads": the same edit at another head of the same matrix and layer, each
+            head at most once.
         draws: how many.
         seed: equal seeds give equal controls for the same site and kind; sites and kinds do not share draws.
         second_moment: C, uncentred, on the residual stream's side: of the matrix's input for a read matrix, of the
