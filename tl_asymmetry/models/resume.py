@@ -91,10 +91,10 @@ class EditedRuns:
 
     def _resumed(self, edits: Sequence[RankOneEdit], layer: int) -> Tensor:
         args, kwargs = self._calls[layer]
-        block, streams = self.view.blocks[layer], []
+        streams = []
         for edit in edits:
             with apply_edits(self.view, edit):
-                streams.append(_stream(block(*args, **kwargs)))
+                streams.append(_stream(self.view.run_block(layer, *args, **kwargs)))
         return self.carried(layer, torch.cat(streams)).unflatten(0, (len(edits), -1))
 
     def carried(self, layer: int, streams: Float[Tensor, "rows pos d_model"]) -> Float[Tensor, "rows pos vocab"]:
@@ -128,7 +128,7 @@ class EditedRuns:
     def again(self, layer: int) -> Float[Tensor, "batch pos d_model"]:
         """The output of a block, computed anew from the input it was seen to get."""
         args, kwargs = self._calls[layer]
-        return _stream(self.view.blocks[layer](*args, **kwargs))
+        return _stream(self.view.run_block(layer, *args, **kwargs))
 
 
 def resumes(view: ModelView, tokens: Int[Tensor, "batch pos"], layers: Sequence[int]) -> tuple[bool, str]:

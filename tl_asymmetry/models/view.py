@@ -406,6 +406,11 @@ class ModelView:
         """
         return self._adapter.run(tokens.to(self.device), logits)
 
+    def run_block(self, layer: int, *args: Any, **kwargs: Any) -> Any:
+        """Call one block as the model was seen to call it; what it keeps of the call is dropped, as `run` does."""
+        self._require_layer(layer)
+        return self._adapter.run_block(layer, *args, **kwargs)
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Evaluation mode (no dropout) inside; afterwards every submodule is in the mode it was in."""

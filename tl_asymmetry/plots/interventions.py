@@ -61,7 +61,7 @@ def controls_figure(
         ValueError: a matrix, direction, intervention, index or outcome that is not in the table.
 
     Example:
-        >>> study.plot_controls("W_O").write_html("controls.html")  # doctest: +SKIP
+        >>> study.plot_controls("W_O").write_html("controls.html")
     """
     chosen = _chosen(edits, EDITS, matrix, direction, intervention, index, SOURCE)
     outcome = style.one_of("outcome", outcome, [name for name in NAMES if name in edits.columns], "outcome")
@@ -156,7 +156,7 @@ def effects_figure(
         ValueError: what is not in the table.
 
     Example:
-        >>> study.plot_heads("W_O").write_html("heads.html")  # doctest: +SKIP
+        >>> study.plot_heads("W_O").write_html("heads.html")
     """
     chosen = _chosen(table, EFFECTS, matrix, direction, intervention, index, "RankOneStudy.table")
     style.one_of("outcome", outcome, list(dict.fromkeys(chosen.rows["outcome"])), "outcome")
@@ -223,7 +223,7 @@ def doses_figure(
         ValueError: a missing column, or no row.
 
     Example:
-        >>> study.plot_doses(4).write_html("doses.html")  # doctest: +SKIP
+        >>> study.plot_doses(4).write_html("doses.html")
     """
     pick.require(edits, EDITS, SOURCE)
     outcome = style.one_of("outcome", outcome, [name for name in NAMES if name in edits.columns], "outcome")
