@@ -22,25 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pair import SHAPE, load_pair
 
-SHAPE = {"n_layers": 12, "d_model": 768, "n_heads": 12, "d_head": 64, "d_mlp": 3072, "d_vocab": 50_257, "n_ctx": 1024}
 SEQUENCE, TOKENS, BATCH = 128, 1024, 8
 CONTROLS = 5
 RESULTS = Path(__file__).parent / "results"
 EDIT_BOUND, STUDY_BOUND = 3.0, 0.75
-
-
-def load_pair(device: str) -> tuple[Any, Any]:
-    """Two HookedTransformers of GPT-2-small shape, the second a small random step from the first."""
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-
-    config = HookedTransformerConfig(**SHAPE, act_fn="gelu_new", normalization_type="LN", seed=0, device=device)
-    base, aligned = HookedTransformer(config), HookedTransformer(config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for mine, theirs in zip(aligned.parameters(), base.parameters(), strict=True):
-            mine.copy_(theirs + 1e-3 * torch.randn(theirs.shape, generator=generator).to(theirs))
-    return base.eval(), aligned.eval()
 
 
 def synchronize(device: str) -> None:

@@ -73,6 +73,10 @@ def rank_one_study(
     computed once for all edits of it. The intervention is named by arXiv 2605.16600; its definitions here are ours,
     since the paper's are not public.
 
+    An effect above the controls says that this direction matters more than others the edit could have taken, for what
+    training changed here. That it was alignment and no other training which uses such directions, only a pair made by
+    other training can tell: study that too.
+
     Args:
         model_base: a HookedTransformer or TransformerBridge with raw weights.
         model_aligned: the same, or a local Hugging Face directory or hub name.
@@ -95,7 +99,7 @@ def rank_one_study(
             default, those of the margin with preferences only.
         exclude_first: leave the first position of each sequence out of the moments that directions and controls are
             made from. Predictions are compared at every position.
-        batch_size: sequences per pass.
+        batch_size: sequences per pass; about six times batch × pos × vocabulary numbers are held at a time.
         max_tokens: use no more tokens of the texts than this.
         store: a folder in which every finished site is kept at once; a study with the same settings goes on from there.
         seed: of the controls.

@@ -19,7 +19,7 @@ from tl_asymmetry.geometry.subspace import Subspace, ordered_eigh, principal_sub
 from tl_asymmetry.models.capture import capture
 from tl_asymmetry.models.edits import RankOneEdit
 from tl_asymmetry.models.prediction import prediction_subspace
-from tl_asymmetry.models.view import INPUT_POINT, READ, ModelView
+from tl_asymmetry.models.view import ModelView
 
 EditSite: TypeAlias = tuple[int, str, int | None]
 """Layer, matrix, head (None for a matrix of the MLP)."""
@@ -69,7 +69,7 @@ class CellMaker:
 
     Args:
         base, aligned: the pair.
-        moments: second moments of the base's activations by hook point and layer, see `needed_points`.
+        moments: second moments of the base's activations by hook point and layer, see `study_moments`.
         directions, n_directions: as in `rank_one_study`.
         controls: kinds.
         draws: controls of each kind.
@@ -141,7 +141,7 @@ class CellMaker:
             if self._prediction is None:
                 self._prediction = prediction_subspace(self.base)
             return self._prediction.basis[:, : self._n]
-        return self.spectrum(own_point(self.base, matrix), layer).basis[:, : self._n]
+        return self.spectrum(self.base.residual_point(matrix), layer).basis[:, : self._n]
 
     def _spectrum(self, point: str, layer: int) -> Subspace:
         return principal_subspace(self._moments[point, layer])
@@ -152,20 +152,13 @@ class CellMaker:
             if draws == 0:
                 continue
             needs = kind in ("low_variance", "equal_variance")
-            spectrum = self.spectrum(own_point(self.base, edit.matrix), edit.layer) if needs else None
+            spectrum = self.spectrum(self.base.residual_point(edit.matrix), edit.layer) if needs else None
             controls = matched_controls(
                 edit, kind, draws, _mixed(self._seed, name, index),
                 second_moment=spectrum, heads=self.base.heads(edit.matrix),
             )  # fmt: skip
             for control, ratio in zip(controls, controls.norm_ratios.tolist(), strict=True):
                 yield ControlDraw(kind, control, ratio, controls.norm_matched, controls.overlap)
-
-
-def own_point(view: ModelView, matrix: str) -> str:
-    """Where the residual side of a matrix is seen: its input, or the stream it writes into."""
-    if matrix in READ:
-        return INPUT_POINT[matrix]
-    return "resid_mid" if matrix == "W_O" and view.has_point("resid_mid") else "resid_post"
 
 
 def study_moments(
@@ -183,7 +176,7 @@ def study_moments(
     finds = not isinstance(directions, Mapping) and "activation" in directions
     if not finds and not {"low_variance", "equal_variance"} & set(controls):
         return {}
-    points = sorted({(own_point(view, matrix), layer) for layer, matrix, _ in sites})
+    points = sorted({(view.residual_point(matrix), layer) for layer, matrix, _ in sites})
     return capture(
         view, [sequences], points, exclude_first=exclude_first, batch_size=batch_size, progress=progress
     ).totals()

@@ -339,6 +339,13 @@ class ModelView:
             raise ValueError(f"expected a point among {', '.join(POINTS)}, got {point!r}; pass one of these")
         return all(self._adapter.point(layer, point) is not None for layer in range(self.n_layers))
 
+    def residual_point(self, matrix: str) -> str:
+        """Where a matrix's residual side is seen: its input, or the stream it writes into (W_O: after attention, or
+        after the block where attention and MLP are parallel)."""
+        if matrix in READ:
+            return INPUT_POINT[matrix]
+        return "resid_mid" if matrix == "W_O" and self.has_point("resid_mid") else "resid_post"
+
     @contextmanager
     def hooks(self, readers: Mapping[tuple[str, int], Reader]) -> Iterator[None]:
         """Show readers the tensors that pass certain points, until the context ends.

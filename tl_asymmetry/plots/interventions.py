@@ -126,7 +126,7 @@ def controls_figure(
     )  # fmt: skip
     figure.update_yaxes(title=NAMES[outcome], exponentformat="power")
     return style.finish(
-        figure, title=_heading(title, chosen, outcome, "Star: the edit. Marks: its controls, equal in all else."),
+        figure, title=_heading(title, chosen, outcome, "Star: the edit. Marks: its controls (open: of another norm)."),
         template_name=template, width=width, height=height, plot_height=400,
     )  # fmt: skip
 
