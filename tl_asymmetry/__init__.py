@@ -9,6 +9,7 @@
 Neither TransformerLens nor plotly is imported until it is needed.
 """
 
+from tl_asymmetry.centroids import centroids, local_centroids
 from tl_asymmetry.edit_design import (
     MatchedControls,
     closed_form_edit,
@@ -19,6 +20,7 @@ from tl_asymmetry.edit_design import (
     removal_edit,
 )
 from tl_asymmetry.estimate import PairEstimate, estimate_pair
+from tl_asymmetry.explore import explorer
 from tl_asymmetry.geometry.fraction import energy_profile, subspace_fraction
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.nulls import adjusted_p, isotropic_null
@@ -32,22 +34,31 @@ from tl_asymmetry.geometry.spectrum import (
 )
 from tl_asymmetry.geometry.subspace import Subspace, principal_subspace, random_subspace
 from tl_asymmetry.interventions import rank_one_study
+from tl_asymmetry.jacobian_result import LayerJacobians
+from tl_asymmetry.jacobians import jacobian_sketch, layer_jacobians
 from tl_asymmetry.models.capture import capture_moments
 from tl_asymmetry.models.edits import AppliedEdits, RankOneEdit, apply_edits
 from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair import analyze_pair
 from tl_asymmetry.pair_result import PairAnalysis
+from tl_asymmetry.pullback import prediction_pullback
+from tl_asymmetry.pullback_result import PredictionPullback
+
+# The function takes the place of the module it stands in: `from tl_asymmetry.report import …` still finds the module.
+from tl_asymmetry.report import report, write_images
 from tl_asymmetry.study_result import RankOneStudy
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AppliedEdits",
+    "LayerJacobians",
     "MatchedControls",
     "ModelView",
     "PairAnalysis",
     "PairEstimate",
+    "PredictionPullback",
     "RankOneEdit",
     "RankOneStudy",
     "StreamingMoments",
@@ -56,25 +67,33 @@ __all__ = [
     "analyze_pair",
     "apply_edits",
     "capture_moments",
+    "centroids",
     "closed_form_edit",
     "effective_rank",
     "energy_profile",
     "estimate_pair",
+    "explorer",
     "head_delta",
     "input_at",
     "insert_edit",
     "isoscore",
     "isotropic_null",
+    "jacobian_sketch",
+    "layer_jacobians",
+    "local_centroids",
     "marchenko_pastur_edge",
     "matched_controls",
     "participation_ratio",
+    "prediction_pullback",
     "prediction_subspace",
     "principal_subspace",
     "random_subspace",
     "rank_one_study",
     "removal_edit",
+    "report",
     "rounding_share",
     "stable_rank",
     "storage_dtype",
     "subspace_fraction",
+    "write_images",
 ]

@@ -18,7 +18,12 @@ from torch import Tensor
 
 from tl_asymmetry.report import Report, write_report
 
-KINDS = {"PairAnalysis": "tl_asymmetry.pair_result", "RankOneStudy": "tl_asymmetry.study_result"}
+KINDS = {
+    "LayerJacobians": "tl_asymmetry.jacobian_result",
+    "PairAnalysis": "tl_asymmetry.pair_result",
+    "PredictionPullback": "tl_asymmetry.pullback_result",
+    "RankOneStudy": "tl_asymmetry.study_result",
+}
 """Every class of result, and the module that defines it."""
 
 SCHEMA = 1
