@@ -40,12 +40,11 @@ def log_prob(p: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor) -> float
     return sum(p[i - 1, tokens[i]].item() for i in range(1, len(tokens)) if mask[i])
 
 
-def margin(model, reference, preferences, edit=None) -> float:
-    """Mean over pairs of chosen less rejected, log-probability relative to a reference model."""
+def margin(model, preferences, edit=None) -> float:
+    """Mean over pairs of log-probability of chosen less that of rejected; relative to nothing."""
     total = 0.0
     for half, sign in ((preferences.chosen, 1), (preferences.rejected, -1)):
-        for tokens, mask in zip(half.tokens, half.mask, strict=True):
-            ours = (predictions(model, [tokens]) if edit is None else under(model, edit, [tokens]))[0]
-            theirs = predictions(reference, [tokens])[0]
-            total += sign * (log_prob(ours, tokens, mask) - log_prob(theirs, tokens, mask))
+        rows = list(half.tokens)
+        found = predictions(model, rows) if edit is None else under(model, edit, rows)
+        total += sign * sum(log_prob(p, t, m) for p, t, m in zip(found, rows, half.mask, strict=True))
     return total / len(preferences.chosen.tokens)

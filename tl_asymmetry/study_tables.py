@@ -81,7 +81,7 @@ def outcomes_of(sums: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[st
     margin = sums["margin"] / pairs if pairs else math.nan
     return {
         "kl": sums["kl"] / places,
-        "ce": -sums["gain"] / places,
+        "ce": (0.0 - sums["gain"]) / places,
         "shift": 1 - sums["kl_other"] / baseline["kl_other"] if baseline["kl_other"] > 0 else math.nan,
         "margin": margin,
         "margin_shift": margin * pairs / baseline["margin"] if pairs and baseline["margin"] != 0 else math.nan,
