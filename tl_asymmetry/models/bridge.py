@@ -185,6 +185,12 @@ class BridgeAdapter:
             for handle in handles:
                 handle.remove()
 
+    def run_block(self, layer: int, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self.blocks[layer](*args, **kwargs)
+        finally:
+            _forget_pattern(self.blocks[layer].attn)
+
     def all_modules(self) -> Iterator[nn.Module]:
         seen: set[int] = set()
         for root in (self.model, self.model.original_model):

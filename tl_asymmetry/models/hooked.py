@@ -186,6 +186,9 @@ class HookedAdapter:
         self.model(tokens, stop_at_layer=layers, **options)
         return None
 
+    def run_block(self, layer: int, *args: Any, **kwargs: Any) -> Any:
+        return self.blocks[layer](*args, **kwargs)
+
     def all_modules(self) -> Iterator[nn.Module]:
         return self.model.modules()
 
