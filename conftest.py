@@ -1,4 +1,4 @@
-"""Examples in docstrings may use what a user would have at hand: each name is made when an example first speaks of it."""
+"""Examples in docstrings may use what a user would have at hand; each name is made when an example first says it."""
 
 import re
 from functools import cache

@@ -179,7 +179,7 @@ def study_moments(
     points = sorted({(view.residual_point(matrix), layer) for layer, matrix, _ in sites})
     return capture(
         view, [sequences], points, exclude_first=exclude_first, batch_size=batch_size, progress=progress
-    ).totals()
+    ).groups[0]
 
 
 # --- what was asked for -----------------------------------------------------------------------------------------
