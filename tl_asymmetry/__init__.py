@@ -10,6 +10,8 @@ Neither TransformerLens nor plotly is imported until it is needed.
 """
 
 from tl_asymmetry.centroids import centroids, local_centroids
+from tl_asymmetry.control import contrastive_control
+from tl_asymmetry.control_result import ControlStudy
 from tl_asymmetry.estimate import PairEstimate, estimate_pair
 from tl_asymmetry.explore import explorer
 from tl_asymmetry.geometry.fraction import energy_profile, subspace_fraction
@@ -24,11 +26,14 @@ from tl_asymmetry.geometry.spectrum import (
     stable_rank,
 )
 from tl_asymmetry.geometry.subspace import Subspace, principal_subspace, random_subspace
+from tl_asymmetry.gradient_result import GradientCovariance
+from tl_asymmetry.gradients import gradient_covariance
 from tl_asymmetry.jacobian_result import LayerJacobians
 from tl_asymmetry.jacobians import jacobian_sketch, layer_jacobians
 from tl_asymmetry.models.capture import capture_moments
 from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.models.weights import WeightSource, weights_from
 from tl_asymmetry.pair import analyze_pair
 from tl_asymmetry.pair_result import PairAnalysis
 from tl_asymmetry.pullback import prediction_pullback
@@ -36,31 +41,48 @@ from tl_asymmetry.pullback_result import PredictionPullback
 
 # The function takes the place of the module it stands in: `from tl_asymmetry.report import …` still finds the module.
 from tl_asymmetry.report import report, write_images
+from tl_asymmetry.training import objectives
+from tl_asymmetry.training.objectives import DPO, ORPO, CrossEntropy, InfoNCE, Mix, PreferenceBatch, TokenBatch
+from tl_asymmetry.training.runs import Optimizer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DPO",
+    "ORPO",
+    "ControlStudy",
+    "CrossEntropy",
+    "GradientCovariance",
+    "InfoNCE",
     "LayerJacobians",
+    "Mix",
     "ModelView",
+    "Optimizer",
     "PairAnalysis",
     "PairEstimate",
     "PredictionPullback",
+    "PreferenceBatch",
     "StreamingMoments",
     "Subspace",
+    "TokenBatch",
+    "WeightSource",
     "adjusted_p",
     "analyze_pair",
     "capture_moments",
     "centroids",
+    "contrastive_control",
     "effective_rank",
     "energy_profile",
     "estimate_pair",
     "explorer",
+    "gradient_covariance",
     "isoscore",
     "isotropic_null",
     "jacobian_sketch",
     "layer_jacobians",
     "local_centroids",
     "marchenko_pastur_edge",
+    "objectives",
     "participation_ratio",
     "prediction_pullback",
     "prediction_subspace",
@@ -71,5 +93,6 @@ __all__ = [
     "stable_rank",
     "storage_dtype",
     "subspace_fraction",
+    "weights_from",
     "write_images",
 ]

@@ -40,7 +40,11 @@ def _parser() -> argparse.ArgumentParser:
 
     analyze = commands.add_parser("analyze", help="a base and an aligned model")
     analyze.add_argument("base", metavar="BASE", help="hub name or local Hugging Face directory")
-    analyze.add_argument("aligned", metavar="ALIGNED", help="hub name or local Hugging Face directory")
+    analyze.add_argument(
+        "aligned",
+        metavar="ALIGNED",
+        help="hub name, Hugging Face directory, .safetensors file or LoRA adapter",
+    )
     analyze.add_argument(
         "--texts", type=Path, help="UTF-8 text file (texts apart by blank lines) or .jsonl (see below)"
     )
@@ -69,19 +73,22 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _analyze(options: argparse.Namespace) -> None:
     from tl_asymmetry.models.loading import open_model
+    from tl_asymmetry.models.ranks import started_ranks
 
     texts = None if options.texts is None else _read_texts(options.texts)
-    result = analyze_pair(
-        open_model(options.base),
-        options.aligned,
-        texts,
-        ranks=options.ranks,
-        max_tokens=options.max_tokens,
-        batch_size=options.batch_size,
-        groups=options.groups,
-        seed=options.seed,
-    )
-    _finish(result, options.out)
+    with started_ranks() as together:  # under torchrun, the work is shared and the first process writes
+        result = analyze_pair(
+            open_model(options.base),
+            options.aligned,
+            texts,
+            ranks=options.ranks,
+            max_tokens=options.max_tokens,
+            batch_size=options.batch_size,
+            groups=options.groups,
+            seed=options.seed,
+        )
+    if together.is_first:
+        _finish(result, options.out)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -373,7 +373,35 @@ class ModelView:
 
         return module, side, see_input if side == "input" else see_output
 
-    def run(self, tokens: Int[Tensor, "batch pos"], *, logits: bool = False) -> Tensor | None:
+    def module_at(self, point: str, layer: int) -> tuple[nn.Module, str]:
+        """The module behind a point, and whether the point is its "input" or its "output".
+
+        Raises:
+            ValueError: no such point or layer.
+        """
+        module, side, _ = self._watch(point, layer, lambda x: None)
+        return module, side
+
+    def projection(self, layer: int, matrix: str) -> nn.Module | None:
+        """The module whose (first) output is `input @ matrix + bias`, or None where the model hides that product."""
+        self._require_layer(layer)
+        self._require_matrix(matrix)
+        return self._adapter.projection(layer, matrix)
+
+    def all_modules(self) -> Iterator[nn.Module]:
+        """Every module of the model, the wrapped Hugging Face model's included, each once."""
+        return self._adapter.all_modules()
+
+    def __call__(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits, as `run(tokens, logits=True)`: a view is a language model to any objective."""
+        logits = self.run(tokens, logits=True)
+        if logits is None:  # cannot happen: logits were asked for
+            raise RuntimeError("the model returned no logits")
+        return logits
+
+    def run(
+        self, tokens: Int[Tensor, "batch pos"], *, logits: bool = False, layers: int | None = None
+    ) -> Tensor | None:
         """One forward pass in the mode (training or not, gradients or not) the caller has set.
 
         No attention mask is made from pad tokens: in a causal model, padding on the right leaves every
@@ -383,8 +411,14 @@ class ModelView:
             tokens: token ids.
             logits: return the logits `[batch, pos, d_vocab]`. Otherwise the final norm and the
                 unembedding are left out.
+            layers: without logits, run this many blocks and stop; all by default.
         """
-        return self._adapter.run(tokens.to(self.device), logits)
+        if layers is not None and (logits or not 1 <= layers <= self.n_layers):
+            raise ValueError(
+                f"expected layers from 1 to {self.n_layers}, without logits, got {layers}; pass None for the whole "
+                "model"
+            )
+        return self._adapter.run(tokens.to(self.device), logits, self.n_layers if layers is None else layers)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

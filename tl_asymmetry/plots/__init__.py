@@ -6,6 +6,8 @@ and nowhere above, so the package itself stays light.
 """
 
 from tl_asymmetry.plots.asymmetry import asymmetry_figure
+from tl_asymmetry.plots.control import grades_figure
+from tl_asymmetry.plots.gradients import effective_rank_figure
 from tl_asymmetry.plots.head_maps import head_maps_figure
 from tl_asymmetry.plots.heads import heads_figure
 from tl_asymmetry.plots.layers import layers_figure
@@ -16,6 +18,8 @@ from tl_asymmetry.plots.style import template
 
 __all__ = [
     "asymmetry_figure",
+    "effective_rank_figure",
+    "grades_figure",
     "head_maps_figure",
     "heads_figure",
     "layers_figure",
