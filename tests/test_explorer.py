@@ -21,6 +21,7 @@ from tl_asymmetry import ModelView, PairAnalysis, analyze_pair, explorer
 from tl_asymmetry.all_directions import all_directions, context_words
 from tl_asymmetry.explore import contents
 from tl_asymmetry.explore.pack import Pack
+from tl_asymmetry.explore.page import SCRIPT
 from tl_asymmetry.geometry.spectrum import marchenko_pastur_edge
 
 KIND = tiny.KINDS[-1]
@@ -244,5 +245,6 @@ def test_the_page_is_one_file_that_asks_for_nothing_and_escapes(tmp_path):
 def test_the_wheel_carries_what_the_page_is_made_of():
     from importlib.resources import files
 
-    there = {f.name for f in files("tl_asymmetry.explore").iterdir()}
-    assert {"explorer.js", "explorer.css", "explorer.html"} <= there
+    folder = files("tl_asymmetry.explore")
+    assert {"explorer.css", "explorer.html"} <= {f.name for f in folder.iterdir()}
+    assert {f"{name}.js" for name in SCRIPT} == {f.name for f in (folder / "script").iterdir()}

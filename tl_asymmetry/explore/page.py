@@ -13,6 +13,8 @@ from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair_data import PairData
 from tl_asymmetry.report_markup import document, write_page
 
+SCRIPT = ("data", "state", "words", "search", "map", "cards", "charts", "details", "table", "wiring")
+"""Parts of the page's script, in order: each a file under `script`, all in one scope."""
 NEAREST_TOKENS = 6
 CONTEXTS = 3
 
@@ -84,10 +86,20 @@ def explorer(
         f'<script type="application/json" id="page-settings">{page.page_settings()}</script>'
         f'<script type="application/gzip" id="explorer-data">{pack.base64(header)}</script>'
         f"<script>{page.plotly_code()}</script>"
-        f"<script>{own.joinpath('explorer.js').read_text(encoding='utf-8')}</script>"
+        f"<script>{_script()}</script>"
     )
     css = own.joinpath("explorer.css").read_text(encoding="utf-8")
     return write_page(path, document(title, body, scripts, css=css))
+
+
+def _script() -> str:
+    """The parts as one function, which says on the page if it fails."""
+    folder = files(__package__) / "script"
+    parts = "\n".join((folder / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPT)
+    return (
+        f'(async function () {{\n"use strict";\n{parts}\n}})().catch(function (error) {{ '
+        'document.getElementById("map").textContent = "This page could not be shown: " + error; throw error; });'
+    )
 
 
 def _directions(result: PairData, model: Any, n: int, progress: bool, pack: Pack) -> dict[str, Any]:
