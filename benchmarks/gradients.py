@@ -25,7 +25,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from apart import measured_apart, memory_meter
+from measure import apart, memory_meter
 from pair import BATCH, RESULTS, SEQUENCE, SHAPE, tokens_of
 
 PEER_LAYERS = 4
@@ -218,10 +218,10 @@ def main() -> None:
         return
 
     common = ("--device", device, "--rounds", str(options.rounds), "--tokens", str(count), "--only")
-    times = measured_apart(__file__, *common, "times")
+    times = apart(__file__, *common, "times")
     few, many = BATCH * SEQUENCE * 2, BATCH * SEQUENCE * 8
-    memory = {n: measured_apart(__file__, *common, "memory", str(n)) for n in (few, many)}
-    peer = measured_apart(__file__, *common, "peer")
+    memory = {n: apart(__file__, *common, "memory", str(n)) for n in (few, many)}
+    peer = apart(__file__, *common, "peer")
     if times is None or memory[few] is None or memory[many] is None:
         raise RuntimeError("expected the package to be installed")
     ratio = times["ratio"]

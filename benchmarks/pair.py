@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from apart import measured_apart, memory_meter
+from measure import apart, memory_meter
 
 SHAPE = {"n_layers": 12, "d_model": 768, "n_heads": 12, "d_head": 64, "d_mlp": 3072, "d_vocab": 50_257, "n_ctx": 1024}
 SEQUENCE = 128
@@ -203,14 +203,14 @@ def main() -> None:
         return
 
     common = ("--device", device, "--rounds", str(options.rounds), "--only")
-    times = measured_apart(__file__, *common, "times")
+    times = apart(__file__, *common, "times")
     memory = {
-        (what, count): measured_apart(__file__, *common, "memory", what, str(count))
+        (what, count): apart(__file__, *common, "memory", what, str(count))
         for what, count in (
             ("1", TOKENS), ("1", MANY_TOKENS), ("8", TOKENS), ("8", MANY_TOKENS), ("notebook", TOKENS)
         )
     }  # fmt: skip
-    moments = measured_apart(__file__, *common, "moments")
+    moments = apart(__file__, *common, "moments")
 
     def peak(what: str, count: int = TOKENS) -> float | None:
         measured = memory[what, count]

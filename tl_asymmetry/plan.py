@@ -261,7 +261,4 @@ def _given(
 
 
 def _default_targets(matrix: str, view: ModelView) -> tuple[str, ...]:
-    if matrix in READ:
-        return INPUT_POINT[matrix], "prediction"
-    into = "resid_mid" if matrix == "W_O" and view.has_point("resid_mid") else "resid_post"
-    return into, "prediction"
+    return view.residual_point(matrix), "prediction"

@@ -11,7 +11,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from tl_asymmetry.bases import LayerBases
-from tl_asymmetry.deltas import LiveDelta
+from tl_asymmetry.deltas import AnyDelta
 from tl_asymmetry.geometry.fraction import gram_energy
 from tl_asymmetry.models.view import INPUT_POINT, READ, WRITE
 
@@ -59,7 +59,7 @@ class Projection:
 
 
 def project(
-    deltas: Sequence[LiveDelta],
+    deltas: Sequence[AnyDelta],
     name: str,
     bases: LayerBases,
     ranks: Sequence[int],

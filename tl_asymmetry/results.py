@@ -19,11 +19,14 @@ from torch import Tensor
 from tl_asymmetry.report import Report, write_report
 
 KINDS = {
+    "Comparison": "tl_asymmetry.comparison",
     "ControlStudy": "tl_asymmetry.control_result",
     "GradientCovariance": "tl_asymmetry.gradient_result",
     "LayerJacobians": "tl_asymmetry.jacobian_result",
     "PairAnalysis": "tl_asymmetry.pair_result",
     "PredictionPullback": "tl_asymmetry.pullback_result",
+    "RankOneStudy": "tl_asymmetry.study_result",
+    "TrajectoryAnalysis": "tl_asymmetry.trajectory_result",
 }
 """Every class of result, and the module that defines it."""
 
@@ -218,6 +221,7 @@ def _document(path: str | Path) -> dict[str, Any]:
 
 def replace_file(target: Path, write: Callable[[Path], object]) -> None:
     """Write a file beside `target`, then put it in its place in one step: no reader ever meets half of it."""
+    """Write a file in one step: whoever reads meanwhile, or after a crash, meets the old one or the new one."""
     part = target.with_name(target.name + ".part")
     try:
         write(part)

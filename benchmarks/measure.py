@@ -1,4 +1,4 @@
-"""Measurements in processes of their own, and the memory they take. Used by the benchmarks beside it."""
+"""What the benchmarks share: peak memory of this process or a device, and measurements in processes of their own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 
 def memory_meter(device: str) -> tuple[Callable[[], int], Callable[[], int]]:
-    """Two functions: set the high-water mark back and give bytes in use; give the mark."""
+    """Two functions: one sets the high-water mark back and gives the bytes held now, one reads the mark."""
     if device != "cpu":
 
         def reset() -> int:
@@ -33,14 +33,19 @@ def memory_meter(device: str) -> tuple[Callable[[], int], Callable[[], int]]:
     return reset_resident, lambda: field("VmHWM")
 
 
-def measured_apart(script: str, *arguments: str) -> dict[str, Any] | None:
-    """One measurement in a process of its own; None where a peer is not installed."""
-    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False)
+def apart(*command: str) -> dict[str, Any] | None:
+    """One measurement in a Python process of its own, which ends its output with JSON, if it has any.
+
+    None where it has none or exits with 3 (a peer is not installed).
+    """
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
     if done.returncode == 3:
         return None
     if done.returncode:
-        raise RuntimeError(f"{arguments}: {done.stderr[-2000:]}")
+        raise RuntimeError(f"{command}: {done.stderr[-2000:]}")
+    if not done.stdout.strip():
+        return None
     measured = json.loads(done.stdout.splitlines()[-1])
     shown = {name: value for name, value in measured.items() if isinstance(value, float | int)} or measured.get("ratio")
-    sys.stderr.write(f"{' '.join(arguments)}: {shown}\n")
+    sys.stderr.write(f"{' '.join(command[1:])}: {shown}\n")
     return measured
