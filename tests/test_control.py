@@ -1,6 +1,7 @@
 """The graded control: copies, equal data, resumed after a kill, and tables that say what the parts say."""
 
 import functools
+import inspect
 
 import numpy as np
 import pandas as pd
@@ -250,8 +251,8 @@ class Killed(BaseException):
 
 
 def test_resumed_after_a_kill_repeats_nothing(tmp_path, monkeypatch):
-    from tl_asymmetry import control
-
+    # the function's own module: collecting doctests may have put another copy into sys.modules
+    control = inspect.unwrap(contrastive_control).__globals__
     made = []
 
     def counting(policy, *arguments, **options):
@@ -262,10 +263,10 @@ def test_resumed_after_a_kill_repeats_nothing(tmp_path, monkeypatch):
 
     chosen = {"sharp": CrossEntropy(), "soft": CrossEntropy(8.0)}
     options = {"matrices": ["W_Q", "W_O"]}
-    monkeypatch.setattr(control, "train", counting)
+    monkeypatch.setitem(control, "train", counting)
     with pytest.raises(Killed):
         run(chosen, store=tmp_path, **options)
-    monkeypatch.setattr(control, "train", train)
+    monkeypatch.setitem(control, "train", train)
     finished = sorted(p.parent.name for p in tmp_path.glob("*/run.json"))
     assert len(finished) == 3
     stamps = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.parent.name in finished}
@@ -276,7 +277,7 @@ def test_resumed_after_a_kill_repeats_nothing(tmp_path, monkeypatch):
     def never(*_, **__):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(control, "train", never)
+    monkeypatch.setitem(control, "train", never)
     same(run(chosen, store=tmp_path, **options), resumed)
     with pytest.raises(ValueError, match=r"expected a store of this study, got one with steps 3 instead of 4 in .*"):
         run(chosen, store=tmp_path, steps=4, **options)

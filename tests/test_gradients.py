@@ -201,15 +201,14 @@ def test_saved_and_loaded_is_the_same(tmp_path):
 @functools.cache
 def demo_data():
     tokenizer = demo_tokenizer()
-    pairs = [encode_preferences(tokenizer, demo_preferences(12))]
-    return {"pairs": pairs, "texts": [encode_stories(tokenizer, demo_texts(12))]}
+    pairs = [encode_preferences(tokenizer, demo_preferences(8))]
+    return {"pairs": pairs, "texts": [encode_stories(tokenizer, demo_texts(8))]}
 
 
-@pytest.mark.parametrize("objective", ["CrossEntropy", "tempered", "DPO", "Mix"])
+@pytest.mark.parametrize("objective", ["tempered", "DPO", "Mix"])
 def test_neither_batch_size_nor_order_changes_an_additive_objectives_moments(objective):
     model = demo_model("base")
     made = {
-        "CrossEntropy": (CrossEntropy(), "texts"),
         "tempered": (CrossEntropy(temperature=3.0, label_smoothing=0.1), "texts"),
         "DPO": (DPO(model), "pairs"),
         "Mix": (Mix([(0.7, CrossEntropy()), (0.3, CrossEntropy(2.0))]), "texts"),
@@ -217,7 +216,7 @@ def test_neither_batch_size_nor_order_changes_an_additive_objectives_moments(obj
     chosen, data = made[objective]
     assert chosen.additive
     whole = quiet(model, chosen, demo_data()[data], full_mlp=True)
-    split = rebatched(demo_data()[data], 5)
+    split = rebatched(demo_data()[data], 3)
     for other in (split, split[::-1]):
         again = quiet(model, chosen, other, full_mlp=True)
         assert again.config["loss"] == pytest.approx(whole.config["loss"], rel=1e-6)
