@@ -415,9 +415,12 @@ class GraphJacobian:
         where = torch.tensor(self.where, device=source.device)
         dtype = product_dtype(vectors)
         if self.pointwise:
-            batch = source.new_zeros(n, *source.shape)
-            batch[:, 0, where] = vectors.transpose(0, 1).to(source.dtype)
-            return self._products(batch, forward)[:, 0, where].transpose(0, 1).to(dtype)
+            parts = []
+            for some in vectors.split(self.chunk, 1):
+                batch = source.new_zeros(some.shape[1], *source.shape)
+                batch[:, 0, where] = some.transpose(0, 1).to(source.dtype)
+                parts.append(self._products(batch, forward)[:, 0, where].transpose(0, 1).to(dtype))
+            return torch.cat(parts, 1)
         out = vectors.new_empty(tokens, n, target.shape[-1])
         for first in range(0, tokens * n, self.chunk):
             flat = torch.arange(first, min(first + self.chunk, tokens * n), device=source.device)
@@ -438,7 +441,12 @@ class GraphJacobian:
         return self.pull(eye.expand(self.tokens, -1, -1))
 
     def mean(self, chunk: int = 1) -> Float[Tensor, "d d"]:
-        return mean_of_dense(self, self.tokens if self.pointwise else chunk)
+        if not self.pointwise:
+            return mean_of_dense(self, 1)  # `chunk` counts matrices, and each is many backward passes
+        d, dtype = self.end.shape[-1], product_dtype(self.end)
+        rows = torch.eye(d, dtype=dtype, device=self.end.device).split(self.chunk)
+        parts = [self.pull(some.expand(self.tokens, -1, -1)).mean(0, dtype=torch.float64) for some in rows]
+        return torch.cat(parts).to(dtype)
 
 
 def part_graph(
