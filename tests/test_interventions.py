@@ -58,8 +58,8 @@ def small():
     base, aligned = pair()
     with pytest.warns(UserWarning, match="q is NaN"):
         return rank_one_study(
-            base, aligned, tokens=tiny.tokens(3, 9), preferences=preferred(2), directions=("delta", "activation",
-            "prediction"), interventions=("removal", "insertion"), draws=3, scales=(0.5, 2.0), n_directions=2,
+            base, aligned, tokens=tiny.tokens(3, 9), preferences=preferred(2), directions=("delta", "prediction"),
+            interventions=("removal", "insertion"), draws=3, scales=(0.5, 2.0), n_directions=2,
             controls=("random", "complement", "low_variance", "equal_variance", "permuted_heads"), progress=False,
             sites=[(1, "W_O", 2), (0, "W_Q", 1), (1, "W_in", None)], seed=4,
         )  # fmt: skip
@@ -207,7 +207,7 @@ def test_whole_passes_give_the_same_with_a_note(monkeypatch):
     pd.testing.assert_frame_equal(study.edits, expected.edits, rtol=1e-9)
 
 
-def test_given_directions_are_used_as_they_are(small):
+def test_given_directions_are_used_as_they_are():
     base, aligned = pair()
     generator = torch.Generator().manual_seed(0)
     columns = torch.randn(tiny.D_MODEL, 2, generator=generator, dtype=torch.float64)
@@ -245,8 +245,8 @@ def test_an_aligned_vocabulary_with_more_tokens_is_cut():
 
 
 def test_rows_are_complete(small):
-    sites, directions, kinds, outcomes = 3, 6, 5, 5
-    headless = 2 * 6 * outcomes  # a matrix of the MLP has no permuted heads
+    sites, directions, kinds, outcomes = 3, 4, 5, 5
+    headless = 2 * 4 * outcomes  # a matrix of the MLP has no permuted heads
     assert len(small.table) == 2 * sites * directions * kinds * outcomes - headless
     draws = small.edits[small.edits["control"] != "target"].groupby([*CELL, "control"], dropna=False).size()
     assert (draws == 3).all()
@@ -302,14 +302,14 @@ def test_ties_count_half_for_percentiles_and_fully_for_p():
 
 
 def test_strongest_sorts_and_filters(small):
-    top = small.strongest(4, outcome="kl", intervention="insertion", direction="activation")
+    top = small.strongest(4, outcome="kl", intervention="insertion", direction="prediction")
     assert (top["intervention"] == "insertion").all()
-    assert (top["direction"] == "activation").all()
+    assert (top["direction"] == "prediction").all()
     assert top["kl"].is_monotonic_decreasing
     assert {"percentile_random", "p_equal_variance", "margin_shift"} <= set(top.columns)
     by_size = small.strongest(50, outcome="ce")["ce"].abs()
     assert by_size.is_monotonic_decreasing
-    assert len(by_size) == 36
+    assert len(by_size) == 24
     for bad in ({"outcome": "loss"}, {"intervention": "swap"}, {"direction": "up"}):
         with pytest.raises(ValueError, match="to be one of .*; pass what was studied"):
             small.strongest(**bad)
@@ -396,9 +396,9 @@ def test_figures_show_the_tables(small):
         kind = "target" if trace.marker.symbol == "star" else trace.name
         assert sorted(trace.y) == sorted(rows.loc[rows["control"] == kind, "kl"])
     assert "Removing delta direction 1 of each W_O" in figure.layout.title.text
-    heads = small.plot_heads("W_Q", outcome="ce", direction="activation", index=2, intervention="insertion")
+    heads = small.plot_heads("W_Q", outcome="ce", direction="prediction", index=2, intervention="insertion")
     row = small.table.query(
-        "matrix == 'W_Q' and outcome == 'ce' and direction == 'activation' and index == 2 and "
+        "matrix == 'W_Q' and outcome == 'ce' and direction == 'prediction' and index == 2 and "
         "intervention == 'insertion' and control == 'random'"
     )
     assert np.nansum(heads.data[0].z) == pytest.approx(row["effect"].sum())
