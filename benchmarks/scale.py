@@ -118,6 +118,7 @@ def measure_large(folder: Path, layers_per_pass: int) -> dict[str, Any]:
     view = ModelView(base)
     width = view.d_model * (view.d_model + 1) // 2 * 8
     moments = layers_per_pass * 4 * width  # attn_in, mlp_in, resid_mid, resid_post
+    weights_hash(view)  # the base is mapped from its files: all of it is in memory only once it has been read
     reset, peak = memory_meter("cpu")
     before = reset()
     begun = time.perf_counter()
@@ -259,7 +260,7 @@ def main() -> None:
     document = {
         "device": f"{torch.get_num_threads()}-core CPU",
         "machine": platform.machine(),
-        "versions": {package: version(package) for package in ("torch", "transformer-lens", "tl-asymmetry")},
+        "versions": {package: version(package) for package in ("torch", "transformer-lens", "transformers")},
         "shape": {**LLAMA, "num_hidden_layers": options.layers},
         "rows": [{"name": n, "value": v, "bound": f"{s} {b:g}" if b is not None else None} for n, v, s, b in rows],
         "growth": growth,
