@@ -132,15 +132,14 @@ def main() -> None:
             f"{row['bytes_per_recording'] / 1e3:.0f} kB each\n"
         )
         sys.stdout.flush()
-    document = {
-        "every": EVERY,
-        "machine": platform.machine(),
-        "versions": {package: version(package) for package in ("torch", "transformer-lens", "tl-asymmetry")},
-        "rows": rows,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / "recorder-cpu.json"
-    target.write_text(json.dumps(document, indent=1) + "\n")
+        document = {
+            "every": EVERY,
+            "machine": platform.machine(),
+            "versions": {package: version(package) for package in ("torch", "transformer-lens", "tl-asymmetry")},
+            "rows": rows,
+        }
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "recorder-cpu.json").write_text(json.dumps(document, indent=1) + "\n")  # each row as it comes
 
 
 if __name__ == "__main__":
