@@ -367,6 +367,10 @@
     const first = Math.ceil(range[0] / Math.log10(2)), last = Math.floor(range[1] / Math.log10(2)), step = Math.max(1, Math.ceil((last - first) / 7));
     const exponents = [];
     for (let e = first; e <= last; e += 1) { if (e % step === 0) { exponents.push(e); } }
+    if (exponents.length < 3) {  // too narrow for powers of two alone
+      const fine = [0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 1.75, 2, 2.5, 3].filter((v) => Math.log10(v) >= range[0] && Math.log10(v) <= range[1]);
+      return {tickvals: fine, ticktext: fine.map(String)};
+    }
     return {tickvals: exponents.map((e) => 2 ** e), ticktext: exponents.map((e) => e >= 0 ? String(2 ** e) : "1/" + 2 ** -e)};
   }
 
@@ -452,7 +456,8 @@
       const series = {};
       rows.forEach((i) => {
         if ("rank" in table.columns && value("rank", i) !== data.ranks[state.rank]) { return; }
-        const key = ["subspace", "delta"].filter((c) => c in table.columns).map((c) => value(c, i)).join(", ") || "relative";
+        // Whatever else tells rows apart (subspace, which delta) makes lines of its own.
+        const key = columns.filter((c) => table.columns[c].words).map((c) => value(c, i)).join(", ") || "relative";
         (series[key] = series[key] || []).push([value("step", i), value("relative", i)]);
       });
       const dashes = ["solid", "dash", "dot", "dashdot"];
@@ -520,9 +525,17 @@
     if (card) { card.scrollIntoView({block: "nearest"}); card.querySelector("h3").focus({preventScroll: true}); }
   }
 
+  // The fewest digits that give the held number back; most are held in single precision.
+  function shortest(value) {
+    if (Math.fround(value) !== value) { return String(value); }
+    let digits = 6;
+    while (digits < 9 && Math.fround(+value.toPrecision(digits)) !== value) { digits += 1; }
+    return String(+value.toPrecision(digits));
+  }
+
   function download() {
     const cell = (value) => {
-      if (typeof value !== "string") { return Number.isNaN(value) ? "" : String(+value.toPrecision(value !== 0 && Math.abs(value) < 1.2e-38 ? 15 : 7)); }
+      if (typeof value !== "string") { return Number.isNaN(value) ? "" : shortest(value); }
       // A spreadsheet must not take a name for a formula.
       const plain = /^[=+\-@\t\r]/.test(value) ? "'" + value : value;
       return /[",\n\r]/.test(plain) ? '"' + plain.replace(/"/g, '""') + '"' : plain;

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from tl_asymmetry.all_directions import all_directions
-from tl_asymmetry.explore import contents
 from tl_asymmetry.explore.pack import Pack
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair_data import PairData
@@ -54,7 +53,8 @@ def explorer(
         >>> explorer(result, "explorer.html", model=base, progress=False)
         PosixPath('explorer.html')
     """
-    from tl_asymmetry.plots import page  # here, since it brings plotly
+    from tl_asymmetry.explore import contents  # here, since both bring plotly
+    from tl_asymmetry.plots import page
 
     pack, config = Pack(), result.config
     header: dict[str, Any] = {
@@ -92,6 +92,8 @@ def explorer(
 
 def _directions(result: PairData, model: Any, n: int, progress: bool, pack: Pack) -> dict[str, Any]:
     """The directions of every head, or why there are none."""
+    from tl_asymmetry.explore import contents
+
     if n == 0:
         return {"missing": "Directions were left out when this page was made (directions=0)."}
     if model is None:
