@@ -139,6 +139,8 @@ class PairAnalysis(PairData):
             energy = stacked(deltas[matrix], "energy").unsqueeze(-1)
             arrays[f"profile/{matrix}/{subspace}"] = (stacked(held, "energies") / energy).float()
             arrays[f"eigenvalues/{subspace}"] = stacked(held, "eigenvalues")
+            if held[0].replicates is not None:  # fractions with one group of texts left out [layer, group, head, rank]
+                arrays[f"replicates/{matrix}/{subspace}"] = stacked(held, "replicates") / energy.unsqueeze(1)
         arrays["tokens"] = torch.cat(list(sequences))
         arrays["lengths"] = torch.tensor([len(sequence) for sequence in sequences])
         arrays |= variants

@@ -6,7 +6,7 @@ import html
 import importlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -19,9 +19,14 @@ from torch import Tensor
 from tl_asymmetry.report import Report, write_report
 
 KINDS = {
+    "Comparison": "tl_asymmetry.comparison",
+    "ControlStudy": "tl_asymmetry.control_result",
+    "GradientCovariance": "tl_asymmetry.gradient_result",
     "LayerJacobians": "tl_asymmetry.jacobian_result",
     "PairAnalysis": "tl_asymmetry.pair_result",
     "PredictionPullback": "tl_asymmetry.pullback_result",
+    "RankOneStudy": "tl_asymmetry.study_result",
+    "TrajectoryAnalysis": "tl_asymmetry.trajectory_result",
 }
 """Every class of result, and the module that defines it."""
 
@@ -173,8 +178,8 @@ def save_result(
         layouts[name] = {"rows": len(table), "columns": columns}
     document = {"kind": kind, "schema": SCHEMA, "config": dict(config), "notes": list(notes), "tables": layouts}
     document["arrays"] = list(arrays)  # a safetensors file forgets their order
-    _replace(folder / _ARRAYS, lambda part: save_file(numbers, part))
-    _replace(folder / _DOCUMENT, lambda part: part.write_text(json.dumps(document, indent=1, ensure_ascii=False)))
+    replace_file(folder / _ARRAYS, lambda part: save_file(numbers, part))
+    replace_file(folder / _DOCUMENT, lambda part: part.write_text(json.dumps(document, indent=1, ensure_ascii=False)))
     return folder
 
 
@@ -214,7 +219,9 @@ def _document(path: str | Path) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
-def _replace(target: Path, write: Any) -> None:
+def replace_file(target: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside `target`, then put it in its place in one step: no reader ever meets half of it."""
+    """Write a file in one step: whoever reads meanwhile, or after a crash, meets the old one or the new one."""
     part = target.with_name(target.name + ".part")
     try:
         write(part)

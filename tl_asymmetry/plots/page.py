@@ -45,7 +45,10 @@ def figure_json(figure: go.Figure) -> str:
     layout.pop("width", None)
     if _own(figure):
         layout.pop("template", None)
-    return safe_json(json.dumps({"data": content["data"], "layout": layout}, separators=(",", ":")))
+    parts = {"data": content["data"], "layout": layout}
+    if figure.frames:
+        parts["frames"] = content["frames"]
+    return safe_json(json.dumps(parts, separators=(",", ":")))
 
 
 def figure_script(figure: go.Figure) -> str:
@@ -130,8 +133,11 @@ SCRIPT = r"""
 
   function paint(figure) {
     // Explicit colour scales do not follow a template, so the diverging one is exchanged by hand.
-    figure.data.forEach(function (trace) {
-      if (trace.meta === "diverging") { trace.colorscale = theme().diverging; }
+    var frames = figure.frames || [];
+    [figure].concat(frames).forEach(function (part) {
+      (part.data || []).forEach(function (trace) {
+        if (trace.meta === "diverging") { trace.colorscale = theme().diverging; }
+      });
     });
     if (!figure.layout.template) { figure.layout.template = theme().template; }
   }
@@ -162,6 +168,16 @@ SCRIPT = r"""
   function controls(box, plot, layout) {
     var holder = box.querySelector(".controls");
     (layout.updatemenus || []).forEach(function (menu, n) {
+      if (menu.type === "buttons") {
+        menu.buttons.forEach(function (step) {
+          var button = document.createElement("button");
+          button.type = "button";
+          button.textContent = plain(step.label);
+          button.addEventListener("click", function () { run(plot, step); });
+          holder.append(button);
+        });
+        return;
+      }
       var select = document.createElement("select");
       menu.buttons.forEach(function (button, i) {
         var option = document.createElement("option");
@@ -240,6 +256,8 @@ SCRIPT = r"""
       modeBarButtonsToRemove: ["sendChartToCloud", "lasso2d", "select2d", "autoScale2d"]
     };
     return Plotly.newPlot(plot, figure.data, layout, options).then(function () {
+      if (figure.frames) { return Plotly.addFrames(plot, figure.frames); }
+    }).then(function () {
       plot.style.minHeight = "";
       drawn.push({plot: plot, ours: ours});
     });
