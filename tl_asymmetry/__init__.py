@@ -14,6 +14,7 @@ from tl_asymmetry.geometry.fraction import energy_profile, subspace_fraction
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.nulls import adjusted_p, isotropic_null
 from tl_asymmetry.geometry.rounding import rounding_share, storage_dtype
+from tl_asymmetry.geometry.semi_nmf import SemiNMF, semi_nmf
 from tl_asymmetry.geometry.spectrum import (
     effective_rank,
     isoscore,
@@ -27,6 +28,9 @@ from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair import analyze_pair
 from tl_asymmetry.pair_result import PairAnalysis
+from tl_asymmetry.tangent_probe import TangentProbe
+from tl_asymmetry.tangent_result import TangentAnalysis
+from tl_asymmetry.tangents import analyze_tangents
 
 __version__ = "0.1.0"
 
@@ -34,10 +38,14 @@ __all__ = [
     "ModelView",
     "PairAnalysis",
     "PairEstimate",
+    "SemiNMF",
     "StreamingMoments",
     "Subspace",
+    "TangentAnalysis",
+    "TangentProbe",
     "adjusted_p",
     "analyze_pair",
+    "analyze_tangents",
     "capture_moments",
     "effective_rank",
     "energy_profile",
@@ -50,6 +58,7 @@ __all__ = [
     "principal_subspace",
     "random_subspace",
     "rounding_share",
+    "semi_nmf",
     "stable_rank",
     "storage_dtype",
     "subspace_fraction",

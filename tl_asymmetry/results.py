@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tl_asymmetry.report import Report, write_report
 
-KINDS = {"PairAnalysis": "tl_asymmetry.pair_result"}
+KINDS = {"PairAnalysis": "tl_asymmetry.pair_result", "TangentAnalysis": "tl_asymmetry.tangent_result"}
 """Every class of result, and the module that defines it."""
 
 SCHEMA = 1

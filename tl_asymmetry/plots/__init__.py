@@ -11,6 +11,7 @@ from tl_asymmetry.plots.layers import layers_figure
 from tl_asymmetry.plots.rank_curve import rank_curve_figure
 from tl_asymmetry.plots.spectrum import spectrum_figure
 from tl_asymmetry.plots.style import template
+from tl_asymmetry.plots.tangents import tangent_anisotropy_figure, tangent_energy_figure, tangent_strata_figure
 
 __all__ = [
     "asymmetry_figure",
@@ -18,5 +19,8 @@ __all__ = [
     "layers_figure",
     "rank_curve_figure",
     "spectrum_figure",
+    "tangent_anisotropy_figure",
+    "tangent_energy_figure",
+    "tangent_strata_figure",
     "template",
 ]
