@@ -81,7 +81,7 @@ def tangent_data(
     for sequence, group in zip(packed, number, strict=True):
         sequence[:, STRATUM] = stratum[sequence[:, ORIGINAL]]
         sequence[:, GROUP] = group
-    unknown = sum(int((s[:, STRATUM] < 0).sum()) for s in packed)
+    unknown = sum(int(((s[:, STRATUM] < 0) & (s[:, COUNTED] > 0)).sum()) for s in packed)
     if unknown:
         notes(f"{unknown} tokens do not occur in frequencies= and are in no stratum")
     targets = sum(int(s[:, TARGET].sum()) for s in packed)

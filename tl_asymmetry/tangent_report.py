@@ -115,8 +115,8 @@ def headline(
             f"{_share(block['excess'] > 1)}."
         )
         sentences.append(
-            f"{about}: taking the basis out gains {block['anisotropy'].median():.3f} of isotropy, a control "
-            f"{block['normal_anisotropy'].median():.3f}; p ≤ {SIGNIFICANT} in "
+            f"{about}: isotropy changes by {block['anisotropy'].median():+.3f} (median) when the basis is taken out, by "
+            f"{block['normal_anisotropy'].median():+.3f} when a control is; p ≤ {SIGNIFICANT} in "
             f"{_share(block['anisotropy_p'] <= SIGNIFICANT)}."
         )
         phases = {str(phase): rows for phase, rows in block.groupby("phase")}

@@ -154,9 +154,9 @@ def rank_p(observed: Float[Tensor, "*item"], controls: Float[Tensor, "*item draw
     """
     # A flat gradient has the same energy everywhere: what differs is rounding, and counts as equal.
     x = observed.unsqueeze(-1)
-    p = (1 + (controls >= x - 1e-12 * x.abs()).sum(-1)) / (1 + controls.shape[-1])
+    p = (1 + (controls >= x - 1e-12 * x.abs()).sum(-1)).double() / (1 + controls.shape[-1])
     unknown = observed.isnan() | controls.isnan().any(-1)
-    return torch.where(unknown, torch.nan, p.double())
+    return torch.where(unknown, torch.nan, p)
 
 
 def control_size(
