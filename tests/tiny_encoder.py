@@ -55,6 +55,8 @@ def encoder(
     model = TransformerBridge.boot_transformers(
         str(directory), hf_model=hf_model, device="cpu", dtype=dtype, tokenizer=_tokenizer() if tokenizer else None
     )
+    if not tokenizer:
+        model.tokenizer = None  # transformers makes up a tokenizer for a BERT that was saved without one
     return model.to(dtype)
 
 

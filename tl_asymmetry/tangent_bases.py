@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import pandas as pd
 import torch
@@ -33,8 +34,8 @@ class TangentBases:
 
     bases: dict[Key, Float[Tensor, "d rank"]]
     """Q_T, float64."""
-    table: pd.DataFrame
-    """One row each: explained, overlap_pca, and for semi-NMF relative_error, spread, stability, converged."""
+    rows: list[dict[str, Any]]
+    """One each, JSON-ready: explained, overlap_pca, and for semi-NMF relative_error, spread, stability, converged."""
     draws: int
     """Controls for each."""
     control: Control
@@ -55,6 +56,11 @@ class TangentBases:
     @cached_property
     def _stacks(self) -> dict[Key, Tensor]:
         return {}
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """`rows` as a DataFrame."""
+        return pd.DataFrame({name: [row.get(name) for row in self.rows] for name in _LAYOUT}).astype(_LAYOUT)
 
     def arrays(self) -> dict[str, Tensor]:
         """`{"basis/METHOD/RANK/POINT": [layer, d, rank]}`."""
@@ -84,7 +90,7 @@ def fit_bases(
     sample of rows, the best of several starts.
     """
     bases: dict[Key, Tensor] = {}
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for point, layer in early[0].activations:
         moments = merged(o.activations[point, layer] for o in early).pooled()
         principal = principal_subspace(moments, centered=centered)
@@ -93,7 +99,7 @@ def fit_bases(
             sample = _pooled_sample([o.samples[point, layer] for o in early], sample_rows) if method != "pca" else None
             for rank in ranks:
                 key = method, rank, point, layer
-                row: dict[str, object] = {"method": method, "rank": rank, "point": point, "layer": layer}
+                row: dict[str, Any] = {"method": method, "rank": rank, "point": point, "layer": layer}
                 if sample is None:
                     bases[key] = principal.basis[:, :rank]
                 else:
@@ -103,16 +109,18 @@ def fit_bases(
                 row["explained"] = _explained(bases[key], total)
                 row["overlap_pca"] = Subspace(bases[key]).overlap(principal.truncate(rank))
                 rows.append(row)
-    return TangentBases(bases, _basis_table(rows), draws, control, seed)
+    return TangentBases(bases, rows, draws, control, seed)
 
 
-def bases_from(arrays: Mapping[str, Tensor], table: pd.DataFrame, draws: int, control: Control, seed: int) -> TangentBases:
+def bases_from(
+    arrays: Mapping[str, Tensor], rows: list[dict[str, Any]], draws: int, control: Control, seed: int
+) -> TangentBases:
     """What `TangentBases.arrays` gave, again."""
     bases: dict[Key, Tensor] = {}
     for name, layers in arrays.items():
         _, method, rank, point = name.split("/")
         bases |= {(method, int(rank), point, layer): Q for layer, Q in enumerate(layers)}
-    return TangentBases(bases, table, draws, control, seed)
+    return TangentBases(bases, rows, draws, control, seed)
 
 
 def _pooled_sample(samples: Sequence[RowSample], size: int) -> Tensor:
@@ -124,7 +132,7 @@ def _pooled_sample(samples: Sequence[RowSample], size: int) -> Tensor:
 
 def _semi_nmf_basis(
     rows: Tensor, key: Key, *, starts: int, seed: int, note: Callable[[str], None]
-) -> tuple[Tensor, dict[str, object]]:
+) -> tuple[Tensor, dict[str, Any]]:
     _, rank, point, layer = key
     fit = semi_nmf(rows, rank, seeds=range(seed, seed + starts), tol=1e-4, max_iter=300)
     Q, R = torch.linalg.qr(fit.D.double().mT)
@@ -147,11 +155,8 @@ def _explained(Q: Tensor, second_moment: StreamingMoments | Tensor) -> float:
     return (((M @ Q) * Q).sum() / M.trace()).item()
 
 
-def _basis_table(rows: Sequence[Mapping[str, object]]) -> pd.DataFrame:
-    columns = {
-        "method": "object", "rank": "int64", "point": "object", "layer": "int64", "explained": "float64",
-        "overlap_pca": "float64", "relative_error": "float64", "spread": "float64", "stability": "float64",
-        "converged": "boolean",
-    }  # fmt: skip
-    table = pd.DataFrame({name: [row.get(name) for row in rows] for name in columns})
-    return table.astype(columns)
+_LAYOUT = {
+    "method": "object", "rank": "int64", "point": "object", "layer": "int64", "explained": "float64",
+    "overlap_pca": "float64", "relative_error": "float64", "spread": "float64", "stability": "float64",
+    "converged": "boolean",
+}  # fmt: skip

@@ -14,7 +14,7 @@ from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.sample import RowSample
 from tl_asymmetry.models.capture import Site
 from tl_asymmetry.models.texts import batches
-from tl_asymmetry.models.view import INPUT_POINT, ModelView
+from tl_asymmetry.models.view import INPUT_POINT, MATRICES, POINTS, ModelView
 from tl_asymmetry.models.weight_gradients import WeightGradients, WeightSite
 from tl_asymmetry.tangent_data import COUNTED, GROUP, INPUT, ORIGINAL, STRATUM, TARGET, TangentData
 from tl_asymmetry.training.masking import sequence_generator
@@ -90,10 +90,11 @@ class Observation:
         return cls(
             step=step,
             loss=float(arrays["loss"]),
-            activations=activations,
-            samples=samples,
-            weights=weights,
-            tokens=tokens,
+            # in the order in which `observe` makes them: a file forgets it
+            activations={site: activations[site] for site in sorted(activations, key=_place)},
+            samples={site: samples[site] for site in sorted(samples, key=_place)},
+            weights={site: weights[site] for site in sorted(weights, key=lambda s: (s[0], MATRICES.index(s[1])))},
+            tokens={key: tokens[key] for key in sorted(tokens)},
             distances=arrays["distances"],
             correlation=arrays["correlation"],
         )
@@ -127,7 +128,7 @@ def observe(
         progress: show a progress bar.
     """
     layers = range(view.n_layers)
-    points = dict.fromkeys([*(INPUT_POINT[matrix] for matrix in matrices), *([OUTPUT] if per_token else [])])
+    points = [*dict.fromkeys(INPUT_POINT[matrix] for matrix in matrices), *([OUTPUT] if per_token else [])]
     sites = [(point, layer) for point in points for layer in layers]
     # softmax ignores what all keys of a sequence share, and so does the gradient of W_K
     within = view.score_shift_invariant and "W_K" in matrices
@@ -155,10 +156,14 @@ def observe(
         activations={site: moments.cpu() for site, moments in activations.items()},
         samples=samples,
         weights={site: total / data.targets for site, total in backward.weights.items()},
-        tokens={key: moments.cpu() for key, moments in backward.tokens.items()},
+        tokens={key: backward.tokens[key].cpu() for key in sorted(backward.tokens)},
         distances=backward.distances,
         correlation=backward.correlation,
     )
+
+
+def _place(site: Site) -> tuple[int, int]:
+    return POINTS.index(site[0]), site[1]
 
 
 class _Backward:

@@ -370,21 +370,16 @@ class _Run:
         )  # fmt: skip
         del early
         if isinstance(self.store, CheckpointStore):
-            document = self.bases.table.to_json(orient="table", double_precision=15).encode()
+            document = json.dumps(self.bases.rows).encode()
             table = torch.frombuffer(bytearray(document), dtype=torch.uint8)
             self.store.put("bases", self.bases.arrays() | {"table": table})
         self._reduce_waiting()
 
     def _read_bases(self, held: Mapping[str, Tensor]) -> TangentBases:
-        from io import StringIO
-
-        import pandas as pd
-
-        document = held["table"].numpy().tobytes().decode()
-        table = pd.read_json(StringIO(document), orient="table")
+        rows = json.loads(held["table"].numpy().tobytes())
         arrays = {name: array for name, array in held.items() if name != "table"}
         options = self.options
-        return bases_from(arrays, table, options.draws, _control(options), options.seed)
+        return bases_from(arrays, rows, options.draws, _control(options), options.seed)
 
     def _reduce_waiting(self) -> None:
         for step in self._waiting():

@@ -95,7 +95,7 @@ class TangentAnalysis(Result):
     def _figure_defaults(self) -> dict[str, Any]:
         steps = self.config["basis_steps"]
         late = len(steps) < len(self.config["checkpoints"])
-        return {"rank": self.config["shown_rank"], "basis_until": steps[-1] if late and steps else None}
+        return {"rank": self.config["shown_rank"], "basis_until": float(steps[-1]) if late and steps else None}
 
     # -- words ---------------------------------------------------------------------------------------------------
 
