@@ -7,12 +7,23 @@ import pytest
 
 @lru_cache(maxsize=1)
 def _world():
-    from tl_asymmetry import ModelView, analyze_pair
-    from tl_asymmetry.demo import demo_pair, demo_texts
+    from tl_asymmetry import ModelView, analyze_pair, analyze_trajectory, compare
+    from tl_asymmetry.demo import demo_model, demo_pair, demo_texts
 
     base, aligned = demo_pair()
     result = analyze_pair(base, aligned, demo_texts(20, seed=0), groups=4, progress=False)
-    return {"model": base, "base": base, "aligned": aligned, "view": ModelView(base), "result": result}
+    control = analyze_pair(base, demo_model("control"), demo_texts(20, seed=0), groups=4, progress=False)
+    run = {step: demo_model(f"step{step}") for step in (0, 50, 150, 400)}
+    trajectory = analyze_trajectory(run, demo_texts(20, seed=0), groups=4, progress=False)
+    return {
+        "comparison": compare(result, control),
+        "trajectory": trajectory,
+        "model": base,
+        "base": base,
+        "aligned": aligned,
+        "view": ModelView(base),
+        "result": result,
+    }
 
 
 @pytest.fixture(autouse=True)

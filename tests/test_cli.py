@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
-from tl_asymmetry import PairAnalysis
+from tl_asymmetry import PairAnalysis, TrajectoryAnalysis
 from tl_asymmetry.cli import main
 
 PASSAGES = [" ".join(f"w{(5 * i + j * j) % 90}" for j in range(12 + i)) for i in range(8)]
@@ -121,4 +121,71 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    assert all(command in shown for command in ("demo", "analyze", "report"))
+    assert all(command in shown for command in ("demo", "analyze", "trajectory", "compare", "report"))
+
+
+def checkpoints(tmp_path: Path) -> list[str]:
+    import shutil
+
+    folders = []
+    for i, step in enumerate((0, 10, 30)):
+        shutil.copytree(tiny.hf_directory("gpt2", delta=0.03 * i), tmp_path / "run" / f"checkpoint-{step}")
+        folders.append(str(tmp_path / "run" / f"checkpoint-{step}"))
+    return folders
+
+
+def test_trajectory_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders, texts, out = checkpoints(tmp_path), tmp_path / "texts.txt", tmp_path / "out"
+    texts.write_text("\n\n".join(PASSAGES), encoding="utf-8")
+    options = ["--texts", str(texts), "--out", str(out), "--ranks", "1", "4", "--groups", "3", "--reference", "both"]
+    assert main(["trajectory", *folders, *options]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("TrajectoryAnalysis: ")
+    assert shown.splitlines()[-1] == f"report: {out / 'report.html'}"
+    first = TrajectoryAnalysis.load(out)
+    assert first.steps == [10, 30]
+    assert TrajectoryAnalysis.from_store(out / "store").table.equals(first.table)
+    before = (out / "store" / "checkpoints.jsonl").read_bytes()
+    assert main(["trajectory", *folders, *options]) == 0  # nothing is measured twice
+    assert (out / "store" / "checkpoints.jsonl").read_bytes() == before
+    assert TrajectoryAnalysis.load(out).table.equals(first.table)
+    capsys.readouterr()
+    (out / "report.html").unlink()
+    assert main(["report", str(out)]) == 0
+    assert capsys.readouterr().out == f"report: {out / 'report.html'}\n"
+    line = bad(capsys, "trajectory", *folders, *options, "--seed", "3")
+    assert "got others: seed (0 there, 3 here)" in line
+
+
+def test_the_demo_trajectory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trajectory", "--demo", "--out", str(tmp_path), "--groups", "1", "--ranks", "4"]) == 0
+    assert "steps 0 to 1000" in capsys.readouterr().out
+    assert TrajectoryAnalysis.load(tmp_path).steps == [50, 150, 400, 1000]
+
+
+def test_compare_and_report(pair: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n\n".join(PASSAGES), encoding="utf-8")
+    folders = []
+    for delta in (0.05, 0.02):
+        folders.append(str(tmp_path / str(delta)))
+        aligned = str(tiny.hf_directory("gpt2", delta=delta))
+        options = ["--texts", str(texts), "--ranks", "1", "4", "--groups", "3", "--out", folders[-1]]
+        assert main(["analyze", pair[0], aligned, *options]) == 0
+    out = str(tmp_path / "out")
+    assert main(["compare", *folders, "--names", "one", "two", "--out", out]) == 0
+    assert "Comparison: one against two" in capsys.readouterr().out
+    assert main(["report", out]) == 0
+    assert "expected two folders or more, got one" in bad(capsys, "compare", folders[0])
+    assert "expected a folder with result.json" in bad(capsys, "compare", folders[0], str(tmp_path / "none"))
+
+
+def test_bad_trajectories_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    assert "expected checkpoint directories, --demo or --pythia NAME, got none of them" in bad(
+        capsys, "trajectory", *out
+    )
+    assert "got several of them" in bad(capsys, "trajectory", "checkpoint-1", "--demo", *out)
+    assert "expected --steps with --pythia" in bad(capsys, "trajectory", "--pythia", "pythia-14m", *out)
+    assert "expected a directory named like checkpoint-500" in bad(capsys, "trajectory", "somewhere", *out)
+    assert not (tmp_path / "out").exists()

@@ -68,7 +68,9 @@ def naive_decoder(seed, tokens):
 def naive_encoder(seed, tokens, mask_seed):
     from transformers import BertForMaskedLM
 
-    model = BertForMaskedLM.from_pretrained(bert_directory(seed), dtype=torch.float64, attn_implementation="eager").eval()
+    model = BertForMaskedLM.from_pretrained(
+        bert_directory(seed), dtype=torch.float64, attn_implementation="eager"
+    ).eval()
     rows = list(tokens)
     masked = [
         mask_tokens(r, mask_token=MASK_TOKEN, d_vocab=tiny.D_VOCAB, special={MASK_TOKEN}, seed=mask_seed) for r in rows
@@ -105,8 +107,10 @@ def check_against(result, checkpoints, tokens, inputs, counted, rank):
                 heads = [pd.NA, *(range(n_heads) if site != "W_in" else ())]
                 parts = [G, *(np.split(G, n_heads) if site != "W_in" else ())]
                 for head, part in zip(heads, parts, strict=True):
-                    at = table.index.get_level_values("head").isna() if head is pd.NA else (
-                        table.index.get_level_values("head") == head
+                    at = (
+                        table.index.get_level_values("head").isna()
+                        if head is pd.NA
+                        else (table.index.get_level_values("head") == head)
                     )
                     here = table[at & (table.index.get_level_values("site") == site)
                                  & (table.index.get_level_values("layer") == layer)]  # fmt: skip
@@ -479,7 +483,9 @@ def test_refuses_settings(options, text, unchecked_types):
 def test_refuses_checkpoints_that_have_no_early_part():
     models = list(decoder_run().values())
     late = {50: models[0], 100: models[1]}
-    with pytest.raises(ValueError, match=r"first 30% of 100 steps \(up to 30\).* none in the first part \(steps 50, 100\)"):
+    with pytest.raises(
+        ValueError, match=r"first 30% of 100 steps \(up to 30\).* none in the first part \(steps 50, 100\)"
+    ):
         analyze_tangents(late, tokens=zipf_tokens(), **QUIET)
     with pytest.raises(ValueError, match="none in the later part"):
         analyze_tangents({5: models[0], 10: models[1]}, tokens=zipf_tokens(), total_steps=100, **QUIET)
@@ -534,7 +540,9 @@ def test_refuses_an_encoder_that_cannot_guess():
     with pytest.raises(ValueError, match="expected mask_token from 0 to"):
         analyze_tangents(encoder("bridge"), tokens=encoder_data(), mask_token=tiny.D_VOCAB, **QUIET)
     headless = encoder("bridge", head="BertForNextSentencePrediction")
-    with pytest.raises(ValueError, match="masked-language-model head, got BertForNextSentencePrediction; pass e.g. a Bert"):
+    with pytest.raises(
+        ValueError, match="masked-language-model head, got BertForNextSentencePrediction; pass e.g. a Bert"
+    ):
         analyze_tangents(headless, tokens=encoder_data(), mask_token=MASK_TOKEN, **QUIET)
 
 

@@ -9,7 +9,11 @@
 Neither TransformerLens nor plotly is imported until it is needed.
 """
 
+from tl_asymmetry.centroids import centroids, local_centroids
+from tl_asymmetry.compare import compare
+from tl_asymmetry.comparison import Comparison
 from tl_asymmetry.estimate import PairEstimate, estimate_pair
+from tl_asymmetry.explore import explorer
 from tl_asymmetry.geometry.fraction import energy_profile, subspace_fraction
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.nulls import adjusted_p, isotropic_null
@@ -23,43 +27,70 @@ from tl_asymmetry.geometry.spectrum import (
     stable_rank,
 )
 from tl_asymmetry.geometry.subspace import Subspace, principal_subspace, random_subspace
+from tl_asymmetry.jacobian_result import LayerJacobians
+from tl_asymmetry.jacobians import jacobian_sketch, layer_jacobians
 from tl_asymmetry.models.capture import capture_moments
 from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair import analyze_pair
 from tl_asymmetry.pair_result import PairAnalysis
+from tl_asymmetry.pullback import prediction_pullback
+from tl_asymmetry.pullback_result import PredictionPullback
+from tl_asymmetry.pythia import pythia_checkpoints
+from tl_asymmetry.recorder import TrajectoryRecorder
+
+# The function takes the place of the module it stands in: `from tl_asymmetry.report import …` still finds the module.
+from tl_asymmetry.report import report, write_images
 from tl_asymmetry.tangent_probe import TangentProbe
 from tl_asymmetry.tangent_result import TangentAnalysis
 from tl_asymmetry.tangents import analyze_tangents
+from tl_asymmetry.trajectory import analyze_trajectory
+from tl_asymmetry.trajectory_result import TrajectoryAnalysis
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Comparison",
+    "LayerJacobians",
     "ModelView",
     "PairAnalysis",
     "PairEstimate",
+    "PredictionPullback",
     "SemiNMF",
     "StreamingMoments",
     "Subspace",
     "TangentAnalysis",
     "TangentProbe",
+    "TrajectoryAnalysis",
+    "TrajectoryRecorder",
     "adjusted_p",
     "analyze_pair",
     "analyze_tangents",
+    "analyze_trajectory",
     "capture_moments",
+    "centroids",
+    "compare",
     "effective_rank",
     "energy_profile",
     "estimate_pair",
+    "explorer",
     "isoscore",
     "isotropic_null",
+    "jacobian_sketch",
+    "layer_jacobians",
+    "local_centroids",
     "marchenko_pastur_edge",
     "participation_ratio",
+    "prediction_pullback",
     "prediction_subspace",
     "principal_subspace",
+    "pythia_checkpoints",
     "random_subspace",
+    "report",
     "rounding_share",
     "semi_nmf",
     "stable_rank",
     "storage_dtype",
     "subspace_fraction",
+    "write_images",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `tl-asymmetry demo | analyze | tangents | report`."""
+"""The command line: `tl-asymmetry demo | analyze | trajectory | compare | tangents | report`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tl_asymmetry.cli_tangents import add_tangents, run_tangents
+from tl_asymmetry.cli_trajectory import add_compare, add_trajectory, run_compare, run_trajectory
 from tl_asymmetry.pair import analyze_pair
 from tl_asymmetry.results import Result, open_result
 
@@ -52,16 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     analyze.epilog = 'a .jsonl file has one string, {"text": …} or {"messages": […]} a line'
     analyze.set_defaults(run=_analyze)
 
-    tangents = commands.add_parser("tangents", help="early directions of activations against true gradients")
-    tangents.add_argument("checkpoints", metavar="CHECKPOINT", nargs="*", type=Path, help="directories like checkpoint-500")
-    tangents.add_argument("--demo", action="store_true", help="train tiny models offline and analyse these")
-    tangents.add_argument("--texts", type=Path, help="as for analyze")
-    tangents.add_argument("--out", type=Path, default=Path("tl-asymmetry-tangents"), help="folder for results and reports")
-    tangents.add_argument("--rank", type=int, nargs="+", default=[16], help="ranks of the bases")
-    tangents.add_argument("--method", nargs="+", choices=["pca", "semi_nmf"], default=["pca"], help="how bases are fitted")
-    tangents.add_argument("--seeds", type=int, default=5, help="trainings of each tiny model (--demo)")
-    tangents.add_argument("--workers", type=int, default=2, help="processes side by side (--demo)")
-    tangents.set_defaults(run=_tangents)
+    add_trajectory(commands).set_defaults(run=_trajectory)
+    add_compare(commands).set_defaults(run=_compare)
+    add_tangents(commands).set_defaults(run=_tangents)
 
     report = commands.add_parser("report", help="write the report of a saved result again")
     report.add_argument("folder", metavar="DIR", type=Path, help="folder that holds a saved result")
@@ -93,37 +88,21 @@ def _analyze(options: argparse.Namespace) -> None:
     _finish(result, options.out)
 
 
+def _trajectory(options: argparse.Namespace) -> None:
+    _finish(run_trajectory(options, None if options.texts is None else _read_texts(options.texts)), options.out)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    _finish(run_compare(options), options.out)
+
+
 def _tangents(options: argparse.Namespace) -> None:
-    if options.demo == bool(options.checkpoints):
-        raise ValueError("expected checkpoint directories or --demo, got both or neither; pass one of the two")
-    if options.demo:
-        _tangents_demo(options)
-        return
-    from tl_asymmetry.tangents import analyze_tangents
-
     texts = None if options.texts is None else _read_texts(options.texts)
-    _finish(analyze_tangents(options.checkpoints, texts, rank=options.rank, method=options.method), options.out)
-
-
-def _tangents_demo(options: argparse.Namespace) -> None:
-    from tl_asymmetry.demo.tangents import tangent_study
-    from tl_asymmetry.tangent_replication import (
-        replication_claims,
-        replication_frequency,
-        replication_strata,
-        replication_table,
-    )
-
-    runs = tangent_study(options.seeds, folder=options.out, workers=options.workers)
-    parts = {
-        f"Energy and anisotropy, means over {options.seeds} seeds": (replication_table(runs), "table.csv"),
-        "Late checkpoints by token frequency (1 = rarest fifth)": (replication_strata(runs), "strata.csv"),
-        "Log-frequency and distance to the centroid, last step": (replication_frequency(runs), "frequency.csv"),
-    }
-    for title, (table, name) in parts.items():
-        table.to_csv(options.out / name, index=False)
-        sys.stdout.write(f"{title}\n{table.to_string(index=False, float_format='{:.3g}'.format)}\n\n")
-    sys.stdout.write("\n".join([*replication_claims(runs), f"\nresults and reports: {options.out}\n"]))
+    result = run_tangents(options, texts)
+    if isinstance(result, str):
+        sys.stdout.write(result)
+    else:
+        _finish(result, options.out)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -82,6 +83,14 @@ class PairAnalysis(PairData):
     def _report(self) -> Report:
         return pair_report(self)
 
+    # -- pages ---------------------------------------------------------------------------------------------------
+
+    def to_explorer(self, path: str | Path, **options: Any) -> Path:
+        """Write the head explorer: one self-contained page that opens offline. See `explorer`."""
+        from tl_asymmetry.explore import explorer
+
+        return explorer(self, path, **options)
+
     # -- other forms ---------------------------------------------------------------------------------------------
 
     def to_xarray(self) -> Any:
@@ -130,6 +139,8 @@ class PairAnalysis(PairData):
             energy = stacked(deltas[matrix], "energy").unsqueeze(-1)
             arrays[f"profile/{matrix}/{subspace}"] = (stacked(held, "energies") / energy).float()
             arrays[f"eigenvalues/{subspace}"] = stacked(held, "eigenvalues")
+            if held[0].replicates is not None:  # fractions with one group of texts left out [layer, group, head, rank]
+                arrays[f"replicates/{matrix}/{subspace}"] = stacked(held, "replicates") / energy.unsqueeze(1)
         arrays["tokens"] = torch.cat(list(sequences))
         arrays["lengths"] = torch.tensor([len(sequence) for sequence in sequences])
         arrays |= variants

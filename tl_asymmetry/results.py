@@ -18,7 +18,14 @@ from torch import Tensor
 
 from tl_asymmetry.report import Report, write_report
 
-KINDS = {"PairAnalysis": "tl_asymmetry.pair_result", "TangentAnalysis": "tl_asymmetry.tangent_result"}
+KINDS = {
+    "Comparison": "tl_asymmetry.comparison",
+    "LayerJacobians": "tl_asymmetry.jacobian_result",
+    "PairAnalysis": "tl_asymmetry.pair_result",
+    "PredictionPullback": "tl_asymmetry.pullback_result",
+    "TangentAnalysis": "tl_asymmetry.tangent_result",
+    "TrajectoryAnalysis": "tl_asymmetry.trajectory_result",
+}
 """Every class of result, and the module that defines it."""
 
 SCHEMA = 1

@@ -1,4 +1,4 @@
-"""The fixed bases of a tangent analysis: fitted once on early activations, with the control subspaces that go with them."""
+"""The fixed bases of a tangent analysis: fitted once on early activations, with their control subspaces."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tl_asymmetry.geometry.sample import RowSample
 from tl_asymmetry.geometry.semi_nmf import semi_nmf
 from tl_asymmetry.geometry.subspace import Subspace, principal_subspace
 from tl_asymmetry.geometry.tangent import Control, control_subspaces
-from tl_asymmetry.models.capture import Site, merged
+from tl_asymmetry.models.capture import merged
 from tl_asymmetry.tangent_observation import Observation
 
 METHODS: tuple[str, ...] = ("pca", "semi_nmf")
@@ -66,7 +66,9 @@ class TangentBases:
         """`{"basis/METHOD/RANK/POINT": [layer, d, rank]}`."""
         families = dict.fromkeys(key[:3] for key in self.bases)
         return {
-            f"basis/{'/'.join(map(str, family))}": torch.stack([Q for key, Q in self.bases.items() if key[:3] == family])
+            f"basis/{'/'.join(map(str, family))}": torch.stack(
+                [Q for key, Q in self.bases.items() if key[:3] == family]
+            )
             for family in families
         }
 
@@ -86,8 +88,8 @@ def fit_bases(
 ) -> TangentBases:
     """Fit every basis on the activations of the early checkpoints, pooled.
 
-    PCA: leading eigenvectors of the uncentred second moment (or the covariance). Semi-NMF: the span of D in A ≈ Z D on a
-    sample of rows, the best of several starts.
+    PCA: leading eigenvectors of the uncentred second moment (or the covariance). Semi-NMF: the span of D in A ≈ Z D on
+    a sample of rows, the best of several starts.
     """
     bases: dict[Key, Tensor] = {}
     rows: list[dict[str, Any]] = []
@@ -138,8 +140,8 @@ def _semi_nmf_basis(
     Q, R = torch.linalg.qr(fit.D.double().mT)
     if R.diagonal().abs().min() < 1e-8 * R.diagonal().abs().max():
         note(
-            f"semi-NMF of rank {rank} at layer {layer} {point} found fewer than {rank} independent directions: its basis "
-            "is filled up with arbitrary ones"
+            f"semi-NMF of rank {rank} at layer {layer} {point} found fewer than {rank} independent directions: its "
+            "basis is filled up with arbitrary ones"
         )
     best, worst = min(fit.objectives), max(fit.objectives)
     return Q, {

@@ -1,4 +1,4 @@
-"""One checkpoint of a tangent analysis: activations and true gradients, reduced to what any basis can be held against."""
+"""One checkpoint of a tangent analysis: activations and gradients, reduced to what any basis can be held against."""
 
 from __future__ import annotations
 
@@ -132,9 +132,7 @@ def observe(
     sites = [(point, layer) for point in points for layer in layers]
     # softmax ignores what all keys of a sequence share, and so does the gradient of W_K
     within = view.score_shift_invariant and "W_K" in matrices
-    activations = {
-        site: StreamingMoments(view.d_model, sequences=within and site[0] == "attn_in") for site in sites
-    }
+    activations = {site: StreamingMoments(view.d_model, sequences=within and site[0] == "attn_in") for site in sites}
     samples = {site: RowSample(sample_rows) for site in sites} if sample_rows else {}
     bar = tqdm(total=2 * len(data.sequences), desc=f"step {step}", unit="seq", disable=not progress, leave=False)
     with bar, view.evaluating():

@@ -1,4 +1,4 @@
-"""The engine of the tangent analysis: one checkpoint after another, from files or from the middle of a training loop."""
+"""The engine of the tangent analysis: one checkpoint after another, from files or from within a training loop."""
 
 from __future__ import annotations
 
@@ -117,9 +117,10 @@ class TangentOptions:
 class TangentProbe:
     """Takes a model's activations and gradients at steps of its training, and holds them against its early directions.
 
-    Call `observe` (or the probe itself) with the step and the model, in the order of the steps, and `result` at the end.
-    While the step is in the first `basis_from` of `total_steps`, the gradients are kept; the first step after that fixes
-    the bases, and from then on a step leaves only its rows. The model comes back as it was: mode, gradients, flags.
+    Call `observe` (or the probe itself) with the step and the model, in the order of the steps, and `result` at the
+    end. While the step is in the first `basis_from` of `total_steps`, the gradients are kept; the first step after that
+    fixes the bases, and from then on a step leaves only its rows. The model comes back as it was: mode, gradients,
+    flags.
 
     Args:
         texts, tokens: as in `analyze_tangents`; the same for all steps.
@@ -152,7 +153,9 @@ class TangentProbe:
         **settings: Any,
     ) -> None:
         if options is not None and settings:
-            raise ValueError(f"expected options or settings by name, got both ({', '.join(settings)}); pass one of them")
+            raise ValueError(
+                f"expected options or settings by name, got both ({', '.join(settings)}); pass one of them"
+            )
         self.options = options if options is not None else TangentOptions(**settings)
         self.options.check()
         if total_steps < 0:
@@ -307,16 +310,16 @@ class _Run:
             there = self.store.entry(step)["weights_xxh3"]
             if there != weights:
                 raise ValueError(
-                    f"expected the weights that the store has of step {step} ({there}), got others ({weights}); pass the "
-                    "same run or another folder"
+                    f"expected the weights that the store has of step {step} ({there}), got others ({weights}); "
+                    "pass the same run or another folder"
                 )
             self.last_step = step
             return
         early = self.phase(step) != "late"
         if early and self.bases is not None:
             raise ValueError(
-                f"expected a step above {self.basis_until:g} now that the bases are fixed, got {step}; observe the early "
-                "steps first"
+                f"expected a step above {self.basis_until:g} now that the bases are fixed, got {step}; observe the "
+                "early steps first"
             )
         if not early and self.bases is None:
             self._fix_bases()
@@ -448,8 +451,8 @@ def check_block_outputs(view: ModelView, tokens: Tensor) -> None:
     for layer in range(view.n_layers - 1):
         if not torch.equal(seen[OUTPUT, layer], seen["resid_pre", layer + 1]):
             raise ValueError(
-                f"expected the output of block {layer} to be the input of block {layer + 1}, got two different tensors; "
-                "pass a model without edited hooks"
+                f"expected the output of block {layer} to be the input of block {layer + 1}, got two different "
+                "tensors; pass a model without edited hooks"
             )
 
 
@@ -472,9 +475,10 @@ def _check_model(view: ModelView, options: TangentOptions, notes: Notes) -> None
         notes.warn(f"gradients are computed in {view.dtype}, the model's dtype: small ones are rounded", level=6)
     if options.control == "complement":
         notes.add(
-            "controls come from the orthogonal complement of the basis: their mean energy is (1 − E) r / (d − r) whatever "
-            "the gradient, so the ratio says no more than the energy E itself, and a random basis would get p ≤ 0.05 in "
-            'the share of cases that the column size gives, not in 0.05; pass control="haar" for an exact rank test'
+            "controls come from the orthogonal complement of the basis: their mean energy is (1 − E) r / (d − r) "
+            "whatever the gradient, so the ratio says no more than the energy E itself, and a random basis would get "
+            "p ≤ 0.05 in the share of cases that the column size gives, not in 0.05; "
+            'pass control="haar" for an exact rank test'
         )
     if view.score_shift_invariant and "weight" in options.gradients:
         notes.add(

@@ -16,10 +16,11 @@ _KEYS = ["model", "gradient", "method", "phase"]
 
 
 def replication_table(runs: Runs) -> pd.DataFrame:
-    """One row per architecture, kind of gradient, method and phase: means over seeds of medians over matrices and steps.
+    """One row per architecture, gradient, method and phase: means over seeds of medians over matrices and steps.
 
     energy, normal (controls), ratio, p≤0.05 (share of rows), size (what a random basis would have), spectrum
-    (spectrum-aware null), excess (energy over it, with its standard deviation over seeds), ΔIso and that of the controls.
+    (spectrum-aware null), excess (energy over it, with its standard deviation over seeds), ΔIso and that of the
+    controls.
     """
     rows = _per_seed(runs)
     means = rows.groupby(_KEYS, sort=False).mean(numeric_only=True).drop(columns="seed")
@@ -88,8 +89,9 @@ def _per_seed(runs: Runs) -> pd.DataFrame:
         for (gradient, method, phase), block in whole.groupby(["gradient", "method", "phase"], sort=False):
             medians = block[list(_NAMES)].median().rename(_NAMES)
             shares = {
-                "p≤0.05": (block["p"] <= SIGNIFICANT).mean(), "ΔIso p≤0.05": (block["anisotropy_p"] <= SIGNIFICANT).mean()
-            }  # fmt: skip
+                "p≤0.05": (block["p"] <= SIGNIFICANT).mean(),
+                "ΔIso p≤0.05": (block["anisotropy_p"] <= SIGNIFICANT).mean(),
+            }
             about = {"model": model, "seed": seed, "gradient": gradient, "method": method, "phase": phase}
             frames.append(about | medians.to_dict() | shares)
     return pd.DataFrame(frames)[[*_KEYS, "seed", *_ORDER]]

@@ -21,26 +21,26 @@ TANGENT_DEFINITIONS = (
     Definition(
         "The claim under study", "[paper]",
         "Low-rank directions taken from activations during training (tangent proxies) capture unusually large gradient "
-        "energy and a larger share of gradient anisotropy than normal controls of equal rank, in encoders and decoders; "
-        "the effect is early and tied to token frequency.",
+        "energy and a larger share of gradient anisotropy than normal controls of equal rank, in encoders and "
+        "decoders; the effect is early and tied to token frequency.",
     ),
     Definition(
         "Basis (Q_T)", "[choice]",
-        "Orthonormal directions of the activations at one place of one layer, fitted on the checkpoints of the first part "
-        "of training, pooled, and fixed from then on. PCA: leading eigenvectors of the uncentred second moment. semi-NMF: "
-        "the span of D in A ≈ Z D, Z ≥ 0. A weight gradient is held against a basis of the matrix's own input, a "
-        "per-token gradient against a basis of the block output.",
+        "Orthonormal directions of the activations at one place of one layer, fitted on the checkpoints of the "
+        "first part of training, pooled, and fixed from then on. PCA: leading eigenvectors of the uncentred second "
+        "moment. semi-NMF: the span of D in A ≈ Z D, Z ≥ 0. A weight gradient is held against a basis of the "
+        "matrix's own input, a per-token gradient against a basis of the block output.",
     ),
     Definition(
         "Weight and activation gradients", "[choice]",
-        "weight: ∂L/∂W of the matrices that read the residual stream, L the mean loss over all predicted tokens, its rows "
-        "along the matrix's outputs. activation: for each token the gradient of the summed loss in the block output; "
-        "tokens without a gradient are left out.",
+        "weight: ∂L/∂W of the matrices that read the residual stream, L the mean loss over all predicted tokens, "
+        "its rows along the matrix's outputs. activation: for each token the gradient of the summed loss in the "
+        "block output; tokens without a gradient are left out.",
     ),
     Definition(
         "Energy, normal controls, ratio, p", "[paper]",
-        "energy = ‖G Q‖²/‖G‖². Normal controls are random subspaces of equal rank orthogonal to the basis; ratio is over "
-        "their mean energy, p = (1 + number of controls with at least the energy) / (1 + controls).",
+        "energy = ‖G Q‖²/‖G‖². Normal controls are random subspaces of equal rank orthogonal to the basis; ratio is "
+        "over their mean energy, p = (1 + number of controls with at least the energy) / (1 + controls).",
     ),
     Definition(
         "Size of the test (size)", "[ours]",
@@ -51,21 +51,22 @@ TANGENT_DEFINITIONS = (
     Definition(
         "Spectrum-aware null (spectrum_expected, excess)", "[ours]",
         "The share of the activations' own energy that lies in the basis at that step; for a PCA basis of those same "
-        "activations it is the sum of the r leading eigenvalues over the sum of all. A weight gradient is a sum of outer "
-        "products of inputs and upstream gradients: if these were independent, its expected energy is this. excess is "
-        "energy over it. For activation gradients it is a reference only: nothing says that a gradient should lie as its "
-        "activation does.",
+        "activations it is the sum of the r leading eigenvalues over the sum of all. A weight gradient is a sum of "
+        "outer products of inputs and upstream gradients: if these were independent, its expected energy is this. "
+        "excess is energy over it. For activation gradients it is a reference only: nothing says that a gradient "
+        "should lie as its activation does.",
     ),
     Definition(
         "Anisotropy share (ΔIso)", "[choice]",
-        "Isotropy of the gradients' covariance without the basis, less that with it; isotropy is (PR − 1)/(d − 1) with the "
-        "participation ratio PR, equal to IsoScore* without shrinkage. Positive: the anisotropy sat in the basis.",
+        "Isotropy of the gradients' covariance without the basis, less that with it; isotropy is (PR − 1)/(d − 1) "
+        "with the participation ratio PR, equal to IsoScore* without shrinkage. Positive: the anisotropy sat in the "
+        "basis.",
     ),
     Definition(
         "Strata and distance", "[choice]",
-        "Tokens by how often they occur, cut into strata of equal mass; per stratum the energy of its per-token gradients "
-        "in the basis and the mean distance of its block outputs from their centroid. Pearson: correlation over tokens of "
-        "log-frequency and that distance, interval by leaving out groups of sequences.",
+        "Tokens by how often they occur, cut into strata of equal mass; per stratum the energy of its per-token "
+        "gradients in the basis and the mean distance of its block outputs from their centroid. Pearson: "
+        "correlation over tokens of log-frequency and that distance, interval by leaving out groups of sequences.",
     ),
 )  # fmt: skip
 """What the words of a tangent analysis mean, and whose they are."""
@@ -115,8 +116,8 @@ def headline(
             f"{_share(block['excess'] > 1)}."
         )
         sentences.append(
-            f"{about}: isotropy changes by {block['anisotropy'].median():+.3f} (median) when the basis is taken out, by "
-            f"{block['normal_anisotropy'].median():+.3f} when a control is; p ≤ {SIGNIFICANT} in "
+            f"{about}: isotropy changes by {block['anisotropy'].median():+.3f} (median) when the basis is taken "
+            f"out, by {block['normal_anisotropy'].median():+.3f} when a control is; p ≤ {SIGNIFICANT} in "
             f"{_share(block['anisotropy_p'] <= SIGNIFICANT)}."
         )
         phases = {str(phase): rows for phase, rows in block.groupby("phase")}
@@ -166,8 +167,9 @@ def tangent_report(result: TangentAnalysis) -> Report:
             TableSection("Checkpoints", result.checkpoints, "", "checkpoints"),
         ],
         methods=[
-            ("Bases", f"{', '.join(METHOD[m] for m in config['methods'])}, rank {', '.join(map(str, config['ranks']))}, "
-             f"fitted on steps {', '.join(map(str, config['basis_steps']))} of {config['total_steps']}"),
+            ("Bases", f"{', '.join(METHOD[m] for m in config['methods'])}, rank "
+             f"{', '.join(map(str, config['ranks']))}, fitted on steps {', '.join(map(str, config['basis_steps']))} of "
+             f"{config['total_steps']}"),
             ("Controls", f"{config['draws']} random subspaces of equal rank for each basis, "
              + ("orthogonal to it" if config["control"] == "complement" else "anywhere (Haar)")),
             ("Loss", "masked-language-model loss on seeded masks" if config["kind"] == "encoder"
@@ -193,8 +195,10 @@ def _figures(result: TangentAnalysis) -> list[FigureSection]:
             "Solid above dotted: more than the activations' own spectrum would give. Solid above the dashed line alone "
             "says only that gradients are not spread evenly.",
         ),
-        FigureSection("Anisotropy in early directions", anisotropy, "Above the dotted line of the same colour: the basis "
-                      "holds more of the anisotropy than a normal control."),
+        FigureSection(
+            "Anisotropy in early directions", anisotropy,
+            "Above the dotted line of the same colour: the basis holds more of the anisotropy than a normal control.",
+        ),
     ]  # fmt: skip
     if len(result.strata):
         strata = {METHOD[m]: result.plot_strata(method=m) for m in result.config["methods"]}

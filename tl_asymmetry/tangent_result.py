@@ -27,13 +27,13 @@ class TangentAnalysis(Result):
     TABLES = ("table", "strata", "frequency", "checkpoints", "bases")
 
     table: pd.DataFrame
-    """One row per step × kind of gradient × site × layer × head (NA: the whole matrix) × method × rank. energy: share of
-    the gradient's squared norm in the basis; normal_energy: mean over the controls; ratio, p (rank among the controls),
-    q (over the layers and heads of one site); size: how often a random basis would get p ≤ 0.05 for this gradient;
-    spectrum_expected: share of the activations' own energy in the basis at that step; excess: energy over it;
-    largest_energy: the most any subspace of this rank holds; isotropy: of the gradients' covariance; anisotropy: isotropy
-    gained when the basis is taken out, normal_anisotropy and anisotropy_p its counterparts; gradient_norm: of the mean
-    loss for "weight", root mean square per token of the summed loss for "activation"; samples: rows behind the
+    """One row per step × kind of gradient × site × layer × head (NA: the whole matrix) × method × rank. energy: share
+    of the gradient's squared norm in the basis; normal_energy: mean over the controls; ratio, p (rank among the
+    controls), q (over the layers and heads of one site); size: how often a random basis would get p ≤ 0.05 for this
+    gradient; spectrum_expected: share of the activations' own energy in the basis at that step; excess: energy over it;
+    largest_energy: the most any subspace of this rank holds; isotropy: of the gradients' covariance; anisotropy:
+    isotropy gained when the basis is taken out, normal_anisotropy and anisotropy_p its counterparts; gradient_norm: of
+    the mean loss for "weight", root mean square per token of the summed loss for "activation"; samples: rows behind the
     covariance."""
     strata: pd.DataFrame
     """Per-token gradients by token frequency: one row per step × layer × method × rank × stratum (1 = rarest). tokens:
@@ -43,13 +43,15 @@ class TangentAnalysis(Result):
     """Pearson correlation of log-frequency and distance to the centroid, per step and layer, with a 95 % interval over
     groups of sequences."""
     checkpoints: pd.DataFrame
-    """Per step: phase ("early": the basis was fitted there; "late"; "single"), mean loss in nats per predicted token."""
+    """Per step: phase ("early": the basis was fitted there; "late"; "single"), mean loss in nats per token."""
     bases: pd.DataFrame
-    """Per method, rank, point and layer: explained, the share of the early activations' energy; overlap_pca, with the PCA
-    basis of that rank; and for semi-NMF the error left, the spread of the starts' objectives, the stability of its
+    """Per method, rank, point and layer: explained, the share of the early activations' energy; overlap_pca, with the
+    PCA basis of that rank; and for semi-NMF the error left, the spread of the starts' objectives, the stability of its
     directions among them."""
 
-    def basis(self, point: str, *, method: str | None = None, rank: int | None = None) -> Float[np.ndarray, "layer d k"]:
+    def basis(
+        self, point: str, *, method: str | None = None, rank: int | None = None
+    ) -> Float[np.ndarray, "layer d k"]:
         """The fixed basis of every layer at a point (attn_in, mlp_in or resid_post), float32.
 
         Raises:

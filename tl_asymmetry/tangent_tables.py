@@ -187,9 +187,7 @@ def _add_sizes(table: Sequence[dict[str, Any]], held: Held) -> None:
         mine = [row for row in table if row["rank"] == rank]
         if mine:
             spectra = torch.stack([row["_spectrum"] for row in mine])
-            sizes, _ = control_size(
-                spectra, rank, held.bases.draws, control=held.bases.control, seed=held.bases.seed
-            )
+            sizes, _ = control_size(spectra, rank, held.bases.draws, control=held.bases.control, seed=held.bases.seed)
             for row, size in zip(mine, sizes.tolist(), strict=True):
                 row["size"] = size
 
@@ -240,8 +238,8 @@ def _frequency_rows(observation: Observation) -> Iterator[dict[str, Any]]:
 def correlation_interval(groups: Float[Tensor, "group six"]) -> tuple[float, float, float]:
     """Pearson correlation of two variables from group sums (n, Σf, Σf², Σd, Σd², Σfd), and its 95 % interval.
 
-    Delete-one-group jackknife on Fisher's z = artanh r, with the t quantile: tokens of one text are not independent, and
-    the usual interval would be too short. NaN under three groups, and where a variable is constant.
+    Delete-one-group jackknife on Fisher's z = artanh r, with the t quantile: tokens of one text are not independent,
+    and the usual interval would be too short. NaN under three groups, and where a variable is constant.
     """
     used = groups[groups[:, 0] > 0]
     g = len(used)

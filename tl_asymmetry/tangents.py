@@ -48,10 +48,10 @@ def analyze_tangents(
     """Do directions taken from early activations explain where gradients put their energy and their anisotropy.
 
     The question of arXiv 2604.08764 ("Revisiting anisotropy"). One basis Q_T for each place of each layer is fitted on
-    the activations of the first checkpoints and then stays fixed. At every checkpoint the true, backpropagated gradients
-    are held against it, beside random control subspaces of equal rank, and beside what the activations' own spectrum
-    would give: energy ‖G Q‖²/‖G‖², and the anisotropy that goes when Q is taken out. Definitions the paper leaves open
-    are ours; the report marks them.
+    the activations of the first checkpoints and then stays fixed. At every checkpoint the true, backpropagated
+    gradients are held against it, beside random control subspaces of equal rank, and beside what the activations' own
+    spectrum would give: energy ‖G Q‖²/‖G‖², and the anisotropy that goes when Q is taken out. Definitions the paper
+    leaves open are ours; the report marks them.
 
     Two kinds of gradient, reported apart: "weight", ∂L/∂W of the matrices that read the residual stream (W_Q, W_K, W_V,
     W_in, W_gate) on their input side, against a basis of that same input; "activation", ∂L/∂x of every token at the
@@ -60,8 +60,8 @@ def analyze_tangents(
 
     Args:
         checkpoints_or_model: checkpoints in the order of their steps (directories like `checkpoint-500`, pairs `(step,
-            model)` as a mapping, list or generator; a model may be a TransformerLens model, a directory, a hub name or a
-            function that makes one), or one model, which then gives both basis and gradients. Of encoders a
+            model)` as a mapping, list or generator; a model may be a TransformerLens model, a directory, a hub name or
+            a function that makes one), or one model, which then gives both basis and gradients. Of encoders a
             TransformerBridge of a BERT with masked-LM head, or a HookedEncoder.
         texts, tokens, max_tokens: as in `analyze_pair`.
         rank: of the basis, one or several.
@@ -113,7 +113,9 @@ def analyze_tangents(
     )  # fmt: skip
     options.check()
     if isinstance(checkpoints_or_model, nn.Module):
-        plan = _Plan([Checkpoint(0, ModelView(checkpoints_or_model, encoders=True).name, _given(checkpoints_or_model))], 0)
+        plan = _Plan(
+            [Checkpoint(0, ModelView(checkpoints_or_model, encoders=True).name, _given(checkpoints_or_model))], 0
+        )
     else:
         plan = _plan(checkpoints_or_model, total_steps, basis_from)
     with TangentProbe(
@@ -143,8 +145,8 @@ def _plan(source: Any, total_steps: int | None, basis_from: float) -> _Plan:
     if iter(source) is source if isinstance(source, Iterable) else False:
         if total_steps is None:
             raise ValueError(
-                "expected total_steps with a generator of checkpoints, whose last step nobody knows yet, got none; pass "
-                "total_steps= or a list"
+                "expected total_steps with a generator of checkpoints, whose last step nobody knows yet, got none; "
+                "pass total_steps= or a list"
             )
         return _Plan(checkpoints_of(source), total_steps)
     checkpoints = sorted(checkpoints_of(source), key=lambda checkpoint: checkpoint.step)

@@ -23,7 +23,9 @@ def parts(samples=200, rank=4, d=12, seed=0):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(2, 60), st.integers(1, 12), st.integers(1, 12), st.integers(0, 10_000), st.sampled_from([-3.0, 0, 5]))
+@given(
+    st.integers(2, 60), st.integers(1, 12), st.integers(1, 12), st.integers(0, 10_000), st.sampled_from([-3.0, 0, 5])
+)
 def test_objective_never_rises_and_is_the_true_one(samples, d, rank, seed, mean):
     rank = min(rank, samples, d)
     A = gaussian(samples, d, seed=seed) + mean

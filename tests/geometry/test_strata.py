@@ -19,7 +19,9 @@ def test_strata_are_those_of_single_occurrences(counts, number):
         with pytest.raises(ValueError, match="expected tokens to count"):
             frequency_strata(torch.tensor(counts), number)
     elif filled < number:
-        with pytest.raises(ValueError, match=f"fill {number} strata of equal mass, got {filled} filled by {sum(counts)}"):
+        with pytest.raises(
+            ValueError, match=f"fill {number} strata of equal mass, got {filled} filled by {sum(counts)}"
+        ):
             frequency_strata(torch.tensor(counts), number)
     else:
         assert frequency_strata(torch.tensor(counts), number).tolist() == naive

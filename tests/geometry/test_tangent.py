@@ -53,9 +53,7 @@ def test_normal_controls_of_a_float32_basis():
 
 
 def test_haar_controls_ignore_the_basis():
-    first, second = (
-        control_subspaces(random_subspace(12, 3, seed=s).basis, 4, control="haar", seed=7) for s in (0, 1)
-    )
+    first, second = (control_subspaces(random_subspace(12, 3, seed=s).basis, 4, control="haar", seed=7) for s in (0, 1))
     assert torch.equal(first, second)
     assert (first.mT @ first - torch.eye(3).double()).abs().max() < 1e-12
 
@@ -82,7 +80,9 @@ def test_energy_and_anisotropy_are_those_of_the_projected_points(samples, d, ran
     iso, shares = anisotropy_shares(centred, bases)
     assert iso.item() == pytest.approx(reference.isoscore_star(G.numpy()), abs=1e-10)
     for i, basis in enumerate(bases):
-        assert energies(G, bases)[i].item() == pytest.approx(reference_tangents.energy(G.numpy(), basis.numpy()), abs=1e-12)
+        assert energies(G, bases)[i].item() == pytest.approx(
+            reference_tangents.energy(G.numpy(), basis.numpy()), abs=1e-12
+        )
         naive = reference_tangents.anisotropy(G.numpy(), basis.numpy())
         if samples > rank + 2:  # else hardly anything may be left
             assert shares[i].item() == pytest.approx(naive, abs=1e-10)
@@ -223,7 +223,9 @@ def test_refuses(arguments, text, unchecked_types):
         control_size(torch.ones(1, 10), settings["rank"], settings["draws"], control=settings["control"])
     if settings["rank"]:
         with pytest.raises(ValueError, match=text):
-            control_subspaces(torch.eye(10)[:, : settings["rank"]], settings["draws"], control=settings["control"], seed=0)
+            control_subspaces(
+                torch.eye(10)[:, : settings["rank"]], settings["draws"], control=settings["control"], seed=0
+            )
 
 
 def test_draws_from_its_own_seed(unchecked_types):

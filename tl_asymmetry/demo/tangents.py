@@ -1,7 +1,7 @@
 """Two tiny models trained on the demo's stories with their checkpoints kept: a decoder and an encoder.
 
-What `tl-asymmetry tangents --demo` runs on. Everything follows from the seed: initial weights, stories, masks. Both read
-windows of one length cut from a stream of whole stories, so nothing is padded.
+What `tl-asymmetry tangents --demo` runs on. Everything follows from the seed: initial weights, stories, masks. Both
+read windows of one length cut from a stream of whole stories, so nothing is padded.
 """
 
 from __future__ import annotations

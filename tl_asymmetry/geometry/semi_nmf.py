@@ -51,8 +51,8 @@ def semi_nmf(
 
     D is the exact least-squares solution for Z; Z is swept column by column (Cichocki & Phan 2009), several sweeps an
     iteration since they are cheap beside the products with A (Gillis & Glineur 2012). A is read in blocks of rows, and
-    only ZᵀZ and ZᵀA are summed over them, in float64. A start is `rank` rows of A chosen far from each other (k-means++,
-    Arthur & Vassilvitskii 2007). The problem is not convex: compare `objectives` and `stability`.
+    only ZᵀZ and ZᵀA are summed over them, in float64. A start is `rank` rows of A chosen far from each other
+    (k-means++, Arthur & Vassilvitskii 2007). The problem is not convex: compare `objectives` and `stability`.
 
     The rows of D span nearly what `rank` principal directions span where the rows of A all lie on one side of some
     plane through 0, as activations with a large mean do: there the best semi-NMF is as good as the best unconstrained

@@ -38,7 +38,7 @@ def frequency_strata(counts: Float[Tensor, " type"] | Int[Tensor, " type"], stra
     if len(filled) < strata:
         raise ValueError(
             f"expected texts whose token frequencies fill {strata} strata of equal mass, got {len(filled)} filled by "
-            f"{int(total)} tokens of {int((counts > 0).sum())} types; pass more texts, frequencies= of a larger corpus, "
-            "or fewer strata (strata=0 leaves them out)"
+            f"{int(total)} tokens of {int((counts > 0).sum())} types; pass more texts, frequencies= of a larger "
+            "corpus, or fewer strata (strata=0 leaves them out)"
         )
     return torch.where(counts > 0, place[index], -1)

@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-
 Control = Literal["complement", "haar"]
 """How control subspaces are drawn: orthogonal to the basis, or anywhere."""
 
@@ -116,8 +115,9 @@ def factor_of(covariance: Float[Tensor, "*item d d"]) -> Float[Tensor, "*item d 
 def anisotropy_shares(
     factor: Float[Tensor, "*item sample d"], bases: Float[Tensor, "basis d rank"]
 ) -> tuple[Float[Tensor, "*item"], Float[Tensor, "*item basis"]]:
-    """Iso(C) and, for each basis, ΔIso(Q) = Iso((I − QQᵀ) C (I − QQᵀ)) − Iso(C), with C = FᵀF and Iso = (PR − 1)/(d − 1).
+    """Iso(C), and for each basis what it gains when the basis is taken out: ΔIso(Q) = Iso((I − P) C (I − P)) − Iso(C).
 
+    C = FᵀF, P = QQᵀ, Iso = (PR − 1)/(d − 1) with the participation ratio PR.
     Positive where taking Q out leaves a rounder covariance: the anisotropy sat in Q. Never forms a d × d projector. NaN
     where nothing is left outside Q. Float64.
 

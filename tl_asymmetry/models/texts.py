@@ -22,8 +22,9 @@ def tokenize(view: ModelView, texts: Sequence[Any], window: int | None = None) -
     """Token ids of texts, cut into windows, nothing dropped.
 
     A string is encoded without special tokens and preceded by the begin-of-sequence token where the tokenizer
-    has one; for an encoder it stands between the tokenizer's [CLS] and [SEP]. A list of chat messages is rendered by the tokenizer's chat template, which sets its own special
-    tokens. What is longer than a window continues in the next one, which begins with the same token again.
+    has one; for an encoder it stands between the tokenizer's [CLS] and [SEP]. A list of chat messages is rendered by
+    the tokenizer's chat template, which sets its own special tokens. What is longer than a window continues in the
+    next one, which begins with the same token again.
 
     Args:
         view: the model whose tokenizer and context length count.
@@ -93,9 +94,7 @@ def _encode(tokenizer: Any, text: Any, index: int, encoder: bool) -> tuple[list[
     )
 
 
-def batches(
-    sequences: Sequence[Tensor], batch_size: int, *, causal: bool = True
-) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(sequences: Sequence[Tensor], batch_size: int, *, causal: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
     """Consecutive sequences as right-padded batches with their masks.
 
     In a causal model padding on the right leaves every real position as it is, so no attention mask is

@@ -20,8 +20,8 @@ class WeightGradients:
 
     A matrix in TransformerLens orientation is a strided view of a parameter; the same strides on the parameter's
     gradient give the matrix's gradient. Where several parameters share its memory (the Bridge keeps a fused projection
-    beside its parts), the gradients of those the loss depends on are added: moving the memory moves them all. `.grad` is
-    neither read nor written.
+    beside its parts), the gradients of those the loss depends on are added: moving the memory moves them all. `.grad`
+    is neither read nor written.
 
     Args:
         view: the model.

@@ -6,19 +6,36 @@ and nowhere above, so the package itself stays light.
 """
 
 from tl_asymmetry.plots.asymmetry import asymmetry_figure
+from tl_asymmetry.plots.comparison import differences_figure, overlap_figure
+from tl_asymmetry.plots.head_maps import head_maps_figure
 from tl_asymmetry.plots.heads import heads_figure
 from tl_asymmetry.plots.layers import layers_figure
 from tl_asymmetry.plots.rank_curve import rank_curve_figure
 from tl_asymmetry.plots.spectrum import spectrum_figure
+from tl_asymmetry.plots.stability import stability_figure
 from tl_asymmetry.plots.style import template
 from tl_asymmetry.plots.tangents import tangent_anisotropy_figure, tangent_energy_figure, tangent_strata_figure
+from tl_asymmetry.plots.trajectory import (
+    animation_figure,
+    curves_figure,
+    emergence_figure,
+    head_curves_figure,
+)
 
 __all__ = [
+    "animation_figure",
     "asymmetry_figure",
+    "curves_figure",
+    "differences_figure",
+    "emergence_figure",
+    "head_curves_figure",
+    "head_maps_figure",
     "heads_figure",
     "layers_figure",
+    "overlap_figure",
     "rank_curve_figure",
     "spectrum_figure",
+    "stability_figure",
     "tangent_anisotropy_figure",
     "tangent_energy_figure",
     "tangent_strata_figure",

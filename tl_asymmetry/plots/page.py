@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import base64
 import gzip
+import importlib.util
 import json
+from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
@@ -43,7 +45,10 @@ def figure_json(figure: go.Figure) -> str:
     layout.pop("width", None)
     if _own(figure):
         layout.pop("template", None)
-    return safe_json(json.dumps({"data": content["data"], "layout": layout}, separators=(",", ":")))
+    parts = {"data": content["data"], "layout": layout}
+    if figure.frames:
+        parts["frames"] = content["frames"]
+    return safe_json(json.dumps(parts, separators=(",", ":")))
 
 
 def figure_script(figure: go.Figure) -> str:
@@ -64,6 +69,31 @@ def controls_height(figure: go.Figure) -> tuple[int, int]:
     """Pixels the figure keeps for its own menus and slider, which the page cuts off: (menu, slider)."""
     meta = _meta(figure)
     return int(meta.get("menu", 0)), int(meta.get("slider", 0))
+
+
+def write_image(figure: go.Figure, path: Path, *, format: str, width: int, scale: float) -> Path:
+    """Write what a figure shows first as a static image, without the menus and sliders nobody can press on paper.
+
+    Raises:
+        ImportError: kaleido is not installed.
+    """
+    if not _kaleido_installed():
+        raise ImportError("expected kaleido to be installed; pip install 'tl-asymmetry[report]'")
+    still = go.Figure(figure)
+    menu, slider = controls_height(figure)
+    margin = still.layout.margin
+    still.layout.updatemenus = still.layout.sliders = ()
+    still.update_layout(
+        width=width,
+        height=(still.layout.height or 450) - menu - slider,
+        margin={"t": (margin.t or 0) - menu, "b": (margin.b or 0) - slider} if menu or slider else {},
+    )
+    still.write_image(path, format=format, scale=scale)
+    return path
+
+
+def _kaleido_installed() -> bool:
+    return importlib.util.find_spec("kaleido") is not None
 
 
 def page_settings() -> str:
@@ -103,8 +133,11 @@ SCRIPT = r"""
 
   function paint(figure) {
     // Explicit colour scales do not follow a template, so the diverging one is exchanged by hand.
-    figure.data.forEach(function (trace) {
-      if (trace.meta === "diverging") { trace.colorscale = theme().diverging; }
+    var frames = figure.frames || [];
+    [figure].concat(frames).forEach(function (part) {
+      (part.data || []).forEach(function (trace) {
+        if (trace.meta === "diverging") { trace.colorscale = theme().diverging; }
+      });
     });
     if (!figure.layout.template) { figure.layout.template = theme().template; }
   }
@@ -135,6 +168,16 @@ SCRIPT = r"""
   function controls(box, plot, layout) {
     var holder = box.querySelector(".controls");
     (layout.updatemenus || []).forEach(function (menu, n) {
+      if (menu.type === "buttons") {
+        menu.buttons.forEach(function (step) {
+          var button = document.createElement("button");
+          button.type = "button";
+          button.textContent = plain(step.label);
+          button.addEventListener("click", function () { run(plot, step); });
+          holder.append(button);
+        });
+        return;
+      }
       var select = document.createElement("select");
       menu.buttons.forEach(function (button, i) {
         var option = document.createElement("option");
@@ -213,6 +256,8 @@ SCRIPT = r"""
       modeBarButtonsToRemove: ["sendChartToCloud", "lasso2d", "select2d", "autoScale2d"]
     };
     return Plotly.newPlot(plot, figure.data, layout, options).then(function () {
+      if (figure.frames) { return Plotly.addFrames(plot, figure.frames); }
+    }).then(function () {
       plot.style.minHeight = "";
       drawn.push({plot: plot, ours: ours});
     });
@@ -273,6 +318,10 @@ main:focus{outline:none}
 nav ul{list-style:none;display:flex;flex-wrap:wrap;gap:4px 18px;padding:10px 14px;margin:18px 0 0;
 background:var(--panel);border-radius:6px}
 nav a{display:inline-block;padding:3px 0}
+nav .result{flex-basis:100%;font-weight:600}
+nav .result ul{font-weight:400;margin:2px 0 6px;padding:0 0 0 16px}
+h3{font-size:1.1rem;line-height:1.3;margin:28px 0 6px;overflow-wrap:anywhere}
+section.result>h2{font-size:1.4rem}
 .notes{background:var(--note);border-left:4px solid var(--note-line);padding:10px 14px 10px 32px;margin:8px 0;
 border-radius:0 6px 6px 0}
 .figure-box{margin:12px 0 0}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tl_asymmetry.plots.style import as_float, number, one_of, text
+from tl_asymmetry.plots.style import as_float, integer_ticks, number, one_of, text
 
 WRITE = ("W_O", "W_out")
 MLP = ("W_in", "W_gate", "W_out")
@@ -185,4 +185,18 @@ def isotropic(row: Any) -> str:
     by = "" if not isinstance(method, str) or not method else f" ({text(method)})"
     return (
         f"1; z {number(row['isotropic_z'])}, p {number(row['isotropic_p'], 2)}{by}, q {number(row['isotropic_q'], 2)}"
+    )
+
+
+def head_axes(figure: Any, layers: Sequence[int], heads: Sequence[int | None], shared: bool) -> None:
+    """Axes of a layer × head map: the first layer on top, a single column for a matrix of the MLP."""
+    single = list(heads) == [None]
+    ticks = integer_ticks(list(range(len(heads))))
+    figure.update_xaxes(
+        title=None if single else ("KV head" if shared else "head"), showgrid=False, constrain="domain",
+        tickmode="array", tickvals=ticks["tickvals"], range=[-0.5, len(heads) - 0.5],
+        ticktext=["MLP"] if single else [str(heads[i]) for i in ticks["tickvals"]],
+    )  # fmt: skip
+    figure.update_yaxes(
+        title="layer", showgrid=False, range=[layers[-1] + 0.5, layers[0] - 0.5], **integer_ticks(layers, 24)
     )

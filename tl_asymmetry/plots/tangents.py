@@ -29,8 +29,8 @@ HOVER = (
 )
 STRATUM_HOVER = (
     "<b>%{customdata[0]}</b><br>log-frequency %{customdata[1]} to %{customdata[2]}<br>%{customdata[3]} tokens with a "
-    "gradient, %{customdata[4]} of the gradient's energy<br>energy in the basis %{customdata[5]}: ratio %{customdata[6]}, "
-    "p %{customdata[7]}<br>distance to the centroid %{customdata[8]}<extra></extra>"
+    "gradient, %{customdata[4]} of the gradient's energy<br>energy in the basis %{customdata[5]}: ratio "
+    "%{customdata[6]}, p %{customdata[7]}<br>distance to the centroid %{customdata[8]}<extra></extra>"
 )
 
 
@@ -184,11 +184,13 @@ def tangent_strata_figure(
         "rarest" if n == numbers[0] else "most frequent" if n == numbers[-1] else str(n) for n in numbers
     ]  # fmt: skip
     figure.update_xaxes(tickmode="array", tickvals=numbers, ticktext=labels)
-    figure.update_xaxes(title="fifth of all tokens" if len(numbers) == 5 else "stratum of token frequency", row=2, col=1)
+    figure.update_xaxes(
+        title="fifth of all tokens" if len(numbers) == 5 else "stratum of token frequency", row=2, col=1
+    )
     words = style.heading(
         style.text(title) if title is not None else "By token frequency",
-        f"Per-token gradients at the block output against the {METHOD.get(chosen, style.text(chosen))} basis of rank {k}; "
-        "strata of equal mass in the corpus, one line a layer.",
+        f"Per-token gradients at the block output against the {METHOD.get(chosen, style.text(chosen))} basis of "
+        f"rank {k}; strata of equal mass in the corpus, one line a layer.",
     )
     return style.finish(figure, title=words, template_name=template, width=width, height=height, plot_height=440)
 

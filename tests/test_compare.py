@@ -1,0 +1,250 @@
+"""compare against naive oracles: paired jackknife from leave-one-group-out analyses, overlaps from float64 SVDs."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from tests import tiny
+from tl_asymmetry import Comparison, PairAnalysis, analyze_pair, compare
+from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.results import open_result
+
+TOKENS = tiny.tokens(9, 12)
+OPTIONS: dict[str, Any] = {"tokens": TOKENS, "ranks": [1, 4], "groups": 3, "progress": False}
+STUDENT = 4.302652729749464  # 0.975 quantile, 2 degrees of freedom
+
+
+@functools.cache
+def models(name: str = "llama") -> tuple[Any, ...]:
+    base = tiny.build(name, tiny.KINDS[0])
+    return base, tiny.perturbed(base, 0.02, 1), tiny.perturbed(base, 0.05, 2)
+
+
+@functools.cache
+def results(name: str = "llama") -> tuple[PairAnalysis, ...]:
+    base, a, b = models(name)
+    return analyze_pair(base, a, **OPTIONS), analyze_pair(base, b, **OPTIONS)
+
+
+@functools.cache
+def compared() -> Comparison:
+    return compare(*results(), names=["one", "two"])
+
+
+def test_values_are_those_of_the_analyses() -> None:
+    found, (a, b) = compared(), results()
+    assert len(found.table) == len(a.table)
+    keys = ["layer", "head", "matrix", "subspace", "rank"]
+    pd.testing.assert_frame_equal(found.table[keys], a.table[keys])
+    for side, result in (("a", a), ("b", b)):
+        for column in ("relative", "excess", "isotropic_q", "rounding_share", "delta_relative_norm"):
+            assert found.table[f"{column}_{side}"].equals(result.table[column])
+    np.testing.assert_allclose(found.table["log2_ratio"], np.log2(a.table["relative"] / b.table["relative"]))
+    np.testing.assert_allclose(found.table["difference"], a.table["relative"] - b.table["relative"])
+    captured = found.table["subspace"] != "prediction"
+    for column in ("ci_low", "ci_high", "difference_low", "difference_high"):
+        assert found.table.loc[captured, column].notna().all()
+        assert found.table.loc[~captured, column].isna().all()
+    assert (found.table["ci_low"] <= found.table["log2_ratio"])[captured].all()
+    assert found.table["a"].unique().tolist() == ["one"]
+
+
+def test_intervals_are_a_paired_jackknife() -> None:
+    """Three comparisons of analyses that leave the same group of texts out of both."""
+    base, a, b = models()
+    found = compared()
+    columns = ["layer", "head", "matrix", "subspace", "rank"]
+    parts, asymmetries = [], []
+    for left_out in range(3):
+        kept = torch.cat([TOKENS[3 * i : 3 * i + 3] for i in range(3) if i != left_out])
+        options = OPTIONS | {"tokens": kept, "groups": 1}
+        part = compare(analyze_pair(base, a, **options), analyze_pair(base, b, **options), names=["one", "two"])
+        assert part.table["ci_low"].isna().all()
+        assert any("without intervals" in note for note in part.notes)
+        pd.testing.assert_frame_equal(part.table[columns], found.table[columns])
+        parts.append(part.table)
+        asymmetries.append(part.asymmetry)
+    captured = (found.table["subspace"] != "prediction").to_numpy()
+    for column, low, high in (("log2_ratio", "ci_low", "ci_high"), ("difference", "difference_low", "difference_high")):
+        θ = np.stack([part[column].to_numpy() for part in parts])
+        half = STUDENT * np.sqrt(2 / 3 * np.square(θ - θ.mean(0)).sum(0))
+        for name, sign in ((low, -1), (high, 1)):
+            expected = found.table[column] + sign * half
+            np.testing.assert_allclose(found.table.loc[captured, name], expected[captured], rtol=1e-4, atol=1e-5)
+    θ = np.stack([part["difference"].to_numpy(float) for part in asymmetries])
+    half = STUDENT * np.sqrt(2 / 3 * np.square(θ - θ.mean(0)).sum(0))
+    np.testing.assert_allclose(found.asymmetry["ci_high"], found.asymmetry["difference"] + half, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.asymmetry["ci_low"], found.asymmetry["difference"] - half, rtol=1e-4, atol=1e-4)
+
+
+def test_asymmetry_is_the_difference_of_the_two() -> None:
+    found, (a, b) = compared(), results()
+    merged = a.asymmetry.merge(b.asymmetry, on=["layer", "head", "rank"])
+    np.testing.assert_allclose(found.asymmetry["difference"], merged["log2_ratio_x"] - merged["log2_ratio_y"])
+    assert found.asymmetry["ci_low"].notna().all()
+    assert found.asymmetry["head"].isna().sum() == 2 * tiny.N_LAYERS
+
+
+def test_overlap_is_that_of_the_singular_vectors() -> None:
+    """Left singular vectors of float64 deltas on the residual axis, by hand."""
+    base, a, b = (ModelView(m) for m in models())
+    found = compared().overlap
+    assert (found["directions"] == 5).all()
+    assert np.allclose(found["chance"], 5 / tiny.D_MODEL)
+    for row in found.sample(30, random_state=0).to_dict("records"):
+        deltas = []
+        for view in (a, b):
+            W = [v.weight(row["layer"], row["matrix"]).double() for v in (view, base)]
+            Δ = W[0] - W[1]
+            Δ = Δ if pd.isna(row["head"]) else Δ[row["head"]]
+            deltas.append(Δ.mT if row["matrix"] in ("W_O", "W_out") else Δ)
+        svds = [torch.linalg.svd(Δ, full_matrices=False) for Δ in deltas]
+        U = [svd[0][:, :5] for svd in svds]
+        overlap = (U[0].mT @ U[1]).square().sum().item() / 5
+        assert row["overlap"] == pytest.approx(overlap, abs=2e-4)
+        assert row["leading_cosine"] == pytest.approx((U[0][:, 0] @ U[1][:, 0]).abs().item(), abs=1e-3)
+        best = [(svd[0][:, :5] * svd[1][:5]) @ svd[2][:5] for svd in svds]
+        cosine = ((best[0] * best[1]).sum() / best[0].norm() / best[1].norm()).item()
+        assert row["cosine"] == pytest.approx(cosine, abs=1e-3)
+        assert row["share_a"] == pytest.approx((best[0].norm() ** 2 / deltas[0].norm() ** 2).item(), rel=1e-3)
+        assert row["share_b"] == pytest.approx((best[1].norm() ** 2 / deltas[1].norm() ** 2).item(), rel=1e-3)
+
+
+def test_chance_of_an_overlap_is_that_of_random_spaces() -> None:
+    """Independent deltas: p is uniform, and the mean overlap n/d; the same delta: overlap 1, cosine 1."""
+    overlap = compared().overlap
+    assert overlap["overlap"].mean() == pytest.approx(5 / tiny.D_MODEL, rel=0.1)
+    assert 0.25 < overlap["p"].mean() < 0.75
+    assert (overlap["q"] < 0.05).mean() < 0.1
+    base, a, _ = models()
+    doubled = tiny.perturbed(a, 0.0)
+    with torch.no_grad():
+        for mine, theirs in zip(doubled.parameters(), base.parameters(), strict=True):
+            mine.copy_(theirs + 2 * (mine - theirs))
+    same = compare(results()[0], analyze_pair(base, doubled, **OPTIONS))
+    for column in ("overlap", "cosine", "leading_cosine"):
+        np.testing.assert_allclose(same.overlap[column], 1, atol=2e-3)
+    assert (same.overlap["q"] < 1e-3).all()
+    np.testing.assert_allclose(same.table["log2_ratio"], 0, atol=1e-4)
+    np.testing.assert_allclose(same.table["delta_relative_norm_b"], 2 * same.table["delta_relative_norm_a"], rtol=1e-4)
+
+
+def test_a_delta_of_low_rank_has_fewer_directions() -> None:
+    base, a, _ = models()
+    thin = tiny.perturbed(base, 0.0)
+    for layer in range(tiny.N_LAYERS):
+        W = ModelView(thin).weight(layer, "W_Q")
+        generator = torch.Generator().manual_seed(layer)
+        for head in W[1:]:  # head 0 stays as it was
+            left, right = torch.randn(tiny.D_MODEL, 2, generator=generator), torch.randn(2, 12, generator=generator)
+            head += 0.1 * left @ right
+    found = compare(results()[0], analyze_pair(base, thin, **OPTIONS)).overlap
+    queries = found[found["matrix"] == "W_Q"]
+    assert (queries.loc[queries["head"] > 0, "directions"] == 2).all()
+    assert np.allclose(queries.loc[queries["head"] > 0, "share_b"], 1)
+    untouched = found[(found["matrix"] != "W_Q") | (found["head"] == 0)]
+    assert (untouched["directions"] == 0).all()
+    assert untouched[["overlap", "cosine", "p", "q", "share_a"]].isna().all(axis=None)
+    assert (untouched["p_method"] == "none").all()
+
+
+def test_three_analyses_make_three_pairs() -> None:
+    base, a, b = models()
+    third = analyze_pair(base, tiny.perturbed(base, 0.01, 3), **(OPTIONS | {"ranks": [4], "matrices": ["W_Q", "W_O"]}))
+    found = compare(*results(), third, names=["one", "two", "three"])
+    pairs = found.table[["a", "b"]].drop_duplicates().to_numpy().tolist()
+    assert pairs == [["one", "two"], ["one", "three"], ["two", "three"]]
+    assert set(found.table.loc[found.table["b"] == "three", "matrix"]) == {"W_Q", "W_O"}
+    assert found.plot_differences("W_Q", "two", "three").layout.title.text.startswith("<b>W_Q: two against three")
+    with pytest.raises(ValueError, match="expected one of one and two, one and three, two and three, got 'three' and"):
+        found.plot_differences("W_Q", "three", "one")
+    unnamed = compare(*results(), third)
+    assert len(set(unnamed.config["names"])) == 3
+
+
+def test_what_cannot_be_compared() -> None:
+    base, a, b = models()
+    one, two = results()
+    elsewhere = analyze_pair(a, b, **OPTIONS)
+    with pytest.raises(ValueError, match="expected analyses of one base, got one from .* whose weights differ"):
+        compare(one, elsewhere, names=["one", "other"])
+    for over, words in (
+        (
+            {"tokens": tiny.tokens(9, 12, seed=3)},
+            "expected analyses on the same texts, got other tokens in one than in",
+        ),
+        ({"exclude_first": False}, "got exclude_first=True in one and False in two"),
+        ({"groups": 4}, "got groups=3 in one and 4 in two"),
+        ({"centered": True}, "got centered=False in one and True in two"),
+        ({"activations": "aligned"}, "got activations='base' in one and 'aligned' in two"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            compare(one, analyze_pair(base, b, **(OPTIONS | over)), names=["one", "two"])
+    with pytest.raises(ValueError, match="expected analyses with a matrix, subspace and rank in common, got none"):
+        compare(one, analyze_pair(base, b, **(OPTIONS | {"ranks": [7]})))
+    with pytest.raises(ValueError, match="expected 2 names, got 1; pass one for each"):
+        compare(one, two, names=["one"])
+    with pytest.raises(ValueError, match="expected names that differ, got x, x"):
+        compare(one, two, names=["x", "x"])
+    with pytest.raises(ValueError, match="expected directions from 1 to 5, got 6"):
+        compare(one, two, directions=6)
+    with pytest.warns(UserWarning, match="one and two are the same model, weight for weight"):
+        compare(one, one, names=["one", "two"])
+    both = [analyze_pair(base, m, **OPTIONS, activations="aligned") for m in (a, b)]
+    with pytest.warns(UserWarning, match="subspaces come from different activations"):
+        assert any("different activations" in note for note in compare(*both).notes)
+
+
+def test_saved_analyses_compare_as_well(tmp_path: Path) -> None:
+    found = compared()
+    one, two = (PairAnalysis.load(r.save(tmp_path / str(i))) for i, r in enumerate(results()))
+    again = compare(one, two, names=["one", "two"])
+    for name in Comparison.TABLES:
+        pd.testing.assert_frame_equal(getattr(found, name), getattr(again, name), check_exact=True)
+    loaded = open_result(found.save(tmp_path / "comparison"))
+    assert isinstance(loaded, Comparison)
+    for name in Comparison.TABLES:
+        pd.testing.assert_frame_equal(getattr(found, name), getattr(loaded, name), check_exact=True)
+    assert loaded.summary() == found.summary()
+    assert json.loads(json.dumps(found.config)) == found.config
+    assert "One trained model of each kind" in found.summary()
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    bad = '<img src=x onerror="alert(1)">'
+    found = compare(*results(), names=[bad, "two"])
+    page = found.to_html(tmp_path / "report.html").read_text(encoding="utf-8")
+    assert bad not in page
+    assert bad not in found._repr_html_()
+    for figure in (found.plot_differences("W_Q"), found.plot_overlap("W_Q")):
+        assert "<img" not in figure.to_json().replace("\\u003c", "<")
+
+
+def test_differences_figure_says_what_the_table_says() -> None:
+    found = compared()
+    figure = found.plot_differences("W_K", subspace="attn_in", rank=4)
+    rows = found.table.query("matrix == 'W_K' and subspace == 'attn_in' and rank == 4")
+    z = np.array(figure.data[0].z, dtype=float)
+    assert z.shape == (tiny.N_LAYERS, tiny.N_KV_HEADS)
+    np.testing.assert_allclose(z.ravel(), rows["log2_ratio"], atol=1e-3)
+    certain = ((rows["ci_low"] > 0) | (rows["ci_high"] < 0)).to_numpy().reshape(z.shape)
+    expected = {(int(j), int(i)) for i, j in zip(*np.nonzero(certain), strict=True)}
+    dots = {(x, y) for x, y in zip(figure.data[1].x, figure.data[1].y, strict=True) if x is not None}
+    assert dots == expected
+    assert "KV head" in figure.layout.xaxis.title.text
+    overlap = found.plot_overlap("W_out")
+    rows = found.overlap.query("matrix == 'W_out'")
+    np.testing.assert_allclose(
+        np.array(overlap.data[0].z, dtype=float).ravel(), np.log2(rows["overlap"] / rows["chance"]), atol=1e-3
+    )  # fmt: skip
+    assert len(found.plot_differences("W_Q").layout.sliders[0].steps) == 2
+    with pytest.raises(ValueError, match="expected matrix to be one of"):
+        found.plot_differences("W_X")
