@@ -106,7 +106,8 @@ def _holds(parameter: Tensor, weight: Tensor) -> bool:
 
 
 def _end(tensor: Tensor) -> int:
-    return tensor.storage_offset() + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(tensor.storage_offset() + reach)
 
 
 def _laid_out_like(gradient: Tensor, parameter: Tensor) -> Tensor:

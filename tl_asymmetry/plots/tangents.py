@@ -296,7 +296,7 @@ def _curves(
     )
 
 
-def _hover(row: Mapping[str, Any]) -> list[str]:
+def _hover(row: Mapping[Any, Any]) -> list[str]:
     name = f"L{int(row['layer'])} · {style.text(SITE.get(row['site'], row['site']))}"
     columns: Sequence[str] = (
         "energy", "normal_energy", "ratio", "p", "size", "spectrum_expected", "excess", "largest_energy", "anisotropy",
@@ -305,7 +305,7 @@ def _hover(row: Mapping[str, Any]) -> list[str]:
     return [name, *(style.number(row[column]) for column in columns)]
 
 
-def _stratum_hover(row: Mapping[str, Any]) -> list[str]:
+def _stratum_hover(row: Mapping[Any, Any]) -> list[str]:
     columns = (
         "log_frequency_low", "log_frequency_high", "tokens", "gradient_share", "energy", "ratio", "p", "distance"
     )  # fmt: skip
