@@ -584,3 +584,39 @@ def test_half_precision_says_so():
 def test_on_a_gpu(analysis):
     run = {step: model.to("cuda") for step, model in decoder_run().items()}
     assert_same(analysis, analyze_tangents(run, tokens=zipf_tokens(), **QUIET), tolerance=1e-6)
+
+
+# --- while a model trains ---------------------------------------------------------------------------------------------
+
+
+def test_a_recorder_takes_a_probe():
+    from tl_asymmetry import TrajectoryRecorder
+
+    model, tokens = tiny.build("gpt2", KIND), zipf_tokens()
+    probe = TangentProbe(tokens=tokens, total_steps=10, **QUIET)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    seen = {}
+    with TrajectoryRecorder(model, 3, tokens=tokens, ranks=[4], groups=1, probes=[probe]) as recorder:
+        for step in range(1, 11):
+            seen[step - 1] = copy.deepcopy({n: p.detach() for n, p in model.named_parameters()})
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+            before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            optimizer.step()
+            recorder.step(step)
+            assert all(
+                torch.equal(a, p.grad)
+                for a, p in zip(before, (p for p in model.parameters() if p.grad is not None), strict=True)
+            )
+        assert recorder.result().steps == [3, 6, 9]
+    result = probe.result()
+    assert result.checkpoints["step"].tolist() == [0, 3, 6, 9]
+    assert result.checkpoints["phase"].tolist() == ["early", "early", "late", "late"]
+    # the model as it was at step 6, after the fact
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(seen[6][name])
+    again = TangentProbe(tokens=tokens, total_steps=0, **QUIET | {"gradients": "activation"})
+    again.observe(0, model)
+    loss = again.result().checkpoints["loss"].iloc[0]
+    assert result.checkpoints["loss"].iloc[2] == pytest.approx(loss, rel=1e-6)
