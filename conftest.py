@@ -1,34 +1,45 @@
-"""Examples in docstrings may use what a user would have at hand: a `model`, a `view` of it, a `result` of its pair."""
+"""Examples in docstrings may use what a user would have at hand; each name is made when an example first says it."""
 
-from functools import lru_cache
+import re
+from functools import cache
 
 import pytest
 
 
-@lru_cache(maxsize=1)
-def _world():
-    from tl_asymmetry import ModelView, analyze_pair, analyze_trajectory, compare
-    from tl_asymmetry.demo import demo_model, demo_pair, demo_texts
+@cache
+def _at_hand(name):
+    from tl_asymmetry import ModelView, analyze_pair, analyze_trajectory, compare, rank_one_study
+    from tl_asymmetry.demo import demo_model, demo_texts
 
-    base, aligned = demo_pair()
-    result = analyze_pair(base, aligned, demo_texts(20, seed=0), groups=4, progress=False)
-    control = analyze_pair(base, demo_model("control"), demo_texts(20, seed=0), groups=4, progress=False)
-    run = {step: demo_model(f"step{step}") for step in (0, 50, 150, 400)}
-    trajectory = analyze_trajectory(run, demo_texts(20, seed=0), groups=4, progress=False)
-    return {
-        "comparison": compare(result, control),
-        "trajectory": trajectory,
-        "model": base,
-        "base": base,
-        "aligned": aligned,
-        "view": ModelView(base),
-        "result": result,
-    }
+    def pair(aligned):
+        return analyze_pair(_at_hand("base"), aligned, demo_texts(20, seed=0), groups=4, progress=False)
+
+    makers = {
+        "base": lambda: demo_model("base"),
+        "model": lambda: _at_hand("base"),
+        "aligned": lambda: demo_model("dpo"),
+        "view": lambda: ModelView(_at_hand("base")),
+        "result": lambda: pair(_at_hand("aligned")),
+        "comparison": lambda: compare(_at_hand("result"), pair(demo_model("control"))),
+        "trajectory": lambda: analyze_trajectory(
+            {step: demo_model(f"step{step}") for step in (0, 50, 150, 400)},
+            demo_texts(20, seed=0), groups=4, progress=False,
+        ),
+        "study": lambda: rank_one_study(
+            _at_hand("base"), _at_hand("aligned"), demo_texts(2, seed=0),
+            sites=[(3, "W_O", 0)], draws=2, scales=[2], progress=False,
+        ),
+    }  # fmt: skip
+    return makers[name]()
+
+
+NAMES = ("base", "model", "aligned", "view", "result", "comparison", "trajectory", "study")
 
 
 @pytest.fixture(autouse=True)
 def examples(request, doctest_namespace, monkeypatch, tmp_path):
-    """Give every doctest that world, in a folder of its own."""
+    """Give every doctest what it names, in a folder of its own."""
     if isinstance(request.node, pytest.DoctestItem):
         monkeypatch.chdir(tmp_path)
-        doctest_namespace.update(_world())
+        spoken = " ".join(example.source for example in request.node.dtest.examples)
+        doctest_namespace.update({name: _at_hand(name) for name in NAMES if re.search(rf"\b{name}\b", spoken)})

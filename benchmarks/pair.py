@@ -15,7 +15,6 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import apart, memory_meter
 
 SHAPE = {"n_layers": 12, "d_model": 768, "n_heads": 12, "d_head": 64, "d_mlp": 3072, "d_vocab": 50_257, "n_ctx": 1024}
 SEQUENCE = 128
@@ -129,7 +129,7 @@ def measure_memory(device: str, what: str, count: int) -> dict[str, Any]:
 
     tokens = tokens_of(count)
     forward(base, tokens[:1], device)
-    reset, peak = _memory_meter(device)
+    reset, peak = memory_meter(device)
     before = reset()
     start = time.perf_counter()
     if what == "notebook":
@@ -180,39 +180,6 @@ def measure_moments(device: str) -> dict[str, Any]:
     return {"seconds": seconds, "ratio": ratio, "relative_error": errors}
 
 
-def _memory_meter(device: str) -> tuple[Callable[[], int], Callable[[], int]]:
-    if device != "cpu":
-
-        def reset() -> int:
-            torch.cuda.reset_peak_memory_stats()
-            return torch.cuda.memory_allocated()
-
-        return reset, torch.cuda.max_memory_allocated
-
-    def field(name: str) -> int:
-        status = Path("/proc/self/status").read_text()
-        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(name))
-
-    def reset_resident() -> int:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to the present
-        return field("VmRSS")
-
-    return reset_resident, lambda: field("VmHWM")
-
-
-def _apart(*arguments: str) -> dict[str, Any] | None:
-    """One measurement in a process of its own; None where a peer is not installed."""
-    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=False)
-    if done.returncode == 3:
-        return None
-    if done.returncode:
-        raise RuntimeError(f"{arguments}: {done.stderr[-2000:]}")
-    measured = json.loads(done.stdout.splitlines()[-1])
-    shown = {name: value for name, value in measured.items() if isinstance(value, float | int)} or measured.get("ratio")
-    sys.stderr.write(f"{' '.join(arguments)}: {shown}\n")
-    return measured
-
-
 def main() -> None:
     """Measure, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -236,14 +203,14 @@ def main() -> None:
         return
 
     common = ("--device", device, "--rounds", str(options.rounds), "--only")
-    times = _apart(*common, "times")
+    times = apart(__file__, *common, "times")
     memory = {
-        (what, count): _apart(*common, "memory", what, str(count))
+        (what, count): apart(__file__, *common, "memory", what, str(count))
         for what, count in (
             ("1", TOKENS), ("1", MANY_TOKENS), ("8", TOKENS), ("8", MANY_TOKENS), ("notebook", TOKENS)
         )
     }  # fmt: skip
-    moments = _apart(*common, "moments")
+    moments = apart(__file__, *common, "moments")
 
     def peak(what: str, count: int = TOKENS) -> float | None:
         measured = memory[what, count]

@@ -152,7 +152,7 @@ def test_a_directory_that_is_none(pair: tuple[Any, Any], tmp_path: Path) -> None
     refused("expected an existing directory or a name on the Hub, got './nowhere'; pass the path", pair[0], "./nowhere")
     refused("expected a Hugging Face model directory with config.json, got '.*'; pass a directory", pair[0], tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    refused("expected a causal language model that TransformerLens can load, got '.*': .*; pass", pair[0], tmp_path)
+    refused(r"expected weights \(model.safetensors, .*\) in '.*', got none; pass a folder", pair[0], tmp_path)
 
 
 def test_split_attention_inputs(pair: tuple[Any, Any]) -> None:

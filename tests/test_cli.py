@@ -44,7 +44,9 @@ def test_demo(tmp_path: Path) -> None:
     assert ended.stdout.splitlines()[-1] == f"report: {report}"
     assert ended.stdout.startswith("PairAnalysis: ")
     assert "W_out" in ended.stdout
-    assert sorted(p.name for p in report.parent.iterdir()) == ["arrays.safetensors", "report.html", "result.json"]
+    written = ["arrays.safetensors", "explorer.html", "report.html", "result.json"]
+    assert sorted(p.name for p in report.parent.iterdir()) == written
+    assert f"explorer: {report.with_name('explorer.html')}" in ended.stdout
     assert "Traceback" not in ended.stderr
     assert "Warning" not in ended.stderr
     assert ended.stdout.startswith(PairAnalysis.load(report.parent).summary())

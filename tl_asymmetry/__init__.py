@@ -12,6 +12,17 @@ Neither TransformerLens nor plotly is imported until it is needed.
 from tl_asymmetry.centroids import centroids, local_centroids
 from tl_asymmetry.compare import compare
 from tl_asymmetry.comparison import Comparison
+from tl_asymmetry.control import contrastive_control
+from tl_asymmetry.control_result import ControlStudy
+from tl_asymmetry.edit_design import (
+    MatchedControls,
+    closed_form_edit,
+    head_delta,
+    input_at,
+    insert_edit,
+    matched_controls,
+    removal_edit,
+)
 from tl_asymmetry.estimate import PairEstimate, estimate_pair
 from tl_asymmetry.explore import explorer
 from tl_asymmetry.geometry.fraction import energy_profile, subspace_fraction
@@ -27,11 +38,16 @@ from tl_asymmetry.geometry.spectrum import (
     stable_rank,
 )
 from tl_asymmetry.geometry.subspace import Subspace, principal_subspace, random_subspace
+from tl_asymmetry.gradient_result import GradientCovariance
+from tl_asymmetry.gradients import gradient_covariance
+from tl_asymmetry.interventions import rank_one_study
 from tl_asymmetry.jacobian_result import LayerJacobians
 from tl_asymmetry.jacobians import jacobian_sketch, layer_jacobians
 from tl_asymmetry.models.capture import capture_moments
+from tl_asymmetry.models.edits import AppliedEdits, RankOneEdit, apply_edits
 from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.models.weights import WeightSource, weights_from
 from tl_asymmetry.pair import analyze_pair
 from tl_asymmetry.pair_result import PairAnalysis
 from tl_asymmetry.pullback import prediction_pullback
@@ -41,56 +57,87 @@ from tl_asymmetry.recorder import TrajectoryRecorder
 
 # The function takes the place of the module it stands in: `from tl_asymmetry.report import …` still finds the module.
 from tl_asymmetry.report import report, write_images
+from tl_asymmetry.study_result import RankOneStudy
 from tl_asymmetry.tangent_probe import TangentProbe
 from tl_asymmetry.tangent_result import TangentAnalysis
 from tl_asymmetry.tangents import analyze_tangents
+from tl_asymmetry.training import objectives
+from tl_asymmetry.training.objectives import DPO, ORPO, CrossEntropy, InfoNCE, Mix, PreferenceBatch, TokenBatch
+from tl_asymmetry.training.runs import Optimizer
 from tl_asymmetry.trajectory import analyze_trajectory
 from tl_asymmetry.trajectory_result import TrajectoryAnalysis
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AppliedEdits",
     "Comparison",
+    "ControlStudy",
+    "CrossEntropy",
+    "DPO",
+    "GradientCovariance",
+    "InfoNCE",
     "LayerJacobians",
+    "MatchedControls",
+    "Mix",
     "ModelView",
+    "ORPO",
+    "Optimizer",
     "PairAnalysis",
     "PairEstimate",
     "PredictionPullback",
+    "PreferenceBatch",
+    "RankOneEdit",
+    "RankOneStudy",
     "SemiNMF",
     "StreamingMoments",
     "Subspace",
     "TangentAnalysis",
     "TangentProbe",
+    "TokenBatch",
     "TrajectoryAnalysis",
     "TrajectoryRecorder",
+    "WeightSource",
     "adjusted_p",
     "analyze_pair",
     "analyze_tangents",
     "analyze_trajectory",
+    "apply_edits",
     "capture_moments",
     "centroids",
+    "closed_form_edit",
     "compare",
+    "contrastive_control",
     "effective_rank",
     "energy_profile",
     "estimate_pair",
     "explorer",
+    "gradient_covariance",
+    "head_delta",
+    "input_at",
+    "insert_edit",
     "isoscore",
     "isotropic_null",
     "jacobian_sketch",
     "layer_jacobians",
     "local_centroids",
     "marchenko_pastur_edge",
+    "matched_controls",
+    "objectives",
     "participation_ratio",
     "prediction_pullback",
     "prediction_subspace",
     "principal_subspace",
     "pythia_checkpoints",
     "random_subspace",
+    "rank_one_study",
+    "removal_edit",
     "report",
     "rounding_share",
     "semi_nmf",
     "stable_rank",
     "storage_dtype",
     "subspace_fraction",
+    "weights_from",
     "write_images",
 ]

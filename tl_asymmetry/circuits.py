@@ -11,9 +11,9 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from tl_asymmetry.bases import LayerBases
-from tl_asymmetry.deltas import LiveDelta, residual_first
+from tl_asymmetry.deltas import AnyDelta, residual_first
 from tl_asymmetry.geometry.fraction import total
-from tl_asymmetry.geometry.precision import exact_products
+from tl_asymmetry.geometry.precision import exact_products, product_dtype
 
 CIRCUIT_COLUMNS = (
     "layer", "head", "circuit", "side", "pathway", "subspace", "rank", "fraction", "relative", "delta_norm",
@@ -31,14 +31,18 @@ _CIRCUITS = (
 )
 
 
+Factored = tuple[Tensor, Tensor | None]
+"""A change as residual `[head, d, r]` and other `[head, e, r]`; None for the identity."""
+
+
 @dataclass(frozen=True)
 class ProductChange:
     """X'Y'ᵀ − XYᵀ of every head, as two factors of 2 · d_head columns: never a d × d matrix."""
 
     left: Float[Tensor, "head d r"]
-    """[ΔX, X]."""
+    """[R_X, X S_Y], with ΔX = R_X S_Xᵀ and ΔY = R_Y S_Yᵀ; [ΔX, X] where the changes are no thinner."""
     right: Float[Tensor, "head d r"]
-    """[Y', ΔY], so that left rightᵀ = ΔX Y'ᵀ + X ΔYᵀ: nothing large is subtracted from something large."""
+    """[Y' S_X, R_Y], so that left rightᵀ = ΔX Y'ᵀ + X ΔYᵀ: nothing large is subtracted from something large."""
     energy: Float64[Tensor, " head"]
     """‖X'Y'ᵀ − XYᵀ‖²; 0 where only rounding is left of it."""
     base_energy: Float64[Tensor, " head"]
@@ -56,22 +60,30 @@ class ProductChange:
 def product_change(
     base_left: Float[Tensor, "left_head d r"],
     base_right: Float[Tensor, "right_head d r"],
-    left_change: Float[Tensor, "left_head d r"],
-    right_change: Float[Tensor, "right_head d r"],
+    left_change: Float[Tensor, "left_head d r"] | Factored,
+    right_change: Float[Tensor, "right_head d r"] | Factored,
 ) -> ProductChange:
-    """The change of X Yᵀ from the two bases and their changes; one side may have fewer heads (grouped-query)."""
+    """The change of X Yᵀ from the two bases and their changes; one side may have fewer heads (grouped-query).
+
+    A change is a tensor, or a pair with residual · otherᵀ for it (`other` None: the residual itself).
+    """
     heads = max(len(base_left), len(base_right))
-    X, Y, ΔX, ΔY = (t.repeat_interleave(heads // len(t), 0) for t in (base_left, base_right, left_change, right_change))
-    left, right = torch.cat([ΔX, X], -1), torch.cat([Y + ΔY, ΔY], -1)
+    X, Y = (_repeated(t, heads) for t in (base_left, base_right))
+    changes = [(c, None) if isinstance(c, Tensor) else c for c in (left_change, right_change)]
+    (R_X, S_X), (R_Y, S_Y) = ((_repeated(R, heads), None if S is None else _repeated(S, heads)) for R, S in changes)
+    with exact_products(X.device):
+        ΔY = R_Y if S_Y is None else R_Y @ S_Y.mT
+        left = torch.cat([R_X, _times(X, S_Y)], -1)
+        right = torch.cat([_times(Y + ΔY, S_X), R_Y], -1)
     energy = _product_energy(left, right)
     # ΔX Y'ᵀ and X ΔYᵀ cancel where the two changes are mostly a change of gauge.
-    terms = _norm(ΔX) * _norm(Y) + _norm(X) * _norm(ΔY)
+    terms = _change_energy(R_X, S_X) * _norm(Y) + _norm(X) * _change_energy(R_Y, S_Y)
     energy = torch.where(energy > _CANCELLED * terms, energy, 0)
     return ProductChange(left, right, energy=energy, base_energy=_product_energy(X, Y))
 
 
 def layer_circuits(
-    layer: int, base: Mapping[str, Tensor], deltas: Mapping[str, LiveDelta], bases: LayerBases, ranks: Sequence[int]
+    layer: int, base: Mapping[str, Tensor], deltas: Mapping[str, AnyDelta], bases: LayerBases, ranks: Sequence[int]
 ) -> pd.DataFrame:
     """Rows for W_Q W_Kᵀ ("QK") and W_V W_O ("OV") of every query head, as far as both matrices were analysed.
 
@@ -90,9 +102,10 @@ def layer_circuits(
     for circuit, (left, right), sides in _CIRCUITS:
         if left not in deltas or right not in deltas:
             continue
-        ΔX, ΔY = deltas[left].change, deltas[right].change
+        changes = deltas[left].factors(), deltas[right].factors()
         X, Y = residual_first(left, base[left]), residual_first(right, base[right])
-        change = product_change(X.to(ΔX), Y.to(ΔY), ΔX, ΔY)
+        dtype = product_dtype(X, Y, *(residual for residual, other in changes if other is None))
+        change = product_change(X.to(dtype), Y.to(dtype), *(_in(dtype, change) for change in changes))
         for side, axis, pathway, name in sides:
             basis = bases.subspace(name).basis[:, : max(ranks)]
             profile = change.energies(basis, axis).cumsum(-1)
@@ -115,6 +128,24 @@ def _rows(change: ProductChange, inside: Float64[Tensor, "head rank"], ranks: Se
         "rank": torch.tensor(ranks),
     }
     return pd.DataFrame({name: value.expand(fraction.shape).flatten().numpy() for name, value in columns.items()})
+
+
+def _repeated(side: Tensor, heads: int) -> Tensor:
+    return side.repeat_interleave(heads // len(side), 0)
+
+
+def _times(matrix: Tensor, factor: Tensor | None) -> Tensor:
+    return matrix if factor is None else matrix @ factor
+
+
+def _in(dtype: torch.dtype, change: Factored) -> Factored:
+    residual, other = change
+    return residual.to(dtype), None if other is None else other.to(dtype)
+
+
+def _change_energy(residual: Tensor, other: Tensor | None) -> Tensor:
+    """‖residual otherᵀ‖²."""
+    return _norm(residual) if other is None else _product_energy(residual, other)
 
 
 def _product_energy(left: Tensor, right: Tensor) -> Tensor:

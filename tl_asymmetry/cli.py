@@ -12,6 +12,7 @@ from typing import Any
 from tl_asymmetry.cli_tangents import add_tangents, run_tangents
 from tl_asymmetry.cli_trajectory import add_compare, add_trajectory, run_compare, run_trajectory
 from tl_asymmetry.pair import analyze_pair
+from tl_asymmetry.pair_result import PairAnalysis
 from tl_asymmetry.results import Result, open_result
 
 _DEMO_STORIES = 400
@@ -41,7 +42,11 @@ def _parser() -> argparse.ArgumentParser:
 
     analyze = commands.add_parser("analyze", help="a base and an aligned model")
     analyze.add_argument("base", metavar="BASE", help="hub name or local Hugging Face directory")
-    analyze.add_argument("aligned", metavar="ALIGNED", help="hub name or local Hugging Face directory")
+    analyze.add_argument(
+        "aligned",
+        metavar="ALIGNED",
+        help="hub name, Hugging Face directory, .safetensors file or LoRA adapter",
+    )
     analyze.add_argument(
         "--texts", type=Path, help="UTF-8 text file (texts apart by blank lines) or .jsonl (see below)"
     )
@@ -68,24 +73,28 @@ def _demo(options: argparse.Namespace) -> None:
     from tl_asymmetry.demo import demo_pair, demo_texts
 
     base, aligned = demo_pair()
-    _finish(analyze_pair(base, aligned, demo_texts(_DEMO_STORIES, seed=0), batch_size=32), options.out)
+    result = analyze_pair(base, aligned, demo_texts(_DEMO_STORIES, seed=0), batch_size=32)
+    _finish(result, options.out, explorer_model=base)
 
 
 def _analyze(options: argparse.Namespace) -> None:
     from tl_asymmetry.models.loading import open_model
+    from tl_asymmetry.models.ranks import started_ranks
 
     texts = None if options.texts is None else _read_texts(options.texts)
-    result = analyze_pair(
-        open_model(options.base),
-        options.aligned,
-        texts,
-        ranks=options.ranks,
-        max_tokens=options.max_tokens,
-        batch_size=options.batch_size,
-        groups=options.groups,
-        seed=options.seed,
-    )
-    _finish(result, options.out)
+    with started_ranks() as together:  # under torchrun, the work is shared and the first process writes
+        result = analyze_pair(
+            open_model(options.base),
+            options.aligned,
+            texts,
+            ranks=options.ranks,
+            max_tokens=options.max_tokens,
+            batch_size=options.batch_size,
+            groups=options.groups,
+            seed=options.seed,
+        )
+    if together.is_first:
+        _finish(result, options.out)
 
 
 def _trajectory(options: argparse.Namespace) -> None:
@@ -110,10 +119,13 @@ def _report(options: argparse.Namespace) -> None:
     sys.stdout.write(f"report: {result.to_html(options.folder / 'report.html')}\n")
 
 
-def _finish(result: Result, folder: Path) -> None:
+def _finish(result: Result, folder: Path, *, explorer_model: Any = None) -> None:
     result.save(folder)
-    report = result.to_html(folder / "report.html")
-    sys.stdout.write(f"{result.summary()}\n\nreport: {report}\n")
+    pages = []
+    if isinstance(result, PairAnalysis) and explorer_model is not None:
+        pages.append(f"explorer: {result.to_explorer(folder / 'explorer.html', model=explorer_model)}")
+    pages.append(f"report: {result.to_html(folder / 'report.html')}")
+    sys.stdout.write("\n".join([result.summary(), "", *pages, ""]))
 
 
 def _read_texts(path: Path) -> list[Any]:

@@ -105,6 +105,19 @@ DEFINITIONS = (
         "is flagged.",
     ),
     Definition(
+        "Verdict and its stability", "[ours]",
+        "A head counts as concentrated where q < 0.05. With sensitivity=True every other choice of the subspace (whose "
+        "activations, centring, first position; whose unembedding, its mean, the final norm) is held against the same "
+        "null, each corrected over its own layers and heads; the verdict depends on the choice where it holds in some "
+        "of them only.",
+    ),
+    Definition(
+        "Marchenko–Pastur edge", "[ours]",
+        "Where the spectrum of independent samples (tokens for activations, the longer axis of ΔW for a delta) would "
+        "end, its scale fitted to the median eigenvalue. Descriptive: tokens and weights are dependent, so what lies "
+        "above it is not thereby significant.",
+    ),
+    Definition(
         "Rounding share", "[ours]",
         "The share of the delta's squared norm that storing weights in bf16 or fp16 would explain by itself; 0 for "
         "float32. Rounding noise is near isotropic and hides structure: heads are marked from 0.1 and greyed from 0.5. "

@@ -10,10 +10,12 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from tl_asymmetry.geometry.factored import factored_energy, factored_svd
 from tl_asymmetry.geometry.fraction import gram_energy, total
 from tl_asymmetry.geometry.precision import exact_products, product_dtype
 from tl_asymmetry.geometry.rounding import coarser, rounding_share, storage_dtype
 from tl_asymmetry.geometry.subspace import ordered_eigh
+from tl_asymmetry.models.sources.base import Factors, Weights, WeightSource
 from tl_asymmetry.models.view import WRITE
 
 DIRECTIONS = 5
@@ -48,15 +50,15 @@ class LiveDelta:
 
     numbers: Delta
     """What stays when the tensors go."""
-    change: Float[Tensor, "head d_model other"]
-    """ΔW, the residual axis first, on the device of the base's weights."""
+    change: Float[Tensor, "head d_model other"] | None
+    """ΔW, the residual axis first, on the device of the base's weights; None where its Gram matrix stands in for it."""
     gram: Float[Tensor, "head d_model d_model"] | None
-    """ΔW ΔWᵀ where the other axis is the longer one: it then stands in for ΔW in every projection."""
+    """ΔW ΔWᵀ where the other axis is the longer one: smaller than ΔW, and all that a projection needs."""
 
     @cached_property
     def flat(self) -> Float[Tensor, "d_model columns"]:
         """ΔW with its heads side by side: one large product is faster than one for each head."""
-        return self.change.transpose(0, 1).flatten(1)
+        return self._change().transpose(0, 1).flatten(1)
 
     @property
     def matrix(self) -> str:
@@ -67,10 +69,57 @@ class LiveDelta:
         """‖q_iᵀ ΔW‖² for each direction of an orthonormal basis, on CPU."""
         if self.gram is not None:
             return gram_energy(self.gram, basis).cpu()
-        heads = self.change.shape[0]
+        heads = self._change().shape[0]
         with exact_products(self.flat.device):
             projected = basis.to(self.flat).mT @ self.flat
         return total(projected.square().unflatten(-1, (heads, -1))).mT.cpu()
+
+    def factors(self) -> tuple[Float[Tensor, "head d_model r"], None]:
+        """ΔW as residual · otherᵀ with `other` the identity (None)."""
+        return self._change(), None
+
+    def _change(self) -> Float[Tensor, "head d_model other"]:
+        if self.change is None:
+            raise RuntimeError(f"ΔW of {self.matrix} has been reduced to its Gram matrix")
+        return self.change
+
+
+@dataclass(frozen=True)
+class FactoredDelta:
+    """ΔW as a product of two thin factors, as an adapter gives it: nothing of the size of W is ever made of it."""
+
+    numbers: Delta
+    """What stays when the tensors go."""
+    residual: Float64[Tensor, "d_model r"]
+    """The factor on the residual stream, the same for all heads."""
+    other: Float64[Tensor, "head other r"]
+    """The other factor, so that ΔW_h = residual · other_hᵀ."""
+
+    @property
+    def matrix(self) -> str:
+        """Name of the matrix."""
+        return self.numbers.matrix
+
+    def energies(self, basis: Float[Tensor, "d_model k"]) -> Float64[Tensor, "head k"]:
+        """‖q_iᵀ ΔW‖² for each direction of an orthonormal basis, on CPU."""
+        return factored_energy(self.residual.unsqueeze(0), self.other, basis).cpu()
+
+    def factors(self) -> tuple[Float64[Tensor, "head d_model r"], Float64[Tensor, "head other r"]]:
+        """ΔW as residual · otherᵀ."""
+        return self.residual.expand(len(self.other), -1, -1), self.other
+
+
+AnyDelta = LiveDelta | FactoredDelta
+"""What one layer's work is done with."""
+
+
+def measure_change(base: Weights, aligned: Weights, layer: int, matrix: str, *, seed: int) -> AnyDelta:
+    """The change of one matrix, by factors where the aligned weights come as such, else by subtraction."""
+    factors = aligned.factors(layer, matrix) if isinstance(aligned, WeightSource) else None
+    W = base.weight(layer, matrix)
+    if factors is None:
+        return measure_delta(matrix, W, aligned.weight(layer, matrix), seed=seed)
+    return measure_factors(matrix, W, factors)
 
 
 def measure_delta(
@@ -109,7 +158,63 @@ def measure_delta(
         partners=sides[1] if wide else sides[0],
         rounding=rounding.cpu(),
     )
-    return LiveDelta(numbers, ΔW, gram if wide else None)
+    return LiveDelta(numbers, None if wide else ΔW, gram if wide else None)
+
+
+def measure_factors(matrix: str, base: Float[Tensor, "*head rows columns"], factors: Factors) -> FactoredDelta:
+    """Measure a change that is known as two thin factors, in rank-r algebra.
+
+    The rounding share is 0: nothing stored was subtracted.
+
+    Args:
+        matrix: its name.
+        base: TransformerLens orientation, heads first.
+        factors: of ΔW, the scale included.
+    """
+    W = residual_first(matrix, base)
+    W = W.to(product_dtype(W))
+    residual, other = (side.to(W.device, torch.float64) for side in (factors.residual, factors.other))
+    U, σ, V = factored_svd(residual.unsqueeze(0), other)
+    energy = σ.square().sum(-1)
+    with exact_products(W.device):
+        inner = total((W.mT @ residual.to(W)).double() * other, axes=2)  # ⟨residual otherᵀ, W⟩
+    base_energy = total(W.square(), axes=2)
+    directions, partners = _signed(_padded(U), _padded(V), wide=W.shape[-1] > W.shape[-2])
+    spectrum = torch.zeros(len(σ), min(W.shape[-2:]), dtype=torch.float64)
+    spectrum[:, : σ.shape[-1]] = σ.square().cpu()
+    numbers = Delta(
+        matrix=matrix,
+        base_energy=base_energy.cpu(),
+        energy=energy.cpu(),
+        shrink=(inner / base_energy).cpu(),
+        spectrum=spectrum,
+        directions=directions.cpu().float().mT,
+        partners=partners.cpu().float().mT,
+        rounding=torch.where(energy > 0, 0.0, torch.nan).double().cpu(),
+    )
+    return FactoredDelta(numbers, residual, other)
+
+
+def _padded(vectors: Float64[Tensor, "head long r"]) -> Float64[Tensor, "head long n"]:
+    """Up to DIRECTIONS orthonormal columns: the first ones given, then any that are orthogonal to them."""
+    wanted = min(DIRECTIONS, vectors.shape[-2])
+    if vectors.shape[-1] >= wanted:
+        return vectors[..., :wanted]
+    axes = torch.eye(vectors.shape[-2], dtype=vectors.dtype, device=vectors.device)
+    # One of any r + 1 axes sticks out of r columns: the least covered ones are far from them.
+    covered = vectors.square().sum(-1)
+    least = covered.argsort(-1)[..., :wanted]
+    return _orthonormal(torch.cat([vectors, axes[least].mT], -1))[..., :wanted]
+
+
+def _signed(directions: Tensor, partners: Tensor, *, wide: bool) -> tuple[Tensor, Tensor]:
+    """Signs as `measure_delta` gives them: the largest entry on the shorter side is positive."""
+    n = min(directions.shape[-1], partners.shape[-1])
+    directions, partners = directions[..., :n], partners[..., :n]
+    leading = directions if wide else partners
+    largest = leading.gather(-2, leading.abs().argmax(-2, keepdim=True))
+    sign = torch.where(largest < 0, -1.0, 1.0).to(leading)
+    return directions * sign, partners * sign
 
 
 def _orthonormal(columns: Float[Tensor, "head long n"]) -> Float[Tensor, "head long n"]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -14,9 +13,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_asymmetry.geometry.subspace import Subspace, ordered_eigh
-from tl_asymmetry.models.capture import balanced_groups
+from tl_asymmetry.memory_plan import plan_memory
 from tl_asymmetry.models.checks import check_pair, check_token_count
+from tl_asymmetry.models.ranks import ALONE, present_ranks
 from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.models.weights import WeightSource, opened
 from tl_asymmetry.plan import STREAM_SUBSPACES, make_plan, token_sequences
 
 _PROBE = 512
@@ -24,29 +25,38 @@ _PROBE = 512
 
 @dataclass(frozen=True, repr=False)
 class PairEstimate:
-    """Predicted cost of `analyze_pair`, beside the two models themselves."""
+    """Predicted cost of `analyze_pair`, beside the models that are loaded."""
 
     table: pd.DataFrame
-    """One row per stage: `stage, seconds, bytes` (peak memory of that stage on top of the models)."""
+    """One row per stage: `stage, seconds, bytes, device_bytes` (peak of that stage in memory and on the model's own
+    device, beside the models)."""
     tokens: int
     """Tokens that will be run."""
+    peak_bytes: int
+    """Predicted peak in memory: the moments stay while the layers they belong to are analysed."""
+    device_bytes: int
+    """Predicted peak on the base's own device; 0 where that is the CPU."""
+    disk_bytes: int
+    """Bytes of aligned weights that are read from files, and of a result saved afterwards."""
+    layers_per_pass: int
+    """Layers whose moments are held at once, chosen by the memory that is free now."""
+    passes: int
+    """Runs over the texts that makes."""
 
     @property
     def seconds(self) -> float:
         """Predicted time in all."""
         return float(self.table["seconds"].sum())
 
-    @property
-    def peak_bytes(self) -> int:
-        """Predicted peak memory on top of the models: the moments stay while everything after them runs."""
-        stage = self.table.set_index("stage")["bytes"]
-        return int(stage["moments"] + stage.drop("moments").max())
-
     def __repr__(self) -> str:
-        shown = self.table.assign(MB=self.table["bytes"] / 1e6).drop(columns="bytes")
+        shown = self.table.assign(MB=self.table["bytes"] / 1e6, device_MB=self.table["device_bytes"] / 1e6)
+        shown = shown.drop(columns=["bytes", "device_bytes"] + ([] if self.device_bytes else ["device_MB"]))
+        device = f" and {self.device_bytes / 1e6:.0f} MB on its device" if self.device_bytes else ""
         return (
-            f"PairEstimate: about {self.seconds:.0f} s and {self.peak_bytes / 1e6:.0f} MB beside the models, "
-            f"{self.tokens} tokens\n" + shown.to_string(index=False, float_format="{:.3g}".format)
+            f"PairEstimate: about {self.seconds:.0f} s and {self.peak_bytes / 1e6:.0f} MB{device} beside the models, "
+            f"{self.disk_bytes / 1e6:.0f} MB on disk, {self.tokens} tokens in {self.passes} "
+            f"{'pass' if self.passes == 1 else 'passes'} of {self.layers_per_pass} layers\n"
+            + shown.to_string(index=False, float_format="{:.3g}".format)
         )
 
 
@@ -55,7 +65,7 @@ def estimate_pair(
     model_aligned: Any,
     texts: Sequence[str | Sequence[Mapping[str, Any]]] | None = None,
     *,
-    tokens: Int[Tensor, "batch pos"] | None = None,
+    tokens: Int[Tensor, "batch pos"] | Sequence[Int[Tensor, " _pos"]] | None = None,
     matrices: Sequence[str] | None = None,
     ranks: Sequence[int] | None = None,
     subspaces: Sequence[str] | Mapping[str, Subspace | Sequence[Subspace]] | None = None,
@@ -67,17 +77,20 @@ def estimate_pair(
     activations: str = "base",
     gradient: Any = None,
     sensitivity: bool = False,
+    layers_per_pass: int | None = None,
+    distributed: bool = True,
     seed: int = 0,
     progress: bool = True,
 ) -> PairEstimate:
-    """Predict time and memory of `analyze_pair` with the same arguments, without running the model.
+    """Predict time, memory and disk of `analyze_pair` with the same arguments, without running the model.
 
-    Operations are counted from shapes; their speed is measured on one product and one eigensolve (under a second).
-    Expect the right order of magnitude:
-    the probes are short, and a busy machine disturbs them.
+    Operations are counted from shapes; their speed is measured on one product, one eigensolve and, for weights in
+    files, one read (under a second). Expect the right order of magnitude: the probes are short, and a busy machine
+    disturbs them.
 
     Raises:
-        ValueError: what `analyze_pair` would refuse about the pair's shapes, texts, tokens and ranks.
+        ValueError: what `analyze_pair` would refuse about the pair's shapes, texts, tokens and ranks, and about the
+            memory that is free now, saying what would fit.
 
     Example:
         >>> from tl_asymmetry.demo import demo_pair, demo_texts
@@ -85,40 +98,58 @@ def estimate_pair(
         True
     """
     base = ModelView(model_base)
-    if not isinstance(model_aligned, str | Path):  # else it would have to be loaded
-        check_pair(base, ModelView(model_aligned))
+    aligned = opened(model_aligned, base, runs=sensitivity or activations != "base")
+    check_pair(base, aligned)
     plan = make_plan(base, matrices, ranks, subspaces, groups=groups, activations=activations, batch_size=batch_size)
     sequences = token_sequences(base, texts, tokens, max_tokens, notes=lambda line: None)
     check_token_count(sum(len(s) - exclude_first for s in sequences), plan.ranks)
+    together = present_ranks() if distributed else ALONE
+    memory = plan_memory(
+        base, plan, sequences,
+        groups=groups, activations=activations, sensitivity=sensitivity, batch_size=batch_size,
+        layers_per_pass=layers_per_pass, ranks=together,
+    )  # fmt: skip
+    load, held = memory.workload, memory.layers_per_pass
     d, L, n = base.d_model, base.n_layers, sum(map(len, sequences))
-    held_groups = len(balanced_groups(sequences, groups))
-    models = 2 if sensitivity or activations == "both" else 1
-    sizes = [base.weight(0, matrix).numel() for matrix in plan.matrices]
-    workers = min(torch.get_num_threads(), L)  # layers at work side by side, each with its deltas and an eigensolve
+    processes = together.count
 
     noise = torch.randn(_PROBE, _PROBE, generator=torch.Generator().manual_seed(seed))
     flops = _rate(lambda x: x @ x, noise.to(base.device), 2.0 * _PROBE**3)
     probe = noise[:d, :d].double()
     eigensolve = (d / len(probe)) ** 3 / _rate(lambda x: ordered_eigh(x @ x.mT), probe, 1.0)
+    files = aligned.bytes if isinstance(aligned, WeightSource) else 0
+    tensor = aligned.weight(0, plan.matrices[0]) if files and isinstance(aligned, WeightSource) else noise
+    reading = _rate(lambda x: aligned.weight(0, plan.matrices[0]), tensor, float(tensor.nbytes)) if files else 1.0
 
-    packed = d * (d + 1) // 2 * 8
-    sites = len(plan.points) * L
     streams = [name for name in plan.subspaces if name in STREAM_SUBSPACES and name not in plan.given]
-    replicates = held_groups if groups > 1 else 0
+    replicates = load.groups if groups > 1 else 0
     variants = 12 if sensitivity else 0
-    block = 2 * n * sum(base.weight(0, matrix).numel() for matrix in base.matrices) * L
-    longest = max(map(len, sequences)) * min(batch_size, len(sequences))
-    width = 4 * (6 * d + 2 * (base.d_mlp or 0)) + 4 * base.n_heads * max(map(len, sequences)) * 2
+    block = 2 * n * sum(base.weight(0, matrix).numel() for matrix in base.matrices)
+    layers_run = sum(few.stop for few in memory.passes)  # each pass begins at the first layer and stops at its last
+    # Read once to be checked, once for the deltas, and again by the comparison of what has no head.
     stages = [
-        ("forward", models * block / flops, longest * width),
-        ("moments", models * 2 * n * d * d * sites / flops,
-         models * sites * packed * held_groups * (2 if sensitivity else 1)),
-        ("eigensolves", eigensolve * (L * len(streams) * (1 + replicates + variants) + 1), 6 * d * d * 8),
-        ("projections", 2 * d * sum(sizes) * L * (2 + replicates / 4 + variants) / flops,
-         workers * (12 * sum(sizes) + 48 * d * d)),
-        ("prediction", 2 * d * d * base.d_vocab / flops, 4 * d * 16_384),
+        ("weights", 2 * files / reading, 6 * load.largest if files else 0, 0),
+        ("forward", load.models * block * layers_run / flops / processes,
+         load.capture_device(0), load.capture_device(held)),
+        ("moments", load.models * 2 * n * d * d * load.points * L / flops / processes, load.moments(held), 0),
+        ("eigensolves",
+         eigensolve * (L * len(streams) * (1 + replicates + variants) / processes + 1), 6 * 8 * d * d, 0),
+        ("projections", 2 * d * load.matrices * L * (2 + replicates / 4 + variants) / flops / processes,
+         load.layers_host(), load.layers_device()),
+        ("prediction", 2 * d * d * base.d_vocab / flops, load.prediction(), 0),
     ]  # fmt: skip
-    return PairEstimate(pd.DataFrame(stages, columns=["stage", "seconds", "bytes"]), tokens=n)
+    table = pd.DataFrame(stages, columns=["stage", "seconds", "bytes", "device_bytes"])
+    if base.device.type == "cpu":
+        table["device_bytes"] = 0
+    return PairEstimate(
+        table,
+        tokens=n,
+        peak_bytes=memory.host_bytes,
+        device_bytes=memory.device_bytes,
+        disk_bytes=files + load.result(),
+        layers_per_pass=held,
+        passes=len(memory.passes),
+    )
 
 
 def _rate(operation: Callable[[Tensor], Any], x: Tensor, work: float) -> float:

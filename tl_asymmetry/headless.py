@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pandas as pd
 from torch import Tensor
 
 from tl_asymmetry.geometry.fraction import total
 from tl_asymmetry.geometry.precision import product_dtype
+from tl_asymmetry.models.sources.base import Weights, WeightSource
 from tl_asymmetry.models.view import ModelView
 
 OTHER_COLUMNS = ("layer", "parameter", "base_norm", "delta_norm", "delta_relative_norm", "delta_shrink")
@@ -19,22 +20,34 @@ OTHER_COLUMNS = ("layer", "parameter", "base_norm", "delta_norm", "delta_relativ
 _PIECE = 1 << 18
 
 
-def other_changes(base: ModelView, aligned: ModelView) -> pd.DataFrame:
+def other_changes(base: ModelView, aligned: Weights) -> pd.DataFrame:
     """One row per parameter that is no matrix of the main table: norms and the shrink component of its change.
 
     `layer` is NA for what belongs to no block. Of an aligned vocabulary with extra rows, only the base's rows count.
     """
-    untied = base.tied != aligned.tied  # one of the two may have learned an unembedding of its own
-    ours, theirs = (view.headless(include_tied=untied) for view in (base, aligned))
-    rows = [_row(name, ours[name], theirs[name]) for name in ours if name in theirs]
+    ours, theirs = _headless(base, aligned)
+    unchanged = ours if _only_changes(aligned) else {}
+    rows = [
+        _row(name, ours[name], theirs[name] if name in theirs else ours[name])
+        for name in ours
+        if name in theirs or name in unchanged
+    ]
     return pd.DataFrame(rows, columns=list(OTHER_COLUMNS)).astype({"layer": "Int64"})
 
 
-def unmatched_parameters(base: ModelView, aligned: ModelView) -> Iterator[str]:
+def unmatched_parameters(base: ModelView, aligned: Weights) -> Iterator[str]:
     """Names of the parameters that only one of the two models has."""
-    untied = base.tied != aligned.tied
-    ours, theirs = (set(view.headless(include_tied=untied)) for view in (base, aligned))
-    yield from sorted(ours ^ theirs)
+    ours, theirs = (set(names) for names in _headless(base, aligned))
+    yield from sorted(theirs - ours if _only_changes(aligned) else ours ^ theirs)
+
+
+def _headless(base: ModelView, aligned: Weights) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    untied = base.tied != aligned.tied  # one of the two may have learned an unembedding of its own
+    return base.headless(include_tied=untied), aligned.headless(include_tied=untied)
+
+
+def _only_changes(aligned: Weights) -> bool:
+    return isinstance(aligned, WeightSource) and aligned.only_changes
 
 
 def _row(name: str, base: Tensor, aligned: Tensor) -> tuple[int | None, str, float, float, float, float]:

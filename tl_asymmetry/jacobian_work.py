@@ -38,7 +38,8 @@ SOURCES = {
 
 METHODS = ("auto", "einsum", "autograd")
 
-_POINTWISE = ("mlp", "ln", "ln2")
+POINTWISE = ("mlp", "ln", "ln2")
+"""Parts in which every token depends on itself alone."""
 _CHECK_TOKENS, _CHECK_POSITIONS = 16, 3
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 3e-4}
 _COARSE_TOLERANCE = 0.1
@@ -67,7 +68,7 @@ class Request:
     @property
     def summed(self) -> bool:
         """Whether sources are summed; a part that acts token by token has one source."""
-        return self.sources == "sum" and self.part not in _POINTWISE
+        return self.sources == "sum" and self.part not in POINTWISE
 
 
 def make_request(

@@ -14,6 +14,7 @@ from tl_asymmetry.geometry.precision import exact_products
 from tl_asymmetry.geometry.token_jacobians import BranchJacobian
 from tl_asymmetry.jacobian_result import LayerJacobians, jacobian_table, token_table
 from tl_asymmetry.jacobian_work import (
+    POINTWISE,
     Closed,
     MemoryPlan,
     Request,
@@ -264,7 +265,7 @@ def _kept(
             store[:, :, at : at + columns.shape[-1]] = columns
             at += columns.shape[-1]
     else:
-        step = len(store) if memory.unit != "tokens" else memory.chunk
+        step = memory.chunk if memory.unit == "tokens" else len(store) if request.part in POINTWISE else 1
         for start in range(0, len(store), step):
             part = slice(start, min(start + step, len(store)))
             store[part] = jacobian.at(part).dense()  # type: ignore[union-attr]

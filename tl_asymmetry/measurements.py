@@ -18,7 +18,7 @@ from tl_asymmetry.geometry.nulls import adjusted_p
 from tl_asymmetry.held_bases import HeldBases
 from tl_asymmetry.models.view import READ, WRITE, ModelView
 from tl_asymmetry.plan import Plan
-from tl_asymmetry.projections import GradientMoments, Projection, project
+from tl_asymmetry.projections import GradientMoments, PermutedGradients, Projection, project
 from tl_asymmetry.side_by_side import side_by_side
 from tl_asymmetry.tables import pair_table
 
@@ -42,7 +42,7 @@ _NUMBERS = ("energy", "base_energy", "shrink", "rounding", "spectrum")
 
 
 @runtime_checkable
-class Weights(Protocol):
+class EarlierWeights(Protocol):
     """Where the matrices of an earlier model are found."""
 
     def weight(self, layer: int, matrix: str) -> Tensor:
@@ -104,7 +104,7 @@ class Measuring:
 
 def measure(
     view: ModelView,
-    references: Mapping[str, Weights],
+    references: Mapping[str, EarlierWeights],
     bases: Callable[[int], HeldBases],
     measuring: Measuring,
     *,
@@ -189,6 +189,8 @@ def _layer_numbers(
             numbers[f"{here}/inside"] = projection.energies.cumsum(-1)[:, at]
             if projection.matrix in READ:
                 numbers[f"{here}/activation"] = projection.activation_reference[at]
+                if isinstance(gradient, PermutedGradients):
+                    numbers[f"{here}/permuted"] = projection.permuted[..., at]
             elif gradient is not None:
                 numbers[f"{here}/gradient"] = projection.gradient_reference[:, at]
             if projection.replicates is not None:
@@ -317,6 +319,7 @@ def _projections(batch: Sequence[Measured], matrix: str, subspace: str, measurin
     energies[..., at] = inside.diff(dim=-1, prepend=torch.zeros(layers, heads, 1, dtype=torch.float64))
     activation = laid_out(_all(batch, f"{here}/activation"))
     gradient = laid_out(_all(batch, f"{here}/gradient"), heads)
+    permuted = laid_out(_all(batch, f"{here}/permuted"), 2, heads)
     pairs = _there(_all(batch, f"eigenvalues/{subspace}"))
     λ = torch.full((layers, top + 1), torch.nan, dtype=torch.float64)
     λ[:, at], λ[:, at + 1] = pairs[..., 0], pairs[..., 1]
@@ -324,7 +327,7 @@ def _projections(batch: Sequence[Measured], matrix: str, subspace: str, measurin
     return [
         Projection(
             matrix=matrix, subspace=subspace, energies=energies[layer], eigenvalues=λ[layer, :width],
-            activation_reference=activation[layer], gradient_reference=gradient[layer],
+            activation_reference=activation[layer], gradient_reference=gradient[layer], permuted=permuted[layer],
             replicates=None if replicates is None else replicates[layer],
         )
         for layer in range(layers)

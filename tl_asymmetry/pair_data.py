@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import torch
 from jaxtyping import Float
 
+from tl_asymmetry.geometry.spectrum import marchenko_pastur_edge
+from tl_asymmetry.models.view import POINTS
 from tl_asymmetry.results import Result
 from tl_asymmetry.sensitivity import sensitivity_table
 from tl_asymmetry.stability import stability_table
@@ -133,7 +137,10 @@ class PairData(Result):
         return stability_figure(self.stability(), **options)
 
     def plot_spectrum(self, subspace: str = "attn_in", **options: Any) -> go.Figure:
-        """Eigenvalue spectra of a subspace, or of a delta by its matrix's name. See `plots.spectrum_figure`."""
+        """Eigenvalue spectra of a subspace, or of a delta by its matrix's name. See `plots.spectrum_figure`.
+
+        Activations carry the Marchenko–Pastur edge of as many independent samples as there were tokens.
+        """
         from tl_asymmetry.plots import spectrum_figure
 
         options = {"name": subspace, **options}
@@ -143,7 +150,19 @@ class PairData(Result):
         eigenvalues = self.eigenvalues(subspace)
         if np.isnan(eigenvalues).all():
             raise ValueError(f"expected a subspace with eigenvalues, got {subspace!r}, given without; pass another one")
-        return spectrum_figure(eigenvalues, **{"ranks": self.config["ranks"], **options})
+        defaults = {"ranks": self.config["ranks"], "edge": self._edges(subspace, eigenvalues)}
+        return spectrum_figure(eigenvalues, **{**defaults, **options})
+
+    def _edges(self, subspace: str, eigenvalues: Float[np.ndarray, "layer k"]) -> dict[str, float] | None:
+        """Marchenko–Pastur edge of each layer's captured activations; None for what is no moment of tokens."""
+        if subspace not in POINTS or isinstance(self.config["arguments"]["subspaces"], Mapping):
+            return None
+        tokens = self.config["tokens"]
+        return {
+            f"L{layer}": marchenko_pastur_edge(torch.from_numpy(λ), tokens)
+            for layer, λ in enumerate(eigenvalues)
+            if (λ > 0).any()
+        }
 
     @property
     def _d(self) -> int:

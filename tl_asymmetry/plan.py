@@ -121,7 +121,7 @@ def make_plan(
         raise ValueError(f"expected a batch_size of at least 1, got {batch_size}; pass batch_size=8")
     d = view.d_model
     checked_ranks = check_ranks(default_ranks(d) if ranks is None else ranks, d)
-    chosen = _matrices(view, matrices)
+    chosen = chosen_matrices(view, matrices)
     given = _given(subspaces, view, min(checked_ranks)) if isinstance(subspaces, Mapping) else {}
     names = _subspace_names(view, subspaces)
     targets = {m: _default_targets(m, view) if subspaces is None else names for m in chosen}
@@ -153,7 +153,7 @@ def default_ranks(d: int) -> tuple[int, ...]:
 def token_sequences(
     view: ModelView,
     texts: Sequence[str | Sequence[Mapping[str, Any]]] | None,
-    tokens: Int[Tensor, "batch pos"] | None,
+    tokens: Int[Tensor, "batch pos"] | Sequence[Int[Tensor, " _pos"]] | None,
     max_tokens: int | None,
     *,
     notes: Callable[[str], None],
@@ -166,8 +166,14 @@ def token_sequences(
     if texts is not None and tokens is not None:
         raise ValueError("expected texts or tokens, got both; pass one of them")
     if tokens is not None:
-        check_tokens(view, tokens)
-        sequences = list(tokens.cpu())
+        if isinstance(tokens, Tensor):
+            check_tokens(view, tokens)
+        else:
+            if not len(tokens):
+                raise ValueError("expected at least one sequence of tokens, got none; pass texts or tokens=")
+            for sequence in tokens:
+                check_tokens(view, sequence.unsqueeze(0) if isinstance(sequence, Tensor) else sequence)
+        sequences = [sequence.cpu() for sequence in tokens]
     else:
         if texts is None:
             from tl_asymmetry.demo import calibration_texts
@@ -193,7 +199,12 @@ def token_sequences(
     return kept
 
 
-def _matrices(view: ModelView, matrices: Sequence[str] | None) -> tuple[str, ...]:
+def chosen_matrices(view: ModelView, matrices: Sequence[str] | None) -> tuple[str, ...]:
+    """The matrices asked for, all by default, in canonical order.
+
+    Raises:
+        ValueError: one that the model does not have.
+    """
     if matrices is None:
         return view.matrices
     unknown = [matrix for matrix in matrices if matrix not in view.matrices]
@@ -250,7 +261,4 @@ def _given(
 
 
 def _default_targets(matrix: str, view: ModelView) -> tuple[str, ...]:
-    if matrix in READ:
-        return INPUT_POINT[matrix], "prediction"
-    into = "resid_mid" if matrix == "W_O" and view.has_point("resid_mid") else "resid_post"
-    return into, "prediction"
+    return view.residual_point(matrix), "prediction"

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from tl_asymmetry.bases import LayerBases
-from tl_asymmetry.deltas import LiveDelta
+from tl_asymmetry.deltas import AnyDelta
 from tl_asymmetry.geometry.fraction import gram_energy
 from tl_asymmetry.models.view import INPUT_POINT, READ, WRITE
 
@@ -22,6 +22,15 @@ class GradientMoments(Protocol):
 
     def gradient_moment(self, layer: int, matrix: str, head: int | None = None) -> Tensor:
         """Uncentred second moment of the upstream gradient δ, `[d, d]`, float64 on CPU."""
+        ...
+
+
+@runtime_checkable
+class PermutedGradients(Protocol):
+    """What a gradient covariance may offer besides: fractions of gradients with δ permuted over tokens."""
+
+    def permuted_fractions(self, layer: int, matrix: str, basis: Float[Tensor, "d_model k"]) -> Tensor | None:
+        """Fractions in the leading 1 … k directions, `[draw, head, k]`; None where there are no draws."""
         ...
 
 
@@ -42,12 +51,15 @@ class Projection:
     write matrices."""
     gradient_reference: Float64[Tensor, "head top"]
     """Share of the output gradient's variance in the leading 1 … top directions; NaN without gradients."""
+    permuted: Float64[Tensor, "2 head top"]
+    """Lower and upper end of the 95 % range of the fraction in the leading 1 … top directions over gradients with δ
+    permuted within sequences; NaN for write matrices and without such draws."""
     replicates: Float64[Tensor, "group head rank"] | None
     """Energy in the leading `rank` directions with one group left out; None for a basis without replicates."""
 
 
 def project(
-    deltas: Sequence[LiveDelta],
+    deltas: Sequence[AnyDelta],
     name: str,
     bases: LayerBases,
     ranks: Sequence[int],
@@ -88,6 +100,12 @@ def project(
         if gradient is not None and delta.matrix in WRITE:
             basis = subspace.basis[:, :top]
             gradient_reference = _gradient_reference(gradient, bases.layer, delta.matrix, basis, len(energies))
+        permuted = nan[:top].expand(2, len(energies), -1)
+        if delta.matrix in READ and isinstance(gradient, PermutedGradients):
+            drawn = gradient.permuted_fractions(bases.layer, delta.matrix, subspace.basis[:, :top])
+            if drawn is not None:
+                ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+                permuted = drawn.double().cpu().quantile(ends, dim=0)
         projections.append(
             Projection(
                 matrix=delta.matrix,
@@ -96,6 +114,7 @@ def project(
                 eigenvalues=eigenvalues,
                 activation_reference=activation_reference,
                 gradient_reference=gradient_reference,
+                permuted=permuted,
                 replicates=torch.stack(replicates[delta.matrix]) if delta.matrix in replicates else None,
             )
         )

@@ -101,7 +101,9 @@ class PredictionPullback(Result, Sequence[Subspace]):
         from tl_asymmetry.plots.spectrum import spectrum_figure
 
         values = {
-            f"layer {layer}": row.numpy() for layer, row in zip(self.layers, self.arrays["eigenvalues"], strict=True)
+            # what J̄ or a LayerNorm takes out entirely comes back as rounding, of either sign
+            f"layer {layer}": row.where(row > 1e-12 * row[0], 0).numpy()
+            for layer, row in zip(self.layers, self.arrays["eigenvalues"], strict=True)
         }
         return spectrum_figure(values, **{"name": "the pulled-back prediction map", **options})
 

@@ -10,8 +10,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from tl_asymmetry.deltas import LiveDelta
+from tl_asymmetry.deltas import AnyDelta
 from tl_asymmetry.geometry.subspace import principal_subspace
+from tl_asymmetry.models.capture import merged
 from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.plan import Plan, Sources
@@ -33,18 +34,11 @@ class SensitivityProfiles:
     folded or not.
     """
 
-    def __init__(self, base: ModelView, aligned: ModelView, sources: Sources) -> None:
+    def __init__(self, predictions: Mapping[str, Tensor], sources: Sources) -> None:
+        self._predictions = predictions
         self._sources = sources
-        self._predictions = {
-            f"prediction/{role}/{'centered' if centered else 'uncentered'}/-/{'folded' if fold else 'plain'}": (
-                prediction_subspace(view, fold_norm=fold, centered=centered, d_vocab=base.d_vocab).basis
-            )
-            for (role, view), centered, fold in product(
-                (("base", base), ("aligned", aligned)), (True, False), (True, False)
-            )
-        }
 
-    def of_layer(self, layer: int, deltas: Mapping[str, LiveDelta], plan: Plan) -> dict[str, Tensor]:
+    def of_layer(self, layer: int, deltas: Mapping[str, AnyDelta], plan: Plan) -> dict[str, Tensor]:
         """One layer's energy profiles on all variants of the subspaces that its deltas are held against."""
         profiles = {}
         for variant, basis in self._variants(layer, plan):
@@ -54,16 +48,14 @@ class SensitivityProfiles:
                     profiles[f"{_PREFIX}/{matrix}/{variant}"] = profile.float()
         return profiles
 
-    def arrays(self, layers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Profiles `[layer, head, d]` by variant, and the moments behind them, for a result to keep."""
-        arrays = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
+    def moments_of_layer(self, layer: int) -> dict[str, Tensor]:
+        """The moments behind one layer's profiles, for a result to keep."""
+        arrays = {}
         for model, capture in self._sources.captures.items():
-            for (point, layer), moments in capture.totals().items():
-                for name, value in moments.state_dict().items():
-                    arrays[f"moments/{model}/{point}/{layer}/counted/{name}"] = value
-            for (point, layer), moments in capture.first_totals().items():
-                for name, value in moments.state_dict().items():
-                    arrays[f"moments/{model}/{point}/{layer}/first/{name}"] = value
+            for part, groups in (("counted", capture.groups), ("first", capture.first_positions or ())):
+                for site in [site for site in groups[0] if site[1] == layer] if groups else []:
+                    for name, value in merged(group[site] for group in groups).state_dict().items():
+                        arrays[f"moments/{model}/{site[0]}/{layer}/{part}/{name}"] = value
         return arrays
 
     def _variants(self, layer: int, plan: Plan) -> Iterator[tuple[str, Tensor]]:
@@ -77,8 +69,25 @@ class SensitivityProfiles:
         yield from self._predictions.items()
 
 
+def prediction_variants(base: ModelView, aligned: ModelView) -> dict[str, Tensor]:
+    """The prediction subspace's variants: whose unembedding, centred or not, norm folded or not; basis by label."""
+    return {
+        f"prediction/{role}/{'centered' if centered else 'uncentered'}/-/{'folded' if fold else 'plain'}": (
+            prediction_subspace(view, fold_norm=fold, centered=centered, d_vocab=base.d_vocab).basis
+        )
+        for (role, view), centered, fold in product(
+            (("base", base), ("aligned", aligned)), (True, False), (True, False)
+        )
+    }
+
+
+def stacked_variants(layers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Profiles `[layer, head, d]` by variant."""
+    return {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
+
+
 def sensitivity_table(arrays: Mapping[str, Tensor], ranks: list[int], headed: Mapping[str, bool]) -> pd.DataFrame:
-    """One row per layer × head × matrix × variant × rank, from what `SensitivityProfiles.arrays` kept."""
+    """One row per layer × head × matrix × variant × rank, from what `stacked_variants` gave a result to keep."""
     frames = []
     for name, profile in arrays.items():
         if not name.startswith(f"{_PREFIX}/"):

@@ -16,7 +16,13 @@ Result = TypeVar("Result")
 
 
 def side_by_side(
-    work: Callable[[int], Result], count: int, *, device: torch.device, description: str, progress: bool
+    work: Callable[[int], Result],
+    count: int,
+    *,
+    device: torch.device,
+    description: str,
+    progress: bool,
+    workers: int | None = None,
 ) -> list[Result]:
     """`[work(0), …, work(count − 1)]`, as many at a time as torch has threads, each on one of them.
 
@@ -29,6 +35,7 @@ def side_by_side(
         device: of the products within, for the precision they run in.
         description: of the progress bar.
         progress: show it.
+        workers: no more at a time than this.
     """
 
     def alone(index: int) -> Result:
@@ -37,7 +44,7 @@ def side_by_side(
         return_freed_memory()
         return result
 
-    workers = min(torch.get_num_threads(), count)
+    workers = max(1, min(torch.get_num_threads(), count, workers or count))
     # The precision of products is a global setting: made exact once out here, no thread changes it under another.
     with (
         exact_products(device),

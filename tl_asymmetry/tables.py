@@ -33,6 +33,9 @@ PAIR_COLUMNS = {
     "excess": "fraction / activation_matched",
     "gradient_matched": "write, with gradients: share of the output gradient's variance; else NaN",
     "gradient_excess": "fraction / gradient_matched",
+    "permuted_low": "read, with permuted gradients: lower end of the 95 % range of the fraction that the objective's "
+    "own gradient has once δ is permuted over the tokens of each sequence; else NaN",
+    "permuted_high": "upper end",
     "ci_low": "lower end of the 95 % interval of relative over texts; NaN where the subspace needs no texts",
     "ci_high": "upper end",
     "eigengap": "(λ_k − λ_{k+1}) / λ_k of the subspace's spectrum",
@@ -107,6 +110,7 @@ def _block(
     p, method = null.tail(spectrum.flatten(0, 1), k, fraction.flatten())
     activation = _wide(stacked(projections, "activation_reference")[:, k - 1], heads)
     gradient = stacked(projections, "gradient_reference")[..., k - 1]
+    permuted = stacked(projections, "permuted")[..., k - 1].transpose(0, 1)  # [layer, end, head] → [end, layer, head]
     low, high = _interval(projections, deltas, column, relative, d / k)
     eigengap = _wide(_eigengap(stacked(projections, "eigenvalues"), k), heads)
     ρ = stacked(deltas, "rounding")
@@ -121,6 +125,8 @@ def _block(
         "excess": fraction / activation,
         "gradient_matched": gradient,
         "gradient_excess": fraction / gradient,
+        "permuted_low": permuted[0],
+        "permuted_high": permuted[1],
         "ci_low": low,
         "ci_high": high,
         "eigengap": eigengap,

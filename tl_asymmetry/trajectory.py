@@ -48,9 +48,10 @@ def analyze_trajectory(
     W_t − W_previous, or both, against the subspaces of the residual stream, beside both nulls. arXiv 2605.16600
     follows a checkpoint trajectory; the definitions are ours, since the paper's are not public.
 
-    At most one checkpoint's model is held at a time, besides copies (on CPU) of the analysed matrices of the first and
-    of the previous one. With a `store`, every finished checkpoint is kept at once: a run that was killed at any moment
-    goes on after the last finished one and ends with the same table.
+    At most one checkpoint's model is held at a time (at the beginning also that of `subspaces_from`), besides copies
+    on CPU of the analysed matrices of the first and, for interval deltas, of the previous one. With a `store`, every
+    finished checkpoint is kept at once: a run that was killed at any moment goes on after the last finished one and
+    ends with the same table.
 
     Args:
         checkpoints: in the order of their steps: directories (`checkpoint-500`, `step500`), pairs `(step, model)` as a

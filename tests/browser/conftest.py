@@ -84,7 +84,7 @@ def trajectory():
     return pd.DataFrame(
         {
             "step": steps * 2, "layer": 1, "head": 2, "matrix": "W_Q", "subspace": ["attn_in"] * 4 + ["prediction"] * 4,
-            "rank": 4, "relative": [1.0, 2.0, 4.0, 5.0, 1.0, 1.0, 1.25, 1.5],
+            "reference": "first", "rank": 4, "relative": [1.0, 2.0, 4.0, 5.0, 1.0, 1.0, 1.25, 1.5],
         }
     )  # fmt: skip
 
@@ -93,20 +93,7 @@ def trajectory():
 def explorer_page(pair, edits, trajectory, tmp_path_factory):
     result, base = pair
 
-    tokenizer = base.tokenizer
-
-    class Hostile:
-        """The tokenizer, its every word an attack."""
-
-        def __getattr__(self, name):
-            return getattr(tokenizer, name)
-
-        def decode(self, ids):
-            return f"{ids[-1]} {HOSTILE}"
-
-    base.tokenizer = Hostile()
-    try:
-        path = tmp_path_factory.mktemp("explorer") / "explorer.html"
+    path = tmp_path_factory.mktemp("explorer") / "explorer.html"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base.tokenizer, "decode", lambda ids: f"{ids[-1]} {HOSTILE}")  # every word is an attack
         return result.to_explorer(path, model=base, edits=edits, trajectory=trajectory, progress=False)
-    finally:
-        base.tokenizer = tokenizer

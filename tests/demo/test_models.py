@@ -21,8 +21,9 @@ from tl_asymmetry.demo.models import (
     tensors_from_gpt2,
 )
 from tl_asymmetry.demo.preferences import encode_preferences, ending_score
-from tl_asymmetry.demo.sampling import sample_continuations, seeded
+from tl_asymmetry.demo.sampling import sample_continuations
 from tl_asymmetry.demo.tokenizer import encode_stories
+from tl_asymmetry.geometry.seeds import seeded
 from tl_asymmetry.training.objectives import DPO, CrossEntropy
 
 try:

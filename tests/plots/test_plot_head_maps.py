@@ -12,36 +12,45 @@ from tests.synthetic import make_table
 from tl_asymmetry.plots import head_maps_figure, heads_figure
 
 
+def put(target, key, value):
+    """Set "a.b.c" of nested dictionaries, as plotly does."""
+    *path, last = key.split(".")
+    for part in path:
+        target = target.setdefault(part, {})
+    target[last] = value
+
+
 def apply(figure, matrix, value, rank):
     """What the browser would do: press a button of each menu and move the slider, in this order or any."""
+    layout = figure["layout"]
     for step in (
-        next(b for b in figure.layout.updatemenus[0].buttons if b.label == matrix),
-        next(b for b in figure.layout.updatemenus[1].buttons if b.label == value),
-        next(s for s in figure.layout.sliders[0].steps if s.label == str(rank)),
+        next(b for b in layout["updatemenus"][0]["buttons"] if b["label"] == matrix),
+        next(b for b in layout["updatemenus"][1]["buttons"] if b["label"] == value),
+        next(s for s in layout["sliders"][0]["steps"] if s["label"] == str(rank)),
     ):
-        args = list(step.args)
-        data, layout, targets = ({}, args[0], []) if step.method == "relayout" else args
+        data, changes, targets = ({}, step["args"][0], []) if step["method"] == "relayout" else step["args"]
         for i, target in enumerate(targets):
             for key, values in data.items():
-                figure.data[target].update({key.replace(".", "_"): values[i]})
-        figure.update_layout({key.replace(".", "_"): v for key, v in layout.items()})
+                put(figure["data"][target], key, values[i])
+        for key, change in changes.items():
+            put(layout, key, change)
 
 
 def in_window(figure, trace):
     """Cells [layer][head] of a trace inside the figure's window."""
-    low, high = figure.layout.xaxis.range
-    bottom, top = figure.layout.yaxis.range
-    centres = (np.array(trace.x[:-1]) + np.array(trace.x[1:])) / 2
+    low, high = figure["layout"]["xaxis"]["range"]
+    bottom, top = figure["layout"]["yaxis"]["range"]
+    centres = (np.array(trace["x"][:-1]) + np.array(trace["x"][1:])) / 2
     columns = [j for j, x in enumerate(centres) if low < x < high]
-    rows = [i for i, y in enumerate(trace.y) if top < y < bottom]
+    rows = [i for i, y in enumerate(trace["y"]) if top < y < bottom]
     return rows, columns
 
 
 def test_every_combination_shows_its_own_numbers():
     table = make_table(kv_heads=2)
-    figure = head_maps_figure(table)
-    matrices = [b.label for b in figure.layout.updatemenus[0].buttons]
-    values = [b.label for b in figure.layout.updatemenus[1].buttons]
+    figure = head_maps_figure(table).to_plotly_json()
+    matrices = [b["label"] for b in figure["layout"]["updatemenus"][0]["buttons"]]
+    values = [b["label"] for b in figure["layout"]["updatemenus"][1]["buttons"]]
     assert matrices[:3] == ["W_Q in attn_in", "W_Q in prediction", "W_K in attn_in"]
     keys = {values[0]: "relative", values[1]: "excess", values[2]: "fraction_unrounded", values[3]: "isotropic_z"}
     for label, value, rank in itertools.product(matrices, values, (1, 4, 16)):
@@ -51,30 +60,32 @@ def test_every_combination_shows_its_own_numbers():
         expected = rows.pivot(index="layer", columns="head", values=keys[value]).to_numpy(float)
         if value == values[2]:
             expected = expected * 64 / rank
-        shown = [t for t in figure.data if t.meta == "diverging" and t.visible and in_window(figure, t)[0]]
+        shown = [
+            t for t in figure["data"] if t.get("meta") == "diverging" and t["visible"] and in_window(figure, t)[0]
+        ]  # fmt: skip
         if not np.isfinite(expected).any():
             assert not shown
-            said = [t for t in figure.data if t.name == "absent" and t.visible]
-            low, high = figure.layout.xaxis.range
-            bottom, top = figure.layout.yaxis.range
-            assert any(low < x < high and top < y < bottom for t in said for x, y in zip(t.x, t.y, strict=True))
+            said = [t for t in figure["data"] if t["name"] == "absent" and t["visible"]]
+            low, high = figure["layout"]["xaxis"]["range"]
+            bottom, top = figure["layout"]["yaxis"]["range"]
+            assert any(low < x < high and top < y < bottom for t in said for x, y in zip(t["x"], t["y"], strict=True))
             continue
         (trace,) = shown
         i, j = in_window(figure, trace)
-        cells = np.array(trace.z, dtype=float)[np.ix_(i, j)]
+        cells = np.array(trace["z"], dtype=float)[np.ix_(i, j)]
         assert cells.shape == expected.shape
-        limit = trace.zmax
-        assert trace.zmin == -limit
+        limit = trace["zmax"]
+        assert trace["zmin"] == -limit
         with np.errstate(divide="ignore", invalid="ignore"):
             wanted = expected if value == values[3] else np.where(expected <= 0, -limit, np.log2(expected))
         np.testing.assert_allclose(cells, wanted, atol=6e-4)
         assert np.nanmax(np.abs(cells)) <= limit + 6e-4
-        hover = next(t for t in figure.data if t.name == "hover" and in_window(figure, t)[0])
-        assert f"· {matrix}<br>" in hover.hovertemplate
-        fields = hover.customdata[i[1]][j[0]]
+        hover = next(t for t in figure["data"] if t["name"] == "hover" and in_window(figure, t)[0])
+        assert f"· {matrix}<br>" in hover["hovertemplate"]
+        fields = hover["customdata"][i[1]][j[0]]
         assert fields[1] == f"{rows[rows['layer'] == 1]['relative'].iloc[0]:.3g}"
         assert fields[2].endswith(f"k = {rank}")
-        assert f"{matrix} against {space}" in figure.layout.xaxis.title.text
+        assert f"{matrix} against {space}" in figure["layout"]["xaxis"]["title"]["text"]
 
 
 def test_controls_own_different_attributes():

@@ -48,6 +48,8 @@ def test_gain():
     assert "rank k" in figure.layout.xaxis.title.text
     alone = gain_figure(gains(), value="direction_gain", template="dark")
     assert np.allclose(np.array(alone.data[0].z, dtype=float), np.log2(3))
+    both = pd.concat([gains(1, 2, "a<b"), gains(2, 2, "c").query("layer == 1")])
+    assert "Gain along a&lt;b … c" in gain_figure(both).layout.title.text
     many = gain_figure(gains(1, 500))
     assert len(many.data[0].x) <= MOST_RANKS
     assert many.data[0].x[-1] == "500"
@@ -66,6 +68,8 @@ def test_overlap():
     assert figure.layout.sliders[0].active == 1
     np.testing.assert_allclose(np.array(steps[0].args[0]["z"][0], dtype=float), np.where(np.eye(3), 1, 0.1))
     assert "0.0625" in str(heat.customdata[0][1])
+    assert [list(row) for row in heat.text] == [["1", "0.4", "0.4"], ["0.4", "1", "0.4"], ["0.4", "0.4", "1"]]
+    assert steps[0].args[0]["text"][0][0][1] == "0.1"
     with pytest.raises(ValueError, match="expected rank to be one of 1, 4, got 9"):
         overlap_figure(overlaps(), rank=9)
     with pytest.raises(ValueError, match="expected a table with rows"):

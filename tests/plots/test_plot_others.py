@@ -7,9 +7,11 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
+from tests import tiny
 from tests.synthetic import make_asymmetry, make_table
-from tl_asymmetry import plots
+from tl_asymmetry import analyze_pair, marchenko_pastur_edge, plots
 from tl_asymmetry.plots import asymmetry_figure, layers_figure, rank_curve_figure, spectrum_figure
 
 
@@ -225,6 +227,19 @@ def test_spectrum_counts_what_a_log_axis_cannot_hold_and_says_when_it_thins():
     assert "400 log-spaced" in words(large)
 
 
+def test_a_direction_without_variance_does_not_stretch_the_axis():
+    values = np.append(np.linspace(4, 1, 30), 1e-7)
+    figure = spectrum_figure(values[None], edge=0.5)
+    assert figure.data[0].y[-1] == 1e-7  # drawn, under the axis
+    low, high = figure.layout.yaxis.range
+    assert -0.6 < low < np.log10(0.5) < np.log10(4) < high
+    assert "1 last eigenvalues" in words(figure)
+    share = figure.layout.updatemenus[0].buttons[1].args[1]["yaxis.range"]
+    assert 10 ** share[0] < 0.5 / values.sum() < 4 / values.sum() < 10 ** share[1]
+    steady = spectrum_figure(np.geomspace(1, 1e-6, 30)[None])
+    assert steady.layout.yaxis.range[0] < -6
+
+
 def test_spectrum_errors():
     with pytest.raises(ValueError, match=r"expected eigenvalues of shape \[d\] or \[layer, d\], got \[1, 2, 3\]"):
         spectrum_figure(np.ones((1, 2, 3)))
@@ -238,3 +253,19 @@ def test_spectrum_errors():
         spectrum_figure({"a": np.ones(3)}, edge={"b": 1.0})
     with pytest.raises(ValueError, match="expected ranks >= 1, got 0"):
         spectrum_figure(np.ones((2, 4)), ranks=[0])
+
+
+def test_activation_spectra_carry_their_edge_and_weights_do_not():
+    kind = tiny.KINDS[-1]
+    result = analyze_pair(
+        tiny.build("gpt2", kind), tiny.build("gpt2", kind, delta=0.05), tokens=tiny.tokens(9, 12), ranks=[4], groups=1,
+        progress=False,
+    )  # fmt: skip
+    figure = result.plot_spectrum("attn_in")
+    samples = 9 * 11  # first positions are left out
+    assert result.config["tokens"] == samples
+    for layer, λ in enumerate(result.eigenvalues("attn_in")):
+        edge = trace(figure, f"L{layer}: Marchenko–Pastur edge").y[0]
+        assert edge == pytest.approx(marchenko_pastur_edge(torch.from_numpy(λ), samples))
+    assert not any("edge" in t.name for t in result.plot_spectrum("prediction").data)
+    assert not any("edge" in t.name for t in result.plot_spectrum("W_Q").data)

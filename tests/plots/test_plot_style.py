@@ -70,6 +70,15 @@ def test_ratio_axis_holds_chance_and_is_ticked_at_powers_of_two():
     assert [style.ratio_label(e) for e in (-2, 0, 3)] == ["1/4", "1", "8"]
 
 
+def test_a_narrow_ratio_axis_has_more_ticks_than_chance_alone():
+    axis = style.ratio_axis([0.8, 1.3])
+    assert len(axis["tickvals"]) > 4
+    assert 1 in axis["tickvals"]
+    low, high = axis["range"]
+    assert all(low <= math.log10(v) <= high for v in axis["tickvals"])
+    assert axis["ticktext"][axis["tickvals"].index(1.25)] == "1.25"
+
+
 def test_unknown_template():
     with pytest.raises(ValueError, match="expected one of 'light', 'dark', got 'sepia'; pass template='light'"):
         style.template("sepia")

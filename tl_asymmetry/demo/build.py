@@ -44,9 +44,9 @@ from tl_asymmetry.demo.preferences import (
     ending_score,
     sample_preferences,
 )
-from tl_asymmetry.demo.sampling import seeded
 from tl_asymmetry.demo.stories import held_out_texts, stories
 from tl_asymmetry.demo.tokenizer import encode_stories, read_tokenizer, write_tokenizer
+from tl_asymmetry.geometry.seeds import seeded
 from tl_asymmetry.training.objectives import DPO, CrossEntropy, Objective, TokenBatch, sequence_log_probs
 
 if TYPE_CHECKING:

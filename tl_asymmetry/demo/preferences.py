@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from tl_asymmetry.demo.sampling import sample_continuations, seeded
+from tl_asymmetry.demo.sampling import sample_continuations
 from tl_asymmetry.demo.stories import Split, stories
 from tl_asymmetry.demo.tokenizer import EOS, SPECIALS, encode_stories
+from tl_asymmetry.geometry.seeds import seeded
 from tl_asymmetry.training.objectives import PreferenceBatch
 
 if TYPE_CHECKING:

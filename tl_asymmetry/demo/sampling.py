@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,13 +11,6 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
 Tokens = list[int]
-
-
-def seeded(*key: int | str) -> torch.Generator:
-    """A CPU generator of its own for each key; equal keys, equal streams."""
-    digest = hashlib.sha256(":".join(map(str, key)).encode("utf-8")).digest()
-    # manual_seed takes a signed 64-bit number.
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 @torch.no_grad()

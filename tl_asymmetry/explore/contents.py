@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,12 +15,15 @@ from tl_asymmetry.explore.pack import Pack
 from tl_asymmetry.geometry.spectrum import marchenko_pastur_edge
 from tl_asymmetry.pair_data import PairData
 from tl_asymmetry.plots import rows as pick
+from tl_asymmetry.tables import PAIR_COLUMNS
 
 KEYS = ("layer", "head", "matrix", "subspace", "rank", "pathway")
 CURVE_POINTS = 40
 """Ranks at which a curve is drawn, log-spaced."""
 ATTACHED_ROWS = 200_000
 """Rows of an attached table above which only those at the shown rank are kept."""
+STEP_COLUMNS = ("layer", "head", "matrix", "subspace", "rank", "relative", "ci_low", "ci_high", "isotropic_q", "excess")
+"""Columns of a pair's table that are kept of an attached trajectory."""
 _CONTEXT_TOKENS = 12
 
 
@@ -150,6 +154,9 @@ def attached(name: str, source: Any, shown_rank: int, pack: Pack) -> dict[str, A
     if len(table) > ATTACHED_ROWS and "rank" in table.columns:
         table = table[table["rank"] == shown_rank]
         said = f"Rows at rank {shown_rank} only."
+    if "step" in table.columns:
+        # A trajectory repeats every column of a pair's table at every step.
+        table = table[[c for c in table.columns if c in STEP_COLUMNS or c not in PAIR_COLUMNS]]
     columns: dict[str, Any] = {}
     for column in table.columns:
         values = table[column]
@@ -161,4 +168,4 @@ def attached(name: str, source: Any, shown_rank: int, pack: Pack) -> dict[str, A
 
 
 def _missing(value: Any) -> bool:
-    return value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value))
+    return value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from tl_asymmetry.all_directions import all_directions
-from tl_asymmetry.explore import contents
 from tl_asymmetry.explore.pack import Pack
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair_data import PairData
 from tl_asymmetry.report_markup import document, write_page
 
+SCRIPT = ("data", "state", "words", "search", "map", "cards", "charts", "details", "table", "wiring")
+"""Parts of the page's script, in order: each a file under `script`, all in one scope."""
 NEAREST_TOKENS = 6
 CONTEXTS = 3
 
@@ -54,7 +55,8 @@ def explorer(
         >>> explorer(result, "explorer.html", model=base, progress=False)
         PosixPath('explorer.html')
     """
-    from tl_asymmetry.plots import page  # here, since it brings plotly
+    from tl_asymmetry.explore import contents  # here, since both bring plotly
+    from tl_asymmetry.plots import page
 
     pack, config = Pack(), result.config
     header: dict[str, Any] = {
@@ -84,14 +86,26 @@ def explorer(
         f'<script type="application/json" id="page-settings">{page.page_settings()}</script>'
         f'<script type="application/gzip" id="explorer-data">{pack.base64(header)}</script>'
         f"<script>{page.plotly_code()}</script>"
-        f"<script>{own.joinpath('explorer.js').read_text(encoding='utf-8')}</script>"
+        f"<script>{_script()}</script>"
     )
     css = own.joinpath("explorer.css").read_text(encoding="utf-8")
     return write_page(path, document(title, body, scripts, css=css))
 
 
+def _script() -> str:
+    """The parts as one function, which says on the page if it fails."""
+    folder = files(__package__) / "script"
+    parts = "\n".join((folder / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPT)
+    return (
+        f'(async function () {{\n"use strict";\n{parts}\n}})().catch(function (error) {{ '
+        'document.getElementById("map").textContent = "This page could not be shown: " + error; throw error; });'
+    )
+
+
 def _directions(result: PairData, model: Any, n: int, progress: bool, pack: Pack) -> dict[str, Any]:
     """The directions of every head, or why there are none."""
+    from tl_asymmetry.explore import contents
+
     if n == 0:
         return {"missing": "Directions were left out when this page was made (directions=0)."}
     if model is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -17,19 +18,37 @@ def return_freed_memory() -> None:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had on a device; None where the system does not say."""
+    """Bytes that could still be taken on a device: on the CPU by this process's own limit too; None if unknown."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        # what PyTorch holds and does not use is free as well
+        # What torch keeps for itself but does not use is as good as free.
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type != "cpu":
         return None
+    rooms = [room for room in (_machine_room(), _group_room()) if room is not None]
+    return min(rooms) if rooms else None
+
+
+def _machine_room() -> int | None:
+    """What Linux thinks it could hand out without swapping; elsewhere the pages that are free."""
     try:
-        with open("/proc/meminfo") as lines:
-            available = next(line for line in lines if line.startswith("MemAvailable:"))
-        return int(available.split()[1]) * 1024
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         try:
             return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         except (AttributeError, OSError, ValueError):
             return None
+
+
+def _group_room() -> int | None:
+    """What is left of the limit of the control group (version 2), as in a container."""
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+        cache = Path("/sys/fs/cgroup/memory.stat").read_text()
+    except OSError:
+        return None
+    if limit == "max":
+        return None
+    files = next((int(line.split()[1]) for line in cache.splitlines() if line.startswith("inactive_file ")), 0)
+    return max(0, int(limit) - int(used) + files)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from tl_asymmetry.geometry.precision import exact_products, product_dtype
@@ -80,6 +80,18 @@ class StreamingMoments:
         """A copy that has forgotten which sequence a row came from."""
         result = StreamingMoments(self.d)
         result._sums = None if self._sums is None else replace(self._sums.each(Tensor.clone), between=None)
+        return result
+
+    def about(self, shift: Float64[Tensor, " d"]) -> StreamingMoments:
+        """The same moments kept as sums about another point: sums about one point can be added entry by entry."""
+        result = StreamingMoments(self.d, sequences=self.sequences)
+        if self._sums is None:
+            size = self.d * (self.d + 1) // 2
+            gram, between = (torch.zeros(size, dtype=torch.float64, device=shift.device) for _ in range(2))
+            zero = torch.zeros((), dtype=torch.float64, device=shift.device)
+            result._sums = _Sums(shift, gram, torch.zeros_like(shift), zero, between if self.sequences else None)
+        else:
+            result._sums = self._sums.moved(shift)
         return result
 
     def cpu(self) -> StreamingMoments:

@@ -65,7 +65,8 @@ def marchenko_pastur_edge(eigenvalues: Float[Tensor, " d"], samples: int) -> flo
     if len(positive) == 0:
         raise ValueError("expected at least one positive eigenvalue, got none; pass a second moment's eigenvalues")
     gamma = len(eigenvalues) / samples
-    variance = positive.median().item() / _marchenko_pastur_median(gamma)
+    # quantile: of an even number, `median` takes the lower of the two in the middle
+    variance = positive.quantile(0.5).item() / _marchenko_pastur_median(gamma)
     return variance * (1 + math.sqrt(gamma)) ** 2
 
 

@@ -149,6 +149,12 @@ def _cuts(view: ModelView, layer: int, kept: dict[str, Tensor], needs: frozenset
 
         return see
 
+    def watch(name: str) -> Edit:
+        def see(x: Tensor) -> None:
+            kept[name] = x
+
+        return see
+
     def start(name: str) -> Edit:
         def see(x: Tensor) -> Tensor:
             kept[name] = leaf(x)
@@ -168,6 +174,8 @@ def _cuts(view: ModelView, layer: int, kept: dict[str, Tensor], needs: frozenset
         if view._adapter.splits_inputs is not None:
             raise NoClosedForm(f"{view._adapter.splits_inputs} gives every head an input of its own")
         wanted += [*((name, start(name)) for name in ("q", "k", "v")), ("z", end("z")), ("pattern", keep("pattern"))]
+        if place(view, layer, "attn_scores") is not None:
+            wanted.append(("attn_scores", watch("attn_scores")))
     if MLP in needs and view._adapter.has_mlp(layer):
         if place(view, layer, "pre") is None:  # a mixture of experts
             wanted += [("mlp_in", start("mlp_in")), ("mlp_branch", end("mlp_branch"))]
@@ -232,7 +240,7 @@ class _AttentionCore:
         if missing:
             raise NoClosedForm(f"layer {layer} never showed {', '.join(missing)}")
         self.q, self.k, self.v, self.z = (kept[name] for name in ("q", "k", "v", "z"))
-        self.pattern = kept["pattern"][0]
+        self.pattern, self.scores = kept["pattern"][0], kept.get("attn_scores")
         self.n = self.q.shape[1]
         self.dtype = product_dtype(self.z)
         W = {name: view.weight(layer, name).to(self.dtype) for name in ("W_Q", "W_K", "W_V", "W_O")}
@@ -268,9 +276,36 @@ class _AttentionCore:
         return rows.reshape(e, self.n, self.heads, e).permute(1, 2, 0, 3).to(self.dtype)
 
     def _by_key(self) -> tuple[Float[Tensor, "pos head d_head"], Float[Tensor, "pos head d_head"]]:
-        """∂z[t]/∂k[t] = w ρᵀ: the weight of t on itself moves z[t] along w = (v[t] − z[t]) / ‖·‖ and nowhere else.
+        """∂z[t]/∂k[t]: the score S[t, t] moves z[t] along v[t] − z[t] and nowhere else, so this has rank one.
 
-        So one cotangent for each t, w at t, tells ρ; for each query head that shares the key apart.
+        ∂z[t]/∂S[t, t] = A[t, t] (v[t] − z[t]), and ∂S[t, t]/∂k[t] is one backward pass from the scores' diagonal, for
+        each of the query heads that share a key.
+        """
+        if not self._scores_are_live():
+            return self._by_key_from_outputs()
+        assert self.scores is not None
+        v = self.v.detach().reshape(self.n, self.kv_heads, self.e).repeat_interleave(self.group, 1)
+        own = self.pattern.diagonal(dim1=-2, dim2=-1).mT.to(self.dtype).unsqueeze(-1)
+        out = own * (v - self.z.detach().reshape(self.n, self.heads, self.e)).to(self.dtype)
+        into = torch.zeros_like(out)
+        for member in range(self.group):
+            diagonal = torch.zeros_like(self.scores)
+            diagonal[:, member :: self.group] = torch.eye(self.n, dtype=diagonal.dtype, device=diagonal.device)
+            (rows,) = torch.autograd.grad(self.scores, self.k, diagonal, retain_graph=True)
+            into[:, member :: self.group] = rows.reshape(self.n, self.kv_heads, self.e).to(self.dtype)
+        return out, into
+
+    def _scores_are_live(self) -> bool:
+        """Whether the scores that were seen are those whose softmax is the pattern, on the way from k."""
+        S = self.scores
+        if S is None or not S.requires_grad or S.shape[1:] != self.pattern.shape:
+            return False
+        return torch.allclose(torch.softmax(S.detach()[0], -1), self.pattern.to(S.dtype), rtol=1e-3, atol=1e-5)
+
+    def _by_key_from_outputs(self) -> tuple[Float[Tensor, "pos head d_head"], Float[Tensor, "pos head d_head"]]:
+        """∂z[t]/∂k[t] = w ρᵀ with w = (v[t] − z[t]) / ‖·‖, where the scores are not seen (or there are sinks).
+
+        One cotangent for each t, w at t, tells ρ; for each query head that shares the key apart.
         """
         heads = (self.n, self.heads, self.e)
         v = self.v.detach().reshape(self.n, self.kv_heads, self.e).repeat_interleave(self.group, 1)
@@ -380,9 +415,12 @@ class GraphJacobian:
         where = torch.tensor(self.where, device=source.device)
         dtype = product_dtype(vectors)
         if self.pointwise:
-            batch = source.new_zeros(n, *source.shape)
-            batch[:, 0, where] = vectors.transpose(0, 1).to(source.dtype)
-            return self._products(batch, forward)[:, 0, where].transpose(0, 1).to(dtype)
+            parts = []
+            for some in vectors.split(self.chunk, 1):
+                batch = source.new_zeros(some.shape[1], *source.shape)
+                batch[:, 0, where] = some.transpose(0, 1).to(source.dtype)
+                parts.append(self._products(batch, forward)[:, 0, where].transpose(0, 1).to(dtype))
+            return torch.cat(parts, 1)
         out = vectors.new_empty(tokens, n, target.shape[-1])
         for first in range(0, tokens * n, self.chunk):
             flat = torch.arange(first, min(first + self.chunk, tokens * n), device=source.device)
@@ -403,7 +441,12 @@ class GraphJacobian:
         return self.pull(eye.expand(self.tokens, -1, -1))
 
     def mean(self, chunk: int = 1) -> Float[Tensor, "d d"]:
-        return mean_of_dense(self, self.tokens if self.pointwise else chunk)
+        if not self.pointwise:
+            return mean_of_dense(self, 1)  # `chunk` counts matrices, and each is many backward passes
+        d, dtype = self.end.shape[-1], product_dtype(self.end)
+        rows = torch.eye(d, dtype=dtype, device=self.end.device).split(self.chunk)
+        parts = [self.pull(some.expand(self.tokens, -1, -1)).mean(0, dtype=torch.float64) for some in rows]
+        return torch.cat(parts).to(dtype)
 
 
 def part_graph(

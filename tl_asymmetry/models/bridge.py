@@ -13,7 +13,7 @@ _SUBMODULE = {"W_Q": "q", "W_K": "k", "W_V": "v", "W_O": "o", "W_in": "in", "W_g
 
 
 class _Stopped(Exception):
-    """Raised after the last block to leave out the unembedding, and caught again at once."""
+    """Raised after the last block wanted to leave out the unembedding, and caught again at once."""
 
 
 class BridgeAdapter:
@@ -171,13 +171,13 @@ class BridgeAdapter:
 
     # -- running -----------------------------------------------------------------------------------
 
-    def run(self, tokens: Tensor, logits: bool) -> Tensor | None:
+    def run(self, tokens: Tensor, logits: bool, layers: int) -> Tensor | None:
         # without use_cache=False the Hugging Face model keeps the keys and values of every layer
         options = {"use_cache": False} if self._takes_use_cache else {}
         handles = [block.attn.register_forward_hook(_forget_pattern) for block in self.blocks]
         if not logits:
             # stop_at_layer stops before a block, so it cannot leave out what follows the last one
-            handles.append(self.blocks[-1].register_forward_hook(_stop))
+            handles.append(self.blocks[layers - 1].register_forward_hook(_stop))
         try:
             return self.model(tokens, return_type="logits" if logits else None, **options)
         except _Stopped:
@@ -185,6 +185,12 @@ class BridgeAdapter:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def run_block(self, layer: int, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self.blocks[layer](*args, **kwargs)
+        finally:
+            _forget_pattern(self.blocks[layer].attn)
 
     def all_modules(self) -> Iterator[nn.Module]:
         seen: set[int] = set()

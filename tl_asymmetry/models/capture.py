@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from tl_asymmetry.geometry.memory import return_freed_memory
 from tl_asymmetry.geometry.moments import StreamingMoments
+from tl_asymmetry.models.ranks import ALONE, Ranks
 from tl_asymmetry.models.texts import batches
 from tl_asymmetry.models.view import ModelView
 
@@ -32,15 +33,6 @@ class Capture:
     """Number of tokens that count, in all groups."""
     sequences: int
     """Number of sequences."""
-
-    def totals(self) -> dict[Site, StreamingMoments]:
-        """Moments of the tokens that count, over all groups."""
-        return {site: merged(group[site] for group in self.groups) for site in self.groups[0]}
-
-    def first_totals(self) -> dict[Site, StreamingMoments]:
-        """Moments of the first positions, over all groups; empty where they were not asked for."""
-        firsts = self.first_positions
-        return {} if firsts is None else {site: merged(group[site] for group in firsts) for site in firsts[0]}
 
 
 def merged(parts: Iterable[StreamingMoments]) -> StreamingMoments:
@@ -110,8 +102,11 @@ def capture(
     sequence_means: bool = False,
     batch_size: int,
     progress: bool,
+    ranks: Ranks = ALONE,
 ) -> Capture:
     """Moments at `sites` for each group of sequences; the groups never share a forward pass.
+
+    The model is run no further than the last layer among the sites.
 
     Args:
         view: the model.
@@ -122,11 +117,14 @@ def capture(
         sequence_means: keep what `StreamingMoments.within_covariance` needs at "attn_in".
         batch_size: sequences per forward pass.
         progress: show a progress bar.
+        ranks: processes that share the sequences of each group; all get the moments of all.
     """
-    bar = tqdm(total=sum(map(len, groups)), desc="activations", unit="seq", disable=not progress)
+    shares = [ranks.share(group) for group in groups]
+    bar = tqdm(total=sum(map(len, shares)), desc="activations", unit="seq", disable=not (progress and ranks.is_first))
+    layers = 1 + max((layer for _, layer in sites), default=0)
     counted, firsts = [], []
     with bar, torch.no_grad(), view.evaluating():
-        for group in groups:
+        for group in shares:
             moments = {site: _empty(view, site, sequence_means) for site in sites}
             first = {site: _empty(view, site, False) for site in sites} if first_positions else {}
             for tokens, mask in batches(group, batch_size, causal=view.causal):
@@ -135,11 +133,11 @@ def capture(
                     keep[:, 0] = False
                 readers = {s: _reader(moments[s], first.get(s), keep.to(view.device)) for s in sites}
                 with view.hooks(readers):
-                    view.run(tokens.to(view.device))
+                    view.run(tokens.to(view.device), layers=layers)
                 bar.update(len(tokens))
             # A finished group leaves the device: only one group's moments are ever held there.
-            counted.append({site: m.cpu() for site, m in moments.items()})
-            firsts.append({site: m.cpu() for site, m in first.items()})
+            counted.append({site: ranks.summed(m.cpu()) for site, m in moments.items()})
+            firsts.append({site: ranks.summed(m.cpu()) for site, m in first.items()})
             return_freed_memory()
     lengths = [len(sequence) - exclude_first for group in groups for sequence in group]
     return Capture(tuple(counted), tuple(firsts) if first_positions else None, sum(lengths), len(lengths))

@@ -6,17 +6,21 @@ carry.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tl_asymmetry.models.sources.base import Weights, WeightSource
 from tl_asymmetry.models.texts import vocabulary_fingerprint
 from tl_asymmetry.models.view import ModelView
 
 _SHAPES = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_mlp")
 _ARCHITECTURE = ("norm", "positional", "parallel", "causal", "matrices")
+
+_PIECE = 1 << 24
+"""Entries of a tensor that are summed at once."""
 
 _PROBES = (
     "The quick brown fox, it's said, jumped over 12,345 lazy dogs!",
@@ -29,7 +33,7 @@ _PROBES = (
 # --- weights --------------------------------------------------------------------------------------
 
 
-def check_raw(view: ModelView) -> list[str]:
+def check_raw(view: Weights) -> list[str]:
     """Refuse processed weights: a difference of processed weights is no difference of the models.
 
     Evidence is taken from the weights, so that a model trained from scratch, with gains of one and biases of
@@ -41,10 +45,12 @@ def check_raw(view: ModelView) -> list[str]:
     Raises:
         ValueError: names every processing flag found and says how to load without.
     """
-    flags, warnings = processing_flags(view)
+    flags, warnings = (stored_processing_flags(view), []) if isinstance(view, WeightSource) else processing_flags(view)
     if not flags:
         return warnings
-    if view.kind == "HookedTransformer":
+    if isinstance(view, WeightSource):
+        instead = "the state dict of a model loaded with from_pretrained_no_processing"
+    elif view.kind == "HookedTransformer":
         instead = (
             "HookedTransformer.from_pretrained_no_processing(...), or load_and_process_state_dict with "
             + ", ".join(f"{flag}=False" for flag in flags)
@@ -55,6 +61,23 @@ def check_raw(view: ModelView) -> list[str]:
         f"expected raw weights, got {view.kind} {view.name!r} with processed weights ({', '.join(flags)}); "
         f"pass {instead}"
     )
+
+
+def stored_processing_flags(source: WeightSource) -> list[str]:
+    """The processing flags for which weights in files show evidence: only TransformerLens's own can have any."""
+    if source.kind != "TransformerLens weights":
+        return []
+    layers = sorted({0, source.n_layers // 2, source.n_layers - 1})
+    W_O, W_V = (torch.cat([source.weight(i, matrix).double() for i in layers]) for matrix in ("W_O", "W_V"))
+    flags = []
+    if source.norm == "LN" and _is_centred(W_O, dim=-1, dtype=source.dtype):
+        flags.append("center_writing_weights")
+    W_U = source.headless(include_tied=True).get("unembed.W_U")
+    if W_U is not None and _is_centred(W_U[:128].double(), dim=-1, dtype=source.dtype):
+        flags.append("center_unembed")
+    if _is_refactored(W_O, W_V):
+        flags.append("refactor_factored_attn_matrices")
+    return flags
 
 
 def processing_flags(view: ModelView) -> tuple[list[str], list[str]]:
@@ -146,30 +169,47 @@ def _is_refactored(W_O: Tensor, W_V: Tensor) -> bool:
     return bool((off <= 1e-3 * scale).all() and falling and unequal)
 
 
-def check_finite(view: ModelView, role: str = "model") -> None:
+def check_finite(weights: Weights, role: str = "model") -> None:
     """Refuse NaN and infinite weights, naming the first tensor that has some.
 
-    One float32 sum per tensor decides; only a sum that is not finite is looked at entry by entry.
-
     Args:
-        role: what to call the model in the message, such as "base model".
+        weights: a model, or weights in files.
+        role: what to call it in the message, such as "base model".
     """
-    for name, weight in view.named_weights():
-        if not weight.is_floating_point() or torch.isfinite(weight.sum(dtype=torch.float32)):
-            continue
+    check = finite_check(weights, role)
+    for name, weight in weights.named_weights():
+        check(name, weight)
+
+
+def finite_check(weights: Weights, role: str = "model") -> Callable[[str, Tensor], None]:
+    """The check of one tensor at a time: a function of its name and the tensor that raises.
+
+    Float32 sums decide, of pieces: a sum in another type copies what it adds up, and an embedding is large. Only a
+    tensor with a sum that is not finite is looked at entry by entry.
+    """
+
+    def check(name: str, weight: Tensor) -> None:
+        rows = max(1, _PIECE * len(weight) // max(1, weight.numel())) if weight.ndim else 0
+        pieces = weight.split(rows) if weight.ndim else [weight]
+        if not weight.is_floating_point() or all(
+            bool(torch.isfinite(piece.sum(dtype=torch.float32))) for piece in pieces
+        ):
+            return
         nan, infinite = int(weight.isnan().sum()), int(weight.isinf().sum())
         if nan or infinite:  # else the sum of finite numbers overflowed
             raise ValueError(
                 f"expected finite weights, got {nan} NaN and {infinite} infinite values in {name} of the {role} "
-                f"({view.name!r}); pass a model whose training did not diverge, loaded in a type wide enough "
+                f"({weights.name!r}); pass a model whose training did not diverge, loaded in a type wide enough "
                 "(dtype=torch.float32)"
             )
+
+    return check
 
 
 # --- pairs ----------------------------------------------------------------------------------------
 
 
-def check_pair(base: ModelView, aligned: ModelView) -> list[str]:
+def check_pair(base: ModelView, aligned: Weights) -> list[str]:
     """Refuse two models whose matrices cannot be subtracted entry by entry.
 
     Returns:
@@ -195,7 +235,7 @@ def check_pair(base: ModelView, aligned: ModelView) -> list[str]:
     return check_tokenizers(base, aligned)
 
 
-def check_tokenizers(base: ModelView, aligned: ModelView) -> list[str]:
+def check_tokenizers(base: ModelView, aligned: Weights) -> list[str]:
     """Refuse models that read texts differently; the part of `check_pair` about vocabularies."""
     warnings = []
     if aligned.d_vocab < base.d_vocab:
@@ -210,6 +250,8 @@ def check_tokenizers(base: ModelView, aligned: ModelView) -> list[str]:
             "rows of its embedding and unembedding are left out"
         )
     ours, theirs = base.tokenizer, aligned.tokenizer
+    if isinstance(aligned, WeightSource) and aligned.only_changes:
+        return warnings  # an adapter reads texts with its base's tokenizer
     if ours is None or theirs is None:
         if (ours is None) != (theirs is None):
             warnings.append(f"the {'base' if ours is None else 'aligned'} model has no tokenizer: vocabularies were "

@@ -17,7 +17,11 @@ Edit = Callable[[Tensor], Tensor | None]
 """Sees a tensor and may give another in its place."""
 
 _STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_in", "mlp_in", "z")
-_ATTENTION, _MLP, _ADDED = ("q", "k", "v", "pattern"), ("pre", "pre_linear", "post"), ("attn_out", "mlp_out")
+_ATTENTION, _MLP, _ADDED = (
+    ("q", "k", "v", "attn_scores", "pattern"),
+    ("pre", "pre_linear", "post"),
+    ("attn_out", "mlp_out"),
+)
 
 
 def place(view: ModelView, layer: int, name: str) -> Side | None:
@@ -27,8 +31,8 @@ def place(view: ModelView, layer: int, name: str) -> Side | None:
         view: the model.
         layer: which block.
         name: a hook point of `ModelView` ("resid_pre", "mlp_in", "z", ...), "q", "k", "v" as projected (before rotation
-            and norm), "pattern", "pre", "pre_linear", "post" of a dense MLP, "mlp_branch" (an MLP's output before any
-            norm), or "attn_out", "mlp_out", what is added to the stream.
+            and norm), "attn_scores", "pattern", "pre", "pre_linear", "post" of a dense MLP, "mlp_branch" (an MLP's
+            output before any norm), or "attn_out", "mlp_out", what is added to the stream.
     """
     adapter = view._adapter
     if name in _STREAM:

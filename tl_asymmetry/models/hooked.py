@@ -174,7 +174,7 @@ class HookedAdapter:
 
     # -- running -----------------------------------------------------------------------------------
 
-    def run(self, tokens: Tensor, logits: bool) -> Tensor | None:
+    def run(self, tokens: Tensor, logits: bool, layers: int) -> Tensor | None:
         options: dict[str, Any] = {}
         tokenizer = self.model.tokenizer
         if tokenizer is not None and tokenizer.padding_side == "left":
@@ -184,8 +184,11 @@ class HookedAdapter:
             options["padding_side"] = "right"
         if logits:
             return self.model(tokens, return_type="logits", **options)
-        self.model(tokens, stop_at_layer=len(self.blocks), **options)
+        self.model(tokens, stop_at_layer=layers, **options)
         return None
+
+    def run_block(self, layer: int, *args: Any, **kwargs: Any) -> Any:
+        return self.blocks[layer](*args, **kwargs)
 
     def all_modules(self) -> Iterator[nn.Module]:
         return self.model.modules()

@@ -126,6 +126,7 @@ class ModelView:
     def __init__(self, model: Any, *, encoders: bool = False) -> None:
         self.model = model
         self._adapter = adapter = _adapter_for(model, encoders)
+        self._owners: dict[tuple[int, str], Tensor] = {}
         cfg = adapter.cfg
         self.kind = adapter.kind
         self.name = str(getattr(cfg, "model_name", None) or "unnamed")
@@ -221,6 +222,11 @@ class ModelView:
             raise ValueError(f"expected a head from 0 to {self.n_heads - 1}, got {head}; pass a query head's index")
         return head // (self.n_heads // self.n_kv_heads)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks, in order."""
+        return self._adapter.blocks
+
     # -- matrices ----------------------------------------------------------------------------------
 
     def weight(self, layer: int, matrix: str) -> Tensor:
@@ -234,14 +240,28 @@ class ModelView:
             ValueError: no such layer or matrix; a quantised matrix; a copy (what the wrapper computed on
                 the fly).
         """
+        return self.weight_and_parameter(layer, matrix)[0]
+
+    def weight_and_parameter(self, layer: int, matrix: str) -> tuple[Tensor, Tensor]:
+        """What `weight` gives, and the model's parameter that it is a view of; `Module.to` may move that one.
+
+        Raises:
+            ValueError: as `weight`.
+        """
         weight = self._weight(layer, matrix)
-        block = self._adapter.blocks[layer]
-        if not _shares_storage(weight, block.parameters()):
-            raise ValueError(
-                f"expected a live view of blocks.{layer} {matrix}, got a copy; pass a model with raw weights "
-                "(a TransformerBridge without enable_compatibility_mode)"
-            )
-        return weight
+        address = _address(weight)
+        if address == 0:  # fake and meta tensors have no address, so there a copy cannot be told from a view
+            return weight, weight
+        owner = self._owners.get((layer, matrix))
+        if owner is None or _address(owner) != address:
+            owner = next((p for p in self._adapter.blocks[layer].parameters() if _address(p) == address), None)
+            if owner is None:
+                raise ValueError(
+                    f"expected a live view of blocks.{layer} {matrix}, got a copy; pass a model with raw weights "
+                    "(a TransformerBridge without enable_compatibility_mode)"
+                )
+            self._owners[layer, matrix] = owner
+        return weight, owner
 
     def _weight(self, layer: int, matrix: str) -> Tensor:
         self._require_layer(layer)
@@ -336,6 +356,13 @@ class ModelView:
             raise ValueError(f"expected a point among {', '.join(POINTS)}, got {point!r}; pass one of these")
         return all(self._adapter.point(layer, point) is not None for layer in range(self.n_layers))
 
+    def residual_point(self, matrix: str) -> str:
+        """Where a matrix's residual side is seen: its input, or the stream it writes into (W_O: after attention, or
+        after the block where attention and MLP are parallel)."""
+        if matrix in READ:
+            return INPUT_POINT[matrix]
+        return "resid_mid" if matrix == "W_O" and self.has_point("resid_mid") else "resid_post"
+
     @contextmanager
     def hooks(self, readers: Mapping[tuple[str, int], Reader]) -> Iterator[None]:
         """Show readers the tensors that pass certain points, until the context ends.
@@ -383,14 +410,42 @@ class ModelView:
             reader(x.unflatten(-1, (self.n_heads, self.d_head)) if point == "z" and x.ndim == 3 else x)
 
         def see_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            show(_first_tensor(args, kwargs))
+            show(first_tensor(args, kwargs))
 
         def see_output(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             show(output[0] if isinstance(output, tuple) else output)
 
         return module, side, see_input if side == "input" else see_output
 
-    def run(self, tokens: Int[Tensor, "batch pos"], *, logits: bool = False) -> Tensor | None:
+    def module_at(self, point: str, layer: int) -> tuple[nn.Module, str]:
+        """The module behind a point, and whether the point is its "input" or its "output".
+
+        Raises:
+            ValueError: no such point or layer.
+        """
+        module, side, _ = self._watch(point, layer, lambda x: None)
+        return module, side
+
+    def projection(self, layer: int, matrix: str) -> nn.Module | None:
+        """The module whose (first) output is `input @ matrix + bias`, or None where the model hides that product."""
+        self._require_layer(layer)
+        self._require_matrix(matrix)
+        return self._adapter.projection(layer, matrix)
+
+    def all_modules(self) -> Iterator[nn.Module]:
+        """Every module of the model, the wrapped Hugging Face model's included, each once."""
+        return self._adapter.all_modules()
+
+    def __call__(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits, as `run(tokens, logits=True)`: a view is a language model to any objective."""
+        logits = self.run(tokens, logits=True)
+        if logits is None:  # cannot happen: logits were asked for
+            raise RuntimeError("the model returned no logits")
+        return logits
+
+    def run(
+        self, tokens: Int[Tensor, "batch pos"], *, logits: bool = False, layers: int | None = None
+    ) -> Tensor | None:
         """One forward pass in the mode (training or not, gradients or not) the caller has set.
 
         No attention mask is made from pad tokens: in a causal model, padding on the right leaves every
@@ -400,8 +455,19 @@ class ModelView:
             tokens: token ids.
             logits: return the logits `[batch, pos, d_vocab]`. Otherwise the final norm and the
                 unembedding are left out.
+            layers: without logits, run this many blocks and stop; all by default.
         """
-        return self._adapter.run(tokens.to(self.device), logits)
+        if layers is not None and (logits or not 1 <= layers <= self.n_layers):
+            raise ValueError(
+                f"expected layers from 1 to {self.n_layers}, without logits, got {layers}; pass None for the whole "
+                "model"
+            )
+        return self._adapter.run(tokens.to(self.device), logits, self.n_layers if layers is None else layers)
+
+    def run_block(self, layer: int, *args: Any, **kwargs: Any) -> Any:
+        """Call one block as the model was seen to call it; what it keeps of the call is dropped, as `run` does."""
+        self._require_layer(layer)
+        return self._adapter.run_block(layer, *args, **kwargs)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -522,7 +588,8 @@ def _adapter_for(model: Any, encoders: bool) -> HookedAdapter | BridgeAdapter:
     raise ValueError(f"expected a HookedTransformer or TransformerBridge, {got}; {hint}")
 
 
-def _first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a module works on, however it was called."""
     for name in ("query_input", "hidden_states"):
         if name in kwargs:
             return kwargs[name]
@@ -530,6 +597,9 @@ def _first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def _shares_storage(tensor: Tensor, parameters: Iterator[Tensor]) -> bool:
-    pointer = tensor.untyped_storage().data_ptr()
-    # fake and meta tensors have no address, so there a copy cannot be told from a view
-    return pointer == 0 or any(p.untyped_storage().data_ptr() == pointer for p in parameters)
+    address = _address(tensor)
+    return address == 0 or any(_address(p) == address for p in parameters)
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

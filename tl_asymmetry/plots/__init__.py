@@ -7,8 +7,11 @@ and nowhere above, so the package itself stays light.
 
 from tl_asymmetry.plots.asymmetry import asymmetry_figure
 from tl_asymmetry.plots.comparison import differences_figure, overlap_figure
+from tl_asymmetry.plots.control import grades_figure
+from tl_asymmetry.plots.gradients import effective_rank_figure
 from tl_asymmetry.plots.head_maps import head_maps_figure
 from tl_asymmetry.plots.heads import heads_figure
+from tl_asymmetry.plots.interventions import controls_figure, doses_figure, effects_figure
 from tl_asymmetry.plots.layers import layers_figure
 from tl_asymmetry.plots.rank_curve import rank_curve_figure
 from tl_asymmetry.plots.spectrum import spectrum_figure
@@ -25,9 +28,14 @@ from tl_asymmetry.plots.trajectory import (
 __all__ = [
     "animation_figure",
     "asymmetry_figure",
+    "controls_figure",
     "curves_figure",
     "differences_figure",
+    "doses_figure",
+    "effective_rank_figure",
+    "effects_figure",
     "emergence_figure",
+    "grades_figure",
     "head_curves_figure",
     "head_maps_figure",
     "heads_figure",

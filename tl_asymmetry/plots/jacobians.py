@@ -12,6 +12,9 @@ import plotly.graph_objects as go
 from tl_asymmetry.plots import style
 
 MOST_RANKS = 96
+"""Ranks in a gain map, at most."""
+_MOST_WRITTEN = 14
+"""Up to so many subspaces, their overlaps are written into the cells."""
 
 
 def singular_values_figure(
@@ -131,11 +134,12 @@ def gain_figure(
             },
         )
     )  # fmt: skip
-    names = ", ".join(dict.fromkeys(str(name) for name in table["name"] if name))
+    distinct = list(dict.fromkeys(style.text(name) for name in table["name"] if name))
+    names = " … ".join([distinct[0], distinct[-1]] if len(distinct) > 1 else distinct)
     figure.update_xaxes(title="rank k" if value == "gain" else "direction", type="category", nticks=16)
     figure.update_yaxes(title="layer", autorange="reversed", **style.integer_ticks(layers))
     words = style.heading(
-        style.text(title) if title is not None else f"Gain along {style.text(names) or 'a subspace'}",
+        style.text(title) if title is not None else f"Gain along {names or 'a subspace'}",
         "‖J̄ Q‖ / √k: how much longer the mean Jacobian makes the first k directions. 1 keeps lengths."
         if value == "gain" else "‖J̄ q‖ of one direction at a time. 1 keeps its length.",
     )  # fmt: skip
@@ -192,7 +196,8 @@ def overlap_figure(
         go.Heatmap(
             x=labels, y=labels, z=grids[start], zmin=0, zmax=1, customdata=hovers[start],
             colorscale=[(0, style.PAPER["dark" if style.is_dark(template) else "light"]), (1, style.SERIES[0])],
-            xgap=1, ygap=1, texttemplate="%{customdata[2]}" if len(names) <= 14 else None, textfont={"size": 11},
+            xgap=1, ygap=1, text=_texts(hovers[start]), textfont={"size": 11},
+            texttemplate="%{text}" if len(names) <= _MOST_WRITTEN else None,
             hovertemplate=(
                 "<b>%{customdata[0]}</b> and <b>%{customdata[1]}</b>, rank %{customdata[4]}"
                 "<br>overlap %{customdata[2]} (chance %{customdata[3]})<extra></extra>"
@@ -204,7 +209,10 @@ def overlap_figure(
         )
     )  # fmt: skip
     if len(ranks) > 1:
-        steps = [[{"z": [grid], "customdata": [hover]}, [0]] for grid, hover in zip(grids, hovers, strict=True)]
+        steps = [
+            [{"z": [grid], "customdata": [hover], "text": [_texts(hover)]}, [0]]
+            for grid, hover in zip(grids, hovers, strict=True)
+        ]
         figure.update_layout(sliders=[style.rank_slider(ranks, start, steps)])
     figure.update_xaxes(title="", type="category")
     figure.update_yaxes(title="", type="category", autorange="reversed")
@@ -216,6 +224,11 @@ def overlap_figure(
         figure, title=words, template_name=template, width=width, height=height,
         plot_height=max(220, 40 * len(names)), legend=False, right=90,
     )  # fmt: skip
+
+
+def _texts(hover: list[list[list[Any]]]) -> list[list[str]]:
+    """What is written into the cells: the overlaps."""
+    return [[cell[2] for cell in row] for row in hover]
 
 
 def _some(ranks: list[int]) -> list[int]:

@@ -107,8 +107,9 @@ def rank_curve_figure(
                 hovertemplate="at most %{y:.4g} at k = %{x}<extra></extra>",
             )
         )  # fmt: skip
+    others = [c for i, c in enumerate(style.SERIES) if i != 1]  # that one is the reference's
     for n, (h, rows) in enumerate(curves.items()):
-        colour = style.SERIES[0] if single else style.SERIES[n % len(style.SERIES)]
+        colour = style.SERIES[0] if single else others[n % len(others)]
         matched = pick.in_relative_units(rows, "activation_matched", d)
         name = pick.head_name(layer, h, kv=shared, group=group)
         significant = rows["isotropic_q"].to_numpy(float, na_value=np.nan) < style.Q_LEVEL

@@ -113,13 +113,21 @@ def spectrum_figure(
         [edges[k] / totals[k] if totals[k] > 0 else None] * 2 for k in marked
     ]  # fmt: skip
     plain = [a.tolist() for a in absolute] + [[float(edges[k])] * 2 for k in marked]
+    ranges = [_range([*parts, [v for line in lines[len(names) :] for v in line if v]])
+              for parts, lines in ((absolute, plain), (shares, relative))]  # fmt: skip
+    below = sum(len(a) - len(_before_cliff(a)) for a in absolute)
     figure.update_layout(
         updatemenus=[
             {
                 "name": "value", "active": 0, "direction": "down",
                 "buttons": [
-                    {"label": label, "method": "update", "args": [{"y": ys}, {"yaxis.title.text": label}]}
-                    for label, ys in (("eigenvalue", plain), ("share of the total", relative))
+                    {
+                        "label": label, "method": "update",
+                        "args": [{"y": ys}, {"yaxis.title.text": label, "yaxis.range": range_of}],
+                    }
+                    for label, ys, range_of in zip(
+                        ("eigenvalue", "share of the total"), (plain, relative), ranges, strict=True
+                    )
                 ],
             }
         ]
@@ -140,11 +148,12 @@ def spectrum_figure(
             ]
         )  # fmt: skip
     figure.update_xaxes(title="index (largest first)", type="log", dtick=1, minor={"ticks": ""})
-    figure.update_yaxes(title="eigenvalue", type="log", exponentformat="power", dtick=1)
+    figure.update_yaxes(title="eigenvalue", type="log", exponentformat="power", dtick=1, range=ranges[0])
     if not any(len(a) for a in absolute):
         style.note(figure, "No positive eigenvalue.")
     remarks = [
         f"{dropped} eigenvalues that are not positive have no place on a log axis." if dropped else "",
+        f"{below} last eigenvalues, a hundred times smaller than the one before, lie under the axis." if below else "",
         f"Drawn at {MOST_POINTS} log-spaced indexes at most." if thinned else "",
         "Dashed: Marchenko–Pastur edge (descriptive: tokens are dependent)." if marked else "",
     ]
@@ -157,6 +166,21 @@ def spectrum_figure(
     return style.finish(
         figure, title=words, template_name=template, width=width, height=height, plot_height=380, legend=not many
     )
+
+
+def _before_cliff(values: np.ndarray) -> np.ndarray:
+    """Descending eigenvalues without a last one that is next to nothing.
+
+    A norm that removes the mean leaves one direction without variance; rounding puts it far below all others, where it
+    would stretch the axis.
+    """
+    return values[:-1] if len(values) > 2 and values[-1] < 0.01 * values[-2] else values
+
+
+def _range(parts: Sequence[Any]) -> list[float] | None:
+    """Range of a log axis that holds some spectra and edges."""
+    seen = [v for part in parts for v in _before_cliff(np.asarray(part, dtype=float)) if v > 0]
+    return [math.log10(min(seen)) - 0.15, math.log10(max(seen)) + 0.15] if seen else None
 
 
 def _named(eigenvalues: Any) -> dict[str, np.ndarray]:

@@ -59,9 +59,11 @@ def stability_figure(
         ValueError: for a missing column, or an unknown matrix, subspace or rank.
 
     Example:
-        >>> stable = analyze_pair(base, aligned, ["one two three"] * 9, sensitivity=True, groups=1, ranks=[4],
-        ...                       progress=False)
-        >>> stability_figure(stable.stability()).write_html("stability.html")
+        >>> from tl_asymmetry import analyze_pair
+        >>> from tl_asymmetry.demo import demo_texts
+        >>> texts = demo_texts(10, seed=0)
+        >>> options = {"sensitivity": True, "groups": 1, "ranks": [4], "progress": False}
+        >>> stability_figure(analyze_pair(base, aligned, texts, **options).stability()).write_html("stability.html")
     """
     pick.require(stability, COLUMNS, "PairAnalysis.stability()")
     pairs = list(dict.fromkeys(zip(stability["matrix"], stability["subspace"], strict=True)))

@@ -62,13 +62,16 @@ OTHER_STYLE = {"color": "#6f7b88", "symbol": "cross", "dash": "dot"}
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross")
 SERIES = ("#2f7fc1", "#c2602a", "#0f8a68", "#a55fb0", "#94801a", "#6f7b88")
 
+FINE_TICKS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0)
+"""Ticks of a ratio axis of less than two octaves."""
+
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', 'Liberation Sans', sans-serif"
 LINE_PX = 17
 MENU_PX = 42
 SLIDER_PX = 74
 LEGEND_PX = 52
 TITLE_COLUMNS = 56
-HEAD_COLUMNS = 40
+HEAD_COLUMNS = 41
 
 
 def template(name: str) -> go.layout.Template:
@@ -201,10 +204,14 @@ def ratio_axis(values: Iterable[Any], *, pad: float = 0.15) -> dict[str, Any]:
     logs = [math.log2(v) for v in map(as_float, values) if v > 0 and math.isfinite(v)]
     low, high = min([*logs, -0.5]) - pad, max([*logs, 0.5]) + pad
     exponents, labels = ratio_ticks(low, high)
+    values_at = [2.0**e for e in exponents]
+    if high - low < 2:  # too narrow for powers of two alone
+        values_at = [v for v in FINE_TICKS if low <= math.log2(v) <= high]
+        labels = [f"{v:g}" for v in values_at]
     to10 = math.log10(2)
     return {
         "type": "log", "range": [low * to10, high * to10], "tickmode": "array",
-        "tickvals": [2.0**e for e in exponents], "ticktext": labels, "minor": {"ticks": ""},
+        "tickvals": values_at, "ticktext": labels, "minor": {"ticks": ""},
     }  # fmt: skip
 
 

@@ -1,0 +1,194 @@
+"""Cost of rank-1 edits and studies at GPT-2-small shape: against bare operations, and against one pass for each edit.
+
+    python benchmarks/edits.py                  # prints the table, writes benchmarks/results/edits-<device>.json
+    python benchmarks/edits.py --device cuda
+
+Ratios within one process, interleaved, medians over the rounds. Random weights: cost does not depend on what was
+learned. The naive study does what a notebook would: for every edit it writes the weights, runs the model on every
+batch, and takes KL, cross-entropy and the share of the shift from log-softmaxes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pair import SHAPE, load_pair
+
+SEQUENCE, TOKENS, BATCH = 128, 1024, 8
+CONTROLS = 5
+RESULTS = Path(__file__).parent / "results"
+EDIT_BOUND, STUDY_BOUND = 3.0, 0.75
+
+
+def synchronize(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def seconds_of(run: Callable[[], object], repeats: int, device: str) -> float:
+    """Per call."""
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    synchronize(device)
+    return (time.perf_counter() - start) / repeats
+
+
+def measure_edits(model: Any, device: str, rounds: int) -> dict[str, dict[str, float]]:
+    """Median over rounds of microseconds for the bare operations and for `apply_edits`, and of their ratio."""
+    from tl_asymmetry import ModelView, RankOneEdit, apply_edits
+
+    view, found = ModelView(model), {}
+    for matrix, head in (("W_Q", 3), ("W_K", 3), ("W_V", 3), ("W_O", 3), ("W_in", None)):
+        weight = view.weight(5, matrix)
+        place = weight if head is None else weight[head]
+        residual, other = torch.randn(768, device=device), torch.randn(64 if head is not None else 3072, device=device)
+        first, second = (other, residual) if matrix == "W_O" else (residual, other)
+        edit = RankOneEdit(5, matrix, head, residual, other, 1e-3)
+
+        def bare(place: Any = place, first: Any = first, second: Any = second) -> None:
+            saved = place.clone()
+            place.addr_(first, second, alpha=1e-3)
+            place.copy_(saved)
+
+        def ours(edit: Any = edit) -> None:
+            with apply_edits(view, edit):
+                pass
+
+        def anew(edit: Any = edit) -> None:
+            with apply_edits(model, edit):
+                pass
+
+        repeats = 20 if head is None else 200
+        times = [[seconds_of(run, repeats, device) for run in (bare, ours)] for _ in range(rounds)]
+        found[matrix] = {
+            "bare_us": 1e6 * statistics.median(b for b, _ in times),
+            "ours_us": 1e6 * statistics.median(o for _, o in times),
+            "ratio": statistics.median(o / b for b, o in times),
+            "with_a_new_view_us": 1e6 * seconds_of(anew, 20, device),
+        }
+    return found
+
+
+def sites() -> list[tuple[int, str, int]]:
+    """Twelve heads, one in each layer, every attention matrix in turn."""
+    return [(layer, ("W_Q", "W_K", "W_V", "W_O")[layer % 4], layer) for layer in range(12)]
+
+
+def study(base: Any, aligned: Any, tokens: torch.Tensor) -> Any:
+    """The whole of `rank_one_study`, checks and tables included."""
+    import warnings
+
+    from tl_asymmetry import rank_one_study
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return rank_one_study(
+            base, aligned, tokens=tokens, sites=sites(), controls=("random",), draws=CONTROLS, batch_size=BATCH,
+            progress=False,
+        )  # fmt: skip
+
+
+def naive(base: Any, aligned: Any, tokens: torch.Tensor, edits: list[Any]) -> list[tuple[float, float, float]]:
+    """The same 72 edits and outcomes, one whole forward pass for each."""
+    from tl_asymmetry import ModelView, apply_edits
+
+    view, found = ModelView(aligned), []
+    with torch.no_grad():
+        clean = [(aligned(b).log_softmax(-1), base(b).log_softmax(-1)) for b in tokens.split(BATCH)]
+        for edit in edits:
+            kl = shift = ce = 0.0
+            with apply_edits(view, edit):
+                for batch, (p, p_base) in zip(tokens.split(BATCH), clean, strict=True):
+                    q = aligned(batch).log_softmax(-1)[:, :-1]
+                    kl += torch.nn.functional.kl_div(q, p[:, :-1], log_target=True, reduction="sum").item()
+                    shift += torch.nn.functional.kl_div(q, p_base[:, :-1], log_target=True, reduction="sum").item()
+                    ce -= q.gather(-1, batch[:, 1:, None]).sum().item()
+            found.append((kl, ce, shift))
+    return found
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens of the study")
+    options = parser.parse_args()
+    device = options.device
+    base, aligned = load_pair(device)
+    generator = torch.Generator().manual_seed(2)
+    rows = options.tokens // SEQUENCE
+    tokens = torch.randint(SHAPE["d_vocab"], (rows, SEQUENCE), generator=generator).to(device)
+
+    edits = measure_edits(aligned, device, max(7, options.rounds))
+    from tl_asymmetry import head_delta, matched_controls, removal_edit
+
+    made = []
+    for layer, matrix, head in sites():
+        delta = head_delta(base, aligned, layer, matrix, head)
+        q = torch.linalg.svd(delta.mT if matrix == "W_O" else delta).U[:, 0]
+        target = removal_edit(layer, matrix, head, delta, q)
+        made += [target, *matched_controls(target, "random", CONTROLS)]
+    made = [edit.to(device) for edit in made]
+    with torch.no_grad():
+        aligned(tokens[:1]), base(tokens[:1])
+    forward, ours, plain, busy = [], [], [], []
+    for _ in range(options.rounds):
+        with torch.no_grad():
+            forward.append(seconds_of(lambda: aligned(tokens), 1, device))
+        marks = [time.process_time()]
+        ours.append(seconds_of(lambda: study(base, aligned, tokens), 1, device))
+        marks.append(time.process_time())
+        plain.append(seconds_of(lambda: naive(base, aligned, tokens, made), 1, device))
+        marks.append(time.process_time())
+        busy.append((marks[1] - marks[0]) / (marks[2] - marks[1]))
+    ratio = statistics.median(o / n for o, n in zip(ours, plain, strict=True))
+    per_edit = statistics.median(ours) / len(made)
+    all_edits = 4 * SHAPE["n_layers"] * SHAPE["n_heads"] * (1 + 20)
+
+    for matrix, times in edits.items():
+        held = "" if matrix == "W_in" else f"<= {EDIT_BOUND:g}  {'held' if times['ratio'] <= EDIT_BOUND else 'MISSED'}"
+        sys.stdout.write(
+            f"edit {matrix:5} bare {times['bare_us']:8.1f} us  ours {times['ours_us']:8.1f} us  ratio "
+            f"{times['ratio']:.2f}  {held}  (new view {times['with_a_new_view_us']:.0f} us)\n"
+        )
+    sys.stdout.write(
+        f"study of {len(made)} edits on {options.tokens} tokens: {statistics.median(ours):.2f} s, naive "
+        f"{statistics.median(plain):.2f} s, ratio {ratio:.3f} <= {STUDY_BOUND}  "
+        f"{'held' if ratio <= STUDY_BOUND else 'MISSED'}; one forward {statistics.median(forward):.3f} s; "
+        f"ratio of processor time {statistics.median(busy):.3f}\n"
+        f"all {4 * SHAPE['n_layers'] * SHAPE['n_heads']} attention heads x 1 direction x 20 controls = {all_edits} "
+        f"edits: {all_edits * per_edit / 3600:.2f} h at this rate\n"
+    )
+    name = torch.cuda.get_device_name() if device != "cpu" else f"{torch.get_num_threads()}-core CPU"
+    document = {
+        "device": name,
+        "machine": platform.machine(),
+        "versions": {package: version(package) for package in ("torch", "transformer-lens", "tl-asymmetry")},
+        "shape": SHAPE,
+        "edits": edits,
+        "study": {"edits": len(made), "tokens": options.tokens,
+                  "processor_ratio": statistics.median(busy), "seconds": ours, "naive_seconds": plain, "ratio": ratio,
+                  "forward_seconds": forward, "all_heads_edits": all_edits,
+                  "all_heads_hours": all_edits * per_edit / 3600},
+    }  # fmt: skip
+    RESULTS.mkdir(exist_ok=True)
+    target = RESULTS / f"edits-{'cpu' if device == 'cpu' else name.lower().replace(' ', '-')}.json"
+    target.write_text(json.dumps(document, indent=1) + "\n")
+    sys.stdout.write(f"written: {target}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""What the benchmarks share: peak memory of this process or a device, and measurements in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def memory_meter(device: str) -> tuple[Callable[[], int], Callable[[], int]]:
+    """Two functions: one sets the high-water mark back and gives the bytes held now, one reads the mark."""
+    if device != "cpu":
+
+        def reset() -> int:
+            torch.cuda.reset_peak_memory_stats()
+            return torch.cuda.memory_allocated()
+
+        return reset, torch.cuda.max_memory_allocated
+
+    def field(name: str) -> int:
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(name))
+
+    def reset_resident() -> int:
+        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to the present
+        return field("VmRSS")
+
+    return reset_resident, lambda: field("VmHWM")
+
+
+def apart(*command: str) -> dict[str, Any] | None:
+    """One measurement in a Python process of its own, which ends its output with JSON, if it has any.
+
+    None where it has none or exits with 3 (a peer is not installed).
+    """
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+    if done.returncode == 3:
+        return None
+    if done.returncode:
+        raise RuntimeError(f"{command}: {done.stderr[-2000:]}")
+    if not done.stdout.strip():
+        return None
+    measured = json.loads(done.stdout.splitlines()[-1])
+    shown = {name: value for name, value in measured.items() if isinstance(value, float | int)} or measured.get("ratio")
+    sys.stderr.write(f"{' '.join(command[1:])}: {shown}\n")
+    return measured

@@ -1,0 +1,274 @@
+"""How cost grows: an aligned model of Llama-3.2-1B's shape streamed from shards, and growth with every size.
+
+    python benchmarks/scale.py             # generates 5 GB of random weights, measures, deletes them
+    python benchmarks/scale.py --small     # growth alone, minutes
+
+Prints a table and writes benchmarks/results/scale-cpu.json. Every measurement runs in a process of its own. Memory is
+the peak resident set above what the loaded base holds, mapped pages of the shards included; "beyond the moments" is
+that less the moments of the layers of one pass. Exponents are slopes of log(seconds) on log(size), medians of three
+rounds; a fixed cost makes them smaller than 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measure import apart, memory_meter
+from safetensors.torch import save_file
+
+RESULTS = Path(__file__).parent / "results"
+LLAMA = {
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128_256, "max_position_embeddings": 131_072,
+    "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+MEDIUM = {**LLAMA, "hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4,
+          "head_dim": 32, "vocab_size": 1000}  # fmt: skip
+SHARD = 500_000_000
+SEQUENCE = 128
+LARGE_TOKENS = 512
+RANKS = [1, 4, 16, 64, 128]
+GROWTH = {"layers": [4, 8, 16], "tokens": [2048, 4096, 8192, 16_384], "ranks": [1, 4, 16, 64]}
+
+
+def write_pair(folder: Path, shape: dict[str, Any]) -> None:
+    """Two model directories with random bf16 weights in shards, the aligned one a small step from the base."""
+    from transformers import LlamaConfig
+
+    from tl_asymmetry.models.sources.blueprint import Blueprint
+
+    config = LlamaConfig(**shape)
+    shapes = Blueprint(config).shapes
+    shards: list[list[str]] = [[]]
+    held = 0
+    for parameter, size in shapes.items():
+        held += 2 * int(np.prod(size))
+        if held > SHARD and shards[-1]:
+            shards.append([])
+            held = 2 * int(np.prod(size))
+        shards[-1].append(parameter)
+    seeds = {parameter: seed for seed, parameter in enumerate(shapes)}
+    for name, step in (("base", 0.0), ("aligned", 1e-3)):
+        config.save_pretrained(folder / name)
+        _tokenizer().save_pretrained(folder / name)
+        listed = {}
+        for number, parameters in enumerate(shards, start=1):
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            save_file({p: _weights(shapes[p], step, seeds[p]) for p in parameters}, folder / name / file)
+            listed |= dict.fromkeys(parameters, file)
+        index = {"metadata": {}, "weight_map": listed}
+        (folder / name / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _tokenizer() -> Any:
+    """Loading wants one; nothing is read with it."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="a", eos_token="b", pad_token="b")
+
+
+def _weights(size: tuple[int, ...], step: float, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.randn(size, generator=generator).mul_(0.02) if len(size) > 1 else torch.ones(size)
+    if step:
+        W += torch.randn(size, generator=generator).mul_(step)
+    return W.bfloat16()
+
+
+def tokens_of(count: int, vocabulary: int) -> torch.Tensor:
+    """Random token ids `[count / SEQUENCE, SEQUENCE]`."""
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(vocabulary, (count // SEQUENCE, SEQUENCE), generator=generator)
+
+
+def measure_large(folder: Path, layers_per_pass: int) -> dict[str, Any]:
+    """One analysis with the aligned weights streamed: peak memory above the loaded base, seconds."""
+    from tl_asymmetry import ModelView, analyze_pair, estimate_pair, weights_from
+    from tl_asymmetry.models.checks import finite_check
+    from tl_asymmetry.models.loading import open_model
+    from tl_asymmetry.provenance import weights_hash
+
+    base = open_model(folder / "base", torch.bfloat16, device="cpu")
+    tokens = tokens_of(LARGE_TOKENS, LLAMA["vocab_size"])
+    options: dict[str, Any] = {
+        "tokens": tokens, "ranks": RANKS, "groups": 1, "batch_size": 2, "layers_per_pass": layers_per_pass,
+    }  # fmt: skip
+    start = time.perf_counter()
+    weights = weights_from(folder / "aligned")
+    opened = time.perf_counter()
+    weights_hash(weights, each=finite_check(weights))
+    checked = time.perf_counter()
+    estimate = estimate_pair(base, weights, **options)
+    view = ModelView(base)
+    width = view.d_model * (view.d_model + 1) // 2 * 8
+    moments = layers_per_pass * 4 * width  # attn_in, mlp_in, resid_mid, resid_post
+    weights_hash(view)  # the base is mapped from its files: all of it is in memory only once it has been read
+    reset, peak = memory_meter("cpu")
+    before = reset()
+    begun = time.perf_counter()
+    result = analyze_pair(base, folder / "aligned", progress=False, **options)
+    seconds = time.perf_counter() - begun
+    gigabytes = weights.bytes / 1e9
+    return {
+        "gigabytes": gigabytes,
+        "base_bytes": before,
+        "peak_bytes": peak() - before,
+        "moments_bytes": moments,
+        "beyond_moments": peak() - before - moments,
+        "estimated_bytes": estimate.peak_bytes,
+        "seconds": seconds,
+        "estimated_seconds": estimate.seconds,
+        "open_seconds": opened - start,
+        "check_seconds_per_gb": (checked - opened) / gigabytes,
+        "seconds_per_gb": seconds / gigabytes,
+        "rows": len(result.table),
+    }
+
+
+def measure_growth(folder: Path, what: str, size: int) -> dict[str, Any]:
+    """Seconds of an analysis of medium width with one size changed."""
+    from tl_asymmetry import analyze_pair
+    from tl_asymmetry.models.loading import open_model
+
+    base = open_model(folder / "base", device="cpu")
+    tokens = tokens_of(size if what == "tokens" else 4096, MEDIUM["vocab_size"])
+    ranks = list(range(1, 1 + size)) if what == "ranks" else [1, 16, 64]
+
+    def run(sequences: torch.Tensor) -> float:
+        start = time.perf_counter()
+        analyze_pair(base, folder / "aligned", tokens=sequences, ranks=ranks, groups=4, progress=False)
+        return time.perf_counter() - start
+
+    run(tokens[:8])
+    reset, peak = memory_meter("cpu")
+    before = reset()
+    seconds = statistics.median(run(tokens) for _ in range(3))
+    return {"seconds": seconds, "peak_bytes": peak() - before}
+
+
+def measure_processes(folder: Path) -> dict[str, Any]:
+    """Seconds of the same analysis in this process and, under torchrun, in its neighbours."""
+    from tl_asymmetry import analyze_pair
+    from tl_asymmetry.models.loading import open_model
+    from tl_asymmetry.models.ranks import started_ranks
+
+    torch.set_num_threads(1)
+    with started_ranks() as ranks:
+        base = open_model(folder / "base", device="cpu")
+        tokens = tokens_of(8192, MEDIUM["vocab_size"])
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            analyze_pair(base, folder / "aligned", tokens=tokens, ranks=[1, 16, 64], groups=4, progress=False)
+            times.append(time.perf_counter() - start)
+        return {"seconds": statistics.median(times[1:]), "rank": ranks.rank}
+
+
+def _growth_rows(folder: Path) -> tuple[list[tuple[str, float, str, float | None]], dict[str, Any]]:
+    rows: list[tuple[str, float, str, float | None]] = []
+    kept: dict[str, Any] = {}
+    for what, sizes in GROWTH.items():
+        measured = []
+        for size in sizes:
+            pair = folder / f"layers{size if what == 'layers' else 8}"
+            if not pair.exists():
+                write_pair(pair, {**MEDIUM, "num_hidden_layers": size if what == "layers" else 8})
+            measured.append(apart(__file__, "--only", "growth", str(pair), what, str(size)) or {})
+        seconds, peaks = ([m[name] for m in measured] for name in ("seconds", "peak_bytes"))
+        exponent = float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
+        kept[what] = {"sizes": sizes, "seconds": seconds, "peak_bytes": peaks, "exponent": exponent}
+        rows.append((f"exponent of seconds in {what}", exponent, "<=", 1.1))
+        if what == "tokens":
+            rows.append(("peak at 8 x tokens / peak", peaks[-1] / peaks[0], "<=", 1.1))
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+    for count in (1, 2):
+        part = folder / f"processes{count}"
+        os.environ["OMP_NUM_THREADS"] = "1"
+        apart(*launcher, str(count), __file__, "--only", "processes", str(folder / "layers8"), str(part))
+        kept[f"processes_{count}"] = json.loads(part.read_text())["seconds"]
+    rows.append(("seconds, 1 process / 2 processes", kept["processes_1"] / kept["processes_2"], "", None))
+    return rows, kept
+
+
+def main() -> None:
+    """Measure, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="leave the large model out")
+    parser.add_argument("--folder", type=Path, help="where to generate (5 GB); a temporary folder by default")
+    parser.add_argument("--layers-per-pass", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=LLAMA["num_hidden_layers"], help="of the large model")
+    parser.add_argument("--large-only", action="store_true", help="leave growth out")
+    parser.add_argument("--only", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.only:
+        what, folder, *rest = options.only
+        if what == "large":
+            measured = measure_large(Path(folder), int(rest[0]))
+        elif what == "growth":
+            measured = measure_growth(Path(folder), rest[0], int(rest[1]))
+        else:
+            measured = measure_processes(Path(folder))
+            if measured["rank"] == 0:
+                Path(rest[0]).write_text(json.dumps(measured))
+            return
+        sys.stdout.write("\n" + json.dumps(measured))
+        return
+
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        rows, growth = ([], {}) if options.large_only else _growth_rows(folder)
+        large: dict[str, Any] = {}
+        if not options.small:
+            if shutil.disk_usage(folder).free < 12e9:
+                raise SystemExit(f"expected 12 GB of free disk in {folder}, pass --folder or --small")
+            write_pair(folder / "large", {**LLAMA, "num_hidden_layers": options.layers})
+            large = apart(__file__, "--only", "large", str(folder / "large"), str(options.layers_per_pass)) or {}
+            rows += [
+                ("layers of the large model", float(options.layers), "", None),
+                ("aligned weights, GB", large["gigabytes"], "", None),
+                ("base in memory, GB", large["base_bytes"] / 1e9, "", None),
+                ("peak above the base, GB", large["peak_bytes"] / 1e9, "", None),
+                ("moments of one pass, GB", large["moments_bytes"] / 1e9, "", None),
+                ("beyond the moments, GB", large["beyond_moments"] / 1e9, "<=", 1.0),
+                ("peak / estimate", large["peak_bytes"] / large["estimated_bytes"], "", None),
+                ("seconds", large["seconds"], "", None),
+                ("seconds / estimate", large["seconds"] / large["estimated_seconds"], "", None),
+                ("seconds to open", large["open_seconds"], "", None),
+                ("seconds per GB, read and checked", large["check_seconds_per_gb"], "", None),
+                ("seconds per GB, analysed", large["seconds_per_gb"], "", None),
+            ]
+    for label, value, sign, bound in rows:
+        held = "" if bound is None else "held" if value <= bound else "MISSED"
+        limit = "" if bound is None else f"{sign} {bound:g}"
+        sys.stdout.write(f"{label:42} {value:10.3g}  {limit:8} {held}\n")
+    document = {
+        "device": f"{torch.get_num_threads()}-core CPU",
+        "machine": platform.machine(),
+        "versions": {package: version(package) for package in ("torch", "transformer-lens", "transformers")},
+        "shape": {**LLAMA, "num_hidden_layers": options.layers},
+        "rows": [{"name": n, "value": v, "bound": f"{s} {b:g}" if b is not None else None} for n, v, s, b in rows],
+        "growth": growth,
+        "large": large,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "scale-cpu.json").write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,369 @@
+"""Weights in files are what a loaded model shows: every architecture, both kinds, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests import tiny
+from tl_asymmetry import analyze_pair, weights_from
+from tl_asymmetry.models.checks import check_pair
+from tl_asymmetry.models.sources.blueprint import Blueprint
+from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.provenance import weights_hash
+
+OPTIONS: dict[str, Any] = {"tokens": tiny.tokens(6, 12), "ranks": [1, 4], "groups": 3, "progress": False}
+DELTA = 0.05
+
+
+def copy_of(directory: Path, target: Path) -> Path:
+    shutil.copytree(directory, target)
+    return target
+
+
+def rewrite(directory: Path, **changes: torch.Tensor | None) -> Path:
+    """Change (or with None leave out) tensors of a single-file directory."""
+    path = directory / "model.safetensors"
+    tensors = {**load_file(path), **changes}
+    save_file({name: t for name, t in tensors.items() if t is not None}, path, metadata={"format": "pt"})
+    return directory
+
+
+def quiet(*arguments: Any, **options: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return analyze_pair(*arguments, **{**OPTIONS, **options})
+
+
+def same_tables(one: Any, other: Any, rtol: float = 1e-5) -> None:
+    for name in ("table", "asymmetry", "circuits", "other_changes"):
+        pd.testing.assert_frame_equal(
+            getattr(one, name), getattr(other, name), rtol=rtol, atol=1e-6, check_exact=False, obj=name
+        )
+
+
+# --- what a loaded model shows ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+def test_a_directory_reads_as_the_loaded_model(name: str, kind: str) -> None:
+    weights = weights_from(tiny.hf_directory(name, delta=DELTA))
+    view = ModelView(tiny.build(name, kind, delta=DELTA))
+    assert weights.matrices == view.matrices
+    for field in (
+        "n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_mlp", "d_vocab", "n_ctx", "norm", "positional",
+        "parallel", "causal", "tied", "dtype",
+    ):  # fmt: skip
+        assert getattr(weights, field) == getattr(view, field), field
+    for layer in range(view.n_layers):
+        for matrix in view.matrices:
+            assert torch.equal(weights.weight(layer, matrix), view.weight(layer, matrix)), (layer, matrix)
+    for tied in (False, True):
+        ours, theirs = weights.headless(include_tied=tied), view.headless(include_tied=tied)
+        missing = set(theirs) ^ set(ours)
+        assert not missing or all("experts" in key or ".mlp." in key for key in missing)
+        for key in set(ours) & set(theirs):
+            assert torch.equal(ours[key], theirs[key]), key
+    if name != "mixtral":
+        assert weights_hash(weights) == weights_hash(view)
+    if kind == "bridge":  # the other kind has a tokenizer made in memory
+        assert not check_pair(view, weights)
+
+
+def _bloom() -> Any:
+    from transformers import BloomConfig
+
+    return BloomConfig(hidden_size=48, n_layer=2, n_head=4, vocab_size=96, bos_token_id=0, eos_token_id=1)
+
+
+def _falcon() -> Any:
+    from transformers import FalconConfig
+
+    return FalconConfig(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=96, multi_query=True, bos_token_id=0,
+        eos_token_id=1,
+    )  # fmt: skip
+
+
+def _phi3() -> Any:
+    from transformers import Phi3Config
+
+    return Phi3Config(
+        hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=96, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [_bloom, _falcon, _phi3])
+def test_architectures_that_no_table_was_made_for(config: Any, tmp_path: Path) -> None:
+    """Other fusions than those above: interleaved with alibi, multi-query, gate and input in one."""
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng():
+        model = AutoModelForCausalLM.from_config(config(), attn_implementation="eager")
+    tiny.randomize_(model, 0)
+    model.save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    view = ModelView(TransformerBridge.boot_transformers(str(tmp_path), device="cpu", dtype=torch.float32))
+    assert weights_hash(weights_from(tmp_path)) == weights_hash(view)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("name", ["gpt2", "neox", "gemma2", "mixtral"])
+def test_the_analysis_is_that_of_two_loaded_models(name: str, kind: str) -> None:
+    base = tiny.build(name, kind)
+    loaded = quiet(base, tiny.build(name, kind, delta=DELTA))
+    streamed = quiet(base, tiny.hf_directory(name, delta=DELTA))
+    if name == "mixtral":  # experts are converted on loading, and said to be left out
+        assert any("experts) are not read and left out" in note for note in streamed.notes)
+        for result in (loaded, streamed):
+            for table in (result.other_changes,):
+                table.drop(table.index[table["parameter"].str.contains("expert|mlp")], inplace=True)
+                table.reset_index(drop=True, inplace=True)
+    same_tables(streamed, loaded)
+    assert streamed.config["models"]["aligned"]["kind"] == "Hugging Face weights"
+
+
+def test_base_weights_against_themselves() -> None:
+    base = tiny.bridge("llama")
+    with pytest.warns(UserWarning, match="the two models are identical, weight for weight"):
+        result = analyze_pair(base, tiny.hf_directory("llama"), **OPTIONS)
+    assert result.table["fraction"].isna().all()
+
+
+def test_shards_and_single_files_are_the_same(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    directory = tiny.hf_directory("llama", delta=DELTA)
+    AutoModelForCausalLM.from_pretrained(directory).save_pretrained(tmp_path / "shards", max_shard_size="60KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    (tmp_path / "torch").mkdir()
+    shutil.copy(directory / "config.json", tmp_path / "torch")
+    torch.save(load_file(directory / "model.safetensors"), tmp_path / "torch" / "pytorch_model.bin")
+    expected = weights_hash(weights_from(directory))
+    for source in (
+        tmp_path / "shards", tmp_path / "shards" / "model.safetensors.index.json", tmp_path / "torch",
+        directory / "model.safetensors", str(directory),
+    ):  # fmt: skip
+        assert weights_hash(weights_from(source)) == expected
+
+
+def test_a_file_by_itself_takes_the_bases_architecture(tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    shutil.copy(tiny.hf_directory("llama", delta=DELTA) / "model.safetensors", file)
+    with pytest.raises(ValueError, match=r"expected config.json \(or adapter_config.json\) beside .*; pass the dir"):
+        weights_from(file)
+    base = tiny.bridge("llama")
+    same_tables(quiet(base, file), quiet(base, tiny.bridge("llama", delta=DELTA)))
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_names_with_and_without_the_base_models_prefix(tmp_path: Path, prefix: str) -> None:
+    """GPT-2 on the Hub has neither prefix nor head, but buffers of an old version."""
+    directory = copy_of(tiny.hf_directory("gpt2", delta=DELTA), tmp_path / "m")
+    tensors = load_file(directory / "model.safetensors")
+    renamed = {prefix + name.removeprefix("transformer."): t for name, t in tensors.items() if name != "lm_head.weight"}
+    renamed |= {f"{prefix}h.0.attn.bias": torch.ones(1, 1, 64, 64).tril()}
+    save_file(renamed, directory / "model.safetensors")
+    assert weights_hash(weights_from(directory)) == weights_hash(weights_from(tiny.hf_directory("gpt2", delta=DELTA)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_storage(tmp_path: Path, dtype: torch.dtype) -> None:
+    directory = copy_of(tiny.hf_directory("llama", delta=DELTA), tmp_path / "m")
+    stored = {name: t.to(dtype) for name, t in load_file(directory / "model.safetensors").items()}
+    save_file(stored, directory / "model.safetensors")
+    weights = weights_from(directory)
+    W = weights.weight(1, "W_Q")
+    assert W.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    original = weights_from(tiny.hf_directory("llama", delta=DELTA)).weight(1, "W_Q")
+    assert torch.equal(W, original.to(dtype).to(W.dtype))
+    base = tiny.bridge("llama")
+    if dtype == torch.bfloat16:
+        # The file's 16 bits are found in its numbers, whatever they were loaded as.
+        from transformers import AutoModelForCausalLM
+
+        AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).save_pretrained(tmp_path / "wide")
+        narrow, wide = quiet(base, directory), quiet(base, tmp_path / "wide")
+        assert narrow.table["rounding_share"].max() > 0
+        same_tables(narrow, wide, rtol=1e-12)
+        assert narrow.config["models"]["aligned"]["storage"] == "torch.bfloat16"
+
+
+def test_delta_and_its_table() -> None:
+    base, weights = tiny.bridge("qwen3"), weights_from(tiny.hf_directory("qwen3", delta=DELTA))
+    view, other = ModelView(base), ModelView(tiny.bridge("qwen3", delta=DELTA))
+    with pytest.raises(ValueError, match="expected a base to subtract for Hugging Face weights, got none; pass base="):
+        weights.delta(0, "W_Q")
+    table = weights.table(base).set_index(["layer", "matrix", "head"])
+    for matrix in view.matrices:
+        ΔW = weights.delta(1, matrix, base)
+        assert torch.equal(ΔW, other.weight(1, matrix) - view.weight(1, matrix))
+        for source in (view, weights_from(tiny.hf_directory("qwen3"))):
+            assert torch.equal(weights.delta(1, matrix, source), ΔW)
+        heads = [(None, ΔW, view.weight(1, matrix))] if ΔW.ndim == 2 else [
+            (h, ΔW[h], view.weight(1, matrix)[h]) for h in range(len(ΔW))
+        ]  # fmt: skip
+        for head, δ, W in heads:
+            row = table.loc[(1, matrix, pd.NA if head is None else head)]
+            σ = torch.linalg.svdvals(δ.double()).square()
+            p = σ / σ.sum()
+            assert row["delta_norm"] == pytest.approx(σ.sum().sqrt().item(), rel=1e-5)
+            assert row["delta_relative_norm"] == pytest.approx((δ.norm() / W.norm()).item(), rel=1e-5)
+            assert row["stable_rank"] == pytest.approx((1 / p.max()).item(), rel=1e-5)
+            assert row["effective_rank"] == pytest.approx(torch.special.entr(p).sum().exp().item(), rel=1e-4)
+    with pytest.raises(ValueError, match=r"expected a base with W_K of shape \(2, 48, 16\), got \(2, 48, 12\); pass"):
+        weights.delta(0, "W_K", tiny.bridge("llama"))
+    with pytest.raises(ValueError, match="expected a layer from 0 to 1, got 2; pass"):
+        weights.weight(2, "W_Q")
+    with pytest.raises(ValueError, match="expected a matrix among W_Q, .*, got 'W_E'; pass"):
+        weights.weight(0, "W_E")
+    assert weights_from(weights) is weights
+    assert "qwen" not in repr(weights) or "2 layers, d_model 48" in repr(weights)
+
+
+def test_nothing_is_left_behind() -> None:
+    state, threads = torch.random.get_rng_state(), torch.get_num_threads()
+    Blueprint(tiny.CONFIGS["gpt2"]())
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+    assert torch.zeros(1).device.type == "cpu"
+
+
+# --- what does not fit -----------------------------------------------------------------------------------------------
+
+
+def test_a_missing_parameter(tmp_path: Path) -> None:
+    directory = copy_of(tiny.hf_directory("llama", delta=DELTA), tmp_path / "m")
+    rewrite(directory, **{"model.layers.1.mlp.up_proj.weight": None})
+    with pytest.raises(ValueError, match="got none for 1 of them, the first being model.layers.1.mlp.up_proj.weight;"):
+        weights_from(directory)
+
+
+def test_a_parameter_of_another_shape(tmp_path: Path) -> None:
+    directory = copy_of(tiny.hf_directory("llama", delta=DELTA), tmp_path / "m")
+    rewrite(directory, **{"model.layers.1.self_attn.k_proj.weight": torch.zeros(12, 48)})
+    with pytest.raises(ValueError, match=r"expected model.layers.1.self_attn.k_proj.weight of shape \(24, 48\) by the"):
+        weights_from(directory)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_in_one_tensor(tmp_path: Path, value: float) -> None:
+    directory = copy_of(tiny.hf_directory("neox", delta=DELTA), tmp_path / "m")
+    name = "gpt_neox.layers.1.attention.query_key_value.weight"
+    broken = load_file(directory / "model.safetensors")[name].clone()
+    broken[20, 3] = value  # rows 12 to 23 are head 0's keys
+    rewrite(directory, **{name: broken})
+    with pytest.raises(ValueError, match="1 NaN|0 NaN and 1 infinite") as caught:
+        quiet(tiny.bridge("neox"), directory)
+    assert "blocks.1.attn.W_K of the aligned model" in str(caught.value)
+
+
+def test_quantised_weights(tmp_path: Path) -> None:
+    directory = copy_of(tiny.hf_directory("llama", delta=DELTA), tmp_path / "m")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(ValueError, match="expected weights without quantisation, got"):
+        weights_from(directory)
+    (directory / "config.json").write_text(json.dumps(config))
+    rewrite(directory, **{"model.layers.0.mlp.up_proj.weight": torch.zeros(96, 48, dtype=torch.int8)})
+    with pytest.raises(ValueError, match=r"got torch.int8 in model.layers.0.mlp.up_proj.weight; pass weights saved"):
+        weights_from(directory).weight(0, "W_in")
+
+
+def test_another_architecture_and_other_activations() -> None:
+    base = tiny.bridge("llama")
+    with pytest.raises(ValueError, match="expected two models of one architecture, got n_kv_heads"):
+        quiet(base, tiny.hf_directory("gpt2"))
+    for options in ({"activations": "aligned"}, {"activations": "both"}, {"sensitivity": True}):
+        with pytest.raises(ValueError, match="expected a loaded aligned model where its activations .*; pass Transf"):
+            quiet(base, tiny.hf_directory("llama", delta=DELTA), **options)
+
+
+def test_weights_that_belong_to_something_else_are_doubted() -> None:
+    with pytest.warns(UserWarning, match="point elsewhere than the base's .* is this the base"):
+        result = analyze_pair(tiny.bridge("llama"), tiny.hf_directory("llama", seed=7), **OPTIONS)
+    assert any("point elsewhere" in note for note in result.notes)
+
+
+def test_a_configuration_transformers_does_not_know(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="expected a model configuration that transformers knows in"):
+        weights_from(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(ValueError, match="; pass "):
+        weights_from(tmp_path)
+
+
+def test_a_broken_tokenizer_is_said(tmp_path: Path) -> None:
+    directory = copy_of(tiny.hf_directory("llama"), tmp_path / "m")
+    (directory / "tokenizer.json").write_text("{")
+    with pytest.raises(Exception, match="tokenizer|EOF|expected"):
+        weights_from(directory)
+
+
+# --- the Hub ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_hub_name_is_downloaded_by_the_hubs_own_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision))
+        assert not any(pattern.endswith((".bin", ".pt", ".py")) for pattern in allow_patterns)
+        return str(tiny.hf_directory("llama", delta=DELTA))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert weights_from("someone/some-model", revision="step3").n_layers == 2
+    assert asked == [("someone/some-model", "step3")]
+
+    def missing(*_: Any, **__: Any) -> str:
+        raise OSError("no such repository")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", missing)
+    with pytest.raises(ValueError, match="expected a local path or a name that the Hub knows, got 'someone/gone': no"):
+        weights_from("someone/gone")
+
+
+# --- state dicts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not tiny.HOOKED_AVAILABLE, reason="transformer-lens 4 has no HookedTransformer")
+@pytest.mark.parametrize("name", ["gpt2", "llama", "neox", "gemma2"])
+def test_a_hooked_transformers_state_dict(name: str, tmp_path: Path) -> None:
+    base, aligned = tiny.hooked(name), tiny.hooked(name, delta=DELTA)
+    state = {key: value.contiguous() for key, value in aligned.state_dict().items()}
+    save_file(state, tmp_path / "state.safetensors")
+    loaded = quiet(base, aligned)
+    for source in (state, tmp_path / "state.safetensors"):
+        streamed = quiet(base, source)
+        same_tables(streamed, loaded, rtol=1e-12)
+        assert weights_hash(weights_from(source, base=base)) == weights_hash(ModelView(aligned))
+    with pytest.raises(ValueError, match="expected TransformerLens's parameter names"):
+        weights_from({"model.layers.0.self_attn.q_proj.weight": torch.zeros(2, 2)})
+    del state["blocks.1.attn.W_Q"]
+    with pytest.raises(ValueError, match=r"expected the attention matrices of every layer"):
+        weights_from(state, base=base)
+
+
+@pytest.mark.skipif(not tiny.HOOKED_AVAILABLE, reason="transformer-lens 4 has no HookedTransformer")
+@pytest.mark.parametrize(
+    "flag", ["fold_ln", "center_writing_weights", "center_unembed", "refactor_factored_attn_matrices"]
+)
+def test_processed_state_dicts_are_refused(flag: str) -> None:
+    state = tiny.hooked("gpt2", delta=DELTA, **{flag: True}).state_dict()
+    with pytest.raises(ValueError, match=f"expected raw weights, got .*{flag}.*; pass .*(processing)"):
+        quiet(tiny.hooked("gpt2"), state)

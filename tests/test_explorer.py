@@ -1,0 +1,250 @@
+"""What the explorer's page holds is what the result says; what it looks up agrees with `directions`."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import gzip
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from tests import tiny
+from tests.synthetic import make_table
+from tl_asymmetry import ModelView, PairAnalysis, analyze_pair, explorer
+from tl_asymmetry.all_directions import all_directions, context_words
+from tl_asymmetry.explore import contents
+from tl_asymmetry.explore.pack import Pack
+from tl_asymmetry.explore.page import SCRIPT
+from tl_asymmetry.geometry.spectrum import marchenko_pastur_edge
+
+KIND = tiny.KINDS[-1]
+BAD = '</script><img src=x onerror="alert(1)">'
+TYPES = {"f4": "<f4", "f8": "<f8", "u1": "u1", "u2": "<u2", "u4": "<u4"}
+
+
+@functools.cache
+def pair(name: str) -> tuple[Any, Any]:
+    return tiny.build(name, KIND), tiny.build(name, KIND, delta=0.05)
+
+
+@functools.cache
+def analysed(name: str) -> PairAnalysis:
+    texts = [" ".join(f"w{(7 * i + j * j) % 90}" for j in range(10 + i)) for i in range(6)]
+    return analyze_pair(*pair(name), texts, ranks=[1, 4], groups=3, progress=False)
+
+
+def unpack(packed: str) -> dict[str, Any]:
+    """Read a pack as the page does."""
+    raw = gzip.decompress(base64.b64decode(packed))
+    length = int.from_bytes(raw[:4], "little")
+    header = json.loads(raw[4 : 4 + length])
+    arrays = [
+        np.frombuffer(raw, TYPES[a["kind"]], a["length"], 4 + length + a["at"]) for a in header["arrays"]
+    ]  # fmt: skip
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, dict):
+            if "array" in value:
+                held = arrays[value["array"]]
+                return [value["words"][i] for i in held] if "words" in value else held
+            return {k: fill(v) for k, v in value.items()}
+        return [fill(v) for v in value] if isinstance(value, list) else value
+
+    return fill(header)
+
+
+def held(path: Path) -> dict[str, Any]:
+    (packed,) = re.findall(r'<script type="application/gzip" id="explorer-data">([^<]*)</script>', path.read_text())
+    return unpack(packed)
+
+
+def test_a_pack_gives_back_what_went_in():
+    pack = Pack()
+    rng = np.random.default_rng(0)
+    parts = {
+        "plain": pack.numbers(rng.normal(size=(3, 5))), "tiny": pack.numbers([1e-60, np.nan, 0.5]),
+        "huge": pack.numbers([1e60, np.inf]), "small": pack.indexes([[0, 3]]), "wide": pack.indexes([70_000]),
+        "middle": pack.indexes([300]), "none": pack.numbers([]), "words": pack.words(["a", "b", "a", BAD]),
+    }  # fmt: skip
+    back = unpack(pack.base64(parts))
+    np.testing.assert_allclose(back["plain"], np.random.default_rng(0).normal(size=15), rtol=1e-7)
+    np.testing.assert_array_equal(back["tiny"], [1e-60, np.nan, 0.5])  # in float32 the first would be 0
+    np.testing.assert_array_equal(back["huge"], [1e60, np.inf])
+    assert [back[n].tolist() for n in ("small", "middle", "wide", "none")] == [[0, 3], [300], [70_000], []]
+    assert [back[n].itemsize for n in ("small", "middle", "wide")] == [1, 2, 4]
+    assert back["words"] == ["a", "b", "a", BAD]
+    assert pack.base64(parts) == pack.base64(parts)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_every_number_of_the_table_is_in_the_page(name, tmp_path):
+    result = analysed(name)
+    page = held(result.to_explorer(tmp_path / "explorer.html", directions=0))
+    assert page["columns"] == list(result.table.columns)
+    found = 0
+    for each in page["maps"]:
+        rows = result.table[
+            (result.table["matrix"] == each["matrix"]) & (result.table["subspace"] == each["subspace"])
+        ].sort_values(["layer", "head", "rank"])
+        assert each["heads"] == (None if rows["head"].isna().all() else rows["head"].nunique())
+        for column, values in each["columns"].items():
+            if rows[column].dtype == "float64":
+                np.testing.assert_allclose(values, rows[column], rtol=1e-6, err_msg=column)
+            else:
+                assert list(values) == rows[column].fillna("").tolist()
+        assert set(each["columns"]) | set(contents.KEYS) == set(result.table.columns)
+        found += len(rows)
+        k, curve = page["curves"][f"{each['matrix']}/{each['subspace']}"].values()
+        profile = result.energy_profile(each["matrix"], each["subspace"]).astype(float).cumsum(-1)
+        assert k[0] == 1
+        assert k[-1] == profile.shape[-1]
+        np.testing.assert_allclose(curve, profile[..., np.array(k) - 1].ravel(), rtol=1e-6)
+    assert found == len(result.table)
+    if name == "llama":  # two query heads share a key head
+        keys = [m for m in page["maps"] if m["matrix"] == "W_K"]
+        assert {m["kv"] for m in keys} == {True}
+        assert {m["group"] for m in keys} == {2}
+
+
+def test_spectra_and_their_edge(tmp_path):
+    result = analysed("gpt2")
+    page = held(result.to_explorer(tmp_path / "explorer.html", directions=0))
+    d, wide = result.config["shape"]["d_model"], result.arrays["partners/W_in"].shape[-1]
+    for matrix, samples in (("W_Q", d), ("W_in", max(d, wide))):
+        spectrum = result.delta_spectrum(matrix)
+        share = spectrum / spectrum.sum(-1, keepdims=True)
+        np.testing.assert_allclose(page["spectra"][matrix]["share"], share.ravel(), rtol=1e-6)
+        edge = marchenko_pastur_edge(torch.from_numpy(share[1, 0]), samples)
+        heads = spectrum.shape[1]
+        assert page["spectra"][matrix]["edge"][heads] == pytest.approx(edge, rel=1e-6)
+
+
+@pytest.mark.parametrize("independent", [1, 2, 3])
+def test_independent_entries_end_near_the_edge(independent):
+    generator = torch.Generator().manual_seed(independent)
+    delta = torch.randn(512, 64, generator=generator, dtype=torch.float64)
+    spectrum = torch.linalg.svdvals(delta).square()
+    edge = contents._edges((spectrum / spectrum.sum())[None, None], 512)[0, 0]
+    assert (spectrum[0] / spectrum.sum()).item() == pytest.approx(edge, rel=0.08)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_directions_of_all_heads_are_those_of_each(name):
+    result, (base, _) = analysed(name), pair(name)
+    view = ModelView(base)
+    n, tokens, contexts = 2, 4, 3
+    found = all_directions(
+        view, result.arrays, result.config, n=n, tokens=tokens, contexts=contexts, progress=False
+    )  # fmt: skip
+    sequences = result.arrays["tokens"].split(result.arrays["lengths"].tolist())
+    assert set(found) == set(result.table["matrix"])
+    for matrix, these in found.items():
+        layer, at = 1, these.energy.shape[1] - 1
+        head = None if matrix in ("W_in", "W_gate", "W_out") else at
+        table = result.directions(layer, head, matrix, n=n, contexts=contexts, model=base)
+        for row in table.itertuples():
+            place = layer, at, row.direction - 1, 0 if row.sign == "+" else 1
+            assert these.energy[place[:3]].item() == pytest.approx(row.energy)
+            for kind in ("embedding", "unembedding"):
+                expected = getattr(row, f"{kind}_tokens")[:tokens]
+                words = [view.tokenizer.decode([t]) for t in getattr(these, kind)[place].tolist()]
+                assert words == [word for word, _ in expected]
+                cosines = getattr(these, f"{kind}_cosine")[place]
+                np.testing.assert_allclose(cosines, [c for _, c in expected], rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(these.projections[place], [v for _, v in row.contexts], rtol=1e-5, atol=1e-6)
+            texts = context_words(view.tokenizer, sequences, these.contexts[place].tolist(), 12)
+            # equal projections may come in either order
+            assert sorted(texts) == sorted(text for text, _ in row.contexts)
+
+
+def test_directions_leave_the_model_as_it_was():
+    result, (base, _) = analysed("gpt2"), pair("gpt2")
+    before = {name: p.detach().clone() for name, p in base.named_parameters()}
+    state, training = torch.get_rng_state(), base.training
+    all_directions(ModelView(base), result.arrays, result.config, n=1, tokens=2, contexts=1, progress=False)
+    assert torch.equal(state, torch.get_rng_state())
+    assert base.training == training
+    for name, p in base.named_parameters():
+        assert torch.equal(p, before[name])
+        assert p.grad is None
+
+
+def test_reasons_and_errors(tmp_path, unchecked_types):
+    result, (base, aligned) = analysed("gpt2"), pair("gpt2")
+    path = tmp_path / "explorer.html"
+    loaded = PairAnalysis.load(result.save(tmp_path / "saved"))
+    assert "pass model=base" in held(explorer(loaded, path))["directions"]["missing"]
+    assert "directions=0" in held(explorer(result, path, model=base, directions=0))["directions"]["missing"]
+    with pytest.raises(ValueError, match="expected the base model of this analysis, got other weights"):
+        explorer(result, path, model=aligned, progress=False)
+    with pytest.raises(ValueError, match="expected directions from 1 to 5, got 6; pass a number in between"):
+        explorer(result, path, model=base, directions=6, progress=False)
+    with pytest.raises(ValueError, match="with the columns head, matrix, got one without; pass a result"):
+        explorer(result, path, directions=0, edits=pd.DataFrame({"layer": [0]}))
+    with pytest.raises(ValueError, match="expected an existing folder, got"):
+        explorer(result, tmp_path / "none" / "explorer.html", directions=0)
+
+
+def test_attached_tables_and_results(tmp_path):
+    result = analysed("gpt2")
+    edits = pd.DataFrame(
+        {"layer": [0, 1], "head": pd.array([1, None], dtype="Int64"), "matrix": ["W_Q", "W_in"], "kl": [0.5, np.nan],
+         "done": [True, False], "kind": [BAD, None]}
+    )  # fmt: skip
+
+    class Study:
+        table = edits
+
+    page = held(result.to_explorer(tmp_path / "e.html", directions=0, edits=Study(), trajectory=edits))
+    assert [a["name"] for a in page["attached"]] == ["Edits", "Trajectory"]
+    columns = page["attached"][0]["columns"]
+    np.testing.assert_array_equal(columns["head"], [1, np.nan])
+    np.testing.assert_array_equal(columns["kl"], [0.5, np.nan])
+    assert columns["kind"] == [BAD, ""]
+    assert columns["matrix"] == ["W_Q", "W_in"]
+
+
+def test_a_large_attached_table_keeps_the_shown_rank(monkeypatch):
+    monkeypatch.setattr(contents, "ATTACHED_ROWS", 100)
+    pack = Pack()
+    found = contents.attached("Trajectory", make_table(), 4, pack)
+    assert found["note"] == "Rows at rank 4 only."
+    assert found["rows"] == (make_table()["rank"] == 4).sum()
+
+
+def test_of_a_trajectory_only_what_is_shown_is_kept():
+    table = make_table().assign(step=10, reference="first")
+    columns = contents.attached("Trajectory", table, 4, Pack())["columns"]
+    assert set(columns) == {*contents.STEP_COLUMNS, "step", "reference"}
+
+
+def test_the_page_is_one_file_that_asks_for_nothing_and_escapes(tmp_path):
+    result = PairAnalysis.load(analysed("gpt2").save(tmp_path / "saved"))
+    result.config["models"]["aligned"]["name"] = BAD
+    text = result.to_explorer(tmp_path / "explorer.html").read_text()
+    assert "default-src 'none'" in text
+    outside = re.sub(r"<script.*?</script>", "", text, flags=re.S)
+    assert "<img" not in outside
+    assert "http" not in outside.replace("http-equiv", "")
+    assert "&lt;img src=x" in outside
+    for script in re.findall(r"<script>(.*?)</script>", text, flags=re.S)[1:]:
+        assert "http" not in script
+        assert "innerHTML" not in script
+        assert "eval(" not in script
+    again = result.to_explorer(tmp_path / "again.html").read_text()
+    assert again == text  # the same result, the same page
+
+
+def test_the_wheel_carries_what_the_page_is_made_of():
+    from importlib.resources import files
+
+    folder = files("tl_asymmetry.explore")
+    assert {"explorer.css", "explorer.html"} <= {f.name for f in folder.iterdir()}
+    assert {f"{name}.js" for name in SCRIPT} == {f.name for f in (folder / "script").iterdir()}

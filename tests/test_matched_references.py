@@ -1,0 +1,140 @@
+"""Measured gradients as references of a pair: against naive gradients, and refused where they are another model's."""
+
+import dataclasses
+import functools
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from tests import reference, reference_gradients, tiny
+from tests.naive_pair import NaivePair
+from tests.reference import float64
+from tl_asymmetry import CrossEntropy, TokenBatch, analyze_pair, gradient_covariance
+from tl_asymmetry.tables import PAIR_COLUMNS
+
+D, RANKS = tiny.D_MODEL, [1, 3, 12]
+
+
+@functools.cache
+def pair():
+    base = tiny.toy("plain", tiny.KINDS[0], torch.float64)
+    return base, tiny.perturbed(base)
+
+
+def data():
+    tokens = tiny.tokens(6, 10, seed=3)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[0, 7:] = False
+    return TokenBatch(tokens, mask)
+
+
+@functools.cache
+def gradients(permutations=0):
+    return gradient_covariance(
+        pair()[0], CrossEntropy(), [data()], full_mlp=True, permutations=permutations, progress=False
+    )
+
+
+def analysed(gradient, **options):
+    options = {"tokens": tiny.tokens(6, 12), "ranks": RANKS, "progress": False} | options
+    return analyze_pair(*pair(), gradient=gradient, **options)
+
+
+def naive_moment(layer, matrix, head):
+    """Σ_δ of a write matrix from perturbations and loops."""
+    batch = data()
+    loss = reference_gradients.summed_cross_entropy(batch.tokens, batch.mask)
+    (δ,) = reference_gradients.upstream_gradients(pair()[0], loss, layer, matrix)
+    return reference_gradients.moment_of_nonzero(δ.reshape(-1, D))[0]
+
+
+def test_write_rows_and_the_asymmetry_against_naive_gradients():
+    result = analysed(gradients())
+    oracle = NaivePair(
+        *pair(), groups=[[s] for s in tiny.tokens(6, 12)], ranks=RANKS, gradient=functools.cache(naive_moment)
+    )
+    columns = ("gradient_matched", "gradient_excess")
+    written = result.table[result.table["pathway"] == "write"]
+    assert written[list(columns)].notna().all().all()
+    for row in written[written["subspace"] == "prediction"].itertuples():
+        head = None if pd.isna(row.head) else int(row.head)
+        expected = oracle.row(row.matrix, "prediction", int(row.layer), head, int(row.rank))
+        assert row.gradient_matched == pytest.approx(expected["gradient_matched"], rel=1e-9)
+        assert row.gradient_excess == pytest.approx(expected["gradient_excess"], rel=1e-8)
+    read = result.table[result.table["pathway"] == "read"]
+    assert read[list(columns)].isna().all().all()
+    expected = oracle.asymmetry(mlp=True)
+    for row in result.asymmetry.itertuples():
+        head = None if pd.isna(row.head) else int(row.head)
+        for column in ("log2_expected", "log2_excess"):
+            assert getattr(row, column) == pytest.approx(
+                expected[int(row.layer), head, row.rank][column], rel=1e-7, abs=1e-9
+            )
+
+
+def test_permutation_range_on_read_rows():
+    draws = 50
+    captured = gradients(permutations=draws)
+    result = analysed(captured)
+    assert list(result.table) == list(PAIR_COLUMNS)
+    ends = ["permuted_low", "permuted_high"]
+    assert result.table.loc[result.table["pathway"] == "write", ends].isna().all().all()
+    read = result.table[result.table["pathway"] == "read"]
+    assert (read["permuted_low"] < read["permuted_high"]).all()
+    oracle = NaivePair(*pair(), groups=[[s] for s in tiny.tokens(6, 12)], ranks=RANKS)
+    for row in read[(read["subspace"] != "prediction") & (read["layer"] == 1)].itertuples():
+        Q = oracle.basis(row.subspace, 1)[:, : row.rank]
+        head = int(row.head) if row.matrix != "W_in" else 0
+        drawn = captured.arrays[f"permuted/{row.matrix}"][:, 1, head]
+        fractions = sorted(reference.subspace_fraction(float64(g), Q) for g in drawn)
+        assert row.permuted_low == pytest.approx(np.quantile(fractions, 0.025), rel=1e-9)
+        assert row.permuted_high == pytest.approx(np.quantile(fractions, 0.975), rel=1e-9)
+    without = analysed(gradients())
+    assert without.table[ends].isna().all().all()
+
+
+def test_the_range_covers_a_gradient_whose_order_says_nothing():
+    """A gradient with δ in an order drawn at random falls within the 95 % range about 95 % of the time."""
+    captured = gradients(permutations=80)
+    drawn = captured.arrays["permuted/W_V"]
+    result = analysed(
+        dataclasses.replace(captured, arrays={**captured.arrays, "permuted/W_V": drawn[:40]}), matrices=["W_V"]
+    )
+    read = result.table[(result.table["subspace"] == "attn_in") & (result.table["rank"] == 3)]
+    inside = []
+    for row in read.itertuples():
+        Q = NaivePair(*pair(), groups=[[s] for s in tiny.tokens(6, 12)], ranks=RANKS).basis("attn_in", int(row.layer))
+        for g in drawn[40:, row.layer, row.head]:
+            f = reference.subspace_fraction(float64(g), Q[:, :3])
+            inside.append(row.permuted_low <= f <= row.permuted_high)
+    assert 0.85 < np.mean(inside) < 0.99
+
+
+def test_gradients_of_another_model_are_refused_or_named():
+    other = tiny.toy("plain", tiny.KINDS[0], torch.float64, seed=9)
+    elsewhere = gradient_covariance(other, CrossEntropy(), [data()], full_mlp=True, groups=1, progress=False)
+    with pytest.warns(UserWarning, match="gradients were measured on other weights"):
+        result = analysed(elsewhere)
+    assert any("measured on other weights" in note for note in result.notes)
+    at_aligned = gradient_covariance(pair()[1], CrossEntropy(), [data()], groups=1, progress=False)
+    result = analysed(at_aligned)
+    assert "the gradients were measured at the aligned model, not at the base" in result.notes
+    assert not any("gradients were measured" in note for note in analysed(gradients()).notes)
+    narrow = tiny.toy("plain", tiny.KINDS[0], torch.float64, d_mlp=80)
+    small = gradient_covariance(narrow, CrossEntropy(), [data()], groups=1, progress=False)
+    with pytest.raises(ValueError, match=r"got d_mlp 80 \(.*\) against 96 .*; pass gradient_covariance\(base"):
+        analysed(small)
+    partial = gradient_covariance(pair()[0], CrossEntropy(), [data()], groups=1, matrices=["W_O"], progress=False)
+    with pytest.raises(ValueError, match=r"expected gradients of W_out, got only W_O; pass gradient_covariance"):
+        analysed(partial)
+    assert analysed(partial, matrices=["W_Q", "W_O"]).table["gradient_matched"].notna().any()
+
+
+def test_sequences_of_different_lengths_may_stand_for_texts():
+    sequences = [tiny.tokens(1, n, seed=n)[0] for n in (9, 12, 7, 11)]
+    result = analysed(None, tokens=sequences, ranks=[1, 3])
+    assert result.config["tokens"] == sum(map(len, sequences)) - 4
+    with pytest.raises(ValueError, match="expected at least one sequence of tokens, got none"):
+        analysed(None, tokens=[])

@@ -1,0 +1,114 @@
+// The open heads, side by side: numbers and what belongs to them.
+
+function drawCards() {
+  const cards = state.open.map(card);
+  $("cards").replaceChildren(...cards.map((c) => c.node));
+  if (!cards.length) {
+    $("cards").textContent = "None yet: choose a head in the map or the table.";
+  }
+  // One scale for all cards, so that they can be compared.
+  const seen = state.open.flatMap((o) => curve(o).seen);
+  const range = seen.length
+    ? [Math.log10(Math.min(0.7, ...seen)) - 0.05, Math.log10(Math.max(1.4, ...seen)) + 0.05]
+    : null;
+  cards.forEach((c) => c.draw(range));
+}
+
+function card(item) {
+  const map = mapOf(item.matrix, item.subspace);
+  const {layer, head} = item,
+    r = state.rank,
+    id = "card-" + address(item).replace(/\W/g, "-");
+  const get = (column) => at(map, column, layer, head, r);
+  const pin = element("button", {type: "button", "aria-pressed": String(item.pinned)}, item.pinned ? "Pinned" : "Pin");
+  pin.addEventListener("click", () => {
+    item.pinned = !item.pinned;
+    say(title(item) + (item.pinned ? " pinned." : " no longer pinned."));
+    refresh(".card [aria-pressed]", state.open.indexOf(item));
+  });
+  const close = element("button", {type: "button", "aria-label": "Close " + title(item)}, "Close");
+  close.addEventListener("click", () => {
+    state.open = state.open.filter((o) => o !== item);
+    say(title(item) + " closed.");
+    refresh();
+    $("map").querySelector("td[tabindex='0']").focus();
+  });
+  const spaces = element("select", {id: id + "-space"});
+  maps
+    .filter((m) => m.matrix === item.matrix)
+    .forEach((m) => spaces.append(new Option(m.subspace, m.subspace, false, m.subspace === item.subspace)));
+  spaces.addEventListener("change", () => {
+    const there = {...item, subspace: spaces.value};
+    if (!state.open.some((o) => same(o, there))) {
+      item.subspace = spaces.value;
+    }
+    refresh(".card select", state.open.indexOf(item));
+  });
+  const interval = Number.isNaN(get("ci_low"))
+    ? "none" + (item.subspace === "prediction" ? " (weights only)" : "")
+    : number(get("ci_low")) + " to " + number(get("ci_high"));
+  const gap = get("eigengap"),
+    rounding = get("rounding_share");
+  const facts = [
+    [
+      "relative at k = " + data.ranks[r],
+      number(get("relative")) + " (fraction " + number(get("fraction")) + "; 1 = chance)",
+    ],
+    ["95 % interval over texts", interval],
+    [
+      "isotropic null",
+      "z " +
+        number(get("isotropic_z")) +
+        ", p " +
+        number(get("isotropic_p"), 2) +
+        ", q " +
+        number(get("isotropic_q"), 2) +
+        " (" +
+        get("p_method") +
+        ")",
+    ],
+    ["activation-matched", number(inRelative(get("activation_matched"), r)) + ", excess " + number(get("excess"))],
+    ["gradient-matched", number(inRelative(get("gradient_matched"), r)) + ", excess " + number(get("gradient_excess"))],
+    [
+      "rounding share",
+      number(rounding) +
+        (rounding >= DOMINATED ? ", mostly storage" : "") +
+        "; without it " +
+        number(inRelative(get("fraction_unrounded"), r)),
+    ],
+    ["eigengap", number(gap) + (gap < 0.05 ? ", too small to trust the edge" : "")],
+    ["‖ΔW‖/‖W‖", number(get("delta_relative_norm")) + "; effective rank " + number(get("delta_effective_rank"))],
+  ];
+  const list = element("dl", {className: "facts"});
+  facts.forEach(([name, value]) => list.append(element("dt", {}, name), element("dd", {}, value)));
+  const curvePlot = element("div", {className: "chart"}),
+    spectrumPlot = element("div", {className: "chart"});
+  const node = element(
+    "article",
+    {className: "card", "aria-labelledby": id},
+    element("h3", {id, tabIndex: -1}, title(item)),
+    element(
+      "div",
+      {className: "controls"},
+      pin,
+      close,
+      element("span", {className: "control"}, element("label", {htmlFor: id + "-space"}, "against"), spaces),
+    ),
+    list,
+    element("h4", {}, "Concentration by rank (dashed grey: 1 = chance)"),
+    curvePlot,
+    element("h4", {}, "Spectrum of the change"),
+    spectrumPlot,
+    element("h4", {}, "Leading directions"),
+    ...directionBlocks(item),
+  );
+  const later = data.attached.map((table) => attachedBlock(table, item, node));
+  return {
+    node,
+    draw(range) {
+      drawCurve(curvePlot, item, range);
+      drawSpectrum(spectrumPlot, item);
+      later.forEach((f) => f && f());
+    },
+  };
+}

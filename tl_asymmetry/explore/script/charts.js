@@ -1,0 +1,191 @@
+// The charts of a card: concentration by rank, spectrum of the change.
+
+// Points, references and the drawn curve of one head; `seen` bounds the axis.
+function curve(item) {
+  const map = mapOf(item.matrix, item.subspace),
+    {layer, head} = item;
+  const points = data.ranks
+    .map((k, r) => ({
+      k,
+      relative: at(map, "relative", layer, head, r),
+      low: at(map, "ci_low", layer, head, r),
+      high: at(map, "ci_high", layer, head, r),
+      q: at(map, "isotropic_q", layer, head, r),
+      matched: inRelative(at(map, "activation_matched", layer, head, r), r),
+      gradient: inRelative(at(map, "gradient_matched", layer, head, r), r),
+    }))
+    .filter((p) => Number.isFinite(p.relative));
+  const held = data.curves[item.matrix + "/" + item.subspace];
+  const line = held
+    ? held.k.map((k, n) => (held.fraction[(layer * map.count + head) * held.k.length + n] * data.d) / k)
+    : [];
+  const seen = points
+    .flatMap((p) => [p.relative, p.low, p.high, p.matched, p.gradient])
+    .concat(line)
+    .filter((v) => v > 0);
+  return {points, k: held ? held.k : [], line, seen};
+}
+
+function drawCurve(box, item, range) {
+  const {points, k, line} = curve(item);
+  if (!points.length) {
+    box.textContent = "No value: the delta is zero, so its fractions are undefined.";
+    box.style.minHeight = 0;
+    return;
+  }
+  const [blue, orange, green] = theme().template.layout.colorway;
+  const traces = [];
+  const banded = points.filter((p) => Number.isFinite(p.low) && Number.isFinite(p.high));
+  if (banded.length) {
+    traces.push({
+      x: banded.map((p) => p.k).concat(banded.map((p) => p.k).reverse()),
+      y: banded.map((p) => p.low).concat(banded.map((p) => p.high).reverse()),
+      fill: "toself",
+      mode: "none",
+      fillcolor: blue,
+      opacity: 0.22,
+      hoverinfo: "skip",
+      name: "95 % interval (texts)",
+    });
+  }
+  traces.push({
+    x: k,
+    y: line,
+    mode: "lines",
+    line: {color: blue, width: 1.5},
+    name: "relative",
+    hovertemplate: "relative %{y:.3g} at k = %{x}<extra></extra>",
+  });
+  [
+    ["matched", "activation-matched", orange, "dash"],
+    ["gradient", "gradient-matched", green, "dashdot"],
+  ].forEach(([key, name, color, dash]) => {
+    const told = points.filter((p) => Number.isFinite(p[key]));
+    if (told.length) {
+      traces.push({
+        x: told.map((p) => p.k),
+        y: told.map((p) => p[key]),
+        mode: "lines",
+        line: {color, dash, width: 2},
+        name,
+        hovertemplate: name + " %{y:.3g} at k = %{x}<extra></extra>",
+      });
+    }
+  });
+  traces.push({
+    x: points.map((p) => p.k),
+    y: points.map((p) => p.relative),
+    mode: "markers",
+    name: "filled: q < 0.05".replace("<", "&lt;"),
+    marker: {
+      size: 9,
+      color: blue,
+      symbol: points.map((p) => (p.q < LEVEL ? "circle" : "circle-open")),
+      line: {color: blue, width: 1.5},
+    },
+    customdata: points.map((p) => [
+      Number.isFinite(p.low) ? number(p.low) + " to " + number(p.high) : "none",
+      number(p.q, 2),
+    ]),
+    hovertemplate:
+      "<b>relative %{y:.3g}</b> at k = %{x}<br>95 % interval %{customdata[0]}<br>q %{customdata[1]}<extra></extra>",
+  });
+  const chance = {
+    type: "line",
+    xref: "paper",
+    x0: 0,
+    x1: 1,
+    y0: 1,
+    y1: 1,
+    line: {dash: "dash", width: 1.5, color: "#828a94"},
+  };
+  plot(box, traces, {
+    xaxis: {type: "log", title: {text: "rank k"}, tickvals: data.ranks, ticktext: data.ranks.map(String)},
+    yaxis: {type: "log", title: {text: "relative"}, range, ...octaves(range)},
+    shapes: [chance],
+  });
+}
+
+function octaves(range) {
+  const first = Math.ceil(range[0] / Math.log10(2)),
+    last = Math.floor(range[1] / Math.log10(2)),
+    step = Math.max(1, Math.ceil((last - first) / 7));
+  const exponents = [];
+  for (let e = first; e <= last; e += 1) {
+    if (e % step === 0) {
+      exponents.push(e);
+    }
+  }
+  if (exponents.length < 3) {
+    // too narrow for powers of two alone
+    const fine = [0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 1.75, 2, 2.5, 3].filter(
+      (v) => Math.log10(v) >= range[0] && Math.log10(v) <= range[1],
+    );
+    return {tickvals: fine, ticktext: fine.map(String)};
+  }
+  return {
+    tickvals: exponents.map((e) => 2 ** e),
+    ticktext: exponents.map((e) => (e >= 0 ? String(2 ** e) : "1/" + 2 ** -e)),
+  };
+}
+
+function drawSpectrum(box, item) {
+  const held = data.spectra[item.matrix],
+    map = mapOf(item.matrix, item.subspace);
+  const where = item.layer * map.count + item.head;
+  const y = Array.from(held.share.slice(where * held.length, (where + 1) * held.length));
+  if (!y.some((v) => v > 0)) {
+    box.textContent = "No spectrum: the delta is zero.";
+    box.style.minHeight = 0;
+    return;
+  }
+  const [blue, , green] = theme().template.layout.colorway,
+    edge = held.edge[where];
+  // Beyond the delta's rank only rounding is left; it would stretch the axis.
+  const floor = y[0] * 1e-9,
+    x = y.map((_, i) => i + 1);
+  const traces = [
+    {
+      x,
+      y: y.map((v) => (v > floor ? v : null)),
+      mode: "lines+markers",
+      marker: {size: 4, color: blue},
+      line: {color: blue, width: 1.5},
+      name: "eigenvalue of ΔW ΔWᵀ",
+      hovertemplate: "%{x}: %{y:.3g} of ‖ΔW‖²<extra></extra>",
+    },
+  ];
+  if (Number.isFinite(edge)) {
+    traces.push({
+      x: [1, held.length],
+      y: [edge, edge],
+      mode: "lines",
+      line: {color: green, dash: "dash", width: 1.5},
+      name: "Marchenko–Pastur edge",
+      hovertemplate: "independent entries would end here: %{y:.3g}<extra></extra>",
+    });
+  }
+  plot(box, traces, {
+    xaxis: {type: "log", title: {text: "index (largest first)"}, dtick: 1},
+    yaxis: {type: "log", title: {text: "share of ‖ΔW‖²"}, exponentformat: "power", dtick: 1},
+  });
+}
+
+function plot(box, traces, layout) {
+  // Below the plot: 46 pixels for the axis title, then room for four lines of legend on a telephone.
+  const own = {
+    height: 320,
+    autosize: true,
+    margin: {l: 56, r: 8, t: 8, b: 122},
+    template: theme().template,
+    dragmode: false,
+    showlegend: true,
+    legend: {orientation: "h", x: 0, y: -46 / 190, yanchor: "top", font: {size: 11}},
+  };
+  Plotly.react(
+    box,
+    traces,
+    {...own, ...layout},
+    {responsive: true, displayModeBar: false, showSendToCloud: false, plotlyServerURL: ""},
+  );
+}

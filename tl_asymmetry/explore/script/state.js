@@ -1,0 +1,89 @@
+// What the reader has chosen and opened, and the address that names it.
+
+const state = {
+  map: 0,
+  value: "relative",
+  rank: data.ranks.indexOf(data.shown),
+  search: "",
+  focus: {layer: 0, head: 0},
+  open: [], // {layer, head, matrix, subspace, pinned}: pinned ones first, the current one last
+  sort: null,
+  down: true,
+  rows: FIRST_ROWS,
+};
+
+function headName(map, layer, head) {
+  if (map.heads === null) {
+    return "L" + layer;
+  }
+  if (!map.kv) {
+    return "L" + layer + "H" + head;
+  }
+  const first = head * map.group;
+  return (
+    "L" +
+    layer +
+    " KV head " +
+    head +
+    (map.group > 1 ? " (query heads " + first + "–" + (first + map.group - 1) + ")" : "")
+  );
+}
+
+function address(item) {
+  const map = mapOf(item.matrix, item.subspace);
+  const name = "L" + item.layer + (map.heads === null ? "" : "H" + item.head) + "/" + item.matrix;
+  return (
+    encodeURIComponent(name).replace(/%2F/g, "/") +
+    (item.subspace === data.usual[item.matrix] ? "" : "/" + encodeURIComponent(item.subspace))
+  );
+}
+
+// "L7H3/W_Q", "L7H3/W_Q/prediction" or "L7/W_in"; several joined by "+".
+function parse(hash) {
+  const found = [];
+  for (const part of hash.replace(/^#/, "").split("+").filter(Boolean)) {
+    let pieces;
+    try {
+      pieces = part.split("/").map(decodeURIComponent);
+    } catch (error) {
+      continue;
+    }
+    const name = /^L(\d+)(?:H(\d+))?$/.exec(pieces[0]);
+    const matrix = pieces[1];
+    const map = name && mapOf(matrix, pieces[2] || data.usual[matrix]);
+    if (!map || (map.heads === null) !== (name[2] === undefined)) {
+      continue;
+    }
+    const item = {layer: +name[1], head: +(name[2] || 0), matrix, subspace: map.subspace, pinned: true};
+    if (item.layer < data.layers && item.head < map.count) {
+      found.push(item);
+    }
+  }
+  if (found.length) {
+    found[found.length - 1].pinned = false;
+  }
+  return found;
+}
+
+function setAddress() {
+  const hash = "#" + state.open.map(address).join("+");
+  if (hash !== location.hash && (state.open.length || location.hash)) {
+    history.replaceState(null, "", hash);
+  }
+}
+
+const same = (a, b) => a.layer === b.layer && a.head === b.head && a.matrix === b.matrix && a.subspace === b.subspace;
+
+function openHead(item) {
+  if (state.open.some((o) => same(o, item))) {
+    return say(title(item) + " is open already.");
+  }
+  state.open = state.open.filter((o) => o.pinned).concat([{...item, pinned: false}]);
+  say(title(item) + " opened.");
+  refresh();
+}
+
+const title = (item) => headName(mapOf(item.matrix, item.subspace), item.layer, item.head) + " · " + item.matrix;
+function say(words) {
+  $("said").textContent = words;
+}

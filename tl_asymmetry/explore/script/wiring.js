@@ -1,0 +1,120 @@
+// What happens when: controls, keys, address, theme.
+
+function refresh(selector, n) {
+  setAddress();
+  drawMap();
+  drawCards();
+  drawTable();
+  const node =
+    selector && $("cards").children[n] && $("cards").children[n].querySelector(selector.replace(".card ", ""));
+  if (node) {
+    node.focus();
+  }
+}
+
+function follow() {
+  const items = parse(location.hash);
+  if (location.hash.length > 1 && !items.length) {
+    say("The address names no head of this page: " + location.hash);
+    return;
+  }
+  state.open = items;
+  const last = items[items.length - 1];
+  if (last) {
+    state.map = maps.indexOf(mapOf(last.matrix, last.subspace));
+    state.focus = {layer: last.layer, head: last.head};
+    $("choose-map").value = state.map;
+  }
+  refresh();
+}
+
+$("facts").textContent = data.facts;
+if (data.notes.length) {
+  $("notes").hidden = false;
+  $("notes").querySelector("summary").textContent = "Notes (" + data.notes.length + ")";
+  $("notes")
+    .querySelector("ul")
+    .append(...data.notes.map((n) => element("li", {}, n)));
+}
+maps.forEach((m) => $("choose-map").append(new Option(m.matrix + " in " + m.subspace, m.i)));
+state.map = maps.indexOf(mapOf(maps[0].matrix, data.usual[maps[0].matrix]));
+$("choose-map").value = state.map;
+Object.entries(VALUES).forEach(([name, v]) => $("choose-value").append(new Option(v.label, name)));
+$("choose-rank").max = data.ranks.length - 1;
+$("choose-rank").value = state.rank;
+const tellRank = () => {
+  $("rank-shown").textContent = data.ranks[state.rank];
+  $("choose-rank").setAttribute("aria-valuetext", data.ranks[state.rank]);
+};
+tellRank();
+
+$("choose-map").addEventListener("change", (e) => {
+  state.map = +e.target.value;
+  state.rows = FIRST_ROWS;
+  drawMap();
+  drawTable();
+});
+$("choose-value").addEventListener("change", (e) => {
+  state.value = e.target.value;
+  drawMap();
+});
+$("choose-rank").addEventListener("input", (e) => {
+  state.rank = +e.target.value;
+  tellRank();
+  refresh();
+});
+$("search").addEventListener("input", (e) => {
+  state.search = e.target.value.trim();
+  drawMap();
+  drawTable();
+});
+["choose-rows", "only-q", "no-rounding"].forEach((id) => $(id).addEventListener("change", drawTable));
+$("more").addEventListener("click", () => {
+  state.rows += 1000;
+  drawTable();
+});
+$("download").addEventListener("click", download);
+$("map").addEventListener("click", (e) => {
+  const cell = e.target.closest("td");
+  if (cell) {
+    openCell(cell);
+  }
+});
+$("map").addEventListener("keydown", (e) => {
+  const cell = e.target.closest("td");
+  if (!cell) {
+    return;
+  }
+  const steps = {
+    ArrowUp: [-1, 0],
+    ArrowDown: [1, 0],
+    ArrowLeft: [0, -1],
+    ArrowRight: [0, 1],
+    Home: [0, -Infinity],
+    End: [0, Infinity],
+  };
+  if (e.key === "Enter" || e.key === " ") {
+    e.preventDefault();
+    openCell(cell);
+    return;
+  }
+  if (!(e.key in steps)) {
+    return;
+  }
+  e.preventDefault();
+  const clamp = (value, size) => Math.max(0, Math.min(size - 1, value));
+  state.focus = {
+    layer: clamp(+cell.dataset.layer + steps[e.key][0], data.layers),
+    head: clamp(+cell.dataset.head + steps[e.key][1], maps[state.map].count),
+  };
+  focusCell();
+});
+addEventListener("hashchange", follow);
+dark.addEventListener("change", () => refresh());
+let resized;
+addEventListener("resize", () => {
+  clearTimeout(resized);
+  resized = setTimeout(drawMap, 150);
+});
+follow();
+document.documentElement.dataset.ready = "yes";

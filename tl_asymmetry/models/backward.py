@@ -1,0 +1,181 @@
+"""The two sides of every weight gradient, as a backward pass goes by: inputs a and upstream gradients δ, per token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tl_asymmetry.models.graphs import frozen
+from tl_asymmetry.models.view import INPUT_POINT, ModelView, Reader
+
+Outer = tuple[int, str]
+"""A layer and a matrix."""
+
+OuterReader = Callable[[int, Outer, Tensor, Tensor], None]
+"""Called with the number of the forward pass, the layer and matrix, a and δ of one batch."""
+
+
+class Backward:
+    """The forward passes recorded so far, and the backward pass through them. Made by `outer_products`."""
+
+    def __init__(self) -> None:
+        self.starts: list[Tensor] = []
+        """The residual stream before the first block, one for each forward pass with gradients."""
+
+    @property
+    def passes(self) -> int:
+        """Forward passes with gradients so far."""
+        return len(self.starts)
+
+    def run(self, loss: Tensor) -> None:
+        """Backpropagate a scalar to the beginning of every recorded pass; the readers are called on the way.
+
+        Raises:
+            ValueError: a loss that does not depend on any recorded pass.
+        """
+        if not self.starts or not loss.requires_grad:
+            raise ValueError(
+                "expected a loss that depends on the model, got one without a gradient; pass an objective that calls "
+                "the model with gradients enabled"
+            )
+        torch.autograd.grad(loss, self.starts, allow_unused=True)
+
+
+@contextmanager
+def outer_products(view: ModelView, sites: Sequence[Outer], reader: OuterReader) -> Iterator[Backward]:
+    """Show a reader, for every weight matrix, its input a and its upstream gradient δ = ∂L/∂(a W + b).
+
+    `∂L/∂W = Σ_t a_t δ_tᵀ` over the tokens of a pass, exactly. δ of W_Q, W_K, W_V is taken before any query-key norm and
+    before rotary positions (under grouped-query attention, at the key-value head: the sum over the query heads it
+    serves), δ of W_in and W_gate at the pre-activation, δ of W_O and W_out before any norm that follows them. a is
+    `[batch, pos, d_model]`, for W_O `[batch, pos, n_heads, d_head]`, for W_out `[batch, pos, d_mlp]`; δ is
+    `[batch, pos, heads, d_head]` for W_Q, W_K, W_V, else `[batch, pos, d_model or d_mlp]`. Both are detached and alive
+    for the call only.
+
+    Inside, the model's parameters do not require gradients, so that none is ever made for a weight: the graph starts at
+    the residual stream before the first block. Afterwards every parameter requires what it did and holds the `.grad` it
+    did; hooks are removed, whatever ends the context. Forward passes without gradients (a reference model that is the
+    model itself) are not recorded. A matrix that the loss does not depend on is not shown.
+
+    Args:
+        view: the model, in the mode the caller wants.
+        sites: layers and matrices.
+        reader: see `OuterReader`; passes count from 0 within the context.
+
+    Yields:
+        A `Backward`, whose `run(loss)` does the backward pass.
+
+    Raises:
+        ValueError: inference mode, or a matrix whose product the model does not expose.
+
+    Example:
+        >>> from tl_asymmetry.training.objectives import CrossEntropy, TokenBatch
+        >>> tokens = torch.arange(4, 24).view(2, 10)
+        >>> seen = {}
+        >>> def show(index, site, a, δ):
+        ...     seen[site] = (tuple(a.shape), tuple(δ.shape))
+        >>> with outer_products(view, [(0, "W_Q"), (3, "W_out")], show) as backward:
+        ...     backward.run(CrossEntropy()(view, TokenBatch(tokens, tokens > 0)))
+        >>> seen[0, "W_Q"], seen[3, "W_out"]
+        (((2, 10, 64), (2, 10, 4, 16)), ((2, 10, 256), (2, 10, 64)))
+    """
+    check_differentiable(view)
+    backward = Backward()
+    inputs: dict[tuple[str, int], Tensor] = {}
+    points: dict[tuple[str, int], Reader] = {
+        (INPUT_POINT[matrix], layer): partial(_keep, inputs, (INPUT_POINT[matrix], layer)) for layer, matrix in sites
+    }
+    handles: list[Any] = []
+    try:
+        with frozen(view), view.hooks(points), torch.enable_grad():
+            handles.append(_start(view).register_forward_hook(partial(_begin, backward)))
+            for site in sites:
+                watch = partial(_watch, view, backward, inputs, site, reader)
+                handles.append(_projection(view, *site).register_forward_hook(watch))
+            yield backward
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_differentiable(view: ModelView) -> None:
+    """Refuse a call in inference mode, and a model that was made in it.
+
+    Raises:
+        ValueError: saying which of the two, and what to do.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "expected gradients to be possible, got a call inside torch.inference_mode(); leave that context (no_grad "
+            "may stay)"
+        )
+    for name, weight in view.named_weights():
+        if weight.is_inference():
+            raise ValueError(
+                f"expected a model that can be differentiated, got inference tensors ({name}); load the model outside "
+                "torch.inference_mode()"
+            )
+
+
+def _keep(inputs: dict[tuple[str, int], Tensor], key: tuple[str, int], x: Tensor) -> None:
+    if torch.is_grad_enabled():
+        inputs[key] = x.detach()
+
+
+def _start(view: ModelView) -> nn.Module:
+    module, side = view.module_at("resid_pre", 0)
+    if side != "output":
+        raise RuntimeError("resid_pre is no output")  # both adapters give the output of a hook point
+    return module
+
+
+def _begin(backward: Backward, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    """Cut the graph off below the first block, and begin it anew: out of place, so that nobody's tensor changes."""
+    if not torch.is_grad_enabled():
+        return None
+    start = output.detach().requires_grad_()
+    backward.starts.append(start)
+    return start
+
+
+def _projection(view: ModelView, layer: int, matrix: str) -> nn.Module:
+    module = view.projection(layer, matrix)
+    if module is None:
+        raise ValueError(
+            f"expected a model that exposes the product of {matrix} in layer {layer}, got none; pass matrices without "
+            f"{matrix!r}"
+        )
+    return module
+
+
+def _watch(
+    view: ModelView,
+    backward: Backward,
+    inputs: dict[tuple[str, int], Tensor],
+    site: Outer,
+    reader: OuterReader,
+    _: nn.Module,
+    args: tuple[Any, ...],
+    output: Any,
+) -> None:
+    """See a product on its way forward, and ask for its gradient on the way back."""
+    y = output[0] if isinstance(output, tuple) else output
+    if not (torch.is_grad_enabled() and y.requires_grad):
+        return
+    layer, matrix = site
+    a, index = inputs[INPUT_POINT[matrix], layer], backward.passes - 1
+
+    def show(δ: Tensor) -> None:
+        δ = δ.detach()
+        if matrix in ("W_Q", "W_K", "W_V"):
+            heads = view.heads(matrix) or 1
+            # a HookedTransformer may repeat key-value heads before the hook (ungroup_grouped_query_attention)
+            δ = δ.reshape(*δ.shape[:2], heads, -1, view.d_head).sum(3)
+        reader(index, site, a, δ)
+
+    y.register_hook(show)

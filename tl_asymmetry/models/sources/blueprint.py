@@ -1,0 +1,341 @@
+"""How an architecture lays TransformerLens's matrices out in its stored parameters, found out by asking the library.
+
+No table of ours: a model of one layer is built whose parameters hold their own row numbers (then column numbers)
+instead of weights, TransformerLens wraps it, and every matrix of the wrapper shows which rows or columns of which
+parameter it is made of. The parameters are expanded from one row or column, so a layer of any width costs next to
+nothing, and what holds for loaded models holds for files, for every architecture the library knows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from tl_asymmetry.models.view import READ, ModelView
+
+# Between the numbers of two parameters: Gemma's gains show 1 more than they hold.
+_GAP = 4
+_FLOAT32_INTEGERS = 2**24
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A matrix as rows or columns of a stored parameter of layer 0."""
+
+    matrix: str
+    """Name of the matrix, W_Q … W_out."""
+    parameter: str
+    """Name of the stored parameter."""
+    residual_axis: int
+    """Axis of the parameter that is d_model: 1 in a Linear that reads, 0 in GPT-2's Conv1D that reads."""
+    index: Int[Tensor, "*place"]
+    """Which row (or column) of the other axis: `[head, d_head]`, or `[d_mlp]`."""
+
+    def take(self, parameter: Float[Tensor, "rows columns"]) -> Float[Tensor, "*head first second"]:
+        """The matrix in TransformerLens orientation, out of its parameter; a view where the rows are contiguous."""
+        rows = self.rows(parameter if self.residual_axis == 1 else parameter.mT)
+        return rows.mT if self.matrix in READ else rows
+
+    def rows(self, other_first: Float[Tensor, "other width"]) -> Float[Tensor, "*place width"]:
+        """The chosen rows of anything whose first axis is the parameter's other one (a factor of its change)."""
+        flat = self.index.reshape(-1)
+        first, count = int(flat[0]), len(flat)
+        contiguous = bool((flat == torch.arange(first, first + count)).all())
+        rows = other_first[first : first + count] if contiguous else other_first.index_select(0, flat)
+        return rows.unflatten(0, self.index.shape)
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A parameter that is no matrix: a bias, a gain, an embedding, under HookedTransformer's name."""
+
+    parameter: str | None
+    """Name of the stored parameter (of layer 0); None for a bias that this architecture does not have."""
+    index: Int[Tensor, "*place"] | None
+    """For a bias, its entries' places in the stored one, or the shape of the missing one; None: ask the wrapper."""
+    as_stored: bool = False
+    """Whether the wrapper shows the parameter's own numbers, so that they need no more room than they are stored in."""
+
+
+class Blueprint:
+    """What a configuration says about stored weights, without any weights.
+
+    Args:
+        config: a transformers configuration of a causal language model.
+
+    Raises:
+        ValueError: an architecture that TransformerLens cannot wrap, or that stores a matrix in no plain way.
+    """
+
+    architecture: str
+    """Name of the model's class in transformers."""
+    shapes: dict[str, tuple[int, ...]]
+    """Every parameter of the whole model, by its name in transformers."""
+    view: ModelView
+    """A wrapper around one layer without weights: dimensions, kind of norm, matrices."""
+    layouts: dict[str, Layout]
+    """By matrix."""
+    extras: dict[str, Extra]
+    """All that is no matrix, by HookedTransformer's name in layer 0."""
+    tied: dict[str, str]
+    """Parameters that are another one's tensor."""
+    conv1d: frozenset[str]
+    """Parameters stored `[in, out]`."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.n_layers = int(config.num_hidden_layers)
+        whole = _on_meta(config)
+        self.architecture = type(whole).__name__
+        self.shapes = {name: tuple(p.shape) for name, p in whole.named_parameters()}
+        self.tied = _ties(whole)
+        self._layers = _layer_list(whole, self.n_layers)
+        self._rename = _renaming(whole)
+        self.conv1d = frozenset(f"{n}.weight" for n, m in whole.named_modules() if type(m).__name__ == "Conv1D")
+        self._lock = threading.Lock()
+        rows, columns = _Probe(config, axis=0), _Probe(config, axis=1)
+        self.view, self._parameters = columns.view, columns.parameters
+        self.layouts = {matrix: _layout(matrix, rows, columns) for matrix in rows.view.matrices}
+        self.extras = {name: _extra(name, maker, rows) for name, maker in rows.makers.items()}
+        self._makers = columns.makers
+
+    def at(self, name: str, layer: int) -> str:
+        """The name of a layer-0 parameter in another layer."""
+        prefix = f"{self._layers}.0."
+        return f"{self._layers}.{layer}.{name.removeprefix(prefix)}" if name.startswith(prefix) else name
+
+    def everywhere(self, extra: str) -> list[tuple[int, str]]:
+        """An extra's name in every layer, or the name alone for what lies in no layer: `(layer, name)`."""
+        for prefix in ("blocks", self._layers):
+            if extra.startswith(f"{prefix}.0."):
+                rest = extra.removeprefix(f"{prefix}.0.")
+                return [(layer, f"{prefix}.{layer}.{rest}") for layer in range(self.n_layers)]
+        return [(0, extra)]
+
+    def stored_as(self, names: Iterable[str]) -> tuple[dict[str, str], set[str]]:
+        """Which of the names in a checkpoint is which parameter, by transformers' own rules for reading checkpoints.
+
+        Returns:
+            parameter → name in the checkpoint; and the parameters that are converted on reading (merged experts).
+        """
+        found, converted = {}, set()
+        for name in names:
+            parameter, is_converted = self._rename(name)
+            if is_converted:
+                converted.add(parameter)
+            else:
+                found[parameter] = name
+        for tied, source in self.tied.items():  # transformers takes either, the source first
+            if source not in found and tied in found:
+                found[source] = found[tied]
+            if source in found:
+                found[tied] = found[source]
+        return found, converted
+
+    def extra(self, name: str, parameter: Tensor | None) -> Tensor:
+        """The value of an extra parameter from the stored one, with HookedTransformer's conventions."""
+        entry = self.extras[name]
+        if entry.index is not None:
+            if parameter is None:
+                return torch.zeros(entry.index.shape)
+            return parameter[entry.index]
+        if parameter is None:
+            raise RuntimeError(f"{name} was asked for without its stored parameter")
+        own = self._parameters[str(entry.parameter)]
+        with self._lock:
+            kept = own.data
+            try:
+                own.data = parameter
+                value = self._makers[name]().detach()
+            finally:
+                own.data = kept
+        return value
+
+
+class _Probe:
+    """A one-layer model in TransformerLens's wrapper whose parameters hold the numbers of their rows or columns."""
+
+    def __init__(self, config: Any, *, axis: int) -> None:
+        skeleton = _on_meta(_one_layer(config))
+        self.parameters: dict[str, nn.Parameter] = {}
+        self._ranges: dict[str, range] = {}
+        start = 1
+        for name, parameter in list(skeleton.named_parameters()):
+            numbered, count = _numbered(parameter.shape, axis, start)
+            self._ranges[name] = range(start, start + count)
+            start += count + _GAP
+            owner, _, leaf = name.rpartition(".")
+            self.parameters[name] = nn.Parameter(numbered, requires_grad=False)
+            setattr(skeleton.get_submodule(owner), leaf, self.parameters[name])
+        if start > _FLOAT32_INTEGERS:
+            raise ValueError(
+                f"expected fewer than {_FLOAT32_INTEGERS} rows in a layer, got {start}; pass a loaded model"
+            )
+        skeleton.tie_weights()
+        self.view = ModelView(_wrapped(skeleton))
+        self.makers = self.view._adapter.headless()
+
+    def source(self, values: Tensor) -> str | None:
+        """The parameter whose numbers these are (or those numbers + 1); None if they are no one parameter's."""
+        low, high = values.detach().aminmax()
+        of = (name for name, numbers in self._ranges.items() if numbers.start <= low and high <= numbers.stop)
+        return next(of, None)
+
+    def numbers(self, values: Tensor, name: str) -> Tensor:
+        """Values as row (or column) numbers of a parameter."""
+        return (values - self._ranges[name].start).long()
+
+
+def _numbered(shape: torch.Size, axis: int, start: int) -> tuple[Tensor, int]:
+    """A tensor of that shape holding its row numbers (axis 0) or column numbers from `start` on, and their count."""
+    if len(shape) > 2:  # experts: only where they are matters
+        return torch.full((1,) * len(shape), float(start)).expand(shape), 1
+    axis = min(axis, len(shape) - 1)
+    numbers = torch.arange(start, start + shape[axis], dtype=torch.float32)
+    return (numbers if len(shape) == 1 else numbers.unsqueeze(1 - axis).expand(shape)), shape[axis]
+
+
+def _layout(matrix: str, rows: _Probe, columns: _Probe) -> Layout:
+    """Read a matrix's layout off the two wrappers."""
+    row_values, column_values = (probe.view._weight(0, matrix) for probe in (rows, columns))
+    name = rows.source(row_values)
+    if name is not None:
+        r, c = rows.numbers(row_values, name), columns.numbers(column_values, name)
+        if matrix in READ:
+            r, c = r.mT, c.mT  # d_model last
+        along = torch.arange(r.shape[-1])
+        for residual_axis, (near, far) in ((1, (c, r)), (0, (r, c))):
+            if bool((near == along).all()) and bool((far == far[..., :1]).all()):
+                return Layout(matrix, name, residual_axis, far[..., 0].contiguous())
+    raise ValueError(
+        f"expected {matrix} to be rows or columns of one stored parameter, got something else in this architecture "
+        f"({type(rows.view.model.original_model).__name__}); pass a loaded model"
+    )
+
+
+def _extra(name: str, maker: Callable[[], Tensor], rows: _Probe) -> Extra:
+    value = maker().detach()
+    if name.rpartition(".")[2].startswith("b_"):
+        source = rows.source(value) if bool(value.any()) else None
+        index = torch.zeros(value.shape, dtype=torch.int64) if source is None else rows.numbers(value, source)
+        return Extra(source, index)
+    scaled = name == "embed.W_E" and _address(value) != _address(rows.view._adapter.embedding())
+    if scaled:  # Gemma's
+        value = rows.view._adapter.embedding()
+    same = [n for n, p in rows.parameters.items() if _address(p) == _address(value)]
+    return Extra(same[0] if same else rows.source(value), None, as_stored=bool(same) and not scaled)
+
+
+def _wrapped(model: Any) -> Any:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import PreTrainedTokenizerFast
+
+    # The wrapper wants a tokenizer and would look for one on the Hub.
+    words = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="a", eos_token="a", pad_token="a")
+    tokenizer.init_kwargs["add_bos_token"] = True
+    tokenizer.init_kwargs.setdefault("name_or_path", "")
+    with _quiet(), torch.random.fork_rng(devices=[]):  # split projections are made with random weights first
+        try:
+            return TransformerBridge.boot_transformers(
+                "skeleton", hf_model=model, tokenizer=tokenizer, device="cpu", dtype=torch.float32
+            )
+        except (ValueError, KeyError, NotImplementedError, AttributeError, RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"expected an architecture that TransformerLens knows, got {type(model).__name__}: {error}; pass a "
+                "loaded model of a supported one"
+            ) from error
+
+
+def _on_meta(config: Any) -> Any:
+    """The model of a configuration without its weights."""
+    from transformers import AutoModelForCausalLM
+
+    with _quiet(), torch.random.fork_rng(devices=[]), torch.device("meta"):
+        try:
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+        except (ValueError, KeyError, ImportError) as error:
+            raise ValueError(
+                f"expected the configuration of a causal language model, got {type(config).__name__}: {error}; pass a "
+                "model directory of a supported architecture"
+            ) from error
+
+
+def _one_layer(config: Any) -> Any:
+    single = copy.deepcopy(config)
+    layers = config.num_hidden_layers
+    for name, value in list(vars(single).items()):
+        if isinstance(value, list) and len(value) == layers:  # kinds of layers, one entry for each
+            setattr(single, name, value[:1])
+    single.num_hidden_layers = 1
+    return single
+
+
+def _layer_list(model: nn.Module, layers: int) -> str:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == layers:
+            return name
+    raise ValueError(f"expected a list of {layers} layers in {type(model).__name__}, got none; pass a loaded model")
+
+
+def _ties(model: Any) -> dict[str, str]:
+    """Names under which a parameter is listed a second time."""
+    first: dict[int, str] = {}
+    ties = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in first:
+            ties[name] = first[id(parameter)]
+        first.setdefault(id(parameter), name)
+    return ties
+
+
+def _renaming(model: Any) -> Callable[[str], tuple[str, bool]]:
+    """What transformers calls a tensor of a checkpoint, and whether it would convert it."""
+    known = model.state_dict()
+    prefix = model.base_model_prefix
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    except ImportError:  # transformers before 5 knows no such rules
+        return lambda name: (_with_prefix(name, prefix, known), False)
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+
+    def rename(name: str) -> tuple[str, bool]:
+        renamed, converter = rename_source_key(name, renamings, converters, prefix, known)
+        if renamed not in known and name in known:
+            return name, False
+        return renamed, converter is not None
+
+    return rename
+
+
+def _with_prefix(name: str, prefix: str, known: Mapping[str, Any]) -> str:
+    for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
+        if candidate in known:
+            return candidate
+    return name
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield

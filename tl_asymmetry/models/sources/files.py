@@ -1,0 +1,180 @@
+"""Tensors in files, read one at a time: safetensors single or sharded, torch files without pickled code."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+MODEL_FILES = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
+"""What transformers calls a model's weights, in the order in which it looks for them."""
+
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+"""What PEFT calls an adapter's."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor is and what it looks like; nothing of it has been read."""
+
+    path: Path
+    """Its file."""
+    shape: tuple[int, ...]
+    """Its shape."""
+
+
+class TensorFiles(Mapping[str, Tensor]):
+    """Tensors by name; looking one up reads it from its file, and nothing is kept.
+
+    Headers are read and held against each other on opening, so that a truncated file, a missing shard and an index
+    that lies are found before any work is done.
+
+    Args:
+        paths: the files.
+        listed: what an index claims, tensor name → file name; None without an index.
+
+    Raises:
+        ValueError: a file that is not whole, a tensor in two files, an index that lists what is not there.
+    """
+
+    def __init__(self, paths: list[Path], listed: Mapping[str, str] | None = None) -> None:
+        self.paths = tuple(paths)
+        self._loaded: dict[Path, dict[str, Tensor]] = {}
+        self._stored: dict[str, StoredTensor] = {}
+        for path in paths:
+            for name, shape in self._header(path):
+                if name in self._stored:
+                    raise ValueError(
+                        f"expected every tensor in one file, got {name} in {self._stored[name].path.name} and in "
+                        f"{path.name}; pass a folder with the files of one checkpoint"
+                    )
+                self._stored[name] = StoredTensor(path, shape)
+        for name, file in (listed or {}).items():
+            there = self._stored.get(name)
+            if there is None or there.path.name != file:
+                got = "no such tensor there" if there is None else f"the tensor in {there.path.name}"
+                raise ValueError(
+                    f"expected {name} in {file}, where the index lists it, got {got}; pass the folder downloaded again"
+                )
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor as it is stored, read now."""
+        stored = self._stored[name]
+        if stored.path in self._loaded:
+            return self._loaded[stored.path][name]
+        try:
+            # Opened for each tensor: what a mapping has touched stays resident as long as it is open.
+            with safe_open(stored.path, framework="pt") as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise _damaged(stored.path, error) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header."""
+        return self._stored[name].shape
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files together."""
+        return sum(path.stat().st_size for path in self.paths)
+
+    def _header(self, path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118 - not a dict
+                        yield name, tuple(file.get_slice(name).get_shape())
+            except (SafetensorError, OSError) as error:
+                raise _damaged(path, error) from error
+            return
+        self._loaded[path] = _torch_file(path)
+        for name, tensor in self._loaded[path].items():
+            yield name, tuple(tensor.shape)
+
+
+def open_files(where: Path, names: tuple[str, ...] = MODEL_FILES) -> TensorFiles:
+    """The tensors of a file, or of a folder: of the first of these names that is there, else of its only file.
+
+    Raises:
+        ValueError: no weights there, or files that do not hold what they should.
+    """
+    there = where if where.is_file() else next((where / name for name in names if (where / name).is_file()), None)
+    if there is not None:
+        return _from_index(there) if there.name.endswith(".index.json") else TensorFiles([there])
+    found = sorted(where.glob("*.safetensors"))
+    if len(found) == 1:
+        return TensorFiles(found)
+    got = f"{len(found)} safetensors files without an index" if found else "none"
+    raise ValueError(
+        f"expected weights ({', '.join(names[:2])}) in {str(where)!r}, got {got}; pass a folder written "
+        "by save_pretrained, or the file itself"
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object in a file.
+
+    Raises:
+        ValueError: anything else, naming the file.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"expected JSON in {str(path)!r}, got {error}; pass the file downloaded again") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"expected a JSON object in {str(path)!r}, got {type(document).__name__}; pass another file")
+    return document
+
+
+def _from_index(index: Path) -> TensorFiles:
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise ValueError(f"expected a weight_map in {str(index)!r}, got none; pass the index of a sharded checkpoint")
+    for file in Counter(map(str, listed.values())):
+        if Path(file).name != file or file in ("", ".", ".."):
+            raise ValueError(
+                f"expected plain file names in {str(index)!r}, got {file!r}; pass an index whose shards lie beside it"
+            )
+        if not (index.parent / file).is_file():
+            raise ValueError(f"expected the shard {file} beside its index, got no such file; download it as well")
+    return TensorFiles([index.parent / file for file in sorted(set(listed.values()))], listed)
+
+
+def _torch_file(path: Path) -> dict[str, Tensor]:
+    """A state dict saved by torch, mapped from disk where its format allows it; never with pickled code."""
+    try:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the old format cannot be mapped
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise _damaged(path, error) from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(
+            f"expected a state dict (names and tensors) in {str(path)!r}, got something else; pass the state dict "
+            "itself, saved as safetensors"
+        )
+    return state
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    line = (str(error).splitlines() or [""])[0]
+    return ValueError(
+        f"expected a whole file of tensors, got {path.name} that cannot be read ({type(error).__name__}: {line}); pass "
+        f"the file downloaded or copied again ({str(path)!r})"
+    )
