@@ -91,8 +91,10 @@ class HookedEncoderAdapter(HookedAdapter):
                 return self.blocks[layer].hook_normalized_resid_post, "output"
         return super().point(layer, point)
 
-    def run(self, tokens: Tensor, logits: bool) -> Tensor | None:
+    def run(self, tokens: Tensor, logits: bool, layers: int) -> Tensor | None:
         if logits:
             return self.model(tokens, return_type="logits")
-        self.model.encoder_output(tokens)
+        resid = self.model.hook_full_embed(self.model.embed(tokens))
+        for block in self.blocks[:layers]:
+            resid = block(resid)
         return None
