@@ -21,9 +21,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_asymmetry.demo.models import gpt2_model, initial_tensors, lens_model, model_config, tensors_from_gpt2
-from tl_asymmetry.demo.sampling import seeded
 from tl_asymmetry.demo.stories import Split, stories
 from tl_asymmetry.demo.tokenizer import EOS
+from tl_asymmetry.geometry.seeds import seeded
 from tl_asymmetry.training.masking import mask_tokens
 
 if TYPE_CHECKING:

@@ -288,7 +288,9 @@ def _curves(
         low, high = min([*seen, 0.0]), max([*seen, 1e-6])
         air = 0.06 * (high - low)
         figure.update_yaxes(title=axis, range=[low - air, high + air])
-    figure.update_xaxes(title="training step", rangemode="tozero")
+    steps = rows["step"].to_numpy(float)
+    air = 0.03 * max(steps.max() - steps.min(), 1.0)
+    figure.update_xaxes(title="training step", range=[steps.min() - air, steps.max() + air])
     if not seen:
         style.note(figure, "No value: the gradients are zero, so their fractions are undefined.")
     return style.finish(
