@@ -29,6 +29,7 @@ from tl_asymmetry.geometry.fraction import energy_profile, subspace_fraction
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.nulls import adjusted_p, isotropic_null
 from tl_asymmetry.geometry.rounding import rounding_share, storage_dtype
+from tl_asymmetry.geometry.semi_nmf import SemiNMF, semi_nmf
 from tl_asymmetry.geometry.spectrum import (
     effective_rank,
     isoscore,
@@ -57,6 +58,9 @@ from tl_asymmetry.recorder import TrajectoryRecorder
 # The function takes the place of the module it stands in: `from tl_asymmetry.report import …` still finds the module.
 from tl_asymmetry.report import report, write_images
 from tl_asymmetry.study_result import RankOneStudy
+from tl_asymmetry.tangent_probe import TangentProbe
+from tl_asymmetry.tangent_result import TangentAnalysis
+from tl_asymmetry.tangents import analyze_tangents
 from tl_asymmetry.training import objectives
 from tl_asymmetry.training.objectives import DPO, ORPO, CrossEntropy, InfoNCE, Mix, PreferenceBatch, TokenBatch
 from tl_asymmetry.training.runs import Optimizer
@@ -85,14 +89,18 @@ __all__ = [
     "PreferenceBatch",
     "RankOneEdit",
     "RankOneStudy",
+    "SemiNMF",
     "StreamingMoments",
     "Subspace",
+    "TangentAnalysis",
+    "TangentProbe",
     "TokenBatch",
     "TrajectoryAnalysis",
     "TrajectoryRecorder",
     "WeightSource",
     "adjusted_p",
     "analyze_pair",
+    "analyze_tangents",
     "analyze_trajectory",
     "apply_edits",
     "capture_moments",
@@ -126,6 +134,7 @@ __all__ = [
     "removal_edit",
     "report",
     "rounding_share",
+    "semi_nmf",
     "stable_rank",
     "storage_dtype",
     "subspace_fraction",

@@ -49,6 +49,8 @@ class TrajectoryRecorder:
             seed: as in `analyze_trajectory`. With subspaces_from="base" or a model, texts go through a model once, at
             the beginning; with "each" at every recording.
         gradient: as in `analyze_trajectory`; called at every recording.
+        probes: functions of step and model, a `TangentProbe` for one, called with the TransformerLens model at the
+            beginning and at every recording.
         on_error: "raise" what goes wrong in a recording (a NaN, a full disk), or "warn" of it, leave that step out and
             let the training go on.
 
@@ -93,15 +95,17 @@ class TrajectoryRecorder:
         groups: int = 8,
         gradient: Callable[[Any], GradientMoments] | None = None,
         seed: int = 0,
+        probes: Sequence[Callable[[int, Any], None]] = (),
         on_error: str = "raise",
     ) -> None:
-        left_out = ("self", "store", "step", "every", "on_error", "tokenizer", "__class__")
+        left_out = ("self", "store", "probes", "step", "every", "on_error", "tokenizer", "__class__")
         arguments = described_arguments({name: v for name, v in locals().items() if name not in left_out})
         if every < 1:
             raise ValueError(f"expected every >= 1, got {every}; pass the number of steps between recordings")
         if on_error not in ("raise", "warn"):
             raise ValueError(f"expected on_error to be one of raise, warn, got {on_error!r}; pass one of them")
         self.every, self._model, self._tokenizer, self._on_error = every, model, tokenizer, on_error
+        self._probes = tuple(probes)
         self._notes, self._recorded, self._trusted, self._last = Notes(), set[int](), step, step
         options = RunOptions(
             reference=reference, subspaces_from=subspaces_from, matrices=matrices, ranks=ranks, subspaces=subspaces,
@@ -117,6 +121,8 @@ class TrajectoryRecorder:
             try:
                 self._previous = self._run.start
                 self._go_on(view, step)
+                for probe in self._probes:
+                    probe(step, lens)
             except BaseException:
                 self.close()
                 raise
@@ -242,6 +248,8 @@ class TrajectoryRecorder:
                     # before the step counts as recorded: whoever finds it recorded finds these too
                     run.store.put(_blob(step), now.tensors)
             run.record(step, f"step {step}", view, weights, self._previous, None)
+            for probe in self._probes:
+                probe(step, lens)
         if isinstance(run.store, CheckpointStore):
             for earlier in run.store.steps:
                 if earlier != step:

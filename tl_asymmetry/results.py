@@ -26,6 +26,7 @@ KINDS = {
     "PairAnalysis": "tl_asymmetry.pair_result",
     "PredictionPullback": "tl_asymmetry.pullback_result",
     "RankOneStudy": "tl_asymmetry.study_result",
+    "TangentAnalysis": "tl_asymmetry.tangent_result",
     "TrajectoryAnalysis": "tl_asymmetry.trajectory_result",
 }
 """Every class of result, and the module that defines it."""

@@ -20,6 +20,7 @@ class BridgeAdapter:
     """Finds modules, matrices and parameters of a TransformerBridge under this package's names."""
 
     kind = "TransformerBridge"
+    is_encoder = False
 
     def __init__(self, model: Any) -> None:
         self.model = model

@@ -127,7 +127,7 @@ def capture(
         for group in shares:
             moments = {site: _empty(view, site, sequence_means) for site in sites}
             first = {site: _empty(view, site, False) for site in sites} if first_positions else {}
-            for tokens, mask in batches(group, batch_size):
+            for tokens, mask in batches(group, batch_size, causal=view.causal):
                 keep = mask.clone()
                 if exclude_first:
                     keep[:, 0] = False

@@ -20,6 +20,7 @@ class HookedAdapter:
     """Finds modules, matrices and parameters of a HookedTransformer under this package's names."""
 
     kind = "HookedTransformer"
+    is_encoder = False
 
     def __init__(self, model: Any) -> None:
         self.model = model

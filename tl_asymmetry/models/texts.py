@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ def tokenize(view: ModelView, texts: Sequence[Any], window: int | None = None) -
     """Token ids of texts, cut into windows, nothing dropped.
 
     A string is encoded without special tokens and preceded by the begin-of-sequence token where the tokenizer
-    has one. A list of chat messages is rendered by the tokenizer's chat template, which sets its own special
-    tokens. What is longer than a window continues in the next one, which begins with the same token again.
+    has one; for an encoder it stands between the tokenizer's [CLS] and [SEP]. A list of chat messages is rendered by
+    the tokenizer's chat template, which sets its own special tokens. What is longer than a window continues in the
+    next one, which begins with the same token again.
 
     Args:
         view: the model whose tokenizer and context length count.
@@ -56,24 +58,27 @@ def tokenize(view: ModelView, texts: Sequence[Any], window: int | None = None) -
         raise ValueError(f"expected a model with a tokenizer to read texts, {view.name!r} has none; pass tokens=")
     sequences: list[Tensor] = []
     for index, text in enumerate(texts):
-        head, body = _encode(tokenizer, text, index)
+        head, body, tail = _encode(tokenizer, text, index, view.encoder)
         if not body:
             raise ValueError(f"expected texts with a token or more, got an empty text at index {index}; leave it out")
-        step = window - len(head)
+        step = max(1, window - len(head) - len(tail))
         for start in range(0, len(body), step):
-            sequences.append(torch.tensor(head + body[start : start + step], dtype=torch.int64))
+            sequences.append(torch.tensor(head + body[start : start + step] + tail, dtype=torch.int64))
     return sequences
 
 
-def _encode(tokenizer: Any, text: Any, index: int) -> tuple[list[int], list[int]]:
-    """What every window of a text begins with, and the text's own tokens."""
+def _encode(tokenizer: Any, text: Any, index: int, encoder: bool) -> tuple[list[int], list[int], list[int]]:
+    """What every window of a text begins with, the text's own tokens, and what every window ends with."""
     bos = tokenizer.bos_token_id
     if isinstance(text, str):
-        body = tokenizer.encode(text, add_special_tokens=False, verbose=False)
-        return ([] if bos is None else [bos]), list(body)
+        body = list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+        if encoder:
+            marks = tokenizer.cls_token_id, tokenizer.sep_token_id
+            return [i for i in marks[:1] if i is not None], body, [i for i in marks[1:] if i is not None]
+        return ([] if bos is None else [bos]), body, []
     if isinstance(text, Sequence) and all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in text):
         if not text:
-            return [], []
+            return [], [], []
         if getattr(tokenizer, "chat_template", None) is None:
             raise ValueError(
                 f"expected a tokenizer with a chat template for the messages at index {index}, got one without; "
@@ -81,34 +86,44 @@ def _encode(tokenizer: Any, text: Any, index: int) -> tuple[list[int], list[int]
             )
         body = list(tokenizer.apply_chat_template(list(text), tokenize=True, return_dict=False))
         if bos is not None and body[:1] == [bos]:
-            return [bos], body[1:]
-        return [], body
+            return [bos], body[1:], []
+        return [], body, []
     raise ValueError(
         f"expected texts to be strings or lists of {{'role', 'content'}} messages, got {type(text).__name__} at index "
         f"{index}; pass strings"
     )
 
 
-def batches(sequences: Sequence[Tensor], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(sequences: Sequence[Tensor], batch_size: int, *, causal: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
     """Consecutive sequences as right-padded batches with their masks.
 
     In a causal model padding on the right leaves every real position as it is, so no attention mask is
-    needed; the mask only says which positions count. The padding is token 0.
+    needed; the mask only says which positions count. The padding is token 0. Where every position sees every
+    other, sequences of one length share a batch, shorter ones first, and there is no padding.
 
     Args:
         sequences: token ids `[pos]`, of any lengths.
         batch_size: sequences per batch.
+        causal: whether the model that reads them is.
 
     Yields:
         `(tokens, mask)`, both `[batch, pos]`, the mask True at real tokens.
     """
     if batch_size < 1:
         raise ValueError(f"expected a batch_size of at least 1, got {batch_size}; pass batch_size=8")
-    for start in range(0, len(sequences), batch_size):
-        group = sequences[start : start + batch_size]
+    for group in _batched(sequences, batch_size) if causal else _batched_by_length(sequences, batch_size):
         lengths = torch.tensor([len(s) for s in group])
         tokens = torch.nn.utils.rnn.pad_sequence(list(group), batch_first=True, padding_value=0)
         yield tokens, torch.arange(tokens.shape[1]) < lengths[:, None]
+
+
+def _batched(sequences: Sequence[Tensor], batch_size: int) -> Iterator[Sequence[Tensor]]:
+    return (sequences[start : start + batch_size] for start in range(0, len(sequences), batch_size))
+
+
+def _batched_by_length(sequences: Sequence[Tensor], batch_size: int) -> Iterator[Sequence[Tensor]]:
+    for _, group in groupby(sorted(sequences, key=len), key=len):
+        yield from _batched(list(group), batch_size)
 
 
 def vocabulary_fingerprint(tokenizer: Any) -> str:

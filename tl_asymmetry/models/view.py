@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tl_asymmetry.geometry.precision import exact_products, product_dtype
 from tl_asymmetry.models.bridge import BridgeAdapter
+from tl_asymmetry.models.encoders import EncoderBridgeAdapter, HookedEncoderAdapter, encoder_adapter, is_encoder
 from tl_asymmetry.models.hooked import HookedAdapter
 
 READ: tuple[str, ...] = ("W_Q", "W_K", "W_V", "W_in", "W_gate")
@@ -66,6 +67,7 @@ class ModelView:
 
     Args:
         model: a HookedTransformer (transformer-lens 3.x) or a decoder-only TransformerBridge (3.9 and later).
+        encoders: accept BERT-style encoders as well (a HookedEncoder, a TransformerBridge of a BERT).
 
     Raises:
         ValueError: for anything else, encoder-decoder and state-space models included.
@@ -84,7 +86,7 @@ class ModelView:
     model: Any
     """The model itself."""
     kind: str
-    """"HookedTransformer" or "TransformerBridge"."""
+    """"HookedTransformer", "TransformerBridge" or "HookedEncoder"."""
     name: str
     """The model's name as its configuration has it; a directory for a local model."""
     n_layers: int
@@ -111,6 +113,8 @@ class ModelView:
     """Whether attention and MLP read the same stream, so that there is no `resid_mid`."""
     causal: bool
     """Whether a position sees only itself and earlier ones."""
+    encoder: bool
+    """Whether it is a BERT-style encoder: bidirectional, its norms behind each addition to the stream."""
     score_shift_invariant: bool
     """Whether a shift of all keys by one vector leaves attention unchanged: no rotary embedding, query-key norm, score
     soft cap or attention sink."""
@@ -119,9 +123,9 @@ class ModelView:
     notes: tuple[str, ...]
     """Plain sentences about what the reader of a result must know of this model."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, encoders: bool = False) -> None:
         self.model = model
-        self._adapter = adapter = _adapter_for(model)
+        self._adapter = adapter = _adapter_for(model, encoders)
         self._owners: dict[tuple[int, str], Tensor] = {}
         cfg = adapter.cfg
         self.kind = adapter.kind
@@ -135,6 +139,7 @@ class ModelView:
         self.positional = str(cfg.positional_embedding_type)
         self.parallel = adapter.is_parallel
         self.causal = adapter.is_causal
+        self.encoder = adapter.is_encoder
         cap = getattr(cfg, "attn_scores_soft_cap", None)
         self.score_shift_invariant = not (
             self.positional == "rotary" or adapter.has_qk_norm or adapter.has_sinks or (cap is not None and cap > 0)
@@ -165,7 +170,12 @@ class ModelView:
             dense = self.n_layers - moe
             if dense:
                 notes.append(f"the MLPs of the other {dense} layers are left out as well, to compare like with like")
-        if adapter.has_post_norms:
+        if adapter.is_encoder:
+            notes.append(
+                "post-norm encoder: W_Q, W_K and W_V read the stream itself, W_in what the block's first norm gives; a "
+                "block's output is what its second norm gives"
+            )
+        elif adapter.has_post_norms:
             notes.append(
                 "W_O and W_out are followed by a norm before the residual stream: what they write is rescaled there, "
                 "direction by direction, so write fractions describe the norm's input"
@@ -188,6 +198,13 @@ class ModelView:
     def tokenizer(self) -> Any:
         """The model's Hugging Face tokenizer, or None."""
         return getattr(self.model, "tokenizer", None)
+
+    @property
+    def has_masked_lm_head(self) -> bool:
+        """Whether an encoder can predict masked tokens; False for a decoder."""
+        return isinstance(self._adapter, EncoderBridgeAdapter | HookedEncoderAdapter) and (
+            self._adapter.has_masked_lm_head
+        )
 
     @property
     def tied(self) -> bool:
@@ -545,8 +562,16 @@ class ModelView:
             )
 
 
-def _adapter_for(model: Any) -> HookedAdapter | BridgeAdapter:
+def _adapter_for(model: Any, encoders: bool) -> HookedAdapter | BridgeAdapter:
     got = f"got {type(model).__name__}"
+    if is_encoder(model):
+        if encoders:
+            return encoder_adapter(model)
+        what = type(getattr(model, "original_model", model)).__name__
+        raise ValueError(
+            f"expected a decoder-only transformer, got the encoder {what}; pass a causal language model (of encoders "
+            "only analyze_tangents knows something)"
+        )
     if hasattr(model, "adapter") and hasattr(model, "original_model"):
         blocks = getattr(model, "blocks", None)
         if blocks is None or not all(hasattr(block, "attn") for block in blocks):

@@ -17,6 +17,7 @@ from tl_asymmetry.plots.rank_curve import rank_curve_figure
 from tl_asymmetry.plots.spectrum import spectrum_figure
 from tl_asymmetry.plots.stability import stability_figure
 from tl_asymmetry.plots.style import template
+from tl_asymmetry.plots.tangents import tangent_anisotropy_figure, tangent_energy_figure, tangent_strata_figure
 from tl_asymmetry.plots.trajectory import (
     animation_figure,
     curves_figure,
@@ -43,5 +44,8 @@ __all__ = [
     "rank_curve_figure",
     "spectrum_figure",
     "stability_figure",
+    "tangent_anisotropy_figure",
+    "tangent_energy_figure",
+    "tangent_strata_figure",
     "template",
 ]

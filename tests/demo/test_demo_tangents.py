@@ -1,0 +1,95 @@
+"""The tiny trainings behind `tl-asymmetry tangents --demo`: reproducible, and their tables add up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tl_asymmetry import ModelView
+from tl_asymmetry.cli import main
+from tl_asymmetry.demo import tangents as demo
+from tl_asymmetry.demo.tangents import TangentRecipe, tangent_checkpoints, tangent_study, tangent_windows
+from tl_asymmetry.tangent_replication import (
+    replication_claims,
+    replication_frequency,
+    replication_strata,
+    replication_table,
+)
+
+SMALL = TangentRecipe(
+    n_layers=1, window=24, batch=4, steps=10, kept=(0, 3, 10), warmup=2, analysed=24, rank=4, starts=1, sample_rows=200
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tangent_study(2, SMALL, folder=tmp_path_factory.mktemp("study"), workers=1, progress=False)
+
+
+@pytest.mark.parametrize("architecture", demo.ARCHITECTURES)
+def test_one_seed_gives_one_training(architecture, unchecked_types):
+    before = torch.random.get_rng_state()
+    weights = [
+        ModelView(tangent_checkpoints(architecture, seed, SMALL)[10](), encoders=True).weight(0, "W_Q")
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_windows_are_held_out_and_of_one_length():
+    windows = tangent_windows(SMALL)
+    assert windows.shape == (24, 24)
+    assert torch.equal(windows, tangent_windows(SMALL))
+    trained = next(demo._windows("tangents:0", "train", SMALL))
+    assert not any(torch.equal(trained, window) for window in windows)
+
+
+def test_replication_is_the_mean_of_the_runs(runs):
+    assert set(runs) == {(a, seed) for a in demo.ARCHITECTURES for seed in (0, 1)}
+    table = replication_table(runs)
+    assert len(table) == 2 * 2 * 2 * 2  # models, gradients, methods, phases
+    row = table.query("model == 'encoder' and gradient == 'weight' and method == 'pca' and phase == 'late'").iloc[0]
+    medians = []
+    for seed in (0, 1):
+        rows = runs["encoder", seed].table.query("gradient == 'weight' and method == 'pca' and phase == 'late'")
+        medians.append(rows[rows["head"].isna()]["excess"].median())
+    assert row["excess"] == pytest.approx(sum(medians) / 2)
+    assert row["± seeds"] == pytest.approx(abs(medians[0] - medians[1]) / 2**0.5)
+    strata = replication_strata(runs)
+    assert len(strata) == 2 * 2 * 5
+    assert strata.groupby(["model", "method"])["stratum"].apply(list).map(lambda s: s == [1, 2, 3, 4, 5]).all()
+    frequency = replication_frequency(runs)
+    assert (frequency["min"] <= frequency["pearson"]).all()
+    claims = replication_claims(runs)
+    assert len(claims) == 4
+    ratio = [
+        (runs["decoder", s].table.query("gradient == 'weight' and method == 'pca' and head.isna()")
+         .groupby("phase")["ratio"].median() > 1).all()
+        for s in (0, 1)
+    ]  # fmt: skip
+    assert f"more energy than the normal controls in PCA {sum(ratio)}/2" in claims[0]
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo.tangent_study, "__defaults__", (5, SMALL))
+    assert main(["tangents", "--demo", "--seeds", "1", "--workers", "1", "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    for words in ("Energy and anisotropy, means over 1 seeds", "rarest fifth", "Encoder, activation gradients:"):
+        assert words in printed
+    assert (tmp_path / "out" / "encoder-0" / "report.html").is_file()
+    assert (tmp_path / "out" / "table.csv").is_file()
+
+
+def test_the_command_refuses_both_and_neither(capsys):
+    for arguments in (["tangents"], ["tangents", "--demo", "checkpoint-1"]):
+        assert main(arguments) == 2
+        assert "expected checkpoint directories or --demo" in capsys.readouterr().err
+
+
+def test_refuses():
+    with pytest.raises(ValueError, match="expected architecture 'decoder' or 'encoder'"):
+        tangent_checkpoints("both", 0)
+    with pytest.raises(ValueError, match="expected seeds >= 1 and workers >= 1"):
+        tangent_study(0, folder=None)

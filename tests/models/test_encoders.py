@@ -1,0 +1,94 @@
+"""BERT-style encoders: the same view of both kinds, exact inputs, and refusals where decoders are meant."""
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.tiny_encoder import ENCODER_KINDS, bert_directory, encoder, encoder_tokens
+from tl_asymmetry import ModelView, analyze_pair
+from tl_asymmetry.models.texts import batches, tokenize
+from tl_asymmetry.tangent_probe import check_block_outputs
+
+POINTS = ("attn_in", "resid_pre", "resid_post", "z", "mlp_in", "mlp_post")
+
+
+def seen(view, tokens):
+    held = {}
+    sites = [(point, layer) for point in POINTS for layer in range(view.n_layers)]
+    with torch.no_grad(), view.evaluating(), view.hooks({s: (lambda x, s=s: held.__setitem__(s, x)) for s in sites}):
+        logits = view.run(tokens, logits=True)
+    return held, logits
+
+
+@pytest.mark.parametrize("kind", ENCODER_KINDS)
+def test_view_of_an_encoder(kind):
+    view = ModelView(encoder(kind), encoders=True)
+    assert (view.encoder, view.causal, view.has_masked_lm_head, view.parallel) == (True, False, True, False)
+    assert view.matrices == ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_out")
+    assert view.score_shift_invariant
+    assert not view.has_point("resid_mid")
+    assert "post-norm encoder" in view.notes[0]
+    assert view.self_check(encoder_tokens()) < 1e-5
+    check_block_outputs(view, encoder_tokens())
+
+
+@pytest.mark.parametrize("kind", ENCODER_KINDS)
+def test_points_are_what_hugging_face_computes(kind):
+    from transformers import BertForMaskedLM
+
+    hf = BertForMaskedLM.from_pretrained(bert_directory(), attn_implementation="eager").eval()
+    tokens = encoder_tokens()
+    with torch.no_grad():
+        expected = hf(tokens, output_hidden_states=True)
+    held, logits = seen(ModelView(encoder(kind), encoders=True), tokens)
+    assert torch.allclose(logits, expected.logits, atol=1e-5)
+    for layer in range(2):
+        for point in ("attn_in", "resid_pre"):  # post-norm: W_Q reads the stream itself
+            assert torch.allclose(held[point, layer], expected.hidden_states[layer], atol=1e-5)
+        assert torch.allclose(held["resid_post", layer], expected.hidden_states[layer + 1], atol=1e-5)
+    assert torch.equal(held["resid_post", 0], held["attn_in", 1])
+
+
+@pytest.mark.skipif(not tiny.HOOKED_AVAILABLE, reason="HookedEncoder is gone in transformer-lens 4")
+def test_both_kinds_hold_the_same_weights():
+    bridge, hooked = (ModelView(encoder(kind), encoders=True) for kind in ("bridge", "hooked"))
+    for layer in range(2):
+        for matrix in bridge.matrices:
+            assert torch.equal(bridge.weight(layer, matrix), hooked.weight(layer, matrix))
+    assert torch.equal(bridge.embedding(), hooked.embedding())
+    assert torch.equal(bridge.unembedding()[0], hooked.unembedding()[0])
+
+
+@pytest.mark.parametrize("kind", ENCODER_KINDS)
+def test_refused_where_a_decoder_is_meant(kind):
+    text = "expected a decoder-only transformer, got the encoder .*; pass a causal language model"
+    with pytest.raises(ValueError, match=text):
+        ModelView(encoder(kind))
+    with pytest.raises(ValueError, match=text):
+        analyze_pair(encoder(kind), encoder(kind), tokens=encoder_tokens())
+
+
+def test_texts_stand_between_cls_and_sep():
+    view = ModelView(encoder("bridge", tokenizer=True), encoders=True)
+    tokenizer = view.tokenizer
+    sequences = tokenize(view, ["w1 w2 w3", "w4"], window=4)
+    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+    ids = {w: tokenizer.convert_tokens_to_ids(w) for w in ("w1", "w2", "w3", "w4")}
+    assert [s.tolist() for s in sequences] == [
+        [cls, ids["w1"], ids["w2"], sep],
+        [cls, ids["w3"], sep],
+        [cls, ids["w4"], sep],
+    ]
+
+
+def test_batches_of_one_length_need_no_padding():
+    sequences = [torch.arange(1, n + 1) for n in (3, 5, 3, 3, 5, 2)]
+    got = list(batches(sequences, 2, causal=False))
+    assert [tuple(tokens.shape) for tokens, _ in got] == [(1, 2), (2, 3), (1, 3), (2, 5)]
+    assert all(bool(mask.all()) for _, mask in got)
+
+
+def test_an_encoder_without_its_head_says_so():
+    view = ModelView(encoder("bridge", head="BertForNextSentencePrediction"), encoders=True)
+    assert not view.has_masked_lm_head
+    assert not ModelView(tiny.build("gpt2", "bridge")).has_masked_lm_head
