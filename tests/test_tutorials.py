@@ -1,0 +1,45 @@
+"""Every notebook runs from top to bottom, is kept without outputs, and points at the project's address."""
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parent.parent / "tutorials"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+SECONDS = 180
+
+
+@pytest.fixture(scope="module")
+def address():
+    spec = importlib.util.spec_from_file_location("address", FOLDER / "address.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=SECONDS, resources={"metadata": {"path": str(tmp_path)}}).execute()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_kept_without_outputs_and_with_the_address_of_the_project(path, address):
+    notebook = nbformat.read(path, as_version=4)
+    name, repository = path.stem, address.repository()
+    assert address.addressed(copy.deepcopy(notebook), name, repository) == notebook
+    assert address.BADGE.format(repository=repository, name=name) in notebook.cells[0].source
+    assert address.INSTALL.format(repository=repository) in notebook.cells[1].source
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_links_between_notebooks_lead_somewhere(path):
+    for cell in nbformat.read(path, as_version=4).cells:
+        for word in cell.source.split("](")[1:]:
+            target = word.split(")")[0]
+            assert target.startswith("https://") or (FOLDER / target).is_file(), target
