@@ -9,10 +9,14 @@
 Neither TransformerLens nor plotly is imported until it is needed.
 """
 
+from tl_asymmetry import grokking
+from tl_asymmetry.coupling import coupling_sensitivity, direction_coupling
+from tl_asymmetry.coupling_result import CouplingStudy
 from tl_asymmetry.estimate import PairEstimate, estimate_pair
 from tl_asymmetry.geometry.fraction import energy_profile, subspace_fraction
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.nulls import adjusted_p, isotropic_null
+from tl_asymmetry.geometry.rolling_svd import RollingSVD, RollingSVDs
 from tl_asymmetry.geometry.rounding import rounding_share, storage_dtype
 from tl_asymmetry.geometry.spectrum import (
     effective_rank,
@@ -27,10 +31,21 @@ from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair import analyze_pair
 from tl_asymmetry.pair_result import PairAnalysis
+from tl_asymmetry.response import centroid_response
+from tl_asymmetry.trajectories import BlockTrajectory, GrokTrajectory
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockTrajectory",
+    "CouplingStudy",
+    "GrokTrajectory",
+    "RollingSVD",
+    "RollingSVDs",
+    "centroid_response",
+    "coupling_sensitivity",
+    "direction_coupling",
+    "grokking",
     "ModelView",
     "PairAnalysis",
     "PairEstimate",

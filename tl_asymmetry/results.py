@@ -18,7 +18,11 @@ from torch import Tensor
 
 from tl_asymmetry.report import Report, write_report
 
-KINDS = {"PairAnalysis": "tl_asymmetry.pair_result"}
+KINDS = {
+    "PairAnalysis": "tl_asymmetry.pair_result",
+    "CouplingStudy": "tl_asymmetry.coupling_result",
+    "GrokRun": "tl_asymmetry.grokking",
+}
 """Every class of result, and the module that defines it."""
 
 SCHEMA = 1

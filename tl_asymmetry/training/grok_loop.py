@@ -204,7 +204,7 @@ class GrokLoop:
             ours, theirs = self.settings, record["settings"]
             different = ", ".join(name for name in ours if ours[name] != theirs.get(name))
             raise ValueError(
-                f"expected a run of these settings in {folder}, got one that differs in {different}; pass another folder"
+                f"expected a run of these settings in {folder}, got another {different}; pass another folder"
             )
         state = load_file(folder / f"{record['step']:06d}-{_STATE}")
         self._set_state(state)
@@ -219,7 +219,8 @@ class GrokLoop:
                 yield f"optimizer.{index}.{name}", value
         for name, value in self.stepper.state_dict().items():
             yield f"projection.{name}", value
-        _, keys, position, has_gauss, gauss = self.batches.get_state()
+        generator: Any = self.batches.get_state(legacy=True)
+        _, keys, position, has_gauss, gauss = generator
         yield "batches.keys", torch.from_numpy(keys.astype("int64"))
         yield "batches.rest", torch.tensor([position, has_gauss, gauss], dtype=torch.float64)
 

@@ -45,9 +45,7 @@ class GrokShape:
 
     def __post_init__(self) -> None:
         if self.d_model % self.n_heads:
-            raise ValueError(
-                f"expected n_heads to divide d_model = {self.d_model}, got {self.n_heads}; pass 4 for 128"
-            )
+            raise ValueError(f"expected n_heads to divide d_model = {self.d_model}, got {self.n_heads}; pass 4 for 128")
 
     @property
     def d_head(self) -> int:
@@ -77,11 +75,11 @@ class GrokTransformer(nn.Module):
         super().__init__()
         self.shape = shape
         tensors = published_weights(shape, seed)
-        self.embed = _Bag(tensors, "embed.")
-        self.pos_embed = _Bag(tensors, "pos_embed.")
+        self.embed: Any = _Bag(tensors, "embed.")
+        self.pos_embed: Any = _Bag(tensors, "pos_embed.")
         self.blocks = nn.ModuleList(_Block(tensors, f"blocks.{i}.") for i in range(shape.n_layers))
-        self.ln_final = _Bag(tensors, "ln_final.")
-        self.unembed = _Bag(tensors, "unembed.")
+        self.ln_final: Any = _Bag(tensors, "ln_final.")
+        self.unembed: Any = _Bag(tensors, "unembed.")
 
     def forward(self, pairs: Int[Tensor, "batch 2"]) -> Float[Tensor, "batch heads_out p"]:
         """Logits at position 0, one row for each readout head."""

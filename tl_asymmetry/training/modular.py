@@ -119,7 +119,7 @@ class ModularArithmetic:
 
 def legacy_stream(seed: int) -> np.random.RandomState:
     """NumPy's legacy generator, local: its stream is what published seeds refer to."""
-    return np.random.RandomState(seed)  # noqa: NPY002 - the published batches come from this very stream
+    return np.random.RandomState(seed)
 
 
 def _is_prime(p: int) -> bool:

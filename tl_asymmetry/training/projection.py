@@ -212,4 +212,6 @@ class GradientProjection:
 
 def _one_of(what: str, value: Any, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        raise ValueError(f"expected {what} to be one of {', '.join(allowed)}, got {value!r}; pass {what}={allowed[0]!r}")
+        raise ValueError(
+            f"expected {what} to be one of {', '.join(allowed)}, got {value!r}; pass {what}={allowed[0]!r}"
+        )
