@@ -171,11 +171,13 @@ class RollingSVD:
         return (torch.arange(self.window) + self.rows_seen) % self.window
 
     def _decomposition(self) -> tuple[Tensor, Tensor]:
+        if self.rows_held == 0:
+            return torch.zeros(0, dtype=torch.float64), torch.zeros(0, 0, dtype=torch.float64)
         λ, U = ordered_eigh(self.gram)
         λ, U = λ[: self.rank].clamp(min=0), U[:, : self.rank]
         # What rounding of the ring leaves of a vanishing σ: eps · σ_1, or √eps64 · σ_1 in an exact Gram.
         floor = max(1e-7, 4 * torch.finfo(self.dtype).eps)
-        found = int((λ.sqrt() > floor * λ[:1].sqrt()).sum()) if len(λ) else 0
+        found = int((λ.sqrt() > floor * λ[0].sqrt()).sum())
         return λ[:found].sqrt(), U[:, :found]
 
 
