@@ -1,4 +1,4 @@
-"""The command line: `tl-asymmetry demo | analyze | report`."""
+"""The command line: `tl-asymmetry demo | analyze | grok | report`."""
 
 from __future__ import annotations
 
@@ -52,6 +52,14 @@ def _parser() -> argparse.ArgumentParser:
     analyze.epilog = 'a .jsonl file has one string, {"text": …} or {"messages": […]} a line'
     analyze.set_defaults(run=_analyze)
 
+    grok = commands.add_parser("grok", help="train on modular arithmetic; directions against centroids, offline")
+    grok.add_argument("--op", choices=("add", "sub", "mul", "sq"), default="add", help="the operation")
+    grok.add_argument("--p", type=int, help="the modulus (default 97, with --quick 31)")
+    grok.add_argument("--seed", type=int, default=42, help="of split, weights and batches")
+    grok.add_argument("--quick", action="store_true", help="a small model, 15 checkpoints: minutes instead of hours")
+    grok.add_argument("--out", type=Path, default=Path("tl-asymmetry-grok"), help="folder for run, result and report")
+    grok.set_defaults(run=_grok)
+
     report = commands.add_parser("report", help="write the report of a saved result again")
     report.add_argument("folder", metavar="DIR", type=Path, help="folder that holds a saved result")
     report.set_defaults(run=_report)
@@ -80,6 +88,22 @@ def _analyze(options: argparse.Namespace) -> None:
         seed=options.seed,
     )
     _finish(result, options.out)
+
+
+def _grok(options: argparse.Namespace) -> None:
+    from tl_asymmetry.coupling import direction_coupling
+    from tl_asymmetry.grokking import QUICK, train
+    from tl_asymmetry.trajectories import GrokTrajectory
+
+    settings = QUICK if options.quick else {}
+    p = options.p or settings.get("p", 97)
+    run = train(
+        options.op, p=p, seed=options.seed, folder=options.out / "run", progress=True,
+        recipe=settings.get("recipe"), sizes=settings.get("sizes"),
+    )  # fmt: skip
+    quick = {"checkpoints": 15, "draws": 10} if options.quick else {}
+    source = GrokTrajectory(run, probes=256 if options.quick else 1024)
+    _finish(direction_coupling(source, progress=True, **quick), options.out)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -154,11 +154,9 @@ class CentroidProblem:
         total = torch.zeros(len(tangents), dtype=torch.float64)
         with self.differentiable():
             for graph in self._graphs():
-                gradient = torch.autograd.grad(graph.f, self.θ.owners, create_graph=True)
+                gradient = self._gradient(graph)
                 for k, tangent in enumerate(tangents):
-                    # The vector–Jacobian product of ∂f/∂θ with v is ∂/∂x ⟨∂f/∂θ, v⟩ = ∂_v μ.
-                    (moved,) = torch.autograd.grad(gradient, graph.x, tangent, retain_graph=True)
-                    total[k] += moved.double().square().sum().cpu()
+                    total[k] += _moved(graph, gradient, tangent).double().square().sum().cpu()
         return total / len(self.inputs)
 
     def finite_difference(
@@ -173,20 +171,16 @@ class CentroidProblem:
             raise ValueError(f"expected epsilon > 0, got {epsilon}; pass 0.005 as published")
         step = epsilon * self.θ.flat().double().norm().item()
         total = torch.zeros(len(directions), dtype=torch.float64)
-        with self.θ.restored():
-            original = [owner.detach().clone() for owner in self.θ.owners]
-            for k, v in enumerate(directions):
-                length = v.double().norm().item()
-                if length == 0:
-                    continue
-                ends = []
-                for sign in (1, -1):
-                    self.θ.add_((v / length).to(original[0]), sign * step)
+        for k, v in enumerate(directions):
+            length = v.double().norm().item()
+            if length == 0:
+                continue
+            ends = []
+            for sign in (1, -1):
+                with self.θ.restored():
+                    self.θ.add_(v / length, sign * step)
                     ends.append(self.centroids())
-                    with torch.no_grad():
-                        for owner, saved in zip(self.θ.owners, original, strict=True):
-                            owner.copy_(saved)
-                total[k] = ((ends[0] - ends[1]).double() * (length / (2 * step))).square().sum() / len(self.inputs)
+            total[k] = ((ends[0] - ends[1]).double() * (length / (2 * step))).square().sum() / len(self.inputs)
         return total
 
     def centroids(self) -> Float[Tensor, "batch pos d_model"]:
@@ -202,10 +196,9 @@ class CentroidProblem:
         total = torch.zeros(self.θ.size, dtype=torch.float64)
         with self.differentiable():
             for graph in self._graphs():
-                gradient = torch.autograd.grad(graph.f, self.θ.owners, create_graph=True)
-                (moved,) = torch.autograd.grad(gradient, graph.x, tangent, retain_graph=True)
+                moved = _moved(graph, self._gradient(graph), tangent)
                 (μ,) = torch.autograd.grad(graph.f, graph.x, create_graph=True)
-                back = torch.autograd.grad(μ, self.θ.owners, moved)
+                back = torch.autograd.grad(μ, self.θ.owners, moved, allow_unused=True)
                 total += self.θ.gather(back).double().cpu()
         return total / len(self.inputs)
 
@@ -218,16 +211,15 @@ class CentroidProblem:
     @contextmanager
     def differentiable(self) -> Iterator[None]:
         """Gradients on, dropout off, exact products; all as before afterwards."""
-        device = self.θ.owners[0].device
         evaluating = _evaluating(self.model) if self.view is None else self.view.evaluating()
-        with self.θ.differentiable(), evaluating, exact_products(device):
+        with self.θ.differentiable(), evaluating, exact_products(self.θ.device):
             yield
 
     def _graphs(self) -> Iterator[_Graph]:
         """One forward pass a batch, to be used within `differentiable()`."""
         for start in range(0, len(self.inputs), self.batch_size):
             stop = start + self.batch_size
-            tokens = self.inputs[start:stop].to(self.θ.owners[0].device)
+            tokens = self.inputs[start:stop].to(self.θ.device)
             targets = None if self.targets is None else self.targets[start:stop].to(tokens.device)
             yield self._forward(tokens, targets)
 
@@ -264,8 +256,18 @@ class CentroidProblem:
         return logits.gather(1, targets[:, None]).sum()
 
     def _tangent(self, v: Tensor) -> list[Tensor]:
-        owner = self.θ.owners[0]
-        return self.θ.scatter(v.to(owner.device, owner.dtype))
+        return self.θ.scatter(v)
+
+    def _gradient(self, graph: _Graph) -> tuple[Tensor | None, ...]:
+        """∂f/∂θ with its graph, for each owner; None for one the forward pass does not use."""
+        return torch.autograd.grad(graph.f, self.θ.owners, create_graph=True, allow_unused=True)
+
+
+def _moved(graph: _Graph, gradient: Sequence[Tensor | None], tangent: Sequence[Tensor]) -> Tensor:
+    """∂_v μ: the vector–Jacobian product of ∂f/∂θ (a function of x) with v, which is ∂/∂x ⟨∂f/∂θ, v⟩."""
+    pairs = [(g, v) for g, v in zip(gradient, tangent, strict=True) if g is not None]
+    outputs, directions = zip(*pairs, strict=True)
+    return torch.autograd.grad(outputs, graph.x, directions, retain_graph=True)[0]
 
 
 @contextmanager

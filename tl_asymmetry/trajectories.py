@@ -163,10 +163,10 @@ class BlockTrajectory:
     def gradient(self, index: int, objective: str) -> Float[Tensor, " parameters"]:
         problem = self._problem(index)
         with problem.differentiable():
-            device = problem.θ.owners[0].device
+            device = problem.θ.device
             batch = TokenBatch(self._batch.tokens.to(device), self._batch.mask.to(device))
             loss = CrossEntropy()(problem.model, batch)
-            return problem.θ.gather(torch.autograd.grad(loss, problem.θ.owners)).cpu()
+            return problem.θ.gather(torch.autograd.grad(loss, problem.θ.owners, allow_unused=True)).cpu()
 
     def problem(self, index: int, objective: str) -> CentroidProblem:
         return self._problem(index)

@@ -19,12 +19,13 @@ ATTENTION = ("W_Q", "W_K", "W_V", "W_O")
 class ParameterVector:
     """Weights of a model, in TransformerLens orientation and a fixed order, as one vector θ.
 
-    A weight may be a parameter or a live view of one (as on a TransformerBridge, whose W_Q is a view of the query
-    projection): directions are brought into the layout of the parameters behind.
+    A weight may be a parameter, or a view of the memory of one or several: on a TransformerBridge W_Q is a view of the
+    query projection, which in GPT-2 lies with keys and values inside one joint parameter. What counts is the memory:
+    gradients of all parameters that look at it are added up.
 
     Args:
         module: the model that owns them.
-        weights: live tensors by name, each a view of one floating-point parameter of the model.
+        weights: live tensors by name, each in the memory of a parameter of the model.
 
     Raises:
         ValueError: no weights, or one that is a copy.
@@ -34,52 +35,53 @@ class ParameterVector:
         if not weights:
             raise ValueError("expected at least one weight, got none; pass attention_weights(model)")
         self.module = module
-        self.shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-        self.size = sum(weight.numel() for weight in weights.values())
-        parameters = {p.untyped_storage().data_ptr(): p for p in module.parameters()}
-        self._places: list[tuple[int, torch.Size, tuple[int, ...], int]] = []
-        self.owners: list[nn.Parameter] = []
+        self._weights = [weight.detach() for weight in weights.values()]
+        self.size = sum(weight.numel() for weight in self._weights)
+        memories = {_memory(weight) for weight in self._weights}
+        self.owners: list[nn.Parameter] = [p for p in module.parameters() if _memory(p) in memories]
+        owned = {_memory(p) for p in self.owners}
         for name, weight in weights.items():
-            owner = parameters.get(weight.untyped_storage().data_ptr())
-            if owner is None:
+            if _memory(weight) not in owned:
                 raise ValueError(f"expected a live view of a parameter for {name}, got a copy; pass raw weights")
-            if not any(owner is known for known in self.owners):
-                self.owners.append(owner)
-            index = next(i for i, known in enumerate(self.owners) if known is owner)
-            offset = int(weight.storage_offset()) - int(owner.storage_offset())
-            self._places.append((index, weight.shape, weight.stride(), offset))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first weight lies."""
+        return self._weights[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the first weight."""
+        return self._weights[0].dtype
 
     def flat(self) -> Float[Tensor, " parameters"]:
         """θ, a copy."""
-        return self.gather([owner.detach() for owner in self.owners])
+        return torch.cat([weight.reshape(-1) for weight in self._weights])
 
-    def gather(self, like_owners: Sequence[Tensor]) -> Float[Tensor, " parameters"]:
-        """Tensors in the parameters' layout (gradients, say) as one vector in θ's order."""
-        dense = [tensor.contiguous() for tensor in like_owners]
-        return torch.cat([self._view(dense[place[0]], place).reshape(-1) for place in self._places])
+    def gather(self, gradients: Sequence[Tensor | None]) -> Float[Tensor, " parameters"]:
+        """Gradients of `owners` (None for one that was not used) as one vector in θ's order."""
+        images = self._images()
+        for owner, gradient in zip(self.owners, gradients, strict=True):
+            if gradient is not None:
+                _window(images[_memory(owner)], owner).add_(gradient)
+        return torch.cat([_window(images[_memory(weight)], weight).reshape(-1) for weight in self._weights])
 
     def scatter(self, vector: Float[Tensor, " parameters"]) -> list[Tensor]:
-        """A direction in θ's order as tensors in the parameters' layout; zero where a parameter is not in θ.
+        """A direction in θ's order as tensors in the shapes of `owners`; zero where an owner is not in θ.
 
         Raises:
             ValueError: a direction of another length.
         """
-        if len(vector) != self.size:
-            raise ValueError(
-                f"expected a direction of {self.size} numbers, got {len(vector)}; pass one entry a parameter"
-            )
-        tensors = [torch.zeros_like(owner, memory_format=torch.contiguous_format) for owner in self.owners]
-        pieces = vector.split([shape.numel() for _, shape, _, _ in self._places])
-        for place, piece in zip(self._places, pieces, strict=True):
-            target = self._view(tensors[place[0]], place)
-            target.copy_(piece.view(place[1]))
-        return tensors
+        images = self._images()
+        for weight, piece in zip(self._weights, self._pieces(vector), strict=True):
+            _window(images[_memory(weight)], weight).copy_(piece)
+        return [_window(images[_memory(owner)], owner) for owner in self.owners]
 
     def add_(self, vector: Float[Tensor, " parameters"], scale: float) -> None:
         """θ ← θ + scale · vector, in the model."""
         with torch.no_grad():
-            for owner, change in zip(self.owners, self.scatter(vector), strict=True):
-                owner.add_(change, alpha=scale)
+            for weight, piece in zip(self._weights, self._pieces(vector), strict=True):
+                weight.add_(piece, alpha=scale)
 
     @contextmanager
     def differentiable(self) -> Iterator[None]:
@@ -98,18 +100,38 @@ class ParameterVector:
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Whatever is done to θ inside, it is bit for bit what it was afterwards."""
-        before = [owner.detach().clone() for owner in self.owners]
+        before = [weight.clone() for weight in self._weights]
         try:
             yield
         finally:
-            with torch.no_grad():
-                for owner, saved in zip(self.owners, before, strict=True):
-                    owner.copy_(saved)
+            for weight, saved in zip(self._weights, before, strict=True):
+                weight.copy_(saved)
 
-    @staticmethod
-    def _view(dense: Tensor, place: tuple[int, torch.Size, tuple[int, ...], int]) -> Tensor:
-        _, shape, stride, offset = place
-        return dense.as_strided(shape, stride, dense.storage_offset() + offset)
+    def _images(self) -> dict[int, Tensor]:
+        """Zeros for each memory that holds a weight."""
+        return {
+            _memory(owner): torch.zeros(
+                owner.untyped_storage().nbytes() // owner.element_size(), dtype=owner.dtype, device=owner.device
+            )
+            for owner in self.owners
+        }
+
+    def _pieces(self, vector: Tensor) -> list[Tensor]:
+        if len(vector) != self.size:
+            raise ValueError(
+                f"expected a direction of {self.size} numbers, got {len(vector)}; pass one entry a parameter"
+            )
+        pieces = vector.to(self.device, self.dtype).split([weight.numel() for weight in self._weights])
+        return [piece.view(weight.shape) for piece, weight in zip(pieces, self._weights, strict=True)]
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _window(image: Tensor, like: Tensor) -> Tensor:
+    """The part of a memory's image that `like` looks at, in its shape."""
+    return image.as_strided(like.size(), like.stride(), like.storage_offset())
 
 
 def attention_weights(model: Any, layers: Sequence[int] | None = None) -> dict[str, Tensor]:
