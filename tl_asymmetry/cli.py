@@ -54,9 +54,10 @@ def _parser() -> argparse.ArgumentParser:
 
     grok = commands.add_parser("grok", help="train on modular arithmetic; directions against centroids, offline")
     grok.add_argument("--op", choices=("add", "sub", "mul", "sq"), default="add", help="the operation")
-    grok.add_argument("--p", type=int, help="the modulus (default 97, with --quick 31)")
+    grok.add_argument("--p", type=int, default=97, help="the modulus")
     grok.add_argument("--seed", type=int, default=42, help="of split, weights and batches")
-    grok.add_argument("--quick", action="store_true", help="a small model, 15 checkpoints: minutes instead of hours")
+    grok.add_argument("--quick", action="store_true", help="fewer checkpoints, probes and random directions")
+    grok.add_argument("--steps", type=int, help="train no longer than this (default 8000)")
     grok.add_argument("--out", type=Path, default=Path("tl-asymmetry-grok"), help="folder for run, result and report")
     grok.set_defaults(run=_grok)
 
@@ -92,18 +93,16 @@ def _analyze(options: argparse.Namespace) -> None:
 
 def _grok(options: argparse.Namespace) -> None:
     from tl_asymmetry.coupling import direction_coupling
-    from tl_asymmetry.grokking import QUICK, train
+    from tl_asymmetry.grokking import Recipe, train
     from tl_asymmetry.trajectories import GrokTrajectory
 
-    settings = QUICK if options.quick else {}
-    p = options.p or settings.get("p", 97)
+    recipe = Recipe() if options.steps is None else Recipe(steps=options.steps)
     run = train(
-        options.op, p=p, seed=options.seed, folder=options.out / "run", progress=True,
-        recipe=settings.get("recipe"), sizes=settings.get("sizes"),
+        options.op, p=options.p, seed=options.seed, recipe=recipe, folder=options.out / "run", progress=True,
     )  # fmt: skip
-    quick = {"checkpoints": 15, "draws": 10} if options.quick else {}
-    source = GrokTrajectory(run, probes=256 if options.quick else 1024)
-    _finish(direction_coupling(source, progress=True, **quick), options.out)
+    source = GrokTrajectory(run, probes=512 if options.quick else 1024)
+    effort = {"checkpoints": 12, "draws": 10} if options.quick else {}
+    _finish(direction_coupling(source, progress=True, **effort), options.out)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ARMS",
-    "QUICK",
     "GradientProjection",
     "GrokRun",
     "GrokShape",
@@ -265,11 +264,3 @@ PUBLISHED_ARMS: dict[str, Mapping[str, Any] | None] = {
     "frozen": {"arm": "freeze"},
 }
 """Interventions A to E of arXiv:2604.25143, in its order, and the two controls it lacks."""
-
-QUICK: dict[str, Any] = {
-    "p": 31,
-    "recipe": Recipe(steps=3000, every=25, batch_size=256),
-    "sizes": {"d_model": 64, "d_mlp": 128},
-}
-"""Settings of a run that shows the effect in a minute or two; they are ours, no result of the paper's is to be read
-off them."""
