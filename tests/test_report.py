@@ -7,6 +7,8 @@ import gzip
 import inspect
 import io
 import json
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -24,7 +26,9 @@ from tl_asymmetry.report import (
     Html,
     Report,
     TableSection,
+    report,
     report_html,
+    write_images,
     write_report,
 )
 
@@ -213,6 +217,96 @@ def test_headings_are_linked_from_the_contents(full):
     links = [a["href"][1:] for t, a in reader.elements if t == "a" and a["href"].startswith("#")]
     assert len(links) > 8
     assert set(links) <= ids
+
+
+class Result:
+    """As little as a report needs."""
+
+    def __init__(self, title, **parts):
+        self.parts = {"title": title, **parts}
+
+    def _report(self):
+        return Report(**self.parts)
+
+
+def test_several_results_on_one_page(tmp_path):
+    table = synthetic.make_table()
+    first = Result(BAD, summary="One.", figures=[FigureSection("Layers", layers_figure(table))], config={"seed": 0})
+    own = DEFINITIONS[0].__class__("Own word", "[ours]", "Own meaning.")
+    second = Result(
+        "second", summary="Two.", notes=["Careful."], tables=[TableSection("Rows", table)],
+        figures=[FigureSection("Layers", {m: heads_figure(table, m) for m in ("W_Q", "W_O")})],
+        definitions=[own, *DEFINITIONS],
+    )  # fmt: skip
+    page_of_both = report([first, second], tmp_path / "both.html", title="Both").read_text()
+    reader = Reader(page_of_both)
+    ids = [a["id"] for _, a in reader.elements if "id" in a]
+    assert len(set(ids)) == len(ids)
+    links = [a["href"][1:] for t, a in reader.elements if t == "a" and a["href"].startswith("#")]
+    assert set(links) <= set(ids)
+    assert {"result-0", "result-1", "result-0-figure-0", "result-1-figure-0", "result-1-notes"} <= set(ids)
+    assert sum("plotly.js v" in d for kind, d in reader.scripts if kind is None) == 1
+    headings = [t for t, _ in reader.elements if t in ("h1", "h2", "h3")]
+    assert headings.count("h1") == 1
+    assert headings.count("h2") == 4  # two results, definitions, citations
+    text = reader.text
+    assert text.index(BAD) < text.index("One.") < text.index("Two.") < text.index("Own meaning.")
+    assert text.count(DEFINITIONS[2].text) == 1
+    assert not any(tag == "img" for tag, _ in reader.elements)
+    groups = {a["data-group"] for t, a in reader.elements if t == "figure"}
+    assert groups == {"result-0-0", "result-1-0"}
+
+
+def test_one_result_is_the_report_it_writes_itself(tmp_path):
+    alone = Result("alone", summary="One.")
+    assert report(alone, tmp_path / "a.html").read_text() == report_html(alone._report())
+    assert "<h1>2 analyses</h1>" in report(iter([alone, alone]), tmp_path / "b.html").read_text()
+
+
+def test_report_errors(tmp_path, unchecked_types):
+    with pytest.raises(ValueError, match="expected at least one result, got none; pass what an analysis returned"):
+        report([], tmp_path / "r.html")
+    with pytest.raises(ValueError, match="expected results, got DataFrame; pass what an analysis returned"):
+        report([synthetic.make_table()], tmp_path / "r.html")
+    with pytest.raises(ValueError, match="expected an existing folder, got"):
+        report(Result("t"), tmp_path / "none" / "r.html")
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "from tl_asymmetry import report",
+        "import tl_asymmetry.report; from tl_asymmetry import report",
+        "from tl_asymmetry.report import Report; import tl_asymmetry.results; from tl_asymmetry import report",
+    ],
+)
+def test_report_is_the_function_whatever_was_imported_first(imports):
+    code = f"{imports}; from tl_asymmetry.report import FigureSection; assert report.__name__ == 'report', report"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_images_need_kaleido_and_say_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "_kaleido_installed", lambda: False)
+    shown = Result("t", figures=[FigureSection("Layers", layers_figure(synthetic.make_table()))])
+    with pytest.raises(ImportError, match=r"expected kaleido to be installed; pip install 'tl-asymmetry\[report\]'"):
+        write_images(shown, tmp_path)
+
+
+def test_images_show_the_figure_without_its_controls(tmp_path, monkeypatch):
+    written = {}
+    monkeypatch.setattr(page, "_kaleido_installed", lambda: True)
+    monkeypatch.setattr(go.Figure, "write_image", lambda self, path, **options: written.update({path.name: self}))
+    table = synthetic.make_table()
+    figures = {"W_Q": heads_figure(table, "W_Q"), "../W_O": heads_figure(table, "W_O")}
+    paths = write_images(Result("t", figures=[FigureSection("Heads", figures)]), tmp_path / "images", format="pdf")
+    assert [p.name for p in paths] == ["01-Heads-W_Q.pdf", "02-Heads-W_O.pdf"] == list(written)
+    still, whole = written["01-Heads-W_Q.pdf"], figures["W_Q"]
+    assert not still.layout.updatemenus
+    assert not still.layout.sliders
+    assert len(whole.layout.updatemenus) == 1  # the figure itself is left alone
+    assert still.layout.height == whole.layout.height - sum(page.controls_height(whole))
+    plot = still.layout.height - still.layout.margin.t - still.layout.margin.b
+    assert plot == whole.layout.height - whole.layout.margin.t - whole.layout.margin.b
 
 
 def test_write_report(tmp_path):

@@ -175,6 +175,21 @@ def test_attention_centroid_is_the_gradient_of_what_the_block_writes():
             torch.testing.assert_close((ends[0] - ends[1]) / (2 * h), μ[:, i, j], rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_centroids_are_those_of_the_package(architecture, kind):
+    """The same centroids as `centroids` takes, which gets them another way."""
+    from tl_asymmetry import centroids
+
+    model, tokens = tiny.build(architecture, kind, torch.float64), tiny.tokens(2, 5)
+    block = CentroidProblem(model, tokens, centroid="attention", layer=1, position=3).centroids()
+    theirs = centroids(model, tokens, part="attn", layer=1, position=3)
+    torch.testing.assert_close(block, theirs, rtol=1e-4, atol=1e-6)
+    targets = torch.tensor([5, 7])
+    logit = CentroidProblem(model, tokens, targets=targets).centroids()
+    torch.testing.assert_close(logit, centroids(model, tokens, kind="logit", targets=targets), rtol=1e-4, atol=1e-6)
+
+
 def models():
     forms = [small(torch.float32), bridge_model(small(torch.float32))]
     return [*forms, hooked_model(small(torch.float32))] if tiny.HOOKED_AVAILABLE else forms

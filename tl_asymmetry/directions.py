@@ -37,10 +37,7 @@ def describe_directions(
     directions, partners, spectrum = _chosen(arrays, layer, head, matrix)
     if not 1 <= n <= len(directions):
         raise ValueError(f"expected n from 1 to {len(directions)}, got {n}; pass a smaller n")
-    if weights_hash(view) != config["models"]["base"]["weights_xxh3"]:
-        raise ValueError(
-            f"expected the base model of this analysis, got other weights ({view.name!r}); pass model=base"
-        )
+    require_base(view, config)
     probes = directions if matrix in READ else partners
     excited = _exciting_contexts(view, arrays, layer, head, matrix, probes[:n], contexts)
     W_U = view.unembedding()[0]
@@ -60,6 +57,18 @@ def describe_directions(
                 row[name] = [(_token(view, int(t)), v) for t, v in zip(top.indices, top.values.tolist(), strict=True)]
             rows.append(row)
     return pd.DataFrame(rows)[list(DIRECTION_COLUMNS)]
+
+
+def require_base(view: ModelView, config: Mapping[str, Any]) -> None:
+    """Check that a model is the base that was analysed.
+
+    Raises:
+        ValueError: other weights.
+    """
+    if weights_hash(view) != config["models"]["base"]["weights_xxh3"]:
+        raise ValueError(
+            f"expected the base model of this analysis, got other weights ({view.name!r}); pass model=base"
+        )
 
 
 def _chosen(arrays: Mapping[str, Tensor], layer: int, head: int | None, matrix: str) -> tuple[Tensor, Tensor, Tensor]:

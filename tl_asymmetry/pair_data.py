@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from tl_asymmetry.results import Result
 from tl_asymmetry.sensitivity import sensitivity_table
+from tl_asymmetry.stability import stability_table
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -71,11 +72,32 @@ class PairData(Result):
         headed = {str(matrix): bool(rows["head"].notna().all()) for matrix, rows in self.table.groupby("matrix")}
         return sensitivity_table(self.arrays, self.config["ranks"], headed)
 
+    def stability(self) -> pd.DataFrame:
+        """How much each head's verdict depends on the choice of subspace; columns in `stability.STABILITY_COLUMNS`.
+
+        Every variant of `sensitivity()` is held against the isotropic null of the same delta.
+
+        Raises:
+            ValueError: analysed without `sensitivity=True`.
+        """
+        spectra = {str(matrix): self.delta_spectrum(str(matrix)) for matrix in dict.fromkeys(self.table["matrix"])}
+        return stability_table(
+            self.sensitivity(), self.table, spectra, d=self._d, seed=self.config["arguments"]["seed"]
+        )
+
     # -- figures -------------------------------------------------------------------------------------------------
 
-    def plot_heads(self, matrix: str, **options: Any) -> go.Figure:
-        """Layer × head map of one matrix; hover gives value, interval and both nulls. See `plots.heads_figure`."""
-        from tl_asymmetry.plots import heads_figure
+    def plot_heads(self, matrix: str | None = None, **options: Any) -> go.Figure:
+        """Layer × head map of one matrix, or of all with a menu; hover gives value, interval and both nulls.
+
+        Args:
+            matrix: its name; None gives one figure of all matrices and subspaces (`plots.head_maps_figure`).
+            options: as for `plots.heads_figure`.
+        """
+        from tl_asymmetry.plots import head_maps_figure, heads_figure
+
+        if matrix is None:
+            return head_maps_figure(self.table, **{**self._figure_defaults(), **options})
 
         return heads_figure(self.table, matrix, **{**self._figure_defaults(), **self._kv(matrix), **options})
 
@@ -102,6 +124,13 @@ class PairData(Result):
                 "pass the default matrices and subspaces to analyze_pair"
             )
         return asymmetry_figure(self.asymmetry, **{"default_rank": self.config["shown_rank"], **options})
+
+    def plot_sensitivity(self, matrix: str | None = None, **options: Any) -> go.Figure:
+        """How stable each head's verdict is over the choices of subspace. See `plots.stability_figure`."""
+        from tl_asymmetry.plots import stability_figure
+
+        options = {"default_rank": self.config["shown_rank"], "matrix": matrix, **options}
+        return stability_figure(self.stability(), **options)
 
     def plot_spectrum(self, subspace: str = "attn_in", **options: Any) -> go.Figure:
         """Eigenvalue spectra of a subspace, or of a delta by its matrix's name. See `plots.spectrum_figure`."""

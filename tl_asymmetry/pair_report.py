@@ -9,7 +9,7 @@ from tl_asymmetry.pair_summary import headline, summary_table
 from tl_asymmetry.report import FigureSection, Report, TableSection
 
 if TYPE_CHECKING:
-    import plotly.graph_objects as go
+    pass
 
 
 def pair_report(result: PairData) -> Report:
@@ -25,7 +25,7 @@ def pair_report(result: PairData) -> Report:
         notes=result.notes,
         figures=_figures(result),
         tables=[
-            TableSection("Summary", summary_table(result), "Medians over layers and heads.", "summary"),
+            TableSection("Medians by matrix", summary_table(result), "Over layers and heads.", "summary"),
             TableSection("All rows", result.table, "One row per layer, head, matrix, subspace and rank.", "table"),
             TableSection("Asymmetry", result.asymmetry, "Read against write; head empty = whole layer.", "asymmetry"),
             TableSection("Circuits", result.circuits, "Products that no choice of gauge changes.", "circuits"),
@@ -40,17 +40,19 @@ def _figures(result: PairData) -> list[FigureSection]:
     matrices = list(dict.fromkeys(result.table["matrix"]))
     figures: list[FigureSection] = []
     if result.table["fraction"].notna().any():
-        heads: dict[str, go.Figure] = {}
-        for matrix in matrices:
-            for subspace in dict.fromkeys(result.table.loc[result.table["matrix"] == matrix, "subspace"]):
-                heads[f"{matrix} in {subspace}"] = result.plot_heads(matrix, subspace=subspace)
-        figures.append(FigureSection("Where each head changed", heads, "Hover a cell for its interval and both nulls."))
+        figures.append(
+            FigureSection(
+                "Where each head changed", result.plot_heads(), "Hover a cell for its interval and both nulls."
+            )
+        )
         figures.append(FigureSection("Layer by layer", result.plot_layers()))
         curves = {f"{matrix}, layer {layer}": result.plot_rank_curve(matrix, layer)
-                  for matrix in matrices[:2] for layer in _some_layers(result)}  # fmt: skip
+                  for matrix in matrices for layer in _some_layers(result)}  # fmt: skip
         figures.append(FigureSection("Does the choice of rank matter?", curves))
         if len(result.asymmetry):
             figures.append(FigureSection("Read against write", result.plot_asymmetry()))
+        if any(name.startswith("sensitivity/") for name in result.arrays):
+            figures.append(FigureSection("Does the choice of subspace matter?", result.plot_sensitivity()))
     spectra = {name: result.plot_spectrum(name) for name in _spectra(result)}
     if spectra:
         figures.append(FigureSection("Spectra of the subspaces", spectra))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -81,6 +82,14 @@ class PairAnalysis(PairData):
 
     def _report(self) -> Report:
         return pair_report(self)
+
+    # -- pages ---------------------------------------------------------------------------------------------------
+
+    def to_explorer(self, path: str | Path, **options: Any) -> Path:
+        """Write the head explorer: one self-contained page that opens offline. See `explorer`."""
+        from tl_asymmetry.explore import explorer
+
+        return explorer(self, path, **options)
 
     # -- other forms ---------------------------------------------------------------------------------------------
 

@@ -19,9 +19,11 @@ from torch import Tensor
 from tl_asymmetry.report import Report, write_report
 
 KINDS = {
-    "PairAnalysis": "tl_asymmetry.pair_result",
     "CouplingStudy": "tl_asymmetry.coupling_result",
     "GrokRun": "tl_asymmetry.grokking",
+    "LayerJacobians": "tl_asymmetry.jacobian_result",
+    "PairAnalysis": "tl_asymmetry.pair_result",
+    "PredictionPullback": "tl_asymmetry.pullback_result",
 }
 """Every class of result, and the module that defines it."""
 

@@ -83,9 +83,9 @@ def test_menu_switches_what_it_says_and_the_title_says_what_one_means(table):
         "relative": "1 = chance", "excess": "1 = what a plain sum", "unrounded": "1 = chance", "z": "0 = chance"
     }  # fmt: skip
     assert [b.label for b in menu.buttons] == [
-        "relative subspace fraction",
+        "relative fraction over the isotropic null",
         "excess over the activation-matched reference",
-        "relative subspace fraction, rounding removed",
+        "relative fraction over the isotropic null, rounding removed",
         "isotropic z",
     ]
     for button, (name, meaning) in zip(menu.buttons, meanings.items(), strict=True):

@@ -147,6 +147,22 @@ class BridgeAdapter:
         component = _child(parent, _SUBMODULE[matrix])
         return None if component is None else component.hook_out
 
+    def norms(self, layer: int) -> dict[str, nn.Module]:
+        """The layer's norms by where they stand: "attn_pre", "attn_post", "mlp_pre", "mlp_post"."""
+        block = self.blocks[layer]
+        names = {"attn_pre": "ln1", "mlp_pre": "ln2", "attn_post": "ln1_post", "mlp_post": "ln2_post"}
+        if getattr(block, "mlp_reads_resid_directly", False):
+            names = {"attn_post": "ln1", "mlp_post": "ln2"}
+        elif self.is_parallel and _child(block, "ln2") is None:
+            names["mlp_pre"] = "ln1"  # one norm serves both
+        found = {where: _child(block, name) for where, name in names.items()}
+        return {where: norm for where, norm in found.items() if hasattr(norm, "hook_scale")}
+
+    def norm_form(self, norm: Any) -> tuple[Tensor | None, bool]:
+        """A norm's gain as multiplied (None where it has none), and whether it subtracts the mean."""
+        weight = getattr(norm, "weight", None)
+        return None if weight is None else self._gain(norm), not norm.uses_rms_norm
+
     @property
     def splits_inputs(self) -> str | None:
         """Name of a switched-on option that gives every head its own copy of the attention input."""

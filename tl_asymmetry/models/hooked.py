@@ -152,6 +152,20 @@ class HookedAdapter:
                 return block.mlp
         return None
 
+    def norms(self, layer: int) -> dict[str, nn.Module]:
+        """The layer's norms by where they stand: "attn_pre", "attn_post", "mlp_pre", "mlp_post"."""
+        names = {"attn_pre": "ln1", "mlp_pre": "ln2"}
+        if self.cfg.original_architecture in _POST_NORM_ARCHITECTURES:
+            names = {"attn_post": "ln1", "mlp_post": "ln2"}
+        elif self.cfg.use_normalization_before_and_after:
+            names |= {"attn_post": "ln1_post", "mlp_post": "ln2_post"}
+        found: dict[str, Any] = {where: getattr(self.blocks[layer], name, None) for where, name in names.items()}
+        return {where: norm for where, norm in found.items() if hasattr(norm, "hook_scale")}
+
+    def norm_form(self, norm: nn.Module) -> tuple[Tensor | None, bool]:
+        """A norm's gain as multiplied (None where it has none), and whether it subtracts the mean."""
+        return getattr(norm, "w", None), type(norm).__name__.startswith("LayerNorm")
+
     @property
     def splits_inputs(self) -> str | None:
         """Name of a switched-on option that gives every head its own copy of the attention input."""

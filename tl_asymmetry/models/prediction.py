@@ -39,6 +39,13 @@ def prediction_subspace(
         4
     """
     view = model if isinstance(model, ModelView) else ModelView(model)
+    return principal_subspace(prediction_gram(view, fold_norm, centered, d_vocab=d_vocab), name="prediction")
+
+
+def prediction_gram(
+    view: ModelView, fold_norm: bool = True, centered: bool = True, *, d_vocab: int | None = None
+) -> Float[Tensor, "d_model d_model"]:
+    """P Pᵀ of P = C · diag(γ) W_U minus its mean over the vocabulary, float64 on CPU; see `prediction_subspace`."""
     W_U, gain, subtracts_mean = view.unembedding()
     W_U = W_U[:, :d_vocab]
     gram, mean = _second_moment_over_vocabulary(W_U)
@@ -51,7 +58,7 @@ def prediction_subspace(
         if subtracts_mean:
             gram = gram - gram.mean(0, keepdim=True)
             gram = gram - gram.mean(1, keepdim=True)
-    return principal_subspace(gram, name="prediction")
+    return gram
 
 
 def _second_moment_over_vocabulary(

@@ -26,22 +26,27 @@ class Value:
     """True: a ratio, coloured by log2 and centred on 1; False: coloured as it is and centred on 0."""
     bar: str
     """Heading of the colour bar."""
+    absent: str = "no value"
+    """Said in place of a map whose matrix has no such value."""
 
 
 VALUES = {
     "relative": Value(
-        "relative subspace fraction", "1 = chance: what a random subspace of the same rank holds.", True, "× chance"
+        "relative fraction over the isotropic null",
+        "1 = chance: what a random subspace of the same rank holds.", True, "× chance"
     ),
     "excess": Value(
         "excess over the activation-matched reference",
         "1 = what a plain sum of gradients on these inputs would hold.", True, "× reference",
+        "no activation-matched reference:<br>the residual side of a write<br>matrix is its output",
     ),
     "gradient_excess": Value(
         "excess over the gradient-matched reference",
         "1 = what the named objective's gradients would hold.", True, "× reference",
+        "no gradient-matched reference",
     ),
     "unrounded": Value(
-        "relative subspace fraction, rounding removed",
+        "relative fraction over the isotropic null, rounding removed",
         "1 = chance: what a random subspace of the same rank holds.", True, "× chance",
     ),
     "z": Value(
@@ -110,7 +115,7 @@ def heads_figure(
     by_rank = [chosen[chosen["rank"] == k] for k in ranks]
     # value -> [rank][layer, head]
     grids = {
-        name: [pick.grid(r, _column(r, name, d), layers, heads) for r in by_rank]
+        name: [pick.grid(r, column(r, name, d), layers, heads) for r in by_rank]
         for name in VALUES
     }  # fmt: skip
     shown = [n for n in VALUES if n == "relative" or any(np.isfinite(g).any() for g in grids[n])]
@@ -124,15 +129,15 @@ def heads_figure(
     scale = style.diverging(template)
     figure = go.Figure()
     for name in shown:
-        look = _look(grids[name][start], VALUES[name])
+        first = look(grids[name][start], VALUES[name])
         figure.add_trace(
             go.Heatmap(
-                x=x, y=layers, z=look["z"], zmin=-look["limit"], zmax=look["limit"], zmid=0, colorscale=scale,
+                x=x, y=layers, z=first["z"], zmin=-first["limit"], zmax=first["limit"], zmid=0, colorscale=scale,
                 xgap=1, ygap=1, hoverinfo="skip", visible=name == value, name=name, meta="diverging",
                 colorbar={
-                    "thickness": 12, "len": 1, "outlinewidth": 0, "x": 1.01, "xpad": 4,
+                    "thickness": 12, "len": 0.94, "y": 0, "yanchor": "bottom", "outlinewidth": 0, "x": 1.01, "xpad": 4,
                     "title": {"text": VALUES[name].bar, "side": "top", "font": {"size": 11}},
-                    "tickmode": "array", "tickvals": look["tickvals"], "ticktext": look["ticktext"],
+                    "tickmode": "array", "tickvals": first["tickvals"], "ticktext": first["ticktext"],
                 },
             )
         )  # fmt: skip
@@ -141,19 +146,19 @@ def heads_figure(
     dominated = rounding >= style.ROUNDING_DOMINATED
     figure.add_trace(
         go.Heatmap(
-            x=x, y=layers, z=_lists(np.where(dominated, 1.0, np.nan)), zmin=0, zmax=1, showscale=False, opacity=0.85,
+            x=x, y=layers, z=lists(np.where(dominated, 1.0, np.nan)), zmin=0, zmax=1, showscale=False, opacity=0.85,
             colorscale=[(0, "#8d949c"), (1, "#8d949c")], xgap=1, ygap=1, hoverinfo="skip", name="greyed",
         )
     )  # fmt: skip
     size = float(np.clip(180 / max(len(layers), len(heads)), 5, 11))
     xs, ys = _where(dominated, layers)
-    figure.add_trace(_marks(xs, ys, "x", 1.5 * size, f"rounding share ≥ {style.ROUNDING_DOMINATED} (mostly storage)"))
+    figure.add_trace(marks(xs, ys, "x", 1.5 * size, f"rounding share ≥ {style.ROUNDING_DOMINATED} (mostly storage)"))
     xs, ys = _where((rounding >= style.ROUNDING_FLAG) & ~dominated, layers, offset=0.28)
-    figure.add_trace(_marks(xs, ys, "diamond", 0.9 * size, f"rounding share ≥ {style.ROUNDING_FLAG}", light=True))
+    figure.add_trace(marks(xs, ys, "diamond", 0.9 * size, f"rounding share ≥ {style.ROUNDING_FLAG}", light=True))
     dots = [_where(_significant(r, layers, heads), layers) for r in by_rank]
-    figure.add_trace(_marks(*dots[start], "circle", 0.75 * size, f"q < {style.Q_LEVEL} (isotropic null)"))
+    figure.add_trace(marks(*dots[start], "circle", 0.75 * size, f"q < {style.Q_LEVEL} (isotropic null)"))
     q_trace = len(figure.data) - 1
-    hovers = [_hover(r, space, layers, heads, d, shared, group) for r in by_rank]
+    hovers = [hover_cells(r, space, layers, heads, d, shared, group) for r in by_rank]
     # One transparent map on top carries every hover, so that the texts are stored once and not once per value.
     figure.add_trace(
         go.Heatmap(
@@ -190,7 +195,7 @@ def heads_figure(
         targets = [*range(len(shown)), q_trace, hover_trace]
         steps = []
         for at in range(len(ranks)):
-            looks = [_look(grids[n][at], VALUES[n]) for n in shown]
+            looks = [look(grids[n][at], VALUES[n]) for n in shown]
             steps.append(
                 [
                     {
@@ -226,7 +231,7 @@ def heads_figure(
     )  # fmt: skip
 
 
-def _column(rows: pd.DataFrame, value: str, d: int | None) -> np.ndarray:
+def column(rows: pd.DataFrame, value: str, d: int | None) -> np.ndarray:
     """A value of some rows. [rows]"""
     if value == "unrounded":
         return pick.in_relative_units(rows, "fraction_unrounded", d)
@@ -236,30 +241,30 @@ def _column(rows: pd.DataFrame, value: str, d: int | None) -> np.ndarray:
     return rows[column].to_numpy(float, na_value=np.nan)
 
 
-def _look(values: np.ndarray, value: Value) -> dict[str, Any]:
-    """What a map of these values sets: cells, symmetric colour limit, ticks of the colour bar."""
+def look(values: np.ndarray, value: Value, limit: float | None = None) -> dict[str, Any]:
+    """What a map of these values sets: cells, symmetric colour limit (given, or theirs), ticks of the colour bar."""
     if not value.ratio:
         finite = np.abs(values[np.isfinite(values)])
-        limit = float(max(finite.max(initial=0.0), 2.0))
+        limit = limit or float(max(finite.max(initial=0.0), 2.0))
         tick = 10 ** math.floor(math.log10(limit))
         tick *= 1 if limit / tick < 2 else 2 if limit / tick < 5 else 4
         ticks = [-tick, 0, tick]
         return {
-            "z": _lists(values), "limit": limit, "tickvals": ticks, "ticktext": [f"{t:g}" for t in ticks]
+            "z": lists(values), "limit": limit, "tickvals": ticks, "ticktext": [f"{t:g}" for t in ticks]
         }  # fmt: skip
     with np.errstate(divide="ignore", invalid="ignore"):
         # Zero, and what a correction took below it, is as far under chance as the scale goes.
         logs = np.where(values <= 0, -np.inf, np.log2(values))
     finite = np.abs(logs[np.isfinite(logs)])
-    limit = float(max(1, math.ceil(finite.max(initial=0.0))))
+    limit = limit or float(max(1, math.ceil(finite.max(initial=0.0))))
     exponents, labels = style.ratio_ticks(-limit, limit)
     return {
-        "z": _lists(np.where(np.isneginf(logs), -limit, logs)), "limit": limit,
+        "z": lists(np.where(np.isneginf(logs), -limit, logs)), "limit": limit,
         "tickvals": exponents, "ticktext": labels,
     }  # fmt: skip
 
 
-def _lists(values: np.ndarray) -> list[list[float | None]]:
+def lists(values: np.ndarray) -> list[list[float | None]]:
     """Nested lists with None for NaN, three decimals: what menus and sliders can carry."""
     return [[None if math.isnan(v) else round(float(v), 3) for v in row] for row in values]
 
@@ -274,7 +279,7 @@ def _significant(rows: pd.DataFrame, layers: list[int], heads: list[int | None])
     return pick.grid(rows, rows["isotropic_q"], layers, heads) < style.Q_LEVEL
 
 
-def _marks(x: list[float], y: list[float], symbol: str, size: float, name: str, *, light: bool = False) -> go.Scatter:
+def marks(x: list[float], y: list[float], symbol: str, size: float, name: str, *, light: bool = False) -> go.Scatter:
     """Marks over cells: dark with a light rim or the reverse, which shows on every colour and on both pages."""
     dark, bright = "#14181f", "#ffffff"
     marker = {
@@ -286,7 +291,7 @@ def _marks(x: list[float], y: list[float], symbol: str, size: float, name: str, 
     return go.Scatter(**at, mode="markers", marker=marker, name=name, hoverinfo="skip", showlegend=True)
 
 
-def _hover(
+def hover_cells(
     rows: pd.DataFrame, space: str, layers: list[int], heads: list[int | None],
     d: int | None, shared: bool, group: int | None,
 ) -> list[list[list[str]]]:  # fmt: skip

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import base64
 import gzip
+import importlib.util
 import json
+from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
@@ -64,6 +66,31 @@ def controls_height(figure: go.Figure) -> tuple[int, int]:
     """Pixels the figure keeps for its own menus and slider, which the page cuts off: (menu, slider)."""
     meta = _meta(figure)
     return int(meta.get("menu", 0)), int(meta.get("slider", 0))
+
+
+def write_image(figure: go.Figure, path: Path, *, format: str, width: int, scale: float) -> Path:
+    """Write what a figure shows first as a static image, without the menus and sliders nobody can press on paper.
+
+    Raises:
+        ImportError: kaleido is not installed.
+    """
+    if not _kaleido_installed():
+        raise ImportError("expected kaleido to be installed; pip install 'tl-asymmetry[report]'")
+    still = go.Figure(figure)
+    menu, slider = controls_height(figure)
+    margin = still.layout.margin
+    still.layout.updatemenus = still.layout.sliders = ()
+    still.update_layout(
+        width=width,
+        height=(still.layout.height or 450) - menu - slider,
+        margin={"t": (margin.t or 0) - menu, "b": (margin.b or 0) - slider} if menu or slider else {},
+    )
+    still.write_image(path, format=format, scale=scale)
+    return path
+
+
+def _kaleido_installed() -> bool:
+    return importlib.util.find_spec("kaleido") is not None
 
 
 def page_settings() -> str:
@@ -273,6 +300,10 @@ main:focus{outline:none}
 nav ul{list-style:none;display:flex;flex-wrap:wrap;gap:4px 18px;padding:10px 14px;margin:18px 0 0;
 background:var(--panel);border-radius:6px}
 nav a{display:inline-block;padding:3px 0}
+nav .result{flex-basis:100%;font-weight:600}
+nav .result ul{font-weight:400;margin:2px 0 6px;padding:0 0 0 16px}
+h3{font-size:1.1rem;line-height:1.3;margin:28px 0 6px;overflow-wrap:anywhere}
+section.result>h2{font-size:1.4rem}
 .notes{background:var(--note);border-left:4px solid var(--note-line);padding:10px 14px 10px 32px;margin:8px 0;
 border-radius:0 6px 6px 0}
 .figure-box{margin:12px 0 0}

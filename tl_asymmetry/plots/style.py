@@ -68,6 +68,7 @@ MENU_PX = 42
 SLIDER_PX = 74
 LEGEND_PX = 52
 TITLE_COLUMNS = 56
+HEAD_COLUMNS = 40
 
 
 def template(name: str) -> go.layout.Template:
@@ -219,7 +220,7 @@ def heading(title: str, *lines: str) -> str:
     Args:
         title, lines: already escaped (`text`) where they carry foreign words.
     """
-    head = "<br>".join(f"<b>{part}</b>" for part in textwrap.wrap(title, TITLE_COLUMNS, break_long_words=False))
+    head = "<br>".join(f"<b>{part}</b>" for part in textwrap.wrap(title, HEAD_COLUMNS, break_long_words=False))
     small = [part for line in lines if line for part in textwrap.wrap(line, TITLE_COLUMNS, break_long_words=False)]
     return head + "".join(f"<br><span style='font-size:12px'>{part}</span>" for part in small)
 
@@ -253,7 +254,7 @@ def finish(
     """
     own = template_name is None or (isinstance(template_name, str) and template_name in PAPER)
     name = template_name or "light"
-    menu = MENU_PX if figure.layout.updatemenus else 0
+    menu = MENU_PX * len(figure.layout.updatemenus)
     slider = SLIDER_PX if figure.layout.sliders else 0
     top = 16 + LINE_PX * (title.count("<br>") + 1) + 10 + menu
     bottom = 50 + (LEGEND_PX if legend else 0) + slider
@@ -277,10 +278,13 @@ def finish(
     if menu:
         figure.update_layout(
             updatemenus=[
-                {"x": 0, "xanchor": "left", "y": 1 + 8 / plot, "yanchor": "bottom", "pad": {"t": 0, "b": 0}}
-                for _ in figure.layout.updatemenus
+                {
+                    "x": 0, "xanchor": "left", "y": 1 + (8 + MENU_PX * above) / plot, "yanchor": "bottom",
+                    "pad": {"t": 0, "b": 0},
+                }
+                for above in reversed(range(len(figure.layout.updatemenus)))
             ]
-        )
+        )  # fmt: skip
     if slider:
         below = -(50 + (LEGEND_PX if legend else 0)) / plot
         figure.update_layout(sliders=[{"y": below, "yanchor": "top", "pad": {"t": 4, "b": 4}}])

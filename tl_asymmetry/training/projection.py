@@ -167,9 +167,10 @@ class GradientProjection:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue where `state_dict` was taken."""
         prefix = "rolling."
-        self._rolling.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        rolling = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        self._rolling.load_state_dict(rolling | {"ring": rolling["ring"].to(self.parameters[0].device)})
         self.steps = int(state["steps"])
-        self._generator.set_state(state["generator"])
+        self._generator.set_state(state["generator"].cpu())
 
     def _changed(self, raw: Tensor) -> Tensor:
         """The gradient (or update) as the arm wants it."""

@@ -1,0 +1,141 @@
+"""Size and load time of the report and the explorer of a pair of 32 layers × 32 heads, in headless Chromium.
+
+    python benchmarks/report.py      # prints the table, writes benchmarks/results/report.json
+
+The pair is random: its tables, profiles and spectra are full of noise, which compresses worse than a trained pair's.
+Times are wall-clock in a fresh browser context, median of the rounds: until the document is parsed, until the first
+figure (or the explorer's map) is drawn, and until a press of a control is answered. The last two columns of the table
+are the bound and whether it held.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LAYERS, HEADS, D_MODEL, VOCABULARY = 32, 32, 256, 1000
+TOKENS, SEQUENCE = 4096, 64
+MEGABYTES, SECONDS = 15.0, 3.0
+RESULTS = Path(__file__).parent / "results"
+
+
+def analyse() -> tuple[Any, Any]:
+    """A random pair of 32 × 32 heads, analysed with everything a report can show; and its base."""
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    from tl_asymmetry import analyze_pair
+
+    config = HookedTransformerConfig(
+        n_layers=LAYERS, d_model=D_MODEL, n_heads=HEADS, d_head=D_MODEL // HEADS, d_mlp=4 * D_MODEL,
+        d_vocab=VOCABULARY, n_ctx=SEQUENCE, act_fn="gelu_new", normalization_type="LN", seed=0, device="cpu",
+    )  # fmt: skip
+    base, aligned = HookedTransformer(config).eval(), HookedTransformer(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for mine, theirs in zip(aligned.parameters(), base.parameters(), strict=True):
+            mine.copy_(theirs + torch.randn(theirs.shape, generator=generator) * 1e-3)
+    tokens = torch.randint(VOCABULARY, (TOKENS // SEQUENCE, SEQUENCE), generator=generator)
+    return analyze_pair(base, aligned, tokens=tokens, groups=4, progress=True), base
+
+
+def measure(browser: Any, path: Path, ready: str, press: str, answered: str) -> dict[str, float]:
+    """Seconds from navigation to the moments a reader notices."""
+    page = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
+    page.set_default_timeout(120_000)
+    begin = time.perf_counter()
+    page.goto(path.as_uri(), wait_until="domcontentloaded")
+    parsed = time.perf_counter() - begin
+    until(page, ready)
+    drawn = time.perf_counter() - begin
+    page.evaluate(press)
+    until(page, answered)
+    pressed = time.perf_counter() - begin - drawn
+    page.context.close()
+    return {"parsed": parsed, "drawn": drawn, "control answered": pressed}
+
+
+def until(page: Any, condition: str) -> None:
+    """Wait for a condition; playwright's own waiting needs `eval`, which the pages forbid themselves."""
+    end = time.perf_counter() + 120
+    while not page.evaluate(condition):
+        if time.perf_counter() > end:
+            raise TimeoutError(condition)
+        time.sleep(0.01)
+
+
+PAGES = {
+    "report": (
+        "document.querySelector('#figure-0 .js-plotly-plot .hm') !== null",
+        """document.querySelector('#figure-0').scrollIntoView();
+           const menu = document.querySelector('#figure-0 select'); menu.value = 3;
+           menu.dispatchEvent(new Event('change'))""",
+        "document.querySelector('#figure-0 .plot')._fullLayout.xaxis.title.text.includes('W_K')",
+    ),
+    "explorer": (
+        "document.documentElement.dataset.ready === 'yes'",
+        "document.querySelector('#map td').click()",
+        "document.querySelectorAll('.card .main-svg').length >= 2",
+    ),
+}
+
+
+def main() -> None:
+    """Analyse, write, open, print."""
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument("--keep", type=Path, help="folder to leave the two pages in")
+    options = arguments.parse_args()
+    from playwright.sync_api import sync_playwright
+
+    result, base = analyse()
+    folder = options.keep or Path(tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
+    seconds, paths = {}, {}
+    for name, write in (
+        ("report", lambda path: result.to_html(path)),
+        ("explorer", lambda path: result.to_explorer(path, model=base, progress=False)),
+    ):
+        begin = time.perf_counter()
+        paths[name] = write(folder / f"{name}.html")
+        seconds[name] = time.perf_counter() - begin
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
+    rows = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        rounds: dict[str, list[dict[str, float]]] = {name: [] for name in PAGES}
+        for _ in range(options.rounds):
+            for name, (ready, press, answered) in PAGES.items():
+                rounds[name].append(measure(browser, paths[name], ready, press, answered))
+        chromium_version = browser.version
+        browser.close()
+    for name in PAGES:
+        size = paths[name].stat().st_size / 1e6
+        rows.append({"page": name, "measure": "size, MB", "value": size, "bound": MEGABYTES})
+        rows.append({"page": name, "measure": "written in, s", "value": seconds[name], "bound": None})
+        for moment in ("parsed", "drawn", "control answered"):
+            value = statistics.median(r[moment] for r in rounds[name])
+            rows.append({"page": name, "measure": f"{moment}, s", "value": value, "bound": SECONDS})
+    for row in rows:
+        row["held"] = None if row["bound"] is None else row["value"] <= row["bound"]
+        print(f"{row['page']:9} {row['measure']:20} {row['value']:8.2f}  {row['bound'] or '':>5} {row['held']}")  # noqa: T201
+    RESULTS.mkdir(exist_ok=True)
+    document = {
+        "rows": rows, "shape": {"layers": LAYERS, "heads": HEADS, "d_model": D_MODEL, "tokens": TOKENS},
+        "rounds": options.rounds, "table_rows": len(result.table), "cpu": platform.processor() or platform.machine(),
+        "chromium": chromium_version, "plotly": version("plotly"), "torch": version("torch"),
+    }  # fmt: skip
+    (RESULTS / "report.json").write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""What the explorer's page is given: the tables as arrays over layers and heads, curves, spectra, directions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from tl_asymmetry.all_directions import MatrixDirections, context_words
+from tl_asymmetry.explore.pack import Pack
+from tl_asymmetry.geometry.spectrum import marchenko_pastur_edge
+from tl_asymmetry.pair_data import PairData
+from tl_asymmetry.plots import rows as pick
+
+KEYS = ("layer", "head", "matrix", "subspace", "rank", "pathway")
+CURVE_POINTS = 40
+"""Ranks at which a curve is drawn, log-spaced."""
+ATTACHED_ROWS = 200_000
+"""Rows of an attached table above which only those at the shown rank are kept."""
+_CONTEXT_TOKENS = 12
+
+
+def maps(result: PairData, pack: Pack) -> list[dict[str, Any]]:
+    """Each matrix against each subspace: all columns of the table, as arrays [layer, head, rank]."""
+    table, ranks = result.table, result.config["ranks"]
+    layers = pick.layers_of(table)
+    described = []
+    for (matrix, subspace), rows in table.groupby(["matrix", "subspace"], sort=False):
+        heads = pick.heads_of(rows)
+        shared, group = pick.kv_group(table, str(matrix), None)
+        order = pd.MultiIndex.from_product([layers, heads, ranks], names=["layer", "head", "rank"])
+        keyed = rows.assign(head=rows["head"].astype("float64").fillna(-1)).set_index(["layer", "head", "rank"])
+        at = pd.MultiIndex.from_arrays(
+            [
+                order.get_level_values(0),
+                [-1.0 if h is None or pd.isna(h) else float(h) for h in order.get_level_values(1)],
+                order.get_level_values(2),
+            ]
+        )
+        full = keyed.reindex(at)
+        columns: dict[str, Any] = {}
+        for name in (c for c in table.columns if c not in KEYS):
+            column = full[name]
+            if pd.api.types.is_numeric_dtype(table[name]):
+                columns[name] = pack.numbers(column.to_numpy(float, na_value=np.nan))
+            else:
+                columns[name] = pack.words(column.fillna(""))
+        described.append(
+            {
+                "matrix": str(matrix), "subspace": str(subspace), "pathway": str(rows["pathway"].iloc[0]),
+                "heads": None if heads == [None] else len(heads), "kv": shared, "group": group or 1,
+                "columns": columns,
+            }
+        )  # fmt: skip
+    return described
+
+
+def usual_subspaces(result: PairData) -> dict[str, str]:
+    """The subspace each matrix is first held against."""
+    return {str(m): pick.default_subspace(result.table, m) for m in dict.fromkeys(result.table["matrix"])}
+
+
+def curves(result: PairData, pack: Pack) -> dict[str, dict[str, Any]]:
+    """Fraction against rank of every head, `"W_Q/attn_in": {k, fraction [layer, head, k]}`, at log-spaced ranks."""
+    found = {}
+    for name, profile in result.arrays.items():
+        if not name.startswith("profile/"):
+            continue
+        k = np.unique(np.geomspace(1, profile.shape[-1], CURVE_POINTS).round().astype(int))
+        fraction = np.cumsum(profile.numpy().astype(np.float64), axis=-1)[..., k - 1]
+        found[name.removeprefix("profile/")] = {"k": k.tolist(), "fraction": pack.numbers(fraction)}
+    return found
+
+
+def spectra(result: PairData, pack: Pack) -> dict[str, dict[str, Any]]:
+    """Shares of ‖ΔW‖² along each head's own directions, by matrix, with the edge that independent entries would have.
+
+    The edge [ours] is the Marchenko–Pastur law's with the longer axis of ΔW as samples and the shorter one as
+    variables, fitted to the median as in `marchenko_pastur_edge`. Descriptive: no trained delta has independent
+    entries.
+    """
+    found = {}
+    for name, spectrum in result.arrays.items():
+        if not name.startswith("spectrum/"):
+            continue
+        total = spectrum.sum(-1, keepdim=True)
+        share = spectrum / total
+        matrix = name.removeprefix("spectrum/")
+        samples = max(result.config["shape"]["d_model"], result.arrays[f"partners/{matrix}"].shape[-1])
+        found[matrix] = {
+            "length": spectrum.shape[-1],
+            "share": pack.numbers(share.numpy()),
+            "edge": pack.numbers(_edges(share, samples)),
+        }
+    return found
+
+
+def _edges(share: Tensor, samples: int) -> np.ndarray:
+    """Marchenko–Pastur edge of each head's normalised spectrum; NaN for a zero delta. [layer, head]"""
+    edges = np.full(share.shape[:2], np.nan)
+    for at in np.ndindex(*edges.shape):
+        if bool((share[at] > 0).any()):
+            edges[at] = marchenko_pastur_edge(share[at], samples)
+    return edges
+
+
+def directions(
+    found: Mapping[str, MatrixDirections], sequences: Sequence[Tensor], tokenizer: Any, pack: Pack
+) -> dict[str, Any]:
+    """Leading directions by matrix, with one list of all the tokens and contexts they name."""
+    token_ids = np.unique(
+        np.concatenate([a.numpy().ravel() for d in found.values() for a in (d.embedding, d.unembedding)])
+    )
+    places = np.unique(np.concatenate([d.contexts.numpy().ravel() for d in found.values()]))
+    words = [str(t) if tokenizer is None else tokenizer.decode([int(t)]) for t in token_ids]
+    by_matrix = {}
+    for matrix, d in found.items():
+        by_matrix[matrix] = {
+            "n": d.energy.shape[-1], "tokens": d.embedding.shape[-1], "contexts": d.contexts.shape[-1],
+            "energy": pack.numbers(d.energy.numpy()),
+            "embedding": pack.indexes(np.searchsorted(token_ids, d.embedding.numpy())),
+            "embedding_cosine": pack.numbers(d.embedding_cosine.numpy()),
+            "unembedding": pack.indexes(np.searchsorted(token_ids, d.unembedding.numpy())),
+            "unembedding_cosine": pack.numbers(d.unembedding_cosine.numpy()),
+            "context": pack.indexes(np.searchsorted(places, d.contexts.numpy())),
+            "projection": pack.numbers(d.projections.numpy()),
+        }  # fmt: skip
+    texts = context_words(tokenizer, sequences, places.tolist(), _CONTEXT_TOKENS)
+    return {"tokens": words, "contexts": texts, "matrices": by_matrix}
+
+
+def attached(name: str, source: Any, shown_rank: int, pack: Pack) -> dict[str, Any]:
+    """Another analysis's rows, to be shown with the head and matrix they belong to.
+
+    Args:
+        name: heading, e.g. "Edits".
+        source: a DataFrame with the columns layer, head, matrix, or a result whose `.table` is one.
+        shown_rank: kept alone where the table is large and has ranks.
+        pack: takes the numbers.
+
+    Raises:
+        ValueError: no such columns.
+    """
+    table = getattr(source, "table", source)
+    pick.require(table, ("layer", "head", "matrix"), f"a result or table of {name.lower()} per layer, head and matrix")
+    said = ""
+    if len(table) > ATTACHED_ROWS and "rank" in table.columns:
+        table = table[table["rank"] == shown_rank]
+        said = f"Rows at rank {shown_rank} only."
+    columns: dict[str, Any] = {}
+    for column in table.columns:
+        values = table[column]
+        if column in ("layer", "head") or pd.api.types.is_numeric_dtype(values):
+            columns[str(column)] = pack.numbers(values.astype("Float64").to_numpy(float, na_value=np.nan))
+        else:
+            columns[str(column)] = pack.words(["" if _missing(v) else v for v in values])
+    return {"name": name, "note": said, "rows": len(table), "columns": columns}
+
+
+def _missing(value: Any) -> bool:
+    return value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value))

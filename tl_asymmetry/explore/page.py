@@ -1,0 +1,107 @@
+"""Write the explorer's page: the data, plotly.js, and a script that shows them; no network, no server."""
+
+from __future__ import annotations
+
+import html
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from tl_asymmetry.all_directions import all_directions
+from tl_asymmetry.explore import contents
+from tl_asymmetry.explore.pack import Pack
+from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.pair_data import PairData
+from tl_asymmetry.report_markup import document, write_page
+
+NEAREST_TOKENS = 6
+CONTEXTS = 3
+
+
+def explorer(
+    result: PairData,
+    path: str | Path,
+    *,
+    model: Any = None,
+    directions: int = 3,
+    edits: Any = None,
+    trajectory: Any = None,
+    progress: bool = True,
+) -> Path:
+    """Write the head explorer of a pair: one self-contained page that opens offline. Returns its path.
+
+    A click on a head of the map (or Enter on it) opens its rank curve against both nulls, the spectrum of its delta,
+    its leading directions with the nearest tokens and the contexts that excite them, and its edits and trajectory if
+    given. Heads can be searched, sorted, filtered, set side by side and downloaded as CSV; the page's address
+    (`#L7H3/W_Q`) names what is open.
+
+    Args:
+        result: what `analyze_pair` returned.
+        path: the HTML file; its folder must exist, an existing file is replaced.
+        model: the base model, for directions; None: the one that was analysed, if it still exists, else the page
+            says that directions are missing.
+        directions: how many leading directions of each head to look up (one pass over the calibration tokens and the
+            whole vocabulary), at most 5; 0 leaves them out.
+        edits, trajectory: a DataFrame with the columns layer, head (missing for an MLP matrix) and matrix, or a
+            result whose `.table` is one. Its rows are shown with the head they belong to; with the columns `step` and
+            `relative` they are drawn too.
+        progress: show a bar while directions are looked up.
+
+    Raises:
+        ValueError: another model than the one analysed, a table without these columns, a path that cannot be written.
+
+    Example:
+        >>> explorer(result, "explorer.html", model=base, progress=False)
+        PosixPath('explorer.html')
+    """
+    from tl_asymmetry.plots import page  # here, since it brings plotly
+
+    pack, config = Pack(), result.config
+    header: dict[str, Any] = {
+        "title": result._title(),
+        "facts": result._facts(),
+        "notes": list(result.notes),
+        "d": config["shape"]["d_model"],
+        "layers": config["shape"]["n_layers"],
+        "ranks": config["ranks"],
+        "shown": config["shown_rank"],
+        "columns": [str(c) for c in result.table.columns],
+        "maps": contents.maps(result, pack),
+        "usual": contents.usual_subspaces(result),
+        "curves": contents.curves(result, pack),
+        "spectra": contents.spectra(result, pack),
+        "directions": _directions(result, model, directions, progress, pack),
+        "attached": [
+            contents.attached(name, source, config["shown_rank"], pack)
+            for name, source in (("Edits", edits), ("Trajectory", trajectory))
+            if source is not None
+        ],
+    }
+    own = files(__package__)
+    title = f"Head explorer: {result._title()}"
+    body = own.joinpath("explorer.html").read_text(encoding="utf-8").replace("{title}", html.escape(title))
+    scripts = (
+        f'<script type="application/json" id="page-settings">{page.page_settings()}</script>'
+        f'<script type="application/gzip" id="explorer-data">{pack.base64(header)}</script>'
+        f"<script>{page.plotly_code()}</script>"
+        f"<script>{own.joinpath('explorer.js').read_text(encoding='utf-8')}</script>"
+    )
+    css = own.joinpath("explorer.css").read_text(encoding="utf-8")
+    return write_page(path, document(title, body, scripts, css=css))
+
+
+def _directions(result: PairData, model: Any, n: int, progress: bool, pack: Pack) -> dict[str, Any]:
+    """The directions of every head, or why there are none."""
+    if n == 0:
+        return {"missing": "Directions were left out when this page was made (directions=0)."}
+    if model is None:
+        model = result._model() if result._model is not None else None
+    if model is None:
+        return {"missing": "The base model was not at hand when this page was made, so no tokens and contexts could be "
+                "looked up; pass model=base."}  # fmt: skip
+    view = ModelView(model)
+    found = all_directions(
+        view, result.arrays, result.config, n=n, tokens=NEAREST_TOKENS, contexts=CONTEXTS, progress=progress
+    )
+    sequences = result.arrays["tokens"].split(result.arrays["lengths"].tolist())
+    return contents.directions(found, sequences, view.tokenizer, pack)
