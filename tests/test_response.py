@@ -239,6 +239,15 @@ def test_the_model_comes_back_as_it_was(method, error, monkeypatch):
         assert torch.is_grad_enabled()
 
 
+def test_inside_inference_mode():
+    V = random_directions(2, SIZE, seed=12)
+    expected = centroid_response(small(torch.float32), PAIRS, V, targets=TARGETS)
+    with torch.inference_mode():
+        found = centroid_response(small(torch.float32), PAIRS.clone(), V, targets=PAIRS.sum(1) % 5)
+        assert torch.is_inference_mode_enabled()
+    torch.testing.assert_close(found, expected)
+
+
 def test_bfloat16_models_are_measured():
     plain = small(torch.float32)
     V = random_directions(2, SIZE, seed=10)

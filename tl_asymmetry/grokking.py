@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +55,7 @@ def train(
     folder: str | Path | None = None,
     sizes: Mapping[str, int] | None = None,
     device: str | torch.device = "cpu",
+    recorder: Callable[[int, GrokTransformer], object] | None = None,
     progress: bool = False,
 ) -> GrokRun:
     """Train the published model on modular arithmetic by the published protocol.
@@ -75,6 +76,7 @@ def train(
         folder: where the run lives on disk.
         sizes: other sizes by their names in `GrokShape`.
         device: where to train.
+        recorder: called with the step and the live model after every evaluation, e.g. to feed `RollingSVDs`.
         progress: show a progress bar.
 
     Raises:
@@ -95,6 +97,8 @@ def train(
 
         def show(state: Progress) -> None:
             bar.update(state.step - bar.n)
+            if recorder is not None:
+                recorder(state.step, loop.model)
             bar.set_postfix({row["op"]: f"{row['test_accuracy']:.2f}" for row in state.rows[-len(arithmetic.names) :]})
 
         loop.run(report=show)

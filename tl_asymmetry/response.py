@@ -219,8 +219,8 @@ class CentroidProblem:
         """One forward pass a batch, to be used within `differentiable()`."""
         for start in range(0, len(self.inputs), self.batch_size):
             stop = start + self.batch_size
-            tokens = self.inputs[start:stop].to(self.θ.device)
-            targets = None if self.targets is None else self.targets[start:stop].to(tokens.device)
+            tokens = self.inputs[start:stop].clone().to(self.θ.device)  # a caller's inference tensor has no graph
+            targets = None if self.targets is None else self.targets[start:stop].clone().to(tokens.device)
             yield self._forward(tokens, targets)
 
     def _forward(self, tokens: Tensor, targets: Tensor | None) -> _Graph:

@@ -128,6 +128,16 @@ def test_result_saves_loads_and_speaks(tmp_path):
     assert bare.table["test_accuracy"].equals(run.table["test_accuracy"])
 
 
+def test_a_recorder_sees_the_live_model():
+    seen = {}
+    run = train(
+        "add", p=7, seed=0, recipe=Recipe(steps=4, every=2), sizes=SMALL,
+        recorder=lambda step, model: seen.update({step: model.embed.W_E.detach().clone()}),
+    )  # fmt: skip
+    assert list(seen) == [2, 4]
+    assert torch.equal(seen[2], run.weights(step=2)["embed.W_E"])
+
+
 def test_arms_by_seed():
     table = arms(
         "add", seeds=(0, 1), which={"control": None, "frozen": {"arm": "freeze"}}, p=7,

@@ -12,8 +12,10 @@ from tl_asymmetry.geometry.precision import product_dtype
 from tl_asymmetry.geometry.sketch import RowSketch
 from tl_asymmetry.geometry.subspace import ordered_eigh
 
-_COLUMNS = 1 << 14
-"""Columns of the buffer widened to float64 at a time: 20 rows of them stay in a core's cache."""
+_COLUMNS = {"cpu": 1 << 14}
+"""Columns of the ring widened to float64 at a time: 20 rows of them stay in a core's cache."""
+_COLUMNS_ELSEWHERE = 1 << 20
+"""On a GPU, where each piece costs a launch."""
 
 
 class RollingSVD:
@@ -139,7 +141,7 @@ class RollingSVD:
         weights[self._order()] = U / σ
         weights = weights.to(ring.device)
         V = torch.empty(len(σ), ring.shape[1], dtype=product_dtype(ring), device=ring.device)
-        for columns, out in zip(ring.split(_COLUMNS, 1), V.split(_COLUMNS, 1), strict=True):
+        for columns, out in zip(_pieces(ring), _pieces(V), strict=True):
             out.copy_(weights.mT @ columns.double())
         return _orthonormal_rows(V)
 
@@ -237,16 +239,21 @@ class RollingSVDs:
         return joint.singular_values
 
 
+def _pieces(rows: Tensor) -> tuple[Tensor, ...]:
+    """A row, or rows, in pieces of columns."""
+    return rows.split(_COLUMNS.get(rows.device.type, _COLUMNS_ELSEWHERE), -1)
+
+
 def _products(ring: Tensor, row: Tensor) -> Tensor:
     """⟨each row of the ring, row⟩ in float64, on CPU: widened piece by piece, so that no float64 copy is held."""
     total = torch.zeros(len(ring), dtype=torch.float64, device=ring.device)
-    for columns, piece in zip(ring.split(_COLUMNS, 1), row.split(_COLUMNS), strict=True):
+    for columns, piece in zip(_pieces(ring), _pieces(row), strict=True):
         total += columns.double() @ piece.double()
     return total.cpu()
 
 
 def _square(row: Tensor) -> Tensor:
-    return sum((piece.double().square().sum() for piece in row.split(_COLUMNS)), torch.zeros(())).cpu()
+    return sum((piece.double().square().sum() for piece in _pieces(row)), torch.zeros(())).cpu()
 
 
 def _orthonormal_rows(V: Tensor) -> Tensor:
@@ -255,12 +262,12 @@ def _orthonormal_rows(V: Tensor) -> Tensor:
     Vectors of small σ come out of `rowsᵀ U / σ` with errors of eps (σ_1/σ)²; a projector needs better.
     """
     gram = torch.zeros(len(V), len(V), dtype=torch.float64, device=V.device)
-    for columns in V.split(_COLUMNS, 1):
+    for columns in _pieces(V):
         wide = columns.double()
         gram += wide @ wide.mT
     inverse = torch.linalg.solve_triangular(
         torch.linalg.cholesky(gram), torch.eye(len(V), dtype=torch.float64, device=V.device), upper=False
     )
-    for columns in V.split(_COLUMNS, 1):
+    for columns in _pieces(V):
         columns.copy_(inverse @ columns.double())
     return V

@@ -88,7 +88,7 @@ class ParameterVector:
         """Gradients on for every parameter of the model, each one's `requires_grad` and `.grad` as before after."""
         before = [(p, p.requires_grad, p.grad) for p in self.module.parameters()]
         try:
-            with torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad():
                 for parameter, _, _ in before:
                     parameter.requires_grad_(True)
                 yield
