@@ -241,9 +241,10 @@ def test_the_model_comes_back_as_it_was(method, error, monkeypatch):
 
 def test_inside_inference_mode():
     V = random_directions(2, SIZE, seed=12)
-    expected = centroid_response(small(torch.float32), PAIRS, V, targets=TARGETS)
+    model = small(torch.float32)
+    expected = centroid_response(model, PAIRS, V, targets=TARGETS)
     with torch.inference_mode():
-        found = centroid_response(small(torch.float32), PAIRS.clone(), V, targets=PAIRS.sum(1) % 5)
+        found = centroid_response(model, PAIRS.clone(), V.clone(), targets=PAIRS.sum(1) % 5)
         assert torch.is_inference_mode_enabled()
     torch.testing.assert_close(found, expected)
 
