@@ -148,6 +148,7 @@ class CentroidProblem:
 
     # -- responses -----------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)
     def exact(self, directions: Float[Tensor, "directions parameters"]) -> Float[Tensor, " directions"]:
         """A(v) by the mixed second derivative."""
         tangents = [self._tangent(v) for v in directions]
@@ -159,6 +160,7 @@ class CentroidProblem:
                     total[k] += _moved(graph, gradient, tangent).double().square().sum().cpu()
         return total / len(self.inputs)
 
+    @torch.inference_mode(False)
     def finite_difference(
         self, directions: Float[Tensor, "directions parameters"], epsilon: float
     ) -> Float[Tensor, " directions"]:
@@ -183,6 +185,7 @@ class CentroidProblem:
             total[k] = ((ends[0] - ends[1]).double() * (length / (2 * step))).square().sum() / len(self.inputs)
         return total
 
+    @torch.inference_mode(False)
     def centroids(self) -> Float[Tensor, "batch pos d_model"]:
         """μ_x of every input, on CPU."""
         with self.differentiable():
@@ -190,6 +193,7 @@ class CentroidProblem:
 
     # -- the operator --------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)
     def product(self, v: Float[Tensor, " parameters"]) -> Float[Tensor, " parameters"]:
         """M v, with A(v) = vᵀ M v: M = mean over inputs of Jᵀ J, J = ∂μ_x/∂θ."""
         tangent = self._tangent(v)
