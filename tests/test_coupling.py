@@ -157,17 +157,17 @@ def test_shared_or_fresh_draws(run):
 def test_finite_difference_agrees(run):
     keywords = {"windows": (3,), "checkpoints": 3, "draws": 5}
     exact = direction_coupling(run, **keywords)
-    steps = direction_coupling(run, method="finite_difference", epsilon=3e-3, **keywords)
-    # Float32 centroids: smaller steps drown in rounding, which lifts the random directions' responses.
-    np.testing.assert_allclose(steps.table["ratio"], exact.table["ratio"], rtol=0.02)
+    steps = direction_coupling(run, method="finite_difference", epsilon=3e-4, **keywords)
+    # The error falls as ε²: along the gradient of this run ε = 0.003 is off by 25 %, and 0.001 by 3 %.
+    np.testing.assert_allclose(steps.table["ratio"], exact.table["ratio"], rtol=0.01)
 
 
 def test_sensitivity(run):
-    table = coupling_sensitivity(run, step=120, window=3, epsilons=(0.003, 0.05), seeds=(0, 1))
+    table = coupling_sensitivity(run, step=120, window=3, epsilons=(0.0003, 0.05), seeds=(0, 1))
     assert len(table) == 2 * 2 * 3
-    fine = table[table["epsilon"] == 0.003].set_index(["objective", "seed"])["mean_ratio"]
+    fine = table[table["epsilon"] == 0.0003].set_index(["objective", "seed"])["mean_ratio"]
     exact = table[table["method"] == "exact"].set_index(["objective", "seed"])["mean_ratio"]
-    np.testing.assert_allclose(fine, exact, rtol=0.02)
+    np.testing.assert_allclose(fine, exact, rtol=0.01)
     other = coupling_sensitivity(GrokTrajectory(run, probe_seed=7), step=120, window=3, epsilons=(), seeds=(0,))
     assert not np.allclose(other["mean_ratio"], exact.xs(0, level="seed"))
     with pytest.raises(ValueError, match="expected a step with a checkpoint, got 7"):
