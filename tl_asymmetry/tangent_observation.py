@@ -72,7 +72,8 @@ class Observation:
         for name, array in arrays.items():
             owner, _, part = name.rpartition("/")
             by_name.setdefault(owner, {})[part] = array
-        activations, samples, weights, tokens = {}, {}, {}, {}
+        activations, samples, tokens = {}, {}, {}
+        weights: dict[WeightSite, Tensor] = {}
         for owner, parts in by_name.items():
             kind, _, rest = owner.partition("/")
             if kind == "activation":

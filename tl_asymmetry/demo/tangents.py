@@ -212,8 +212,8 @@ class _Encoder:
             vocab_size=shape["d_vocab"], hidden_size=shape["d_model"], num_hidden_layers=self.recipe.n_layers,
             num_attention_heads=shape["n_heads"], intermediate_size=shape["d_mlp"],
             max_position_embeddings=self.recipe.window, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-            attn_implementation="eager",
         )  # fmt: skip
+        config._attn_implementation = "eager"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return BertForMaskedLM(config)
