@@ -73,7 +73,7 @@ def test_replication_is_the_mean_of_the_runs(runs):
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(demo.tangent_study, "__defaults__", (5, SMALL))
+    monkeypatch.setattr(demo, "TangentRecipe", lambda: SMALL)
     assert main(["tangents", "--demo", "--seeds", "1", "--workers", "1", "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     for words in ("Energy and anisotropy, means over 1 seeds", "rarest fifth", "Encoder, activation gradients:"):
@@ -88,8 +88,8 @@ def test_the_command_refuses_both_and_neither(capsys):
         assert "expected checkpoint directories or --demo" in capsys.readouterr().err
 
 
-def test_refuses():
+def test_refuses(tmp_path):
     with pytest.raises(ValueError, match="expected architecture 'decoder' or 'encoder'"):
         tangent_checkpoints("both", 0)
     with pytest.raises(ValueError, match="expected seeds >= 1 and workers >= 1"):
-        tangent_study(0, folder=None)
+        tangent_study(0, folder=tmp_path)

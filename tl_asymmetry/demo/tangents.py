@@ -119,7 +119,7 @@ def tangent_windows(recipe: TangentRecipe = TangentRecipe()) -> Int[Tensor, "bat
 
 def tangent_study(
     seeds: int = 5,
-    recipe: TangentRecipe = TangentRecipe(),
+    recipe: TangentRecipe | None = None,
     *,
     folder: Path,
     workers: int = 2,
@@ -129,7 +129,7 @@ def tangent_study(
 
     Args:
         seeds: how many trainings of each.
-        recipe: sizes and rates.
+        recipe: sizes and rates; None: the defaults.
         folder: where each analysis is saved, as `decoder-0` and so on.
         workers: processes side by side, one thread each; 1 stays in this one.
         progress: show a progress bar.
@@ -144,6 +144,7 @@ def tangent_study(
 
     if seeds < 1 or workers < 1:
         raise ValueError(f"expected seeds >= 1 and workers >= 1, got {seeds} and {workers}; pass seeds=5, workers=2")
+    recipe = TangentRecipe() if recipe is None else recipe
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(architecture, seed, recipe, folder) for seed in range(seeds) for architecture in ARCHITECTURES]
     bar = tqdm(total=len(jobs), desc="training and analysing", unit="model", disable=not progress)
