@@ -253,6 +253,7 @@ def main() -> None:
         if part.studied and not options.train_only:
             study = study_part(part, run, options.cache, checkpoints)
             sys.stdout.write(study.peaks.to_string(index=False) + "\n")
+            write(target, document(options.cache, checkpoints))
             if part == Part("add", SEEDS[0]) and not options.quick:
                 published_method(part, run, options.cache, checkpoints)
         sys.stdout.flush()
