@@ -17,7 +17,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +133,7 @@ def main() -> None:
 
     edits = measure_edits(aligned, device, max(7, options.rounds))
     from tl_asymmetry import head_delta, matched_controls, removal_edit
+    from tl_asymmetry.provenance import versions
 
     made = []
     for layer, matrix, head in sites():
@@ -176,7 +176,7 @@ def main() -> None:
     document = {
         "device": name,
         "machine": platform.machine(),
-        "versions": {package: version(package) for package in ("torch", "transformer-lens", "tl-asymmetry")},
+        "versions": versions(),
         "shape": SHAPE,
         "edits": edits,
         "study": {"edits": len(made), "tokens": options.tokens,

@@ -123,7 +123,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    assert all(command in shown for command in ("demo", "analyze", "trajectory", "compare", "report"))
+    assert all(command in shown for command in ("demo", "analyze", "trajectory", "compare", "grok", "report"))
 
 
 def checkpoints(tmp_path: Path) -> list[str]:
@@ -191,3 +191,17 @@ def test_bad_trajectories_are_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert "expected --steps with --pythia" in bad(capsys, "trajectory", "--pythia", "pythia-14m", *out)
     assert "expected a directory named like checkpoint-500" in bad(capsys, "trajectory", "somewhere", *out)
     assert not (tmp_path / "out").exists()
+
+
+def test_grok_trains_measures_and_goes_on(tmp_path, capsys):
+    arguments = ["grok", "--quick", "--p", "7", "--steps", "75", "--op", "sq", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    first = capsys.readouterr().out
+    assert "Directions and centroids: sq modulo 7, seed 42" in first
+    assert "update" in first
+    assert "gradient" in first
+    assert (tmp_path / "report.html").is_file()
+    assert main(arguments) == 0  # found finished, only measured again
+    assert capsys.readouterr().out == first
+    assert main(["grok", "--op", "mul", "--p", "8", "--out", str(tmp_path)]) == 2
+    assert "expected a prime p for 'mul'" in capsys.readouterr().err

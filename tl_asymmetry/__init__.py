@@ -9,11 +9,14 @@
 Neither TransformerLens nor plotly is imported until it is needed.
 """
 
+from tl_asymmetry import grokking
 from tl_asymmetry.centroids import centroids, local_centroids
 from tl_asymmetry.compare import compare
 from tl_asymmetry.comparison import Comparison
 from tl_asymmetry.control import contrastive_control
 from tl_asymmetry.control_result import ControlStudy
+from tl_asymmetry.coupling import coupling_sensitivity, direction_coupling
+from tl_asymmetry.coupling_result import CouplingStudy
 from tl_asymmetry.edit_design import (
     MatchedControls,
     closed_form_edit,
@@ -28,6 +31,7 @@ from tl_asymmetry.explore import explorer
 from tl_asymmetry.geometry.fraction import energy_profile, subspace_fraction
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.nulls import adjusted_p, isotropic_null
+from tl_asymmetry.geometry.rolling_svd import RollingSVD, RollingSVDs
 from tl_asymmetry.geometry.rounding import rounding_share, storage_dtype
 from tl_asymmetry.geometry.semi_nmf import SemiNMF, semi_nmf
 from tl_asymmetry.geometry.spectrum import (
@@ -57,6 +61,7 @@ from tl_asymmetry.recorder import TrajectoryRecorder
 
 # The function takes the place of the module it stands in: `from tl_asymmetry.report import …` still finds the module.
 from tl_asymmetry.report import report, write_images
+from tl_asymmetry.response import centroid_response
 from tl_asymmetry.study_result import RankOneStudy
 from tl_asymmetry.tangent_probe import TangentProbe
 from tl_asymmetry.tangent_result import TangentAnalysis
@@ -64,24 +69,28 @@ from tl_asymmetry.tangents import analyze_tangents
 from tl_asymmetry.training import objectives
 from tl_asymmetry.training.objectives import DPO, ORPO, CrossEntropy, InfoNCE, Mix, PreferenceBatch, TokenBatch
 from tl_asymmetry.training.runs import Optimizer
+from tl_asymmetry.trajectories import BlockTrajectory, GrokTrajectory
 from tl_asymmetry.trajectory import analyze_trajectory
 from tl_asymmetry.trajectory_result import TrajectoryAnalysis
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DPO",
+    "ORPO",
     "AppliedEdits",
+    "BlockTrajectory",
     "Comparison",
     "ControlStudy",
+    "CouplingStudy",
     "CrossEntropy",
-    "DPO",
     "GradientCovariance",
+    "GrokTrajectory",
     "InfoNCE",
     "LayerJacobians",
     "MatchedControls",
     "Mix",
     "ModelView",
-    "ORPO",
     "Optimizer",
     "PairAnalysis",
     "PairEstimate",
@@ -89,6 +98,8 @@ __all__ = [
     "PreferenceBatch",
     "RankOneEdit",
     "RankOneStudy",
+    "RollingSVD",
+    "RollingSVDs",
     "SemiNMF",
     "StreamingMoments",
     "Subspace",
@@ -104,15 +115,19 @@ __all__ = [
     "analyze_trajectory",
     "apply_edits",
     "capture_moments",
+    "centroid_response",
     "centroids",
     "closed_form_edit",
     "compare",
     "contrastive_control",
+    "coupling_sensitivity",
+    "direction_coupling",
     "effective_rank",
     "energy_profile",
     "estimate_pair",
     "explorer",
     "gradient_covariance",
+    "grokking",
     "head_delta",
     "input_at",
     "insert_edit",

@@ -1,4 +1,4 @@
-"""The command line: `tl-asymmetry demo | analyze | trajectory | compare | tangents | report`."""
+"""The command line: `tl-asymmetry demo | analyze | trajectory | compare | tangents | grok | report`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tl_asymmetry.cli_grok import add_grok, run_grok
 from tl_asymmetry.cli_tangents import add_tangents, run_tangents
 from tl_asymmetry.cli_trajectory import add_compare, add_trajectory, run_compare, run_trajectory
 from tl_asymmetry.pair import analyze_pair
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     add_trajectory(commands).set_defaults(run=_trajectory)
     add_compare(commands).set_defaults(run=_compare)
     add_tangents(commands).set_defaults(run=_tangents)
+    add_grok(commands).set_defaults(run=_grok)
 
     report = commands.add_parser("report", help="write the report of a saved result again")
     report.add_argument("folder", metavar="DIR", type=Path, help="folder that holds a saved result")
@@ -112,6 +114,10 @@ def _tangents(options: argparse.Namespace) -> None:
         sys.stdout.write(result)
     else:
         _finish(result, options.out)
+
+
+def _grok(options: argparse.Namespace) -> None:
+    _finish(run_grok(options), options.out)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -21,7 +21,9 @@ from tl_asymmetry.report import Report, write_report
 KINDS = {
     "Comparison": "tl_asymmetry.comparison",
     "ControlStudy": "tl_asymmetry.control_result",
+    "CouplingStudy": "tl_asymmetry.coupling_result",
     "GradientCovariance": "tl_asymmetry.gradient_result",
+    "GrokRun": "tl_asymmetry.grokking",
     "LayerJacobians": "tl_asymmetry.jacobian_result",
     "PairAnalysis": "tl_asymmetry.pair_result",
     "PredictionPullback": "tl_asymmetry.pullback_result",

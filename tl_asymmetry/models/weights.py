@@ -46,7 +46,7 @@ def weights_from(
 
     Example:
         >>> from tl_asymmetry.demo import demo_gpt2
-        >>> demo_gpt2("aligned").save_pretrained("checkpoint")
+        >>> demo_gpt2("dpo").save_pretrained("checkpoint")
         >>> weights = weights_from("checkpoint")
         >>> tuple(weights.weight(0, "W_Q").shape), tuple(weights.delta(0, "W_O", model).shape)
         ((4, 64, 16), (4, 16, 64))

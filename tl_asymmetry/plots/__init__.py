@@ -8,6 +8,7 @@ and nowhere above, so the package itself stays light.
 from tl_asymmetry.plots.asymmetry import asymmetry_figure
 from tl_asymmetry.plots.comparison import differences_figure, overlap_figure
 from tl_asymmetry.plots.control import grades_figure
+from tl_asymmetry.plots.coupling import accuracy_figure, arms_figure, coupling_figure, windows_figure
 from tl_asymmetry.plots.gradients import effective_rank_figure
 from tl_asymmetry.plots.head_maps import head_maps_figure
 from tl_asymmetry.plots.heads import heads_figure
@@ -26,9 +27,12 @@ from tl_asymmetry.plots.trajectory import (
 )
 
 __all__ = [
+    "accuracy_figure",
     "animation_figure",
+    "arms_figure",
     "asymmetry_figure",
     "controls_figure",
+    "coupling_figure",
     "curves_figure",
     "differences_figure",
     "doses_figure",
@@ -48,4 +52,5 @@ __all__ = [
     "tangent_energy_figure",
     "tangent_strata_figure",
     "template",
+    "windows_figure",
 ]

@@ -97,7 +97,8 @@ def next_token_logits(model: LanguageModel, tokens: Int[Tensor, "batch pos"]) ->
     Raises:
         ValueError: when the model returns neither logits nor an object with `.logits`.
     """
-    if getattr(getattr(model, "tokenizer", None), "padding_side", None) == "left" and hasattr(model, "blocks"):
+    pads_left = getattr(getattr(model, "tokenizer", None), "padding_side", None) == "left"
+    if pads_left and hasattr(model, "blocks") and not isinstance(model, ModelView):
         # A HookedTransformer with such a tokenizer would take pad tokens within the text for padding.
         model = ModelView(model)
     output = model(tokens)

@@ -1,0 +1,270 @@
+"""Grokking on modular arithmetic, after arXiv:2604.25143: the task, the model, the training run, the interventions.
+
+>>> run = train("add", p=7, seed=1, recipe=Recipe(steps=40, every=20), sizes={"d_model": 16, "d_mlp": 32})
+>>> run.table["step"].tolist(), run.steps
+([0, 20, 40], [0, 20, 40])
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from tl_asymmetry.provenance import versions
+from tl_asymmetry.report import FigureSection, Report, TableSection
+from tl_asymmetry.results import Result
+from tl_asymmetry.training.grok_loop import GrokLoop, Progress, Recipe
+from tl_asymmetry.training.grok_model import GrokShape, GrokTransformer, bridge_model, hooked_model
+from tl_asymmetry.training.modular import ModularArithmetic
+from tl_asymmetry.training.projection import ARMS, GradientProjection
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+__all__ = [
+    "ARMS",
+    "GradientProjection",
+    "GrokRun",
+    "GrokShape",
+    "GrokTransformer",
+    "ModularArithmetic",
+    "PUBLISHED_ARMS",
+    "Recipe",
+    "arms",
+    "bridge_model",
+    "hooked_model",
+    "train",
+]
+
+
+def train(
+    task: str | tuple[str, ...] | ModularArithmetic = "add",
+    *,
+    p: int = 97,
+    seed: int = 42,
+    recipe: Recipe | None = None,
+    projection: Mapping[str, Any] | None = None,
+    keep_checkpoints: bool = True,
+    folder: str | Path | None = None,
+    sizes: Mapping[str, int] | None = None,
+    device: str | torch.device = "cpu",
+    recorder: Callable[[int, GrokTransformer], object] | None = None,
+    progress: bool = False,
+) -> GrokRun:
+    """Train the published model on modular arithmetic by the published protocol.
+
+    Split, initial weights and batches are those the author's code draws for the same seed. Everything is on disk at
+    every evaluation if a folder is given, and a run found there is continued to bit-identical weights (on one device,
+    with the same versions and number of threads).
+
+    Args:
+        task: an operation, several (one encoder, a head each, cross-entropies summed, one batch of pairs for all: our
+            choice, the paper's multitask recipe is not public), or a `ModularArithmetic` of your own.
+        p: the modulus, unless `task` is one.
+        seed: of split, weights and batches.
+        recipe: numbers of the protocol; default the published ones.
+        projection: an arm of intervention on the attention weights: keywords of `GradientProjection`, e.g.
+            `{"arm": "keep", "space": "random"}`.
+        keep_checkpoints: keep the weights at every evaluation (1.2 MB each).
+        folder: where the run lives on disk.
+        sizes: other sizes by their names in `GrokShape`.
+        device: where to train.
+        recorder: called with the step and the live model after every evaluation, e.g. to feed `RollingSVDs`.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: see `ModularArithmetic`, `GradientProjection`, `Recipe`; a folder with a run of other settings.
+
+    Example:
+        >>> run = train("sub", p=7, seed=0, recipe=Recipe(steps=30, every=10), sizes={"d_model": 16, "d_mlp": 32})
+        >>> run.weights(step=10)["blocks.0.attn.W_Q"].shape
+        torch.Size([4, 16, 4])
+    """
+    arithmetic = task if isinstance(task, ModularArithmetic) else ModularArithmetic(task, p=p, seed=seed)
+    loop = GrokLoop(
+        arithmetic, seed=seed, recipe=recipe or Recipe(), projection=projection, keep_checkpoints=keep_checkpoints,
+        folder=None if folder is None else Path(folder), sizes=sizes, device=device,
+    )  # fmt: skip
+    start, first = time.perf_counter(), loop.progress.step
+    with tqdm(total=loop.recipe.steps, initial=first, desc="training", unit="step", disable=not progress) as bar:
+
+        def show(state: Progress) -> None:
+            bar.update(state.step - bar.n)
+            if recorder is not None:
+                recorder(state.step, loop.model)
+            bar.set_postfix({row["op"]: f"{row['test_accuracy']:.2f}" for row in state.rows[-len(arithmetic.names) :]})
+
+        loop.run(report=show)
+    return run_of(loop, seconds=time.perf_counter() - start, first=first)
+
+
+def run_of(loop: GrokLoop, *, seconds: float = float("nan"), first: int = 0) -> GrokRun:
+    """The result of a loop as far as it has gone; `seconds` were spent since step `first`."""
+    state = loop.progress
+    notes = []
+    if state.counted < loop.recipe.stop_count:
+        notes.append(
+            f"only {state.counted} of {loop.recipe.stop_count} evaluations reached {loop.recipe.stop_accuracy:g} on "
+            f"held-out pairs within {state.step} steps"
+        )
+    if first:
+        notes.append(f"continued from step {first} of an earlier process")
+    steps = sorted(state.checkpoints)
+    arrays = {"steps": torch.tensor(steps, dtype=torch.int64)}
+    if steps:
+        names = state.checkpoints[steps[0]]
+        arrays |= {f"weights/{n}": torch.stack([state.checkpoints[step][n] for step in steps]) for n in names}
+    config = {
+        "settings": loop.settings, "finished": state.finished, "counted": state.counted, "step": state.step,
+        "device": str(next(loop.model.parameters()).device), "threads": torch.get_num_threads(),
+        "seconds": seconds, "versions": versions(),
+    }  # fmt: skip
+    return GrokRun(table=pd.DataFrame(state.rows), config=config, notes=tuple(notes), arrays=arrays)
+
+
+@dataclass(frozen=True, repr=False, eq=False, kw_only=True)
+class GrokRun(Result):
+    """A training run: accuracies at every evaluation, weights at every checkpoint. Made by `train`."""
+
+    # `table`: step, op, train_accuracy, test_accuracy, loss (of the last batch, all heads summed, nats)
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints."""
+        return self.arrays["steps"].tolist()
+
+    @property
+    def task(self) -> ModularArithmetic:
+        """What was learned."""
+        settings = dict(self.config["settings"]["task"])
+        ops = settings.pop("ops")
+        return ModularArithmetic(tuple(ops) if isinstance(ops, list) else ops, **settings)
+
+    @property
+    def shape(self) -> GrokShape:
+        """Sizes of the model."""
+        return GrokShape(**self.config["settings"]["sizes"])
+
+    def weights(self, *, step: int) -> dict[str, torch.Tensor]:
+        """Weights of one checkpoint, by HookedTransformer's names.
+
+        Raises:
+            ValueError: no checkpoint at that step.
+        """
+        if step not in self.steps:
+            raise ValueError(
+                f"expected a step with a checkpoint, got {step}; pass one of "
+                f"{', '.join(map(str, self.steps[:6])) or 'none (train with keep_checkpoints=True)'} …"
+            )
+        at = self.steps.index(step)
+        return {name.removeprefix("weights/"): w[at] for name, w in self.arrays.items() if name.startswith("weights/")}
+
+    def model(self, *, step: int) -> GrokTransformer:
+        """A fresh model with the weights of one checkpoint; see also `hooked_model` and `bridge_model`.
+
+        Raises:
+            ValueError: no checkpoint at that step.
+        """
+        model = GrokTransformer(self.shape)
+        model.load_state_dict(self.weights(step=step))
+        return model
+
+    def grok_step(self, *, accuracy: float = 0.98, count: int = 20) -> int | None:
+        """Step of the `count`-th evaluation at which every operation has that test accuracy; None if there is none.
+
+        `count=1` is the first such evaluation; the published "grok step" is the 20th, counted in all, not in a row.
+        """
+        lowest = self.table[self.table["step"] > 0].groupby("step")["test_accuracy"].min()
+        reached = lowest.index[lowest >= accuracy]
+        return int(reached[count - 1]) if len(reached) >= count else None
+
+    def plot_accuracy(self, **keywords: Any) -> go.Figure:
+        """Accuracy over steps; keywords of `plots.accuracy_figure`."""
+        from tl_asymmetry.plots import accuracy_figure
+
+        return accuracy_figure(self.table, **keywords)
+
+    # -- words ---------------------------------------------------------------------------------------------------
+
+    def _title(self) -> str:
+        settings = self.config["settings"]
+        arm = settings["projection"]["arm"]
+        return f"{' + '.join(self.task.names)} modulo {self.task.p}, seed {settings['seed']}, arm {arm}"
+
+    def _facts(self) -> str:
+        return f"{self.config['step']} steps, {len(self.steps)} checkpoints, {self.config['seconds']:.0f} s"
+
+    def _summary_table(self) -> pd.DataFrame:
+        last = self.table[self.table["step"] == self.table["step"].max()]
+        return last.assign(first_98=self.grok_step(count=1), twentieth_98=self.grok_step())
+
+    def _headline(self) -> list[str]:
+        first, twentieth = self.grok_step(count=1), self.grok_step()
+        if first is None:
+            return [f"No evaluation reached 0.98 on the held-out pairs in {self.config['step']} steps."]
+        ending = f", the 20th at {twentieth}" if twentieth else ""
+        return [f"The first evaluation of at least 0.98 on the held-out pairs was at step {first}{ending}."]
+
+    def _report(self) -> Report:
+        return Report(
+            title=self._title(),
+            subtitle=self._facts(),
+            summary="\n\n".join(self._headline()),
+            notes=self.notes,
+            figures=[FigureSection("Accuracy", self.plot_accuracy())],
+            tables=[TableSection("Evaluations", self.table, "One row per evaluation and operation.", "evaluations")],
+            config=self.config,
+        )
+
+
+def arms(
+    task: str | tuple[str, ...] = "add",
+    *,
+    seeds: Sequence[int] = (42, 137, 2024),
+    which: Mapping[str, Mapping[str, Any] | None] | None = None,
+    folder: str | Path | None = None,
+    recipe: Recipe | None = None,
+    progress: bool = False,
+    **keywords: Any,
+) -> pd.DataFrame:
+    """Train every arm with every seed and lay the evaluations under one another, for `plots.arms_figure`.
+
+    Args:
+        task, recipe, progress: as in `train`; further keywords go there too.
+        seeds: one run each.
+        which: arms by name, keywords of `GradientProjection` or None for plain training; default `PUBLISHED_ARMS`.
+        folder: each run lives in a subfolder `{task}-{seed}-{arm}` and is continued there.
+
+    Returns:
+        `train`'s table of every run, with columns `arm` and `seed` in front.
+    """
+    tables = []
+    for seed in seeds:
+        for arm, projection in (which or PUBLISHED_ARMS).items():
+            name = f"{task if isinstance(task, str) else '+'.join(task)}-{seed}-{arm}"
+            run = train(
+                task, seed=seed, recipe=recipe and replace(recipe), projection=projection, keep_checkpoints=False,
+                folder=None if folder is None else Path(folder) / name, progress=progress, **keywords,
+            )  # fmt: skip
+            tables.append(run.table.assign(arm=arm, seed=seed))
+    table = pd.concat(tables, ignore_index=True)
+    return table[["arm", "seed", *(c for c in table.columns if c not in ("arm", "seed"))]]
+
+
+PUBLISHED_ARMS: dict[str, Mapping[str, Any] | None] = {
+    "control": None,
+    "remove-rolling": {"arm": "remove", "space": "rolling"},
+    "keep-rolling": {"arm": "keep", "space": "rolling"},
+    "remove-random": {"arm": "remove", "space": "random"},
+    "keep-random": {"arm": "keep", "space": "random"},
+    "zeroed": {"arm": "zero"},
+    "frozen": {"arm": "freeze"},
+}
+"""Interventions A to E of arXiv:2604.25143, in its order, and the two controls it lacks."""
