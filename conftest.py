@@ -8,7 +8,14 @@ import pytest
 
 @cache
 def _at_hand(name):
-    from tl_asymmetry import ModelView, analyze_pair, analyze_trajectory, compare, rank_one_study
+    from tl_asymmetry import (
+        ModelView,
+        analyze_pair,
+        analyze_tangents,
+        analyze_trajectory,
+        compare,
+        rank_one_study,
+    )
     from tl_asymmetry.demo import demo_model, demo_texts
 
     def pair(aligned):
@@ -25,6 +32,9 @@ def _at_hand(name):
             {step: demo_model(f"step{step}") for step in (0, 50, 150, 400)},
             demo_texts(20, seed=0), groups=4, progress=False,
         ),
+        "tangents": lambda: analyze_tangents(
+            {step: demo_model(f"step{step}") for step in (0, 150)}, demo_texts(12, seed=0), rank=4, progress=False
+        ),
         "study": lambda: rank_one_study(
             _at_hand("base"), _at_hand("aligned"), demo_texts(2, seed=0),
             sites=[(3, "W_O", 0)], draws=2, scales=[2], progress=False,
@@ -33,7 +43,7 @@ def _at_hand(name):
     return makers[name]()
 
 
-NAMES = ("base", "model", "aligned", "view", "result", "comparison", "trajectory", "study")
+NAMES = ("base", "model", "aligned", "view", "result", "comparison", "trajectory", "tangents", "study")
 
 
 @pytest.fixture(autouse=True)

@@ -72,8 +72,10 @@ class Observation:
         for name, array in arrays.items():
             owner, _, part = name.rpartition("/")
             by_name.setdefault(owner, {})[part] = array
-        activations, samples, tokens = {}, {}, {}
+        activations: dict[Site, StreamingMoments] = {}
+        samples: dict[Site, RowSample] = {}
         weights: dict[WeightSite, Tensor] = {}
+        tokens: dict[tuple[int, int], StreamingMoments] = {}
         for owner, parts in by_name.items():
             kind, _, rest = owner.partition("/")
             if kind == "activation":

@@ -99,8 +99,8 @@ def analyze_tangents(
         >>> from tl_asymmetry.demo import demo_model, demo_texts
         >>> run = {step: demo_model(f"step{step}") for step in (0, 50, 150)}
         >>> result = analyze_tangents(run, demo_texts(20, seed=1), rank=4, progress=False)
-        >>> result.table.groupby("phase")["step"].unique().map(list).to_dict()
-        {'early': [0], 'late': [50, 150]}
+        >>> result.checkpoints[["step", "phase"]].to_numpy().tolist()
+        [[0, 'early'], [50, 'late'], [150, 'late']]
     """
     arguments = described_arguments(
         {k: v for k, v in locals().items() if k not in ("checkpoints_or_model", "store", "progress")}

@@ -73,7 +73,7 @@ def test_replication_is_the_mean_of_the_runs(runs):
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "TangentRecipe", lambda: SMALL)
+    monkeypatch.setattr(demo, "RECIPES", dict.fromkeys(demo.ARCHITECTURES, SMALL))
     assert main(["tangents", "--demo", "--seeds", "1", "--workers", "1", "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     for words in ("Energy and anisotropy, means over 1 seeds", "rarest fifth", "Encoder, activation gradients:"):

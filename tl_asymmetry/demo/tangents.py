@@ -65,17 +65,29 @@ class TangentRecipe:
     """Of semi-NMF."""
     sample_rows: int = 2048
     """Rows semi-NMF is fitted on."""
+    mask_share: float = 0.3
+    """Share of tokens an encoder has to guess in training; in the analysis it is 0.15."""
+    initial_std: float = 0.05
+    """Standard deviation of an encoder's initial weights."""
+
+
+RECIPES = {
+    "decoder": TangentRecipe(),
+    # An encoder first learns how frequent words are and stays there long; fewer steps would show nothing else.
+    "encoder": TangentRecipe(steps=1600, kept=(0, 80, 240, 480, 800, 1200, 1600)),
+}
+"""What each architecture is trained by; the steps kept are at the same shares of the training."""
 
 
 def tangent_checkpoints(
-    architecture: str, seed: int, recipe: TangentRecipe = TangentRecipe(), *, progress: bool = False
+    architecture: str, seed: int, recipe: TangentRecipe | None = None, *, progress: bool = False
 ) -> dict[int, Callable[[], Any]]:
     """Train one model and return its checkpoints: step → function that makes the TransformerLens model.
 
     Args:
         architecture: "decoder" or "encoder".
         seed: of initial weights, stories and masks.
-        recipe: sizes and rates.
+        recipe: sizes and rates; None: that of `RECIPES`.
         progress: show a progress bar.
 
     Raises:
@@ -88,6 +100,7 @@ def tangent_checkpoints(
     """
     if architecture not in ARCHITECTURES:
         raise ValueError(f"expected architecture 'decoder' or 'encoder', got {architecture!r}; pass one of the two")
+    recipe = RECIPES[architecture] if recipe is None else recipe
     trainer = (_Decoder if architecture == "decoder" else _Encoder)(seed, recipe)
     optimizer = torch.optim.AdamW(trainer.model.parameters(), betas=(0.9, 0.95), weight_decay=recipe.weight_decay)
     kept: dict[int, Callable[[], Any]] = {}
@@ -129,7 +142,7 @@ def tangent_study(
 
     Args:
         seeds: how many trainings of each.
-        recipe: sizes and rates; None: the defaults.
+        recipe: sizes and rates; None: those of `RECIPES`.
         folder: where each analysis is saved, as `decoder-0` and so on.
         workers: processes side by side, one thread each; 1 stays in this one.
         progress: show a progress bar.
@@ -144,9 +157,9 @@ def tangent_study(
 
     if seeds < 1 or workers < 1:
         raise ValueError(f"expected seeds >= 1 and workers >= 1, got {seeds} and {workers}; pass seeds=5, workers=2")
-    recipe = TangentRecipe() if recipe is None else recipe
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = [(architecture, seed, recipe, folder) for seed in range(seeds) for architecture in ARCHITECTURES]
+    # the longer trainings first, so that none is left over at the end
+    jobs = [(a, seed, recipe or RECIPES[a], folder) for a in ("encoder", "decoder") for seed in range(seeds)]
     bar = tqdm(total=len(jobs), desc="training and analysing", unit="model", disable=not progress)
     with bar:
         if workers == 1:
@@ -209,19 +222,25 @@ class _Encoder:
         from transformers import BertConfig, BertForMaskedLM
 
         shape = model_config(len(_tokenizer()) + 1)
-        config = BertConfig(
+        settings: dict[str, Any] = dict(
             vocab_size=shape["d_vocab"], hidden_size=shape["d_model"], num_hidden_layers=self.recipe.n_layers,
             num_attention_heads=shape["n_heads"], intermediate_size=shape["d_mlp"],
             max_position_embeddings=self.recipe.window, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+            initializer_range=self.recipe.initial_std, attn_implementation="eager",
         )  # fmt: skip
-        config._attn_implementation = "eager"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return BertForMaskedLM(config)
+            return BertForMaskedLM(BertConfig(**settings))
 
     def loss(self, tokens: Tensor, step: int) -> Tensor:
         drawn = [
-            mask_tokens(row, mask_token=_mask_token(), d_vocab=_mask_token(), seed=self.seed * 1_000_003 + step)
+            mask_tokens(
+                row,
+                mask_token=_mask_token(),
+                d_vocab=_mask_token(),
+                share=self.recipe.mask_share,
+                seed=self.seed * 1_000_003 + step,
+            )
             for row in tokens
         ]
         inputs, targets = torch.stack([d[0] for d in drawn]), torch.stack([d[1] for d in drawn])

@@ -190,7 +190,7 @@ def control_size(
 
     Example:
         >>> rates, simulations = control_size(torch.linspace(1, 2, 16).unsqueeze(0), 4, 20, control="haar")
-        >>> round(rates[0], 4), simulations
+        >>> round(rates.item(), 4), simulations
         (0.0476, 0)
     """
     items, d = spectra.shape
