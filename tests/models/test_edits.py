@@ -458,6 +458,10 @@ def work():
 def rest():
     while not struck.is_set():
         pass
+    listen()
+
+def listen():
+    """A call: there the interpreter hears a signal that came after the last look at `struck`."""
 
 arrived, wakeup = os.pipe()
 os.set_blocking(wakeup, False)
@@ -471,6 +475,7 @@ while time.monotonic() < end:
         try:
             try:
                 work()
+                listen()
             except KeyboardInterrupt:
                 caught += 1
                 rest()
