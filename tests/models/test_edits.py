@@ -461,7 +461,7 @@ def rest():
     listen()
 
 def listen():
-    """A call: there the interpreter hears a signal that came after the last look at `struck`."""
+    pass  # a call: here the interpreter hears a signal that came after the last look at `struck`
 
 arrived, wakeup = os.pipe()
 os.set_blocking(wakeup, False)

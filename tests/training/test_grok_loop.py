@@ -78,7 +78,9 @@ def test_resume_is_bit_identical(arm, tmp_path):
 def test_a_folder_of_another_run_is_refused(tmp_path):
     recipe = Recipe(steps=4, every=2)
     train("add", p=7, seed=1, recipe=recipe, folder=tmp_path, sizes=SMALL)
-    with pytest.raises(ValueError, match="expected a run of these settings in .*, got another task, seed, projection; pass"):
+    with pytest.raises(
+        ValueError, match="expected a run of these settings in .*, got another task, seed, projection; pass"
+    ):
         train("add", p=7, seed=2, recipe=recipe, folder=tmp_path, sizes=SMALL)
     assert not list(tmp_path.glob("*.part"))
     assert json.loads((tmp_path / "run.json").read_text())["step"] == 4
