@@ -133,7 +133,7 @@ def main() -> None:
 
     edits = measure_edits(aligned, device, max(7, options.rounds))
     from tl_asymmetry import head_delta, matched_controls, removal_edit
-    from tl_asymmetry.provenance import versions
+    from tl_asymmetry.results.provenance import versions
 
     made = []
     for layer, matrix, head in sites():

@@ -83,7 +83,7 @@ def package(model: Any, batches: list[Any], **options: Any) -> None:
 def collection(model: Any, batches: list[Any], **options: Any) -> None:
     """The moments alone, without spectra and tables: what kronfluence's covariance fit amounts to."""
     from tl_asymmetry import CrossEntropy, ModelView
-    from tl_asymmetry.gradient_capture import capture_gradients
+    from tl_asymmetry.gradients.capture import capture_gradients
 
     view = ModelView(model)
     defaults = {"groups": 1, "halves": False, "permutations": 0, "seed": 0, "progress": False}

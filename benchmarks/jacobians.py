@@ -57,7 +57,7 @@ def tokens_of(length: int) -> torch.Tensor:
 
 def closed_form(model: Any, length: int) -> torch.Tensor:
     """Every same-position Jacobian of one block, `[length, d, d]`, through the package's own path."""
-    from tl_asymmetry.jacobian_work import closed_forms, make_request, plan_memory
+    from tl_asymmetry.jacobians.work import closed_forms, make_request, plan_memory
 
     tokens = tokens_of(length)
     request = make_request(model, tokens, [LAYER], "block", "same", None)
@@ -94,7 +94,7 @@ def block_function(model: Any, length: int) -> tuple[Callable[[torch.Tensor], to
 
 def jacrev_chunk(model: Any, length: int) -> int:
     """Backward passes at once that hold what the closed form holds."""
-    from tl_asymmetry.jacobian_work import make_request, plan_memory
+    from tl_asymmetry.jacobians.work import make_request, plan_memory
 
     tokens = tokens_of(length)
     request = make_request(model, tokens, [LAYER], "block", "same", None)

@@ -74,7 +74,7 @@ def write_empty(path: Path) -> Path:
     """A report with next to nothing in it."""
     import plotly.graph_objects as go
 
-    from tl_asymmetry.report import FigureSection, Report, write_report
+    from tl_asymmetry.results.report import FigureSection, Report, write_report
 
     return write_report(path, Report("empty", figures=[FigureSection("Line", go.Figure(go.Scatter(y=[1, 2])))]))
 

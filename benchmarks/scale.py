@@ -102,7 +102,7 @@ def measure_large(folder: Path, layers_per_pass: int) -> dict[str, Any]:
     from tl_asymmetry import ModelView, analyze_pair, estimate_pair, weights_from
     from tl_asymmetry.models.checks import finite_check
     from tl_asymmetry.models.loading import open_model
-    from tl_asymmetry.provenance import weights_hash
+    from tl_asymmetry.results.provenance import weights_hash
 
     base = open_model(folder / "base", torch.bfloat16, device="cpu")
     tokens = tokens_of(LARGE_TOKENS, LLAMA["vocab_size"])

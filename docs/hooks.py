@@ -16,14 +16,14 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 
 
 def _definitions() -> str:
-    from tl_asymmetry.report import DEFINITIONS, MARKS
+    from tl_asymmetry.results.report import DEFINITIONS, MARKS
 
     legend = "\n".join(f"- `{mark}` {says}" for mark, says in MARKS.items())
     return f"{legend}\n\n" + "\n\n".join(f"## {d.term}\n\n`{d.mark}` {d.text}" for d in DEFINITIONS)
 
 
 def _papers() -> str:
-    from tl_asymmetry.report import CITATIONS
+    from tl_asymmetry.results.report import CITATIONS
 
     return "\n".join(
         f"- “{c.title}”, [arXiv:{c.arxiv}](https://arxiv.org/abs/{c.arxiv}). {c.used_for}" for c in CITATIONS

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tl_asymmetry.bases import LayerBases
 from tl_asymmetry.geometry.moments import StreamingMoments
+from tl_asymmetry.pair.bases import LayerBases
 
 D, K, GROUPS = 512, 32, 4
 

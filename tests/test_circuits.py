@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from tests import reference
-from tl_asymmetry.bases import LayerBases
-from tl_asymmetry.circuits import CIRCUIT_COLUMNS, ProductChange, layer_circuits, product_change
-from tl_asymmetry.deltas import measure_delta, residual_first
 from tl_asymmetry.geometry.subspace import Subspace
+from tl_asymmetry.pair.bases import LayerBases
+from tl_asymmetry.pair.circuits import CIRCUIT_COLUMNS, ProductChange, layer_circuits, product_change
+from tl_asymmetry.pair.deltas import measure_delta, residual_first
 
 D, R = 20, 4
 

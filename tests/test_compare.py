@@ -15,7 +15,7 @@ import torch
 from tests import tiny
 from tl_asymmetry import Comparison, PairAnalysis, analyze_pair, compare
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.results import open_result
+from tl_asymmetry.results.result import open_result
 
 TOKENS = tiny.tokens(9, 12)
 OPTIONS: dict[str, Any] = {"tokens": TOKENS, "ranks": [1, 4], "groups": 3, "progress": False}

@@ -22,9 +22,9 @@ from tl_asymmetry import (
     contrastive_control,
     gradient_covariance,
 )
-from tl_asymmetry.control_table import CONTROL_COLUMNS, CORRELATION_COLUMNS
+from tl_asymmetry.control.table import CONTROL_COLUMNS, CORRELATION_COLUMNS
 from tl_asymmetry.plots import grades_figure
-from tl_asymmetry.results import open_result
+from tl_asymmetry.results.result import open_result
 from tl_asymmetry.training.data import rebatched, shuffled
 from tl_asymmetry.training.runs import distance, train, trainable_copy
 

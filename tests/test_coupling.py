@@ -18,10 +18,10 @@ from tl_asymmetry import (
     coupling_sensitivity,
     direction_coupling,
 )
-from tl_asymmetry.coupling import window_rows
+from tl_asymmetry.coupling.study import window_rows
 from tl_asymmetry.demo import demo_model
 from tl_asymmetry.grokking import Recipe, train
-from tl_asymmetry.results import open_result
+from tl_asymmetry.results.result import open_result
 
 SMALL = {"d_model": 16, "d_mlp": 32}
 
@@ -135,7 +135,7 @@ def test_peaks_are_maxima_over_full_windows(study):
 
 def test_a_random_direction_has_ratio_one(run):
     """Median of draws against one more draw: 1 within the scatter of both."""
-    from tl_asymmetry.response import CentroidProblem, random_directions
+    from tl_asymmetry.coupling.response import CentroidProblem, random_directions
 
     probes = run.task.sample(256, seed=0)
     problem = CentroidProblem(run.model(step=120), probes, targets=run.task.targets(probes)[:, 0])

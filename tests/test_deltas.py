@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests import reference
-from tl_asymmetry.deltas import DIRECTIONS, LiveDelta, measure_delta, residual_first
 from tl_asymmetry.geometry.rounding import rounding_share
+from tl_asymmetry.pair.deltas import DIRECTIONS, LiveDelta, measure_delta, residual_first
 
 SHAPES = {"W_Q": (3, 12, 7), "W_O": (3, 7, 12), "W_in": (12, 40), "W_out": (40, 12), "W_K": (2, 9, 9)}
 PRECISIONS = [(torch.float64, 1e-10), (torch.float32, 1e-5)]

@@ -23,7 +23,7 @@ from tl_asymmetry import (
     principal_subspace,
     removal_edit,
 )
-from tl_asymmetry.edit_design import CONTROL_KINDS, _extreme_variance
+from tl_asymmetry.interventions.design import CONTROL_KINDS, _extreme_variance
 
 F64 = torch.float64
 

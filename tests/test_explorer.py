@@ -18,11 +18,11 @@ import torch
 from tests import tiny
 from tests.synthetic import make_table
 from tl_asymmetry import ModelView, PairAnalysis, analyze_pair, explorer
-from tl_asymmetry.all_directions import all_directions, context_words
 from tl_asymmetry.explore import contents
 from tl_asymmetry.explore.pack import Pack
 from tl_asymmetry.explore.page import SCRIPT
 from tl_asymmetry.geometry.spectrum import marchenko_pastur_edge
+from tl_asymmetry.pair.all_directions import all_directions, context_words
 
 KIND = tiny.KINDS[-1]
 BAD = '</script><img src=x onerror="alert(1)">'

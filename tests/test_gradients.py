@@ -14,8 +14,8 @@ from tl_asymmetry.demo.preferences import encode_preferences
 from tl_asymmetry.demo.tokenizer import encode_stories
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.side_moments import HeadMoments, SketchedMoments, sketch_matrix
-from tl_asymmetry.gradient_table import CROSS_COLUMNS, GRADIENT_COLUMNS
-from tl_asymmetry.results import open_result
+from tl_asymmetry.gradients.table import CROSS_COLUMNS, GRADIENT_COLUMNS
+from tl_asymmetry.results.result import open_result
 from tl_asymmetry.training.data import rebatched
 from tl_asymmetry.training.objectives import (
     DPO,

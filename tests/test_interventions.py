@@ -20,10 +20,10 @@ from tl_asymmetry import (
     rank_one_study,
     removal_edit,
 )
-from tl_asymmetry import interventions as module
+from tl_asymmetry.interventions import study as module
+from tl_asymmetry.interventions.tables import study_table
 from tl_asymmetry.models.resume import EditedRuns
-from tl_asymmetry.results import open_result
-from tl_asymmetry.study_tables import study_table
+from tl_asymmetry.results.result import open_result
 from tl_asymmetry.training.objectives import PreferenceBatch, TokenBatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:q is NaN")
@@ -230,7 +230,7 @@ def test_an_aligned_vocabulary_with_more_tokens_is_cut():
     wide_logits = lambda tokens, logits=False: torch.cat(  # noqa: E731
         [runs(tokens, logits=True), torch.zeros(*tokens.shape, extra.shape[1], dtype=torch.float64)], -1
     )
-    from tl_asymmetry.study_runs import evaluation_batches, measure
+    from tl_asymmetry.interventions.runs import evaluation_batches, measure
 
     evaluated = evaluation_batches(list(tiny.tokens(2, 6)), None, 2)
     edits = [make_edit(wide, 0, "W_Q")]

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-import tl_asymmetry.jacobian_work as work
+import tl_asymmetry.jacobians.work as work
 from tests import reference_jacobians as reference
 from tests import tiny
 from tests.test_pair_promises import state
 from tl_asymmetry import LayerJacobians, ModelView, Subspace, jacobian_sketch, layer_jacobians, random_subspace
 from tl_asymmetry.models.checks import check_tokens
-from tl_asymmetry.results import open_result
+from tl_asymmetry.results.result import open_result
 
 T = 5
 HALF_FLOAT32 = {"llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma1", "gemma2", "gemma3", "phi", "gptj"}
@@ -487,7 +487,7 @@ def test_what_cannot_fit_is_refused_beforehand(model, monkeypatch):
     assert fits.config["memory"]["free_bytes"] == 500_000
     ran = []
     monkeypatch.setattr(work, "closed_forms", lambda *a, **k: ran.append(a) or iter(()))
-    monkeypatch.setattr("tl_asymmetry.jacobians.closed_forms", work.closed_forms)
+    monkeypatch.setattr("tl_asymmetry.jacobians.layers.closed_forms", work.closed_forms)
     message = r"fits into the 0.0005 GB free on the CPU, got one that needs about .* GB \(26 matrices of 48 × 48"
     with pytest.raises(ValueError, match=message) as error:
         layer_jacobians(model, tokens, reduce=None, method="autograd", progress=False)

@@ -12,7 +12,7 @@ from tests import reference, reference_gradients, tiny
 from tests.naive_pair import NaivePair
 from tests.reference import float64
 from tl_asymmetry import CrossEntropy, TokenBatch, analyze_pair, gradient_covariance
-from tl_asymmetry.tables import PAIR_COLUMNS
+from tl_asymmetry.pair.tables import PAIR_COLUMNS
 
 D, RANKS = tiny.D_MODEL, [1, 3, 12]
 

@@ -14,7 +14,7 @@ from tests import reference, tiny
 from tests.naive_pair import NaivePair
 from tl_asymmetry import PairAnalysis, Subspace, adjusted_p, analyze_pair, random_subspace
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.tables import PAIR_COLUMNS
+from tl_asymmetry.pair.tables import PAIR_COLUMNS
 
 needs_hooked = pytest.mark.skipif(not tiny.HOOKED_AVAILABLE, reason="transformer-lens 4 has no HookedTransformer")
 

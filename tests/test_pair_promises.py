@@ -24,7 +24,7 @@ from tests import reference, tiny
 from tl_asymmetry import PairAnalysis, analyze_pair, capture_moments, estimate_pair
 from tl_asymmetry.geometry import moments as moments_module
 from tl_asymmetry.models.view import POINTS, ModelView
-from tl_asymmetry.results import save_result
+from tl_asymmetry.results.result import save_result
 
 TOKENS = tiny.tokens(9, 12)
 TEXTS = [" ".join(f"w{(7 * i + j * j) % 90}" for j in range(10 + i)) for i in range(6)]

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from tests import tiny
-from tl_asymmetry import PairAnalysis, StreamingMoments, analyze_pair, estimate_pair, memory_plan
+from tl_asymmetry import PairAnalysis, StreamingMoments, analyze_pair, estimate_pair
 from tl_asymmetry.geometry.memory import free_memory
 from tl_asymmetry.models.capture import capture
 from tl_asymmetry.models.ranks import ALONE, Ranks, present_ranks
 from tl_asymmetry.models.view import POINTS, ModelView
+from tl_asymmetry.pair import memory_plan
 
 TOKENS = tiny.tokens(9, 12)
 OPTIONS: dict[str, Any] = {"tokens": TOKENS, "ranks": [1, 4], "groups": 3, "batch_size": 2, "progress": False}
@@ -128,7 +129,7 @@ def test_as_many_layers_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _planned(base: Any) -> tuple[Any, Any]:
-    from tl_asymmetry.plan import make_plan
+    from tl_asymmetry.pair.plan import make_plan
 
     plan = make_plan(ModelView(base), None, [1, 4], None, groups=3, activations="base", batch_size=2)
     return plan, list(TOKENS)

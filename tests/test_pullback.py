@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-import tl_asymmetry.pullback as pullback
+import tl_asymmetry.jacobians.pullback as pullback
 from tests import reference_jacobians as reference
 from tests import tiny
 from tl_asymmetry import ModelView, PredictionPullback, Subspace, analyze_pair, prediction_pullback, prediction_subspace
 from tl_asymmetry.demo import demo_model
-from tl_asymmetry.results import open_result
+from tl_asymmetry.results.result import open_result
 
 T = 5
 KIND = tiny.KINDS[0]

@@ -20,8 +20,8 @@ import pytest
 
 from tests import tiny
 from tl_asymmetry import analyze_trajectory, pythia_checkpoints
-from tl_asymmetry.pythia import HuggingFaceHub, RemoteFile
-from tl_asymmetry.store import StoreReader
+from tl_asymmetry.results.store import StoreReader
+from tl_asymmetry.trajectory.pythia import HuggingFaceHub, RemoteFile
 
 TOKENS = tiny.tokens(9, 12)
 OPTIONS: dict[str, Any] = {"tokens": TOKENS, "ranks": [1, 4], "groups": 3, "progress": False}

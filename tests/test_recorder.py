@@ -18,7 +18,7 @@ from tests.killing import Fatal
 from tests.test_trajectory import identical
 from tl_asymmetry import TrajectoryAnalysis, TrajectoryRecorder, analyze_trajectory
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.store import StoreReader
+from tl_asymmetry.results.store import StoreReader
 
 TOKENS = tiny.tokens(9, 12)
 OPTIONS: dict[str, Any] = {"tokens": TOKENS, "ranks": [1, 4], "groups": 3}

@@ -7,8 +7,6 @@ import gzip
 import inspect
 import io
 import json
-import subprocess
-import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -18,7 +16,7 @@ import pytest
 
 from tests import synthetic
 from tl_asymmetry.plots import asymmetry_figure, heads_figure, layers_figure, page, rank_curve_figure, spectrum_figure
-from tl_asymmetry.report import (
+from tl_asymmetry.results.report import (
     CITATIONS,
     DEFINITIONS,
     MARKS,
@@ -270,19 +268,6 @@ def test_report_errors(tmp_path, unchecked_types):
         report([synthetic.make_table()], tmp_path / "r.html")
     with pytest.raises(ValueError, match="expected an existing folder, got"):
         report(Result("t"), tmp_path / "none" / "r.html")
-
-
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "from tl_asymmetry import report",
-        "import tl_asymmetry.report; from tl_asymmetry import report",
-        "from tl_asymmetry.report import Report; import tl_asymmetry.results; from tl_asymmetry import report",
-    ],
-)
-def test_report_is_the_function_whatever_was_imported_first(imports):
-    code = f"{imports}; from tl_asymmetry.report import FigureSection; assert report.__name__ == 'report', report"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_images_need_kaleido_and_say_so(tmp_path, monkeypatch):

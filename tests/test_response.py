@@ -10,9 +10,9 @@ from tests import tiny
 from tests.reference import float64
 from tests.training.test_grok_model import FORMS, scrambled
 from tl_asymmetry import centroid_response
+from tl_asymmetry.coupling.response import CentroidProblem, random_directions
 from tl_asymmetry.grokking import GrokShape, GrokTransformer, bridge_model, hooked_model
 from tl_asymmetry.models.parameters import ParameterVector, attention_weights
-from tl_asymmetry.response import CentroidProblem, random_directions
 
 SHAPE = GrokShape(p=5, d_model=4, n_heads=2, d_mlp=6)
 PAIRS = torch.tensor([[a, b] for a in range(5) for b in range(5)])

@@ -13,8 +13,8 @@ import torch
 from tests import tiny
 from tl_asymmetry import PairAnalysis, adjusted_p, analyze_pair
 from tl_asymmetry.geometry.nulls import IsotropicNull
+from tl_asymmetry.pair.stability import STABILITY_COLUMNS
 from tl_asymmetry.plots import stability_figure
-from tl_asymmetry.stability import STABILITY_COLUMNS
 
 CHOICES = ["activations", "centered", "first_position", "fold_norm"]
 KEYS = ["layer", "head", "matrix", "subspace", "rank"]

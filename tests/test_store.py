@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.killing import deaths
-from tl_asymmetry.store import CheckpointStore, DamagedStore, MemoryStore, StoreReader
+from tl_asymmetry.results.store import CheckpointStore, DamagedStore, MemoryStore, StoreReader
 
 SETTINGS: dict[str, Any] = {"ranks": [1, 4], "seed": 0, "subspaces_from": "base"}
 

@@ -12,8 +12,8 @@ from tests import naive_tangents as naive
 from tests import reference_tangents, tiny
 from tests.tiny_encoder import ENCODER_KINDS, MASK_TOKEN, bert_directory, encoder
 from tl_asymmetry import TangentAnalysis, TangentProbe, analyze_tangents
-from tl_asymmetry.results import open_result
-from tl_asymmetry.tangent_data import INPUT, ORIGINAL, TARGET, tangent_data
+from tl_asymmetry.results.result import open_result
+from tl_asymmetry.tangents.data import INPUT, ORIGINAL, TARGET, tangent_data
 from tl_asymmetry.training.masking import mask_tokens
 
 QUIET = {"rank": 4, "batch_size": 3, "strata": 3, "groups": 4, "progress": False}

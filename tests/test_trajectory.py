@@ -28,10 +28,10 @@ from tl_asymmetry import (
     prediction_subspace,
     random_subspace,
 )
-from tl_asymmetry.checkpoints import Checkpoint, checkpoints_of
 from tl_asymmetry.geometry.subspace import principal_subspace
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.store import StoreReader
+from tl_asymmetry.results.store import StoreReader
+from tl_asymmetry.trajectory.checkpoints import Checkpoint, checkpoints_of
 
 TOKENS = tiny.tokens(9, 12)
 OPTIONS: dict[str, Any] = {"tokens": TOKENS, "ranks": [1, 4], "groups": 3, "progress": False}

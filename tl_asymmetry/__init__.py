@@ -10,23 +10,14 @@ Neither TransformerLens nor plotly is imported until it is needed.
 """
 
 from tl_asymmetry import grokking
-from tl_asymmetry.centroids import centroids, local_centroids
-from tl_asymmetry.compare import compare
-from tl_asymmetry.comparison import Comparison
-from tl_asymmetry.control import contrastive_control
-from tl_asymmetry.control_result import ControlStudy
-from tl_asymmetry.coupling import coupling_sensitivity, direction_coupling
-from tl_asymmetry.coupling_result import CouplingStudy
-from tl_asymmetry.edit_design import (
-    MatchedControls,
-    closed_form_edit,
-    head_delta,
-    input_at,
-    insert_edit,
-    matched_controls,
-    removal_edit,
-)
-from tl_asymmetry.estimate import PairEstimate, estimate_pair
+from tl_asymmetry.comparison.compare import compare
+from tl_asymmetry.comparison.result import Comparison
+from tl_asymmetry.control.result import ControlStudy
+from tl_asymmetry.control.study import contrastive_control
+from tl_asymmetry.coupling.response import centroid_response
+from tl_asymmetry.coupling.result import CouplingStudy
+from tl_asymmetry.coupling.study import coupling_sensitivity, direction_coupling
+from tl_asymmetry.coupling.trajectories import BlockTrajectory, GrokTrajectory
 from tl_asymmetry.explore import explorer
 from tl_asymmetry.geometry.fraction import energy_profile, subspace_fraction
 from tl_asymmetry.geometry.moments import StreamingMoments
@@ -42,36 +33,43 @@ from tl_asymmetry.geometry.spectrum import (
     stable_rank,
 )
 from tl_asymmetry.geometry.subspace import Subspace, principal_subspace, random_subspace
-from tl_asymmetry.gradient_result import GradientCovariance
-from tl_asymmetry.gradients import gradient_covariance
-from tl_asymmetry.interventions import rank_one_study
-from tl_asymmetry.jacobian_result import LayerJacobians
-from tl_asymmetry.jacobians import jacobian_sketch, layer_jacobians
+from tl_asymmetry.gradients.covariance import gradient_covariance
+from tl_asymmetry.gradients.result import GradientCovariance
+from tl_asymmetry.interventions.design import (
+    MatchedControls,
+    closed_form_edit,
+    head_delta,
+    input_at,
+    insert_edit,
+    matched_controls,
+    removal_edit,
+)
+from tl_asymmetry.interventions.result import RankOneStudy
+from tl_asymmetry.interventions.study import rank_one_study
+from tl_asymmetry.jacobians.centroids import centroids, local_centroids
+from tl_asymmetry.jacobians.layers import jacobian_sketch, layer_jacobians
+from tl_asymmetry.jacobians.pullback import prediction_pullback
+from tl_asymmetry.jacobians.pullback_result import PredictionPullback
+from tl_asymmetry.jacobians.result import LayerJacobians
 from tl_asymmetry.models.capture import capture_moments
 from tl_asymmetry.models.edits import AppliedEdits, RankOneEdit, apply_edits
 from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.models.weights import WeightSource, weights_from
-from tl_asymmetry.pair import analyze_pair
-from tl_asymmetry.pair_result import PairAnalysis
-from tl_asymmetry.pullback import prediction_pullback
-from tl_asymmetry.pullback_result import PredictionPullback
-from tl_asymmetry.pythia import pythia_checkpoints
-from tl_asymmetry.recorder import TrajectoryRecorder
-
-# The function takes the place of the module it stands in: `from tl_asymmetry.report import …` still finds the module.
-from tl_asymmetry.report import report, write_images
-from tl_asymmetry.response import centroid_response
-from tl_asymmetry.study_result import RankOneStudy
-from tl_asymmetry.tangent_probe import TangentProbe
-from tl_asymmetry.tangent_result import TangentAnalysis
-from tl_asymmetry.tangents import analyze_tangents
+from tl_asymmetry.pair.analysis import analyze_pair
+from tl_asymmetry.pair.estimate import PairEstimate, estimate_pair
+from tl_asymmetry.pair.result import PairAnalysis
+from tl_asymmetry.results.report import report, write_images
+from tl_asymmetry.tangents.analysis import analyze_tangents
+from tl_asymmetry.tangents.probe import TangentProbe
+from tl_asymmetry.tangents.result import TangentAnalysis
 from tl_asymmetry.training import objectives
 from tl_asymmetry.training.objectives import DPO, ORPO, CrossEntropy, InfoNCE, Mix, PreferenceBatch, TokenBatch
 from tl_asymmetry.training.runs import Optimizer
-from tl_asymmetry.trajectories import BlockTrajectory, GrokTrajectory
-from tl_asymmetry.trajectory import analyze_trajectory
-from tl_asymmetry.trajectory_result import TrajectoryAnalysis
+from tl_asymmetry.trajectory.analysis import analyze_trajectory
+from tl_asymmetry.trajectory.pythia import pythia_checkpoints
+from tl_asymmetry.trajectory.recorder import TrajectoryRecorder
+from tl_asymmetry.trajectory.result import TrajectoryAnalysis
 
 __version__ = "0.1.0"
 

@@ -17,9 +17,9 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from tl_asymmetry.provenance import versions
-from tl_asymmetry.report import FigureSection, Report, TableSection
-from tl_asymmetry.results import Result
+from tl_asymmetry.results.provenance import versions
+from tl_asymmetry.results.report import FigureSection, Report, TableSection
+from tl_asymmetry.results.result import Result
 from tl_asymmetry.training.grok_loop import GrokLoop, Progress, Recipe
 from tl_asymmetry.training.grok_model import GrokShape, GrokTransformer, bridge_model, hooked_model
 from tl_asymmetry.training.modular import ModularArithmetic

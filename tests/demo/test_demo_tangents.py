@@ -9,7 +9,7 @@ from tl_asymmetry import ModelView
 from tl_asymmetry.cli import main
 from tl_asymmetry.demo import tangents as demo
 from tl_asymmetry.demo.tangents import TangentRecipe, tangent_checkpoints, tangent_study, tangent_windows
-from tl_asymmetry.tangent_replication import (
+from tl_asymmetry.tangents.replication import (
     replication_claims,
     replication_frequency,
     replication_strata,

@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tl_asymmetry.circuits import product_change
-from tl_asymmetry.deltas import Delta, LiveDelta
 from tl_asymmetry.geometry import moments as moments_module
 from tl_asymmetry.geometry.fraction import energy_profile, gram_energy, subspace_fraction
 from tl_asymmetry.geometry.jackknife import log_jackknife_interval
@@ -18,6 +16,8 @@ from tl_asymmetry.geometry.nulls import isotropic_null, isotropic_variance
 from tl_asymmetry.geometry.rounding import rounding_share
 from tl_asymmetry.geometry.spectrum import effective_rank, isoscore, participation_ratio, stable_rank
 from tl_asymmetry.geometry.subspace import ordered_eigh
+from tl_asymmetry.pair.circuits import product_change
+from tl_asymmetry.pair.deltas import Delta, LiveDelta
 
 D = 12
 

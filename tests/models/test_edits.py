@@ -17,7 +17,7 @@ from tests import tiny
 from tl_asymmetry import ModelView, RankOneEdit, apply_edits
 from tl_asymmetry.models import interrupts
 from tl_asymmetry.models.view import MATRICES
-from tl_asymmetry.provenance import weights_hash
+from tl_asymmetry.results.provenance import weights_hash
 
 ROOT = Path(__file__).parents[2]
 CASES = [(architecture, kind) for architecture in tiny.ARCHITECTURES for kind in tiny.KINDS]
@@ -427,7 +427,7 @@ import torch
 from tl_asymmetry import ModelView, RankOneEdit, apply_edits
 from tl_asymmetry.demo import demo_model
 from tl_asymmetry.models import edits as module, interrupts
-from tl_asymmetry.provenance import weights_hash
+from tl_asymmetry.results.provenance import weights_hash
 
 torch.set_num_threads(1)
 sys.setswitchinterval(1e-5)

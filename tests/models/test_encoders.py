@@ -7,7 +7,7 @@ from tests import tiny
 from tests.tiny_encoder import ENCODER_KINDS, bert_directory, encoder, encoder_tokens
 from tl_asymmetry import ModelView, analyze_pair
 from tl_asymmetry.models.texts import batches, tokenize
-from tl_asymmetry.tangent_probe import check_block_outputs
+from tl_asymmetry.tangents.probe import check_block_outputs
 
 POINTS = ("attn_in", "resid_pre", "resid_post", "z", "mlp_in", "mlp_post")
 

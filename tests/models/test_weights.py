@@ -18,7 +18,7 @@ from tl_asymmetry import analyze_pair, weights_from
 from tl_asymmetry.models.checks import check_pair
 from tl_asymmetry.models.sources.blueprint import Blueprint
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.provenance import weights_hash
+from tl_asymmetry.results.provenance import weights_hash
 
 OPTIONS: dict[str, Any] = {"tokens": tiny.tokens(6, 12), "ranks": [1, 4], "groups": 3, "progress": False}
 DELTA = 0.05

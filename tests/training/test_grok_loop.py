@@ -10,7 +10,7 @@ import torch
 from tests.reference_grokking import lens_weights, seeded
 from tests.reference_grokking import train as naive_train
 from tl_asymmetry.grokking import GrokRun, ModularArithmetic, Recipe, arms, train
-from tl_asymmetry.results import open_result
+from tl_asymmetry.results.result import open_result
 from tl_asymmetry.training.grok_loop import GrokLoop
 
 SMALL = {"d_model": 16, "d_mlp": 32}

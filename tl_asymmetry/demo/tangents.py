@@ -29,7 +29,7 @@ from tl_asymmetry.training.masking import mask_tokens
 if TYPE_CHECKING:
     from transformers import BertForMaskedLM
 
-    from tl_asymmetry.tangent_result import TangentAnalysis
+    from tl_asymmetry.tangents.result import TangentAnalysis
 
 ARCHITECTURES: tuple[str, ...] = ("decoder", "encoder")
 """A GPT-2 with next-token loss, and a BERT with masked-language-model loss, of one size."""
@@ -153,7 +153,7 @@ def tangent_study(
     Raises:
         ValueError: seeds or workers below 1.
     """
-    from tl_asymmetry.tangent_result import TangentAnalysis
+    from tl_asymmetry.tangents.result import TangentAnalysis
 
     if seeds < 1 or workers < 1:
         raise ValueError(f"expected seeds >= 1 and workers >= 1, got {seeds} and {workers}; pass seeds=5, workers=2")
@@ -175,7 +175,7 @@ def tangent_study(
 
 
 def _train_and_analyse(job: tuple[str, int, TangentRecipe, Path]) -> None:
-    from tl_asymmetry.tangents import analyze_tangents
+    from tl_asymmetry.tangents.analysis import analyze_tangents
 
     architecture, seed, recipe, folder = job
     threads = torch.get_num_threads()

@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from tl_asymmetry.all_directions import MatrixDirections, context_words
 from tl_asymmetry.explore.pack import Pack
 from tl_asymmetry.geometry.spectrum import marchenko_pastur_edge
-from tl_asymmetry.pair_data import PairData
+from tl_asymmetry.pair.all_directions import MatrixDirections, context_words
+from tl_asymmetry.pair.data import PairData
+from tl_asymmetry.pair.tables import PAIR_COLUMNS
 from tl_asymmetry.plots import rows as pick
-from tl_asymmetry.tables import PAIR_COLUMNS
 
 KEYS = ("layer", "head", "matrix", "subspace", "rank", "pathway")
 CURVE_POINTS = 40

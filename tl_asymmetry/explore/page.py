@@ -7,11 +7,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from tl_asymmetry.all_directions import all_directions
 from tl_asymmetry.explore.pack import Pack
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.pair_data import PairData
-from tl_asymmetry.report_markup import document, write_page
+from tl_asymmetry.pair.all_directions import all_directions
+from tl_asymmetry.pair.data import PairData
+from tl_asymmetry.results.markup import document, write_page
 
 SCRIPT = ("data", "state", "words", "search", "map", "cards", "charts", "details", "table", "wiring")
 """Parts of the page's script, in order: each a file under `script`, all in one scope."""

@@ -165,9 +165,10 @@ def bridge_model(model: GrokTransformer) -> Any:
     from transformer_lens.config import TransformerBridgeConfig
     from transformer_lens.model_bridge import TransformerBridge
 
+    native: Any = TransformerBridge  # gets `boot_native` only when its package is imported
     config = TransformerBridgeConfig(**_settings(model.shape), architecture="TransformerLensNative")
     with torch.random.fork_rng(devices=[]):
-        bridge = TransformerBridge.boot_native(config)
+        bridge = native.boot_native(config)
     tensors = model.state_dict()
     with torch.no_grad():
         bridge.embed.weight.copy_(tensors["embed.W_E"])

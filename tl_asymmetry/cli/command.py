@@ -1,0 +1,160 @@
+"""The command line: `tl-asymmetry demo | analyze | trajectory | compare | tangents | grok | report`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tl_asymmetry.cli.grok import add_grok, run_grok
+from tl_asymmetry.cli.tangents import add_tangents, run_tangents
+from tl_asymmetry.cli.trajectory import add_compare, add_trajectory, run_compare, run_trajectory
+from tl_asymmetry.pair.analysis import analyze_pair
+from tl_asymmetry.pair.result import PairAnalysis
+from tl_asymmetry.results.result import Result, open_result
+
+_DEMO_STORIES = 400
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 done, 2 bad input with one line on standard error."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"tl-asymmetry: {' '.join(str(error).split())}\n")
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tl-asymmetry",
+        description="Where pretraining and alignment left their marks in a transformer's weights.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="the embedded pair, offline")
+    demo.add_argument("--out", type=Path, default=Path("tl-asymmetry-demo"), help="folder for the result and report")
+    demo.set_defaults(run=_demo)
+
+    analyze = commands.add_parser("analyze", help="a base and an aligned model")
+    analyze.add_argument("base", metavar="BASE", help="hub name or local Hugging Face directory")
+    analyze.add_argument(
+        "aligned",
+        metavar="ALIGNED",
+        help="hub name, Hugging Face directory, .safetensors file or LoRA adapter",
+    )
+    analyze.add_argument(
+        "--texts", type=Path, help="UTF-8 text file (texts apart by blank lines) or .jsonl (see below)"
+    )
+    analyze.add_argument("--out", type=Path, default=Path("tl-asymmetry-result"), help="folder for result and report")
+    analyze.add_argument("--ranks", type=int, nargs="+", help="ranks of the subspaces")
+    analyze.add_argument("--max-tokens", type=int, help="use no more tokens than this")
+    analyze.add_argument("--batch-size", type=int, default=8, help="sequences per forward pass")
+    analyze.add_argument("--groups", type=int, default=8, help="jackknife groups; 1 switches intervals off")
+    analyze.add_argument("--seed", type=int, default=0, help="of the null's draws")
+    analyze.epilog = 'a .jsonl file has one string, {"text": …} or {"messages": […]} a line'
+    analyze.set_defaults(run=_analyze)
+
+    add_trajectory(commands).set_defaults(run=_trajectory)
+    add_compare(commands).set_defaults(run=_compare)
+    add_tangents(commands).set_defaults(run=_tangents)
+    add_grok(commands).set_defaults(run=_grok)
+
+    report = commands.add_parser("report", help="write the report of a saved result again")
+    report.add_argument("folder", metavar="DIR", type=Path, help="folder that holds a saved result")
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from tl_asymmetry.demo import demo_pair, demo_texts
+
+    base, aligned = demo_pair()
+    result = analyze_pair(base, aligned, demo_texts(_DEMO_STORIES, seed=0), batch_size=32)
+    _finish(result, options.out, explorer_model=base)
+
+
+def _analyze(options: argparse.Namespace) -> None:
+    from tl_asymmetry.models.loading import open_model
+    from tl_asymmetry.models.ranks import started_ranks
+
+    texts = None if options.texts is None else _read_texts(options.texts)
+    with started_ranks() as together:  # under torchrun, the work is shared and the first process writes
+        result = analyze_pair(
+            open_model(options.base),
+            options.aligned,
+            texts,
+            ranks=options.ranks,
+            max_tokens=options.max_tokens,
+            batch_size=options.batch_size,
+            groups=options.groups,
+            seed=options.seed,
+        )
+    if together.is_first:
+        _finish(result, options.out)
+
+
+def _trajectory(options: argparse.Namespace) -> None:
+    _finish(run_trajectory(options, None if options.texts is None else _read_texts(options.texts)), options.out)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    _finish(run_compare(options), options.out)
+
+
+def _tangents(options: argparse.Namespace) -> None:
+    texts = None if options.texts is None else _read_texts(options.texts)
+    result = run_tangents(options, texts)
+    if isinstance(result, str):
+        sys.stdout.write(result)
+    else:
+        _finish(result, options.out)
+
+
+def _grok(options: argparse.Namespace) -> None:
+    _finish(run_grok(options), options.out)
+
+
+def _report(options: argparse.Namespace) -> None:
+    result = open_result(options.folder)
+    sys.stdout.write(f"report: {result.to_html(options.folder / 'report.html')}\n")
+
+
+def _finish(result: Result, folder: Path, *, explorer_model: Any = None) -> None:
+    result.save(folder)
+    pages = []
+    if isinstance(result, PairAnalysis) and explorer_model is not None:
+        pages.append(f"explorer: {result.to_explorer(folder / 'explorer.html', model=explorer_model)}")
+    pages.append(f"report: {result.to_html(folder / 'report.html')}")
+    sys.stdout.write("\n".join([result.summary(), "", *pages, ""]))
+
+
+def _read_texts(path: Path) -> list[Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected UTF-8 text in {path}, got {error}; pass it converted to UTF-8") from error
+    if path.suffix != ".jsonl":
+        return [passage.strip() for passage in text.split("\n\n") if passage.strip()]
+    texts = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"expected JSON in line {number} of {path}, got {error}; pass one value a line") from error
+        if isinstance(entry, dict):
+            entry = entry.get("text", entry.get("messages"))
+        if not isinstance(entry, str | list):
+            raise ValueError(
+                f'expected a string, {{"text": …}} or {{"messages": […]}} in line {number} of {path}, got something '
+                "else; pass one text a line"
+            )
+        texts.append(entry)
+    return texts

@@ -1,0 +1,94 @@
+"""The commands for several models of one run or base: `tl-asymmetry trajectory`, `tl-asymmetry compare`."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tl_asymmetry.comparison.compare import compare
+from tl_asymmetry.pair.result import PairAnalysis
+from tl_asymmetry.results.result import Result
+from tl_asymmetry.trajectory.analysis import analyze_trajectory
+
+_DEMO_STORIES = 200
+
+
+def add_trajectory(commands: Any) -> argparse.ArgumentParser:
+    """The parser of `trajectory`, among the others."""
+    parser: argparse.ArgumentParser = commands.add_parser("trajectory", help="the checkpoints of one training run")
+    parser.add_argument(
+        "checkpoints", metavar="CHECKPOINT_DIR", nargs="*",
+        help="local Hugging Face directories named like checkpoint-500 or step500, or with a trainer_state.json",
+    )  # fmt: skip
+    parser.add_argument("--demo", action="store_true", help="the embedded run's five checkpoints, offline")
+    parser.add_argument("--pythia", metavar="NAME", help="a model of the Pythia suite on the hub, with --steps")
+    parser.add_argument("--steps", type=int, nargs="+", help="which of its checkpoints")
+    parser.add_argument("--texts", type=Path, help="as in analyze")
+    parser.add_argument("--out", type=Path, default=Path("tl-asymmetry-trajectory"), help="folder for the result, the "
+                        "report and, in its folder store, every finished checkpoint")  # fmt: skip
+    parser.add_argument("--store", type=Path, help="folder for the finished checkpoints instead; a run that was "
+                        "killed goes on there")  # fmt: skip
+    parser.add_argument("--reference", choices=("first", "previous", "both"), default="first", help="what a "
+                        "checkpoint's weights are subtracted from")  # fmt: skip
+    parser.add_argument("--subspaces-from", default="base", help="base (the first checkpoint), each, or the directory "
+                        "or hub name of one model")  # fmt: skip
+    parser.add_argument("--ranks", type=int, nargs="+", help="ranks of the subspaces")
+    parser.add_argument("--max-tokens", type=int, help="use no more tokens than this")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences per forward pass")
+    parser.add_argument("--groups", type=int, default=8, help="jackknife groups; 1 switches intervals off")
+    parser.add_argument("--seed", type=int, default=0, help="of the null's draws")
+    return parser
+
+
+def run_trajectory(options: argparse.Namespace, texts: list[Any] | None) -> Result:
+    """Do what `trajectory` was asked for."""
+    asked = [bool(options.checkpoints), options.demo, options.pythia is not None]
+    if sum(asked) != 1:
+        raise ValueError(
+            "expected checkpoint directories, --demo or --pythia NAME, got "
+            f"{'several of them' if any(asked) else 'none of them'}; pass one of the three"
+        )
+    checkpoints: Any = [Path(folder) for folder in options.checkpoints]
+    if options.demo:
+        from tl_asymmetry.demo import demo_log, demo_model, demo_texts
+
+        of_base = [n for n in demo_log()["models"] if n == "base" or n.startswith("step")]
+        checkpoints = {demo_log()["models"][name]["step"]: partial(demo_model, name) for name in of_base}
+        texts = demo_texts(_DEMO_STORIES, seed=0) if texts is None else texts
+    elif options.pythia is not None:
+        from tl_asymmetry.trajectory.pythia import pythia_checkpoints
+
+        if not options.steps:
+            raise ValueError("expected --steps with --pythia, got none; pass e.g. --steps 0 1000 143000")
+        checkpoints = pythia_checkpoints(options.pythia, options.steps)
+    return analyze_trajectory(
+        checkpoints,
+        texts,
+        store=options.out / "store" if options.store is None else options.store,
+        reference=options.reference,
+        subspaces_from=options.subspaces_from,
+        ranks=options.ranks,
+        max_tokens=options.max_tokens,
+        batch_size=options.batch_size,
+        groups=options.groups,
+        seed=options.seed,
+    )
+
+
+def add_compare(commands: Any) -> argparse.ArgumentParser:
+    """The parser of `compare`, among the others."""
+    parser: argparse.ArgumentParser = commands.add_parser("compare", help="saved analyses of one base")
+    parser.add_argument("folders", metavar="DIR", nargs="+", help="folders written by analyze, two or more")
+    parser.add_argument("--names", nargs="+", help="what to call them")
+    parser.add_argument("--out", type=Path, default=Path("tl-asymmetry-comparison"), help="folder for the result")
+    return parser
+
+
+def run_compare(options: argparse.Namespace) -> Result:
+    """Do what `compare` was asked for."""
+    if len(options.folders) < 2:
+        raise ValueError("expected two folders or more, got one; pass the folders of two analyses of one base")
+    first, second, *more = (PairAnalysis.load(folder) for folder in options.folders)
+    return compare(first, second, *more, names=options.names)

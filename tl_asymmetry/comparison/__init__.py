@@ -1,0 +1,1 @@
+"""Several analyses of one base, side by side: `compare.py` makes what `result.py` holds."""

@@ -1,0 +1,246 @@
+"""What `compare` gives back: differences, overlaps, figures, a report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from tl_asymmetry.models.view import INPUT_POINT
+from tl_asymmetry.results.report import DEFINITIONS, Definition, FigureSection, Report, TableSection
+from tl_asymmetry.results.result import Result
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+TABLE_COLUMNS = {
+    "a": "name of one analysis",
+    "b": "name of the other",
+    "layer": "layer, from 0",
+    "head": "head; the key-value head for W_K and W_V; NA for a matrix of the MLP",
+    "matrix": "W_Q … W_out",
+    "pathway": '"read" or "write"',
+    "subspace": "name of the subspace both deltas are held against",
+    "rank": "k",
+    "relative_a": "relative fraction of a's delta",
+    "relative_b": "of b's",
+    "log2_ratio": "log2(relative_a / relative_b); 0 where both are as concentrated",
+    "ci_low": "lower end of the 95 % interval of log2_ratio over texts; NaN where the subspace needs no texts",
+    "ci_high": "upper end",
+    "difference": "relative_a − relative_b",
+    "difference_low": "lower end of its 95 % interval over texts",
+    "difference_high": "upper end",
+    "excess_a": "a's fraction over its matched reference, which is b's too where activations are the base's",
+    "excess_b": "b's",
+    "isotropic_q_a": "q of a's fraction in its own analysis",
+    "isotropic_q_b": "of b's",
+    "rounding_share_a": "share of a's ‖ΔW‖² that storage explains",
+    "rounding_share_b": "of b's",
+    "delta_relative_norm_a": "‖ΔW‖ / ‖W_base‖ of a",
+    "delta_relative_norm_b": "of b",
+}
+"""Columns of `Comparison.table`, in this order, and what they mean."""
+
+ASYMMETRY_COLUMNS = {
+    "a": "name of one analysis",
+    "b": "name of the other",
+    "layer": "layer",
+    "head": "head; NA = whole layer",
+    "rank": "k",
+    "log2_ratio_a": "log2(relative read / relative write) of a",
+    "log2_ratio_b": "of b",
+    "difference": "log2_ratio_a − log2_ratio_b",
+    "ci_low": "lower end of its 95 % interval over texts, which move the read sides only",
+    "ci_high": "upper end",
+}
+"""Columns of `Comparison.asymmetry`, in this order, and what they mean."""
+
+OVERLAP_COLUMNS = {
+    "a": "name of one analysis",
+    "b": "name of the other",
+    "layer": "layer",
+    "head": "head; NA for a matrix of the MLP",
+    "matrix": "W_Q … W_out",
+    "directions": "n, leading residual directions of each delta: as asked for, fewer where one delta has fewer",
+    "overlap": "‖DₐᵀD_b‖² / n of the two orthonormal sets: 1 if they span one space",
+    "chance": "n/d, its mean over random spaces",
+    "z": "standard deviations above chance",
+    "p": "one-sided probability of an overlap this large with a Haar-random space",
+    "p_method": '"exact", "beta" or "draws"',
+    "q": "Benjamini–Hochberg over the layers and heads of this matrix",
+    "cosine": "⟨ΔWₐ, ΔW_b⟩ / (‖ΔWₐ‖ ‖ΔW_b‖) of their best rank-n approximations, which sees both sides and the signs",
+    "leading_cosine": "|cosine| of the two leading residual directions",
+    "share_a": "share of a's ‖ΔW‖² in its n directions",
+    "share_b": "of b's",
+}
+"""Columns of `Comparison.overlap`, in this order, and what they mean."""
+
+COMPARISON_DEFINITIONS = (
+    Definition(
+        "Ratio and difference (log2_ratio, difference)", "[ours]",
+        "Of the relative fractions of two deltas in the same subspace. Their interval leaves the same group of texts "
+        "out of both; it covers which texts define the subspace, for these two trained models. It says nothing of "
+        "other seeds, data or lengths of training.",
+    ),
+    Definition(
+        "Overlap", "[ours]",
+        "The leading residual directions of two deltas: the squared norm of the product of their orthonormal bases "
+        "over their number, beside n/d, which two random spaces have. Two deltas that both follow the input's variance "
+        "overlap for that reason alone.",
+    ),
+)  # fmt: skip
+"""What the words of a comparison mean, besides those of a pair."""
+
+_SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True, repr=False, eq=False, kw_only=True)
+class Comparison(Result):
+    """Analyses of one base against each other. Made by `compare`."""
+
+    TABLES = ("table", "asymmetry", "overlap")
+
+    table: pd.DataFrame
+    """One row for each pair of analyses × layer × head × matrix × subspace × rank; see `TABLE_COLUMNS`."""
+    asymmetry: pd.DataFrame
+    """Read against write of both, per head and per layer; see `ASYMMETRY_COLUMNS`."""
+    overlap: pd.DataFrame
+    """The deltas' leading residual directions, per head; see `OVERLAP_COLUMNS`."""
+
+    # -- figures -------------------------------------------------------------------------------------------------
+
+    def plot_differences(self, matrix: str, a: str | None = None, b: str | None = None, **options: Any) -> go.Figure:
+        """Layer × head map of log2(relative_a / relative_b). See `plots.differences_figure`."""
+        from tl_asymmetry.plots import differences_figure
+
+        rows = self._pair(self.table, a, b)
+        return differences_figure(rows, matrix, **{**self._options(matrix), **options})
+
+    def plot_overlap(self, matrix: str, a: str | None = None, b: str | None = None, **options: Any) -> go.Figure:
+        """Layer × head map of the overlap of two deltas' directions. See `plots.overlap_figure`."""
+        from tl_asymmetry.plots import overlap_figure
+
+        options = {**self._options(matrix), **options}
+        options.pop("default_rank")
+        return overlap_figure(self._pair(self.overlap, a, b), matrix, **options)
+
+    # -- words ---------------------------------------------------------------------------------------------------
+
+    def _title(self) -> str:
+        return " against ".join(self.config["names"]) + f", from {self.config['base']['name']}"
+
+    def _facts(self) -> str:
+        shape, ranks = self.config["shape"], ", ".join(map(str, self.config["ranks"]))
+        return (
+            f"{shape['n_layers']} layers × {shape['n_heads']} heads, d_model {shape['d_model']}; "
+            f"{self.config['tokens']} tokens in {self.config['sequences']} sequences; ranks {ranks}, shown "
+            f"{self.config['shown_rank']}; {self.config['directions']} directions"
+        )
+
+    def _summary_table(self) -> pd.DataFrame:
+        rows = []
+        shown = self.table[self.table["rank"] == self.config["shown_rank"]]
+        for (a, b, matrix, subspace), block in shown.groupby(["a", "b", "matrix", "subspace"], sort=False):
+            o = self.overlap
+            o = o[(o["a"] == a) & (o["b"] == b) & (o["matrix"] == matrix)]
+            told = block["ci_low"].notna()
+            rows.append(
+                {
+                    "a": a,
+                    "b": b,
+                    "matrix": matrix,
+                    "subspace": subspace,
+                    "relative a": block["relative_a"].median(),
+                    "relative b": block["relative_b"].median(),
+                    "log2(a/b)": block["log2_ratio"].median(),
+                    "a>b": f"{int((block['ci_low'] > 0).sum())}/{int(told.sum())}" if told.any() else "–",
+                    "a<b": f"{int((block['ci_high'] < 0).sum())}/{int(told.sum())}" if told.any() else "–",
+                    "overlap": o["overlap"].median(),
+                    "chance": o["chance"].median(),
+                    "overlap q<0.05": f"{int((o['q'] < _SIGNIFICANT).sum())}/{len(o)}",
+                    "cosine": o["cosine"].median(),
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def _headline(self) -> list[str]:
+        k = self.config["shown_rank"]
+        sentences = []
+        for (a, b), rows in self.table[self.table["rank"] == k].groupby(["a", "b"], sort=False):
+            own = rows[(rows["pathway"] == "read") & (rows["subspace"] == rows["matrix"].map(INPUT_POINT))]
+            write = rows[(rows["pathway"] == "write") & (rows["subspace"] == "prediction")]
+            if len(own) and own["log2_ratio"].notna().any():
+                told = own["ci_low"].notna()
+                sentences.append(
+                    f"Reading, rank {k}: the median head's fraction is {2 ** own['log2_ratio'].median():.2f} times as "
+                    f"large in {a} as in {b}; larger beyond its interval over texts in {int((own['ci_low'] > 0).sum())}"
+                    f", smaller in {int((own['ci_high'] < 0).sum())} of {int(told.sum())} heads and matrices."
+                )
+            if len(write) and write["log2_ratio"].notna().any():
+                sentences.append(
+                    f"Writing into the prediction directions: {2 ** write['log2_ratio'].median():.2f} times as large "
+                    f"in {a} as in {b} at the median (no interval: weights only)."
+                )
+            o = self.overlap[(self.overlap["a"] == a) & (self.overlap["b"] == b)]
+            if len(o) and o["overlap"].notna().any():
+                sentences.append(
+                    f"Directions: the leading {int(o['directions'].max())} residual directions of {a} and {b} overlap "
+                    f"by {o['overlap'].median():.2f} at the median, {o['chance'].median():.2f} by chance; "
+                    f"{int((o['q'] < _SIGNIFICANT).sum())} of {len(o)} beyond chance (q < {_SIGNIFICANT})."
+                )
+        sentences.append("One trained model of each kind: intervals cover texts, not training runs.")
+        return sentences
+
+    def _report(self) -> Report:
+        pairs = list(dict.fromkeys(zip(self.table["a"], self.table["b"], strict=True)))
+        matrices = list(dict.fromkeys(self.table["matrix"]))
+
+        def each(make: str, table: pd.DataFrame) -> dict[str, go.Figure]:
+            found = {}
+            for a, b in pairs:
+                for matrix in matrices:
+                    rows = table[(table["a"] == a) & (table["b"] == b) & (table["matrix"] == matrix)]
+                    if len(rows):
+                        found[matrix if len(pairs) == 1 else f"{matrix}: {a}, {b}"] = getattr(self, make)(matrix, a, b)
+            return found
+
+        return Report(
+            title=self._title(),
+            subtitle=self._facts(),
+            summary="\n\n".join(self._headline()),
+            notes=self.notes,
+            figures=[
+                FigureSection("Where they differ", each("plot_differences", self.table), "Dot: the interval over texts "
+                              "leaves 0 out."),
+                FigureSection("Do they move along the same directions?", each("plot_overlap", self.overlap)),
+            ],
+            tables=[
+                TableSection("Summary", self._summary_table(), "Medians over layers and heads.", "summary"),
+                TableSection("Differences", self.table, "One row per pair, layer, head, matrix, subspace, rank.",
+                             "table"),
+                TableSection("Overlap", self.overlap, "Leading residual directions.", "overlap"),
+                TableSection("Asymmetry", self.asymmetry, "Read against write; head empty = whole layer.", "asymmetry"),
+            ],
+            methods=[
+                ("Intervals", "paired delete-one-group jackknife: both fractions without the same group of texts"),
+                ("Overlap", "against Haar-random spaces; q by Benjamini–Hochberg over the heads of a matrix"),
+            ],
+            definitions=(*DEFINITIONS, *COMPARISON_DEFINITIONS),
+            config=self.config,
+        )  # fmt: skip
+
+    def _pair(self, table: pd.DataFrame, a: str | None, b: str | None) -> pd.DataFrame:
+        pairs = list(dict.fromkeys(zip(self.table["a"], self.table["b"], strict=True)))
+        chosen = [pair for pair in pairs if a in (None, pair[0]) and b in (None, pair[1])]
+        if not chosen:
+            raise ValueError(
+                f"expected one of {', '.join(f'{x} and {y}' for x, y in pairs)}, got {a!r} and {b!r}; pass such names"
+            )
+        x, y = chosen[0]
+        return table[(table["a"] == x) & (table["b"] == y)]
+
+    def _options(self, matrix: str) -> dict[str, Any]:
+        shape = self.config["shape"]
+        kv = matrix in ("W_K", "W_V") and shape["n_kv_heads"] < shape["n_heads"]
+        return {"default_rank": self.config["shown_rank"], "kv": kv}

@@ -1,0 +1,1 @@
+"""Gradient covariances: `covariance.py` measures both sides of Σ a δᵀ, `result.py` is what comes back."""

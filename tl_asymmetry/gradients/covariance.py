@@ -1,0 +1,203 @@
+"""The gradient side, measured: what directs a weight update, its inputs or what comes back from the loss?"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tl_asymmetry.geometry.jackknife import MINIMUM_GROUPS
+from tl_asymmetry.gradients.capture import capture_gradients
+from tl_asymmetry.gradients.result import GradientCovariance
+from tl_asymmetry.gradients.table import cross_table, gradient_table, layer_sides
+from tl_asymmetry.models.backward import check_differentiable
+from tl_asymmetry.models.checks import check_finite, check_tokens
+from tl_asymmetry.models.prediction import prediction_subspace
+from tl_asymmetry.models.side_by_side import side_by_side
+from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.pair.plan import chosen_matrices
+from tl_asymmetry.results.notes import Notes
+from tl_asymmetry.results.provenance import described_arguments, model_record, shape_record, versions, weights_hash
+from tl_asymmetry.training.batches import Batch, PreferenceBatch
+from tl_asymmetry.training.data import as_batches
+from tl_asymmetry.training.objectives import Objective, objective_name
+
+_SELF_CHECK_TOKENS = 16
+
+
+def gradient_covariance(
+    model: Any,
+    objective: Objective[Any],
+    batches: Any,
+    *,
+    matrices: Sequence[str] | None = None,
+    halves: bool = False,
+    full_mlp: bool = False,
+    permutations: int = 0,
+    groups: int = 8,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: bool = True,
+) -> GradientCovariance:
+    """Second moments of both sides of every weight gradient, under any objective, in one pass over the data.
+
+    The gradient of a matrix is a sum of outer products over tokens, `∂L/∂W = Σ_t a_t δ_tᵀ`, of its input a and the
+    upstream gradient δ = ∂L/∂(a W + b). Each batch is run forward and backward once; a and δ become second moments
+    inside the hooks and are gone. The model's parameters are frozen meanwhile; no gradient of theirs is made or
+    touched. Memory is set by the model: d × d moments of both sides for each of `groups` groups of sequences, on the
+    CPU; and `permutations` times the size of the read matrices where those are asked for.
+
+    The question is that of arXiv 2605.16600 (deltas inherit direction from whichever side has a concentrated
+    covariance); the definitions are ours, since the paper's are not public.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge; comes back as it was. Taken in evaluation mode.
+        objective: what is differentiated: `CrossEntropy`, `DPO`, `ORPO`, `InfoNCE`, `Mix`, or any `Objective`. The loss
+            is summed over its terms (tokens, pairs, sequences), so the result does not depend on how the data are
+            batched, unless the objective's own value does (`objective.additive`).
+        batches: `TokenBatch` or `PreferenceBatch` objects, or texts, chats, or rows of a dataset with trl's columns:
+            see `training.data.as_batches`.
+        matrices: default all the model has of W_Q, W_K, W_V, W_O, W_in, W_gate, W_out.
+        halves: keep the moments of an objective's passes (chosen and rejected) apart as well.
+        full_mlp: also keep the d_mlp × d_mlp moments of δ of W_in and W_gate and of W_out's input. Otherwise that axis
+            has its trace, estimates of its norm and leading eigenvalues from a sketch, and no interval.
+        permutations: draws of the read matrices' gradients with δ permuted over the tokens of each sequence, for the
+            range of fractions that `analyze_pair` then shows; 40 or more for a 95 % range.
+        groups: groups of sequences for the jackknife; 1 switches intervals off (less memory, less time).
+        batch_size: rows of a batch, where batches are made here.
+        seed: of the permutations and the sketch.
+        progress: show progress bars.
+
+    Returns:
+        A frozen `GradientCovariance`.
+
+    Raises:
+        ValueError: no objective, data that do not fit it, inference mode, a loss or gradient that is not finite (naming
+            the batch).
+
+    Example:
+        >>> from tl_asymmetry.demo import demo_preferences
+        >>> from tl_asymmetry.training.objectives import DPO
+        >>> covariance = gradient_covariance(model, DPO(model), demo_preferences(8), matrices=["W_O"], progress=False)
+        >>> tuple(covariance.gradient_moment(0, "W_O").shape)
+        (64, 64)
+        >>> bool(covariance.table.query("side == 'gradient' and layer == 0").effective_rank.iloc[0] > 1)
+        True
+    """
+    arguments = described_arguments({k: v for k, v in locals().items() if k not in ("model", "batches")})
+    view, notes = ModelView(model), Notes()
+    if not isinstance(objective, Objective):
+        raise ValueError(
+            f"expected an objective, got {type(objective).__name__}; pass CrossEntropy(), DPO(reference), ORPO(), "
+            "InfoNCE(), Mix(...) or an object with the methods of Objective"
+        )
+    if groups < 1:
+        raise ValueError(f"expected groups >= 1, got {groups}; pass groups=1 for no intervals, 8 by default")
+    if permutations < 0:
+        raise ValueError(f"expected permutations >= 0, got {permutations}; pass 40 or more for a 95 % range, or 0")
+    if halves and len(set(objective.passes)) < 2:
+        raise ValueError(
+            f"expected an objective with two kinds of passes to tell apart, got {objective_name(objective)}; leave out "
+            "halves=True"
+        )
+    check_differentiable(view)
+    chosen = chosen_matrices(view, matrices)
+    held = as_batches(view, batches, objective.batch_type, batch_size=batch_size, note=notes.warn)
+    for batch in held:
+        for tokens in _tokens(batch):
+            check_tokens(view, tokens)
+    rows = sum(map(len, held))
+    intervals = min(groups, rows) >= MINIMUM_GROUPS
+    if groups > 1 and not intervals:
+        notes.warn(
+            f"intervals need at least {MINIMUM_GROUPS} sequences and groups, got {rows} sequences: they are NaN; pass "
+            "more data"
+        )
+    check_finite(view)
+    _describe(view, objective, notes, full_mlp=full_mlp, matrices=chosen)
+    with torch.no_grad():
+        view.self_check(_tokens(held[0])[0][:1, :_SELF_CHECK_TOKENS])
+
+    captured = capture_gradients(
+        view, objective, held, chosen,
+        groups=groups, halves=halves, full_mlp=full_mlp, permutations=permutations, seed=seed, progress=progress,
+    )  # fmt: skip
+    prediction = prediction_subspace(view).basis
+    exact = view.dtype == torch.float64
+    layers = side_by_side(
+        lambda layer: layer_sides(captured, layer, chosen, prediction, exact=exact),
+        view.n_layers, device=view.device, description="spectra", progress=progress,
+    )  # fmt: skip
+    unreached = sorted({matrix for sides in layers for (_, side, matrix), s in sides.items()
+                        if side == "gradient" and s.tokens == 0})  # fmt: skip
+    if unreached:
+        notes.add(f"no gradient reaches {', '.join(unreached)} in some layers: their rows are NaN there")
+    heads = {matrix: view.heads(matrix) for matrix in chosen}
+    return GradientCovariance.assemble(
+        table=gradient_table(layers, chosen, heads),
+        gradients=cross_table(captured, layers, chosen, heads),
+        layers=layers,
+        captured=captured,
+        config={
+            "arguments": arguments,
+            "versions": versions(),
+            "model": model_record(view, weights_hash(view)),
+            "shape": shape_record(view),
+            "objective": objective_name(objective),
+            "matrices": list(chosen),
+            "batches": len(held),
+            "sequences": rows,
+            "tokens": sum(int(batch.lengths.sum()) for batch in held),
+            "terms": captured.terms,
+            "loss": _mean_loss(objective, held, captured.losses),
+            "data_sha256": data_fingerprint(held),
+        },
+        notes=notes.lines,
+    )
+
+
+def _describe(
+    view: ModelView, objective: Objective[Any], notes: Notes, *, full_mlp: bool, matrices: Sequence[str]
+) -> None:
+    """What the reader must know of this model and objective."""
+    for note in view.notes:
+        notes.add(note)
+    if not objective.additive:
+        notes.add(
+            f"{objective_name(objective)} depends on how the data are batched: the batches passed are part of what was "
+            "measured"
+        )
+    if not full_mlp and any(matrix in ("W_in", "W_gate", "W_out") for matrix in matrices):
+        notes.add(
+            "on the d_mlp axis the trace is exact, norms and leading eigenvalues are estimated from a random sketch, "
+            "and there is no effective rank and no interval (full_mlp=True keeps the whole moments)"
+        )
+    if view.dtype == torch.float16:
+        notes.warn("small gradients underflow to zero in float16; pass the model in float32 or bfloat16", level=5)
+
+
+def _mean_loss(objective: Objective[Any], batches: Sequence[Batch], losses: Sequence[float]) -> float:
+    """The mean over all terms."""
+    counts = [objective.count(batch) for batch in batches]
+    return sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+
+
+def _tokens(batch: Batch) -> list[torch.Tensor]:
+    if isinstance(batch, PreferenceBatch):
+        return [batch.chosen.tokens, batch.rejected.tokens]
+    return [batch.tokens]
+
+
+def data_fingerprint(batches: Sequence[Batch]) -> str:
+    """SHA-256 of all rows' tokens up to their last target, whatever the batches they come in."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        halves = [batch.chosen, batch.rejected] if isinstance(batch, PreferenceBatch) else [batch]
+        for row in range(len(batch)):
+            for half in halves:
+                length = int(half.lengths[row])
+                digest.update(half.tokens[row, :length].cpu().numpy().tobytes())
+                digest.update(half.mask[row, :length].cpu().numpy().tobytes())
+    return digest.hexdigest()

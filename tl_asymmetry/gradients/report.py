@@ -1,0 +1,134 @@
+"""A gradient covariance in words, and its report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from tl_asymmetry.gradients.table import CROSS_COLUMNS, GRADIENT_COLUMNS
+from tl_asymmetry.results.report import Definition, FigureSection, Report, TableSection
+
+if TYPE_CHECKING:
+    from tl_asymmetry.gradients.result import GradientCovariance
+
+DEFINITIONS = (
+    Definition(
+        "The two sides", "[choice]",
+        "A weight gradient is a sum of outer products over tokens, ∂L/∂W = Σ a δᵀ: a is what the matrix multiplies, δ "
+        "the gradient of the loss at its product. δ of W_Q, W_K and W_V is taken before any query-key norm and rotary "
+        "positions, δ of W_O at the attention's output before any norm (the heads have it in common), δ of W_in and "
+        "W_gate at the pre-activation, δ of W_out at the MLP's output.",
+    ),
+    Definition(
+        "Second moments and their scale", "[choice]",
+        "Uncentred and per token, over the tokens at which there is a gradient. The loss is summed over its terms "
+        "(tokens, pairs, sequences), so that δ does not depend on the size of a batch; the batch still matters to "
+        "objectives whose rows meet in it (InfoNCE) or that add means over different things.",
+    ),
+    Definition(
+        "Effective rank, participation ratio, stable rank", "[choice]",
+        "exp(entropy(λ/Σλ)), (Σλ)²/Σλ² and Σλ/λ_max of a second moment's eigenvalues: 1 for a single direction, the "
+        "dimension for a flat spectrum.",
+    ),
+    Definition(
+        "Marchenko–Pastur edge and spikes", "[ours]",
+        "How large an eigenvalue independent tokens of the bulk's variance would reach. Tokens of a text depend on "
+        "each other, so the number of eigenvalues above it describes and does not test.",
+    ),
+    Definition(
+        "Coherence", "[ours]",
+        "‖Σ a δᵀ‖² / Σ ‖a‖²‖δ‖². 1 if the outer products of different tokens are orthogonal on average: then the "
+        "gradient is as large as its two sides explain. More where tokens push the same way, less where they cancel.",
+    ),
+)  # fmt: skip
+
+
+def summary_table(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per matrix and side: medians over layers and heads."""
+    rows = []
+    for (matrix, side), block in table[table["half"] == "all"].groupby(["matrix", "side"], sort=False):
+        median = block.select_dtypes("number").astype("float64").median()
+        rows.append(
+            {
+                "matrix": matrix, "side": side, "axis": block["axis"].iloc[0], "dimension": int(median["dimension"]),
+                "tokens": int(median["tokens"]), "effective_rank": median["effective_rank"],
+                "participation_ratio": median["participation_ratio"], "stable_rank": median["stable_rank"],
+                "top_energy": median["top_energy"], "rank": int(median["rank"]),
+                "prediction_relative": median["prediction_relative"], "spikes": median["spikes"],
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def headline(table: pd.DataFrame, gradients: pd.DataFrame) -> list[str]:
+    """Sentences on what the table shows."""
+    rows = table[(table["half"] == "all") & table["effective_rank"].notna()]
+    if rows.empty:
+        return ["No gradient reached any of the matrices."]
+    sentences = []
+    inputs = rows[(rows["side"] == "input") & (rows["axis"] == "residual")]
+    if len(inputs):
+        share = (inputs["effective_rank"] / inputs["dimension"]).median()
+        sentences.append(
+            f"Inputs of read matrices: median effective rank {inputs['effective_rank'].median():.1f} "
+            f"({share:.0%} of the dimension)."
+        )
+    written = rows[(rows["side"] == "gradient") & (rows["axis"] == "residual")]
+    if len(written):
+        share = (written["effective_rank"] / written["dimension"]).median()
+        sentences.append(
+            f"Gradients at what write matrices write: median effective rank {written['effective_rank'].median():.1f} "
+            f"({share:.0%} of the dimension); in the leading prediction directions they have "
+            f"{written['prediction_relative'].median():.2f} times the energy of an isotropic gradient."
+        )
+    coherent = gradients["coherence"].median()
+    sentences.append(
+        f"Coherence: a gradient's squared norm is {coherent:.2g} times that of its tokens' outer products added up as "
+        "if they were orthogonal (median)."
+    )
+    return sentences
+
+
+def gradient_report(result: GradientCovariance) -> Report:
+    """Fill a `Report` from a gradient covariance."""
+    figures = []
+    if result.table["effective_rank"].notna().any():
+        figures.append(
+            FigureSection(
+                "How many directions, layer by layer", result.plot_effective_rank(),
+                "Effective rank of both sides as a share of their dimension.",
+            )
+        )  # fmt: skip
+        spectra: dict[str, Any] = {}
+        for matrix in result.config["matrices"]:
+            for side, letter in (("gradient", "δ"), ("input", "a")):
+                key = f"{letter} of {matrix}"
+                try:
+                    if (result.spectrum(matrix, side) > 0).any():
+                        spectra[key] = result.plot_spectrum(matrix, side)
+                except ValueError:  # no gradient reached it
+                    continue
+        figures.append(FigureSection("Spectra", spectra, "Heads pooled; on a sketched axis the leading eigenvalues."))
+    columns = [(name, meaning) for name, meaning in (GRADIENT_COLUMNS | CROSS_COLUMNS).items()]
+    return Report(
+        title=result._title(),
+        subtitle=result._facts(),
+        summary="\n\n".join(result._headline()),
+        notes=result.notes,
+        figures=figures,
+        tables=[
+            TableSection("Summary", result._summary_table(), "Medians over layers and heads.", "summary"),
+            TableSection("Both sides", result.table, "One row per layer, head, matrix and side.", "table"),
+            TableSection("Gradients", result.gradients, "One row per layer, head and matrix.", "gradients"),
+        ],
+        methods=[
+            ("Objective", str(result.config["objective"])),
+            ("Passes", "one forward and one backward pass per batch, evaluation mode, parameters frozen; the graph "
+             "starts at the residual stream before the first block"),
+            ("Intervals", "delete-one-group jackknife over groups of sequences, on the log; over texts, not seeds"),
+            *columns,
+        ],
+        definitions=DEFINITIONS,
+        config=result.config,
+    )  # fmt: skip

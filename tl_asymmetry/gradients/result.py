@@ -1,0 +1,212 @@
+"""What `gradient_covariance` gives back: both second moments of every outer product, tables, figures, a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from tl_asymmetry.geometry.fraction import energy_profile
+from tl_asymmetry.gradients.capture import Captured
+from tl_asymmetry.gradients.report import gradient_report, headline, summary_table
+from tl_asymmetry.gradients.table import Side
+from tl_asymmetry.models.view import INPUT_POINT, READ
+from tl_asymmetry.results.report import Report
+from tl_asymmetry.results.result import Result
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+@dataclass(frozen=True, repr=False, eq=False, kw_only=True)
+class GradientCovariance(Result):
+    """Input and gradient second moments of every matrix under one objective. Made by `gradient_covariance`.
+
+    `table` has one row per layer × head × matrix × side; `gradient_table.GRADIENT_COLUMNS` says what the columns mean.
+    Pass it to `analyze_pair(..., gradient=...)` for the matched reference of write matrices.
+    """
+
+    TABLES: ClassVar[tuple[str, ...]] = ("table", "gradients")
+
+    gradients: pd.DataFrame
+    """One row per layer × head × matrix: the norm of the gradient itself beside its two sides' traces; see
+    `gradient_table.CROSS_COLUMNS`."""
+
+    # -- numbers -------------------------------------------------------------------------------------------------
+
+    def input_moment(
+        self, layer: int, matrix: str, head: int | None = None, *, half: str = "all"
+    ) -> Float64[Tensor, "d d"]:
+        """Uncentred second moment of a matrix's input per token, Σ_t a_t a_tᵀ / n, float64 on CPU.
+
+        Args:
+            layer: which layer.
+            matrix: its name.
+            head: needed for W_O, whose heads have inputs of their own; else without meaning.
+            half: "all", or the name of a pass where these were told apart.
+
+        Raises:
+            ValueError: what was not captured, or a moment on the d_mlp axis without `full_mlp=True`.
+        """
+        self._require(layer, matrix)
+        return self._moment(f"input/{INPUT_POINT[matrix]}", layer, matrix, head if matrix == "W_O" else None, half)
+
+    def gradient_moment(
+        self, layer: int, matrix: str, head: int | None = None, *, half: str = "all"
+    ) -> Float64[Tensor, "d d"]:
+        """Uncentred second moment of a matrix's upstream gradient per token, Σ_t δ_t δ_tᵀ / n, float64 on CPU.
+
+        δ is that of the summed loss, so its scale does not depend on the number of tokens.
+
+        Args:
+            layer: which layer.
+            matrix: its name.
+            head: needed for W_Q, W_K, W_V; the heads of W_O have one gradient in common.
+            half: "all", or the name of a pass where these were told apart.
+
+        Raises:
+            ValueError: what was not captured, or a moment on the d_mlp axis without `full_mlp=True`.
+        """
+        self._require(layer, matrix)
+        own = matrix in ("W_Q", "W_K", "W_V")
+        return self._moment(f"gradient/{matrix}", layer, matrix, head if own else None, half)
+
+    def spectrum(self, matrix: str, side: str = "gradient", *, half: str = "all") -> Float[np.ndarray, "layer head r"]:
+        """Eigenvalues of a side's second moment, descending (the leading ones on a sketched axis); one head if shared.
+
+        Raises:
+            ValueError: what was not captured.
+        """
+        self._require(0, matrix)
+        if side not in ("input", "gradient"):
+            raise ValueError(f'expected side "input" or "gradient", got {side!r}; pass one of the two')
+        key = f"gradient/{matrix}" if side == "gradient" else f"input/{INPUT_POINT[matrix]}"
+        return self._array("spectrum", half, key).numpy()
+
+    def permuted_fractions(
+        self, layer: int, matrix: str, basis: Float[Tensor, "d_model k"]
+    ) -> Float64[Tensor, "draw head k"] | None:
+        """The subspace fraction in the leading 1 … k directions of gradients whose δ were permuted within sequences.
+
+        Returns:
+            None for a write matrix, or when captured without `permutations`.
+        """
+        name = f"permuted/{matrix}"
+        if matrix not in READ or name not in self.arrays:
+            return None
+        drawn = self.arrays[name][:, layer]
+        return energy_profile(drawn, basis.to(drawn)).cumsum(-1)
+
+    @property
+    def halves(self) -> tuple[str, ...]:
+        """ "all", and the names of the passes that were told apart."""
+        return tuple(dict.fromkeys(self.table["half"]))
+
+    # -- figures -------------------------------------------------------------------------------------------------
+
+    def plot_spectrum(self, matrix: str = "W_O", side: str = "gradient", **options: Any) -> go.Figure:
+        """Spectra of one side of a matrix, heads pooled, one line per layer. See `plots.spectrum_figure`."""
+        from tl_asymmetry.plots import spectrum_figure
+
+        spectra = self.spectrum(matrix, side)
+        pooled = np.sort(spectra.sum(1) if side == "gradient" or matrix == "W_O" else spectra[:, 0])[:, ::-1]
+        of = "δ" if side == "gradient" else "a"
+        return spectrum_figure(pooled, **{"name": f"{of} of {matrix}", **options})
+
+    def plot_effective_rank(self, matrices: Sequence[str] | None = None, **options: Any) -> go.Figure:
+        """Effective rank of δ and of a over the layers. See `plots.effective_rank_figure`."""
+        from tl_asymmetry.plots import effective_rank_figure
+
+        return effective_rank_figure({self.config["objective"]: self.table}, matrices=matrices, **options)
+
+    # -- words ---------------------------------------------------------------------------------------------------
+
+    def _title(self) -> str:
+        return f"{self.config['model']['name']} under {self.config['objective']}"
+
+    def _facts(self) -> str:
+        shape = self.config["shape"]
+        return (
+            f"{shape['n_layers']} layers × {shape['n_heads']} heads, d_model {shape['d_model']}; "
+            f"{self.config['sequences']} sequences in {self.config['batches']} batches, {self.config['terms']} terms, "
+            f"mean loss {self.config['loss']:.4g}"
+        )
+
+    def _summary_table(self) -> pd.DataFrame:
+        return summary_table(self.table)
+
+    def _headline(self) -> list[str]:
+        return headline(self.table, self.gradients)
+
+    def _report(self) -> Report:
+        return gradient_report(self)
+
+    # -- making --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def assemble(
+        cls,
+        *,
+        table: pd.DataFrame,
+        gradients: pd.DataFrame,
+        layers: Sequence[Mapping[tuple[str, str, str], Side]],
+        captured: Captured,
+        config: dict[str, Any],
+        notes: Sequence[str],
+    ) -> GradientCovariance:
+        """Put the parts together, stacked over layers."""
+        arrays: dict[str, Tensor] = {}
+        for half, side, key in layers[0]:
+            held = [layer[half, side, key] for layer in layers]
+            reached = next((one for one in held if one.tokens), None)
+            if reached is None:
+                continue
+            arrays[f"spectrum/{half}/{side}/{key}"] = torch.stack(
+                [s.spectrum if s.tokens else torch.zeros_like(reached.spectrum) for s in held]
+            )
+            if reached.moment is not None:
+                missing = torch.full_like(reached.moment, torch.nan)
+                arrays[f"moment/{half}/{side}/{key}"] = torch.stack(
+                    [missing if s.moment is None else s.moment for s in held]
+                )
+        for matrix in dict.fromkeys(matrix for _, matrix in captured.permuted):
+            drawn = [captured.permuted[layer, matrix] for layer in range(len(layers))]
+            arrays[f"permuted/{matrix}"] = torch.stack(drawn, dim=1)
+        return cls(table=table, gradients=gradients, config=config, notes=tuple(notes), arrays=arrays)
+
+    # -- looking up ----------------------------------------------------------------------------------------------
+
+    def _moment(self, key: str, layer: int, matrix: str, head: int | None, half: str) -> Tensor:
+        moments = self._array("moment", half, key)[layer]
+        if len(moments) == 1:
+            return moments[0]
+        if head is None or not 0 <= head < len(moments):
+            raise ValueError(
+                f"expected a head from 0 to {len(moments) - 1} for this side of {matrix}, got {head}; pass head="
+            )
+        return moments[head]
+
+    def _array(self, kind: str, half: str, key: str) -> Tensor:
+        if half not in self.halves:
+            raise ValueError(f"expected half among {', '.join(self.halves)}, got {half!r}; pass one of these")
+        name = f"{kind}/{half}/{key}"
+        if name not in self.arrays:
+            raise ValueError(
+                f"expected a {kind} that was captured, got {key!r} (half {half!r}); pass full_mlp=True to "
+                "gradient_covariance for moments on the d_mlp axis, or an objective whose gradient reaches this matrix"
+            )
+        return self.arrays[name]
+
+    def _require(self, layer: int, matrix: str) -> None:
+        matrices = self.config["matrices"]
+        if matrix not in matrices:
+            raise ValueError(f"expected a matrix among {', '.join(matrices)}, got {matrix!r}; pass one of these")
+        layers = self.config["shape"]["n_layers"]
+        if not 0 <= layer < layers:
+            raise ValueError(f"expected a layer from 0 to {layers - 1}, got {layer}; pass one of these")

@@ -1,0 +1,261 @@
+"""What `rank_one_study` gives back: effects against controls, the strongest sites, figures, a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pandas as pd
+
+from tl_asymmetry.interventions.tables import BASELINE_COLUMNS, CELL, OUTCOMES
+from tl_asymmetry.results.report import CITATIONS, Definition, FigureSection, Report, TableSection
+from tl_asymmetry.results.result import Result
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+_SITE = ["layer", "head", "matrix"]
+_FIRST = ("shift", "kl", "margin_shift", "margin", "ce")
+"""Which outcome is shown where only one can be: the first of these that was measured and is known."""
+
+
+@dataclass(frozen=True, repr=False, eq=False, kw_only=True)
+class RankOneStudy(Result):
+    """What single directions of single heads do, each against its own controls. Made by `rank_one_study`.
+
+    Printing it gives the summary; in a notebook it is a table.
+    """
+
+    TABLES: ClassVar[tuple[str, ...]] = ("table", "edits", "baseline")
+
+    edits: pd.DataFrame
+    """One row per edit, targets (`control` "target", at every dose) and controls alike: outcomes, norm."""
+    baseline: pd.DataFrame
+    """One row per intervention: the unedited models, what they predict and how far they are apart."""
+
+    # -- numbers -------------------------------------------------------------------------------------------------
+
+    def strongest(
+        self, n: int = 10, *, outcome: str | None = None, intervention: str | None = None, direction: str | None = None
+    ) -> pd.DataFrame:
+        """The sites whose edit does most, strongest first, with its standing among each kind of control.
+
+        Args:
+            n: how many rows.
+            outcome: what to sort by; by size for "ce" and "margin". By default "shift" where the models differ.
+            intervention, direction: of one kind only; all by default.
+
+        Returns:
+            Columns of the site and direction, every outcome measured, `delta_share`, and for each kind of control
+            `percentile_<kind>` and `p_<kind>` of the outcome sorted by.
+
+        Raises:
+            ValueError: an outcome, intervention or direction that was not studied.
+        """
+        outcome = self._known("outcome", outcome, self._outcome())
+        rows = self.table[self.table["outcome"] == outcome]
+        for column, wanted in (("intervention", intervention), ("direction", direction)):
+            if wanted is not None:
+                rows = rows[rows[column] == self._known(column, wanted, wanted)]
+        cells = rows.drop_duplicates(list(CELL)).set_index(list(CELL))
+        found = cells[["delta_share"]].copy()
+        effects = self.edits[(self.edits["control"] == "target") & (self.edits["dose"] == 1)].set_index(list(CELL))
+        for name in self.config["outcomes"]:
+            found[name] = effects[name]
+        for kind, block in rows.groupby("control", sort=False):
+            of_kind = block.set_index(list(CELL))
+            found[f"percentile_{kind}"], found[f"p_{kind}"] = of_kind["percentile"], of_kind["p"]
+        size = found[outcome].abs() if outcome in ("ce", "margin") else found[outcome]
+        order = size.sort_values(ascending=False, kind="stable").index
+        return found.loc[order].head(n).reset_index()
+
+    def _outcome(self) -> str:
+        measured = [name for name in _FIRST if name in self.config["outcomes"]]
+        known = [name for name in measured if self.table.loc[self.table["outcome"] == name, "effect"].notna().any()]
+        return (known or measured)[0]
+
+    def _known(self, column: str, value: str | None, default: str) -> str:
+        value = default if value is None else value
+        there = list(dict.fromkeys(self.table[column]))
+        if value not in there:
+            raise ValueError(f"expected {column} to be one of {', '.join(there)}, got {value!r}; pass what was studied")
+        return value
+
+    # -- figures -------------------------------------------------------------------------------------------------
+
+    def plot_controls(self, matrix: str | None = None, **options: Any) -> go.Figure:
+        """Each head's effect on top of the cloud of its controls. See `plots.controls_figure`."""
+        from tl_asymmetry.plots import controls_figure
+
+        options = {"outcome": self._outcome(), **options}
+        return controls_figure(self.edits, matrix, **options)
+
+    def plot_heads(self, matrix: str | None = None, **options: Any) -> go.Figure:
+        """Layer × head map of effects; those above all their controls are marked. See `plots.effects_figure`."""
+        from tl_asymmetry.plots import effects_figure
+
+        options = {"outcome": self._outcome(), **options}
+        return effects_figure(self.table, matrix, **options)
+
+    def plot_doses(self, n: int = 6, **options: Any) -> go.Figure:
+        """Effect against dose for the strongest cells. See `plots.doses_figure`.
+
+        Args:
+            n: how many cells.
+            options: of the figure.
+        """
+        from tl_asymmetry.plots import doses_figure
+
+        outcome = self._known("outcome", options.pop("outcome", None), self._outcome())
+        cells = self.strongest(n, outcome=outcome)[list(CELL)]
+        return doses_figure(self.edits.merge(cells, on=list(CELL)), outcome=outcome, **options)
+
+    # -- words ---------------------------------------------------------------------------------------------------
+
+    def _title(self) -> str:
+        models = self.config["models"]
+        return f"{models['base']['name']} → {models['aligned']['name']}"
+
+    def _facts(self) -> str:
+        config = self.config
+        done = " and ".join(dict.fromkeys(self.edits["intervention"]))
+        made = int((self.edits["norm"] > 0).sum())
+        return (
+            f"{done} of {', '.join(config['directions'])} directions at {config['sites']} sites; {made} edits, "
+            f"{config['tokens']} tokens in {config['sequences']} sequences"
+        )
+
+    def _summary_table(self) -> pd.DataFrame:
+        return self.strongest(10)
+
+    def _headline(self) -> list[str]:
+        return list(_headline(self))
+
+    def _report(self) -> Report:
+        return _report(self)
+
+    # -- making --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def assemble(
+        cls,
+        table: pd.DataFrame,
+        edits: pd.DataFrame,
+        baselines: Sequence[Mapping[str, Any]],
+        config: dict[str, Any],
+        notes: Sequence[str],
+    ) -> RankOneStudy:
+        """Put the parts of a study together."""
+        baseline = pd.DataFrame(baselines, columns=list(BASELINE_COLUMNS))
+        return cls(table=table, edits=edits, baseline=baseline, config=config, notes=tuple(notes), arrays={})
+
+
+def _headline(study: RankOneStudy) -> Sequence[str]:
+    table, outcome = study.table, study._outcome()
+    if not bool((study.edits["norm"] > 0).any()):
+        return ["No edit changes a weight: the models do not differ along these directions."]
+    sentences = []
+    for row in study.baseline.to_dict("records"):
+        margins = ""
+        if row["pairs"]:
+            margins = f"; preference margin {row['margin_original']:+.3g} and {row['margin_other']:+.3g} nats"
+        sentences.append(
+            f"Unedited: cross-entropy {row['ce_original']:.4g} ({row['original']}) and {row['ce_other']:.4g} "
+            f"({row['other']}) nats, {row['kl_other']:.3g} nats apart{margins}."
+        )
+    shown = table[table["outcome"] == outcome]
+    for intervention, direction in dict.fromkeys(zip(shown["intervention"], shown["direction"], strict=True)):
+        rows = shown[(shown["intervention"] == intervention) & (shown["direction"] == direction)]
+        cells = rows.drop_duplicates(list(CELL))
+        best = study.strongest(1, intervention=intervention, direction=direction).iloc[0]
+        verb = {"shift": "moves {:.1%} of the way to the other model", "margin_shift": "moves {:.1%} of the margin"}
+        did = verb.get(outcome, outcome + " {:.3g}").format(best[outcome])
+        beaten = [
+            f"{int((of['p'] <= 1 / (1 + of['draws'])).sum())} of {len(of)} cells exceed all their {kind} controls "
+            f"({len(of) / (1 + of['draws'].mean()):.3g} expected by chance)"
+            for kind, of in rows.groupby("control", sort=False)
+        ]
+        sentences.append(
+            f"{intervention.capitalize()} of {direction} directions: the strongest of {len(cells)} cells, "
+            f"{_site(best)} #{best['index']}, {did}; {'; '.join(beaten)}."
+        )
+    q = table.loc[table["outcome"] == outcome, "q"]
+    if q.notna().any():
+        sentences.append(f"q < 0.05 in {int((q < 0.05).sum())} of {int(q.notna().sum())} comparisons on {outcome}.")
+    return sentences
+
+
+def _site(row: Any) -> str:
+    head = "" if pd.isna(row["head"]) else f"H{int(row['head'])}"
+    return f"L{int(row['layer'])}{head} {row['matrix']}"
+
+
+_DEFINITIONS = (
+    Definition(
+        "Rank-1 intervention", "[paper]",
+        "Editing one direction of one matrix in closed form, against controls matched in all but the direction. The "
+        "formulas below are ours.",
+    ),
+    Definition(
+        "Removal, insertion", "[choice]",
+        "Removal takes out of the aligned model what ΔW = W_aligned − W_base does along a unit direction q of the "
+        "residual stream: W_aligned − q qᵀΔW for matrices that read it, W_aligned − ΔW q qᵀ for those that write. "
+        "Insertion puts the same into the base.",
+    ),
+    Definition(
+        "Controls", "[choice]",
+        "Edits that keep everything but the residual direction. random: any; complement: orthogonal to q; "
+        "low_variance: the eigenvectors of least variance; equal_variance: orthogonal to q with the same variance of "
+        "the stream, or, where there is none such, scaled to it and marked as not norm-matched. permuted_heads [ours]: "
+        "the same edit at another head.",
+    ),
+    Definition(
+        "Percentile, p, q", "[ours]",
+        "Standing of the effect among its controls; p = (1 + controls at least as large) / (1 + draws), one-sided. "
+        "q by Benjamini–Hochberg over sites, given only where that many draws can reach 0.05.",
+    ),
+    *(Definition(f"Outcome: {name}", "[choice]", meaning[0].upper() + meaning[1:] + ".") for name, meaning in
+      OUTCOMES.items()),
+)  # fmt: skip
+
+
+def _report(study: RankOneStudy) -> Report:
+    arguments = study.config["arguments"]
+    figures = []
+    matrices = list(dict.fromkeys(study.table["matrix"]))
+    if bool((study.edits["norm"] > 0).any()):
+        figures = [
+            FigureSection(
+                "Which heads carry it", {m: study.plot_heads(m) for m in matrices}, "A dot: above all controls.",
+                "matrix",
+            ),
+            FigureSection(
+                "Each head against its controls", {m: study.plot_controls(m) for m in matrices},
+                "A target among its cloud does no more than any edit of its size.", "matrix",
+            ),
+        ]  # fmt: skip
+        if study.edits["dose"].nunique() > 1:
+            figures.append(FigureSection("Dose and response", study.plot_doses()))
+    return Report(
+        title=study._title(),
+        subtitle=study._facts(),
+        summary="\n\n".join(study._headline()),
+        notes=study.notes,
+        figures=figures,
+        tables=[
+            TableSection("Strongest sites", study.strongest(20), "By " + study._outcome() + ".", "strongest"),
+            TableSection("All comparisons", study.table, "One row per cell, outcome and kind of control.", "table"),
+            TableSection("Unedited models", study.baseline, "What the edits are compared with.", "baseline"),
+            TableSection("All edits", study.edits, "One row per edit.", "edits"),
+        ],
+        methods=[
+            ("Sites", f"{study.config['sites']}: layer, matrix, head"),
+            ("Directions", f"{', '.join(study.config['directions'])}, {arguments['n_directions']} of each at most"),
+            ("Controls", f"{arguments['draws']} draws of each of {', '.join(arguments['controls'])}, seed "
+             f"{arguments['seed']}"),
+        ],
+        definitions=_DEFINITIONS,
+        config=study.config,
+        citations=CITATIONS[:1],
+    )  # fmt: skip

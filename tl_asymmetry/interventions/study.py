@@ -1,0 +1,388 @@
+"""Rank-1 interventions on a pair: what one direction of one head does, against controls equal in all but direction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_asymmetry.interventions.cells import (
+    Cell,
+    CellMaker,
+    Directions,
+    EditSite,
+    check_choices,
+    chosen_sites,
+    given_directions,
+    study_moments,
+)
+from tl_asymmetry.interventions.result import RankOneStudy
+from tl_asymmetry.interventions.runs import MEASURED, Baseline, EvaluationBatch, evaluation_batches, measure
+from tl_asymmetry.interventions.store import StudyStore
+from tl_asymmetry.interventions.tables import LEVEL, OUTCOMES, baseline_row, edit_table, outcomes_of, study_table
+from tl_asymmetry.models.checks import check_finite, check_pair, check_raw, check_tokens
+from tl_asymmetry.models.loading import open_model
+from tl_asymmetry.models.resume import resumes
+from tl_asymmetry.models.view import READ, ModelView
+from tl_asymmetry.pair.plan import token_sequences
+from tl_asymmetry.results.notes import Notes
+from tl_asymmetry.results.provenance import described_arguments, model_record, shape_record, versions, weights_hash
+from tl_asymmetry.training.objectives import PreferenceBatch
+
+_CHECK_TOKENS = 16
+_EDITS_AT_A_TIME = 512
+_BYTES_AT_A_TIME = 1 << 26
+_DEGENERATE = 0.5
+
+
+def rank_one_study(
+    model_base: Any,
+    model_aligned: Any,
+    texts: Sequence[str | Sequence[Mapping[str, Any]]] | None = None,
+    *,
+    tokens: Int[Tensor, "batch pos"] | None = None,
+    preferences: PreferenceBatch | None = None,
+    sites: Sequence[EditSite] | None = None,
+    matrices: Sequence[str] | None = None,
+    directions: Directions = ("delta",),
+    n_directions: int = 1,
+    interventions: Sequence[str] = ("removal",),
+    controls: Sequence[str] = ("random", "equal_variance"),
+    draws: int = 20,
+    scales: Sequence[float | int] = (1.0,),
+    outcomes: Sequence[str] | None = None,
+    exclude_first: bool = True,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    store: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> RankOneStudy:
+    """Which directions of which heads carry the alignment of a pair, by taking them out or putting them in one by one.
+
+    For every site (a head's matrix) and direction q of the residual stream the part of ΔW = W_aligned − W_base along q
+    is removed from the aligned model, or inserted into the base, in place; the effect on predictions is held against
+    those of control edits that keep all but the direction (`matched_controls`). What lies below the edited block is
+    computed once for all edits of it. The intervention is named by arXiv 2605.16600; its definitions here are ours,
+    since the paper's are not public.
+
+    An effect above the controls says that this direction matters more than others the edit could have taken, for what
+    training changed here. That it was alignment and no other training which uses such directions, only a pair made by
+    other training can tell: study that too.
+
+    Args:
+        model_base: a HookedTransformer or TransformerBridge with raw weights.
+        model_aligned: the same, or a local Hugging Face directory or hub name.
+        texts: strings or lists of chat messages on which predictions are compared; without texts and tokens the
+            package's calibration texts.
+        tokens: token ids `[batch, pos]` instead of texts; every one counts.
+        preferences: chosen and rejected continuations, for the preference margin.
+        sites: `(layer, matrix, head)`, head None for a matrix of the MLP; all heads of W_Q, W_K, W_V, W_O by default.
+        matrices: all heads of these matrices instead.
+        directions: names out of "delta" (top singular directions of that head's ΔW on the residual axis), "activation"
+            (top eigenvectors of the second moment of the matrix's own input; for W_O and W_out of the stream it writes
+            into; of the base), "prediction" (top prediction directions of the base), or a mapping from names to
+            columns `[d_model, n]`, one for all layers or one for each.
+        n_directions: how many of each kind.
+        interventions: "removal" from the aligned model, "insertion" into the base, or both.
+        controls: kinds of `matched_controls`.
+        draws: controls of each kind; there are never more of "permuted_heads" than other heads.
+        scales: doses of the edit itself; 1 is always done, and is what the controls are given.
+        outcomes: names out of "kl", "ce", "shift", "margin", "margin_shift" (see `RankOneStudy.table`); all by
+            default, those of the margin with preferences only.
+        exclude_first: leave the first position of each sequence out of the moments that directions and controls are
+            made from. Predictions are compared at every position.
+        batch_size: sequences per pass; about six times batch × pos × vocabulary numbers are held at a time.
+        max_tokens: use no more tokens of the texts than this.
+        store: a folder in which every finished site is kept at once; a study with the same settings goes on from there.
+        seed: of the controls.
+        progress: show progress bars.
+
+    Returns:
+        A frozen `RankOneStudy`.
+
+    Raises:
+        ValueError: models that cannot be compared, a site, direction, control or outcome that does not exist, a store
+            of another study: before anything heavy runs, saying what to pass instead.
+
+    Example:
+        >>> from tl_asymmetry.demo import demo_texts
+        >>> study = rank_one_study(
+        ...     base, aligned, demo_texts(4, seed=1), sites=[(2, "W_O", 1), (3, "W_O", 0)], draws=3, progress=False
+        ... )
+        >>> study.strongest(1)["matrix"].item(), bool((study.table["effect"] != 0).all())
+        ('W_O', True)
+    """
+    arguments = described_arguments(locals())
+    base, notes = ModelView(model_base), Notes()
+    check_choices(controls, interventions, scales, draws)
+    placed = chosen_sites(base, sites, matrices)
+    given = given_directions(directions, base, n_directions)
+    wanted = _outcomes(outcomes, preferences)
+    sequences = token_sequences(base, texts, tokens, max_tokens, notes=notes.add)
+    sequences = _predictable(sequences, notes)
+    for half in () if preferences is None else (preferences.chosen, preferences.rejected):
+        check_tokens(base, half.tokens)
+    if isinstance(model_aligned, str | Path):
+        model_aligned = open_model(model_aligned, device=base.device)
+    aligned = ModelView(model_aligned)
+    hashes = _check_models(base, aligned, sequences, notes)
+    evaluated = evaluation_batches(sequences, preferences, batch_size)
+    config = {
+        "arguments": arguments,
+        "versions": versions(),
+        "models": {"base": model_record(base, hashes["base"]), "aligned": model_record(aligned, hashes["aligned"])},
+        "shape": shape_record(base),
+        "outcomes": list(wanted),
+        "directions": list(directions),
+        "tokens": sum(map(len, sequences)),
+        "sequences": len(sequences),
+        "sites": len(placed),
+    }
+    kept = StudyStore(
+        store,
+        _settings(
+            {**arguments, **described_arguments({"directions": given or list(directions)})},
+            hashes,
+            sequences,
+            preferences,
+        ),
+    )
+    _describe(placed, controls, base, notes)
+
+    moments = study_moments(
+        base, sequences, placed, directions, controls,
+        exclude_first=exclude_first, batch_size=batch_size, progress=progress,
+    )  # fmt: skip
+    maker = CellMaker(
+        base, aligned, moments, directions, n_directions=n_directions, controls=controls, draws=draws, seed=seed
+    )
+    rows: list[dict[str, Any]] = []
+    baselines: list[dict[str, Any]] = []
+    for intervention in interventions:
+        view, other = (aligned, base) if intervention == "removal" else (base, aligned)
+        study = _Study(view, other, maker, evaluated, base.d_vocab, tuple(map(float, scales)), intervention, kept)
+        study.whole = _whole_passes(view, sequences, placed, notes)
+        found, baseline = study.run(placed, progress=progress)
+        rows += found
+        baselines.append(baseline_row(intervention, {"base": base.name, "aligned": aligned.name}, baseline))
+    edits = edit_table(rows)
+    table, lacking = study_table(edits, wanted)
+    if lacking:
+        notes.warn(
+            f"q is NaN: with {draws} draws p cannot get below {1 / (draws + 1):.3g}, too much for {len(placed)} sites "
+            f"at {LEVEL}; pass draws={lacking}, or fewer sites, for q",
+            level=3,
+        )
+    _note_controls(edits, notes)
+    return RankOneStudy.assemble(table, edits, baselines, config, notes.lines)
+
+
+@dataclass
+class _Study:
+    """One intervention on one model."""
+
+    view: ModelView
+    other: ModelView
+    maker: CellMaker
+    evaluated: Sequence[EvaluationBatch]
+    d_vocab: int
+    scales: tuple[float, ...]
+    intervention: str
+    store: StudyStore
+    whole: bool = False
+
+    def run(self, sites: Sequence[EditSite], *, progress: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Rows of single edits in the order of sites, and sums of the unedited models."""
+        records = {site: record for site in sites if (record := self.store.get(self.intervention, site)) is not None}
+        todo = [site for site in sites if site not in records]
+        bar = tqdm(total=len(todo), desc=self.intervention, unit="site", disable=not progress)
+        finished = 0
+        with bar:
+            for group in self._groups(todo):
+                planned = [(site, list(self._planned(site))) for site in group]
+                edits = [entry["edit"] for _, entries in planned for entry in entries if entry["edit"] is not None]
+                share = len(group) / max(1, len(edits) * len(self.evaluated))
+                sums, baseline = measure(
+                    self.view, self.other, edits, self.evaluated, d_vocab=self.d_vocab, whole=self.whole,
+                    advance=lambda done, share=share: bar.update(done * share),  # type: ignore[misc]
+                )  # fmt: skip
+                unedited = _baseline_sums(baseline)
+                measured = iter(sums.tolist())
+                for site, entries in planned:
+                    effects = [self._effects(entry, measured, unedited) for entry in entries]
+                    records[site] = {"rows": effects, "baseline": unedited}
+                    self.store.put(self.intervention, site, records[site])
+                finished += len(group)
+                bar.update(finished - bar.n)
+        rows = [row for site in sites for row in records[site]["rows"]]
+        return rows, records[sites[0]]["baseline"]
+
+    def _groups(self, sites: Sequence[EditSite]) -> Iterator[list[EditSite]]:
+        """Sites together in one sweep over the texts: many, so that the unedited models run seldom."""
+        group: list[EditSite] = []
+        edits = size = 0
+        for site in sites:
+            matrix = site[1]
+            count = sum(self.maker.draws(kind, matrix) for kind in self.maker.kinds) + len({*self.scales, 1.0})
+            count *= self.maker.directions_at_a_site
+            other = self.view.weight(site[0], matrix)
+            length = sum(other.shape[-2:])
+            if group and (edits + count > _EDITS_AT_A_TIME or size + 8 * count * length > _BYTES_AT_A_TIME):
+                yield group
+                group, edits, size = [], 0, 0
+            group.append(site)
+            edits, size = edits + count, size + 8 * count * length
+        if group:
+            yield group
+
+    def _planned(self, site: EditSite) -> Iterator[dict[str, Any]]:
+        """Every edit of a site with its part of the row; `edit` None where there is nothing to change."""
+        for cell in self.maker.cells(site, self.intervention):
+            target = {"control": "target", "draw": None, "norm_ratio": 1.0, "norm_matched": True, "overlap": math.nan}
+            for dose in sorted({1.0, *map(float, self.scales)}):
+                edit = None if cell.target is None else cell.target.scaled(dose)
+                yield {"edit": edit, "row": {**_identity(cell), **target, "dose": dose}}
+            if cell.target is None:
+                for kind, draws in cell.draws.items():
+                    for draw in range(draws):
+                        row = {**target, "control": kind, "draw": draw, "dose": 1.0}
+                        yield {"edit": None, "row": {**_identity(cell), **row}}
+            counted: dict[str, int] = {}
+            for control in cell.controls:
+                draw = counted[control.kind] = counted.get(control.kind, -1) + 1
+                row = {
+                    "control": control.kind, "draw": draw, "dose": 1.0, "norm_ratio": control.norm_ratio,
+                    "norm_matched": control.norm_matched, "overlap": control.overlap,
+                }  # fmt: skip
+                yield {"edit": control.edit, "row": {**_identity(cell), **row}}
+
+    def _effects(
+        self, entry: Mapping[str, Any], measured: Iterator[list[float]], baseline: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        edit = entry["edit"]
+        # No change of weights is no change of anything: exactly, whatever rounding two runs would differ by.
+        nothing = {"kl": 0.0, "gain": 0.0, "kl_other": baseline["kl_other"], "margin": 0.0}
+        sums = nothing if edit is None else dict(zip(MEASURED, next(measured), strict=True))
+        return {**entry["row"], "norm": 0.0 if edit is None else edit.norm, **outcomes_of(sums, baseline)}
+
+
+def _identity(cell: Cell) -> dict[str, Any]:
+    layer, matrix, head = cell.site
+    return {
+        "layer": layer, "head": head, "matrix": matrix, "pathway": "read" if matrix in READ else "write",
+        "intervention": cell.intervention, "direction": cell.direction, "index": cell.index,
+        "delta_share": cell.delta_share,
+    }  # fmt: skip
+
+
+def _baseline_sums(baseline: Baseline) -> dict[str, Any]:
+    return {"places": baseline.places, "pairs": baseline.pairs, **baseline.sums}
+
+
+# --- before anything runs ---------------------------------------------------------------------------------------
+
+
+def _outcomes(outcomes: Sequence[str] | None, preferences: PreferenceBatch | None) -> tuple[str, ...]:
+    available = [name for name in OUTCOMES if preferences is not None or not name.startswith("margin")]
+    if outcomes is None:
+        return tuple(available)
+    unknown = [name for name in outcomes if name not in available]
+    if isinstance(outcomes, str) or unknown or not outcomes:
+        margins = "" if preferences is not None else " (those of the margin need preferences=)"
+        raise ValueError(
+            f"expected outcomes among {', '.join(available)}{margins}, got {outcomes!r}; pass a list of those"
+        )
+    return tuple(name for name in available if name in outcomes)
+
+
+def _predictable(sequences: Sequence[Tensor], notes: Notes) -> list[Tensor]:
+    """Sequences of two tokens or more: a single one predicts nothing that is known."""
+    kept = [sequence for sequence in sequences if len(sequence) > 1]
+    if not kept:
+        raise ValueError("expected sequences of two tokens or more, got none; pass longer texts")
+    if len(kept) < len(sequences):
+        notes.warn(
+            f"{len(sequences) - len(kept)} sequences of a single token were left out: nothing follows it", level=4
+        )
+    return kept
+
+
+def _check_models(base: ModelView, aligned: ModelView, sequences: Sequence[Tensor], notes: Notes) -> dict[str, str]:
+    for warning in check_pair(base, aligned):
+        notes.warn(warning)
+    if not base.causal:
+        raise ValueError("expected a causal language model, got one that sees the tokens it predicts; pass another")
+    for view, role in ((base, "base model"), (aligned, "aligned model")):
+        check_finite(view, role)
+        for warning in check_raw(view):
+            notes.warn(warning)
+        view.self_check(sequences[0][:_CHECK_TOKENS].unsqueeze(0))
+        if view.dtype.itemsize < 4:
+            notes.warn(
+                f"the {role}'s weights are {view.dtype}: edits are rounded to their spacing, so that small ones change "
+                "less than they say; load it in float32 for exact doses"
+            )
+    for note in base.notes:
+        notes.add(note)
+    hashes = {"base": weights_hash(base), "aligned": weights_hash(aligned)}
+    if hashes["base"] == hashes["aligned"]:
+        notes.warn("the two models are identical, weight for weight: there is nothing to remove or insert")
+    return hashes
+
+
+def _whole_passes(view: ModelView, sequences: Sequence[Tensor], sites: Sequence[EditSite], notes: Notes) -> bool:
+    """Whether every edit needs a pass of the whole model, because running on from a block gives something else."""
+    fine, why = resumes(view, sequences[0][:_CHECK_TOKENS].unsqueeze(0), sorted({layer for layer, _, _ in sites}))
+    if not fine:
+        notes.warn(
+            f"{view.name} cannot be resumed above an edited block ({why}): every edit runs the whole model, which is "
+            "slower and as exact",
+            level=4,
+        )
+    return not fine
+
+
+def _settings(
+    arguments: Mapping[str, Any],
+    hashes: Mapping[str, str],
+    sequences: Sequence[Tensor],
+    preferences: PreferenceBatch | None,
+) -> dict[str, Any]:
+    """All that the numbers of one site depend on."""
+    names = ("directions", "n_directions", "controls", "draws", "scales", "exclude_first", "seed")
+    halves = () if preferences is None else (preferences.chosen, preferences.rejected)
+    preferred = [part for half in halves for part in (half.tokens, half.mask)]
+    data = described_arguments({"texts": torch.cat(list(sequences)), "lengths": [len(s) for s in sequences],
+                                "preferences": preferred})  # fmt: skip
+    return {**{name: arguments[name] for name in names}, **data, "weights": dict(hashes)}
+
+
+def _describe(sites: Sequence[EditSite], controls: Sequence[str], view: ModelView, notes: Notes) -> None:
+    if "permuted_heads" in controls and any(view.heads(matrix) in (None, 1) for _, matrix, _ in sites):
+        notes.add("matrices without other heads have no permuted_heads controls")
+    if view.n_kv_heads < view.n_heads and any(matrix in ("W_K", "W_V") for _, matrix, _ in sites):
+        notes.add("heads of W_K and W_V are key-value heads, each of which serves several query heads")
+
+
+def _note_controls(edits: Any, notes: Notes) -> None:
+    controls = edits[(edits["control"] != "target") & (edits["norm"] > 0)]
+    unmatched = controls[~controls["norm_matched"]]
+    if len(unmatched):
+        cells = len(unmatched.drop_duplicates(["layer", "head", "matrix", "intervention", "direction", "index"]))
+        ratios = unmatched["norm_ratio"]
+        notes.add(
+            f"equal_variance controls of {cells} cells are not norm-matched: no orthogonal direction varies as much "
+            f"(or as little), so they were scaled to, by {ratios.min():.2g} to {ratios.max():.2g}"
+        )
+    if bool((controls["overlap"] > _DEGENERATE).any()):
+        notes.add(
+            f"some controls are almost one direction (overlap above {_DEGENERATE}): their p says less than their number"
+        )

@@ -1,0 +1,1 @@
+"""The main job. `analysis.py` reads from top to bottom: plan, capture, bases, deltas, projections, tables, result."""

@@ -1,0 +1,192 @@
+"""Leading directions of every head at once: one pass over the texts where `directions` makes one for each head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_asymmetry.geometry.precision import exact_products
+from tl_asymmetry.models.texts import batches
+from tl_asymmetry.models.view import INPUT_POINT, READ, ModelView, Reader
+from tl_asymmetry.pair.directions import require_base
+
+_BATCH = 8
+_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class MatrixDirections:
+    """The leading residual directions of one matrix's deltas, all layers and heads; both signs of each, + first."""
+
+    energy: Float[Tensor, "layer head n"]
+    """Share of ‖ΔW‖² along each; NaN for a zero delta."""
+    embedding: Int[Tensor, "layer head n 2 token"]
+    """Nearest tokens in the embedding, by cosine, nearest first."""
+    embedding_cosine: Float[Tensor, "layer head n 2 token"]
+    """Their cosines."""
+    unembedding: Int[Tensor, "layer head n 2 token"]
+    """Nearest tokens in the unembedding."""
+    unembedding_cosine: Float[Tensor, "layer head n 2 token"]
+    """Their cosines."""
+    contexts: Int[Tensor, "layer head n 2 context"]
+    """Positions in the concatenated calibration tokens with the largest projection, largest first."""
+    projections: Float[Tensor, "layer head n 2 context"]
+    """Those projections: of the matrix's input on the direction (read), of what the delta writes along it (write)."""
+
+
+def all_directions(
+    view: ModelView,
+    arrays: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    *,
+    n: int,
+    tokens: int,
+    contexts: int,
+    progress: bool,
+) -> dict[str, MatrixDirections]:
+    """What `PairAnalysis.directions` says, of every analysed head, as indexes.
+
+    Args:
+        view: the base model that was analysed.
+        arrays, config: of the result.
+        n: directions of each head.
+        tokens: nearest tokens of each direction and sign.
+        contexts: calibration contexts of each direction and sign.
+        progress: show a bar.
+
+    Raises:
+        ValueError: another model than the one analysed, or more directions than were kept.
+    """
+    require_base(view, config)
+    matrices = [name.removeprefix("directions/") for name in arrays if name.startswith("directions/")]
+    kept = min(arrays[f"directions/{m}"].shape[2] for m in matrices)
+    if not 1 <= n <= kept:
+        raise ValueError(f"expected directions from 1 to {kept}, got {n}; pass a number in between")
+    directions = {m: arrays[f"directions/{m}"][:, :, :n] for m in matrices}
+    probes = {m: directions[m] if m in READ else arrays[f"partners/{m}"][:, :, :n] for m in matrices}
+    excited = _contexts(view, arrays, probes, contexts, progress)
+    spaces = {"embedding": view.embedding(), "unembedding": view.unembedding()[0].mT}
+    near = {name: {m: _nearest(vectors, d, tokens) for m, d in directions.items()} for name, vectors in spaces.items()}
+    found = {}
+    for m in matrices:
+        spectrum = arrays[f"spectrum/{m}"]
+        found[m] = MatrixDirections(
+            energy=spectrum[..., :n] / spectrum.sum(-1, keepdim=True),
+            embedding=near["embedding"][m][0],
+            embedding_cosine=near["embedding"][m][1],
+            unembedding=near["unembedding"][m][0],
+            unembedding_cosine=near["unembedding"][m][1],
+            contexts=excited[m][0],
+            projections=excited[m][1],
+        )
+    return found
+
+
+class _Leaders:
+    """The largest projections seen so far on each probe and its negative."""
+
+    def __init__(self, probes: Float[Tensor, "head n width"], count: int) -> None:
+        heads, n, _ = probes.shape
+        self.probes = probes
+        self.count = count
+        self.values = torch.empty(0, heads, n, 2)
+        self.places = torch.empty(0, heads, n, 2, dtype=torch.long)
+
+    def see(self, x: Tensor, kept: Tensor, places: Tensor) -> None:
+        """Update from a batch of inputs, of which the positions `kept` count; `places` says where those stand."""
+        probes = self.probes.to(x.device, torch.float32)
+        with exact_products(x.device):
+            # "z" has its own input for each head.
+            form = "...hw,hnw->...hn" if x.ndim == 4 else "...w,hnw->...hn"
+            score = torch.einsum(form, x.float(), probes)[kept.to(x.device)].cpu()
+        both = torch.cat([self.values, torch.stack([score, -score], dim=-1)])
+        where = torch.cat([self.places, places.view(-1, 1, 1, 1).expand(-1, *both.shape[1:])])
+        self.values, at = both.topk(min(self.count, len(both)), dim=0)
+        self.places = where.gather(0, at)
+
+
+def _contexts(
+    view: ModelView,
+    arrays: Mapping[str, Tensor],
+    probes: Mapping[str, Float[Tensor, "layer head n width"]],
+    count: int,
+    progress: bool,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """(positions, projections) `[layer, head, n, 2, context]` of each matrix, in one pass over the texts."""
+    lengths = arrays["lengths"].tolist()
+    sequences = arrays["tokens"].split(lengths)
+    leaders = {(m, layer): _Leaders(p, count) for m, all_layers in probes.items() for layer, p in enumerate(all_layers)}
+    now: dict[str, Tensor] = {}
+
+    def reader(point: str, layer: int) -> Reader:
+        at_work = [leaders[m, layer] for m in probes if INPUT_POINT[m] == point]
+
+        def read(x: Tensor) -> None:
+            for each in at_work:
+                each.see(x, now["kept"], now["places"])
+
+        return read
+
+    readers = {(INPUT_POINT[m], layer): reader(INPUT_POINT[m], layer) for m, layer in leaders}
+    begin = 0
+    bar = tqdm(total=len(sequences), desc="contexts of all directions", disable=not progress)
+    with torch.no_grad(), view.evaluating(), view.hooks(readers), bar:
+        for tokens, mask in batches(sequences, _BATCH):
+            mask = mask.clone()
+            size = mask.sum(1)
+            starts = begin + torch.cat([torch.zeros(1, dtype=torch.long), size.cumsum(0)[:-1]])
+            places = starts[:, None] + torch.arange(tokens.shape[1])
+            mask[:, 0] = False  # the first position's sink activations would fill every list
+            now["kept"], now["places"] = mask, places[mask]
+            view.run(tokens.to(view.device))
+            begin += int(size.sum())
+            bar.update(len(tokens))
+    return {
+        m: tuple(  # type: ignore[misc]
+            torch.stack([getattr(leaders[m, layer], name) for layer in range(len(p))]).permute(0, 2, 3, 4, 1)
+            for name in ("places", "values")
+        )
+        for m, p in probes.items()
+    }
+
+
+def _nearest(
+    vectors: Float[Tensor, "token d"], directions: Float[Tensor, "layer head n d"], count: int
+) -> tuple[Int[Tensor, "layer head n 2 count"], Float[Tensor, "layer head n 2 count"]]:
+    """Tokens of largest cosine with each direction and with its negative."""
+    unit = vectors.float() / vectors.float().norm(dim=-1, keepdim=True).clamp(min=1e-30)
+    count = min(count, len(unit))
+    tokens, cosines = [], []
+    with exact_products(unit.device):
+        for part in directions.flatten(0, 2).split(_CHUNK):
+            cosine = part.to(unit) @ unit.mT
+            both = torch.stack([cosine, -cosine], dim=1).topk(count, dim=-1)
+            tokens.append(both.indices.cpu())
+            cosines.append(both.values.cpu())
+    shape = (*directions.shape[:3], 2, count)
+    return torch.cat(tokens).reshape(shape), torch.cat(cosines).reshape(shape)
+
+
+def context_words(tokenizer: Any, sequences: Sequence[Tensor], places: Sequence[int], width: int) -> list[str]:
+    """The tokens up to and including some positions of the concatenated sequences, as text.
+
+    Args:
+        tokenizer: None gives token ids.
+        sequences: the calibration tokens.
+        places: positions in their concatenation.
+        width: tokens before the position, at most.
+    """
+    starts = torch.tensor([0, *(len(s) for s in sequences)]).cumsum(0)
+    owners = torch.bucketize(torch.tensor(list(places), dtype=torch.long), starts, right=True) - 1
+    words = []
+    for place, owner in zip(places, owners.tolist(), strict=True):
+        end = place - int(starts[owner]) + 1
+        ids = sequences[owner][max(0, end - 1 - width) : end].tolist()
+        words.append(" ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids))
+    return words

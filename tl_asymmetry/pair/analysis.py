@@ -1,0 +1,386 @@
+"""The main job: one base model, one aligned model, one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from tl_asymmetry.geometry.jackknife import MINIMUM_GROUPS
+from tl_asymmetry.geometry.subspace import Subspace
+from tl_asymmetry.models.capture import balanced_groups, capture
+from tl_asymmetry.models.checks import check_pair, check_raw, check_token_count, finite_check
+from tl_asymmetry.models.prediction import prediction_subspace
+from tl_asymmetry.models.ranks import ALONE, Ranks, present_ranks
+from tl_asymmetry.models.side_by_side import side_by_side
+from tl_asymmetry.models.view import WRITE, ModelView
+from tl_asymmetry.models.weights import Weights, WeightSource, opened
+from tl_asymmetry.pair.asymmetry import asymmetry_table
+from tl_asymmetry.pair.bases import LayerBases
+from tl_asymmetry.pair.circuits import layer_circuits
+from tl_asymmetry.pair.deltas import Delta, measure_change, stacked
+from tl_asymmetry.pair.headless import other_changes, unmatched_parameters
+from tl_asymmetry.pair.memory_plan import plan_memory
+from tl_asymmetry.pair.plan import Plan, Sources, make_plan, token_sequences
+from tl_asymmetry.pair.projections import GradientMoments, Projection, project
+from tl_asymmetry.pair.result import PairAnalysis
+from tl_asymmetry.pair.sensitivity import SensitivityProfiles, prediction_variants, stacked_variants
+from tl_asymmetry.pair.tables import pair_table
+from tl_asymmetry.results.notes import Notes
+from tl_asymmetry.results.provenance import described_arguments, model_record, shape_record, versions, weights_hash
+
+_SELF_CHECK_TOKENS = 16
+_UNRELATED = 0.3
+
+
+def analyze_pair(
+    model_base: Any,
+    model_aligned: Any,
+    texts: Sequence[str | Sequence[Mapping[str, Any]]] | None = None,
+    *,
+    tokens: Int[Tensor, "batch pos"] | Sequence[Int[Tensor, " _pos"]] | None = None,
+    matrices: Sequence[str] | None = None,
+    ranks: Sequence[int] | None = None,
+    subspaces: Sequence[str] | Mapping[str, Subspace | Sequence[Subspace]] | None = None,
+    exclude_first: bool = True,
+    centered: bool = False,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    groups: int = 8,
+    activations: str = "base",
+    gradient: GradientMoments | None = None,
+    sensitivity: bool = False,
+    layers_per_pass: int | None = None,
+    distributed: bool = True,
+    seed: int = 0,
+    progress: bool = True,
+) -> PairAnalysis:
+    """Which heads' weights changed along which directions of the residual stream, and is that more than chance.
+
+    For every head (and MLP) matrix: the share of ΔW = W_aligned − W_base that lies in the leading k directions of a
+    subspace, relative to k/d, beside two nulls (a Haar-random subspace; the variance of the matrix's own input), a
+    delete-one-group interval and the share that rounding explains. The question is that of arXiv 2605.16600 ("Where
+    pretraining writes and alignment reads"); the definitions are ours, since the paper's are not public.
+
+    Both models come back exactly as they were; activations are taken in evaluation mode. Of an aligned model in files
+    one tensor is read at a time, and a LoRA adapter's change is never multiplied out.
+
+    Where torch.distributed is set up (torchrun), all processes must make the same call: sequences and layers are
+    shared out, and every process returns the same result.
+
+    Args:
+        model_base: a HookedTransformer or TransformerBridge with raw weights (`from_pretrained_no_processing`).
+        model_aligned: the same, or anything `weights_from` reads: a Hugging Face directory or hub name, a
+            `.safetensors` file, shards, a LoRA adapter, a state dict of TransformerLens.
+        texts: strings, or lists of chat messages, read with the base's tokenizer and cut into windows; without texts
+            and tokens the package's calibration texts are used and the result says so.
+        tokens: token ids instead of texts, `[batch, pos]` or sequences of different lengths; every one counts, so no
+            padding.
+        matrices: default all the model has of W_Q, W_K, W_V, W_O, W_in, W_gate, W_out.
+        ranks: default the distinct values of 1, 4, 16, 64, d//16, d//4 below d.
+        subspaces: names out of attn_in, mlp_in, resid_pre, resid_mid, resid_post, prediction, or a mapping from names
+            to a `Subspace` (or one for each layer); every matrix is then held against each. Default: a read matrix
+            against its own input, a write matrix against the stream it writes into, all against "prediction".
+        exclude_first: leave the first position of each sequence out, whose attention-sink activations would dominate.
+        centered: principal directions of the covariance instead of the uncentred second moment.
+        batch_size: sequences per forward pass.
+        max_tokens: use no more tokens than this.
+        groups: groups of sequences for the jackknife; 1 switches intervals off (less memory, less time).
+        activations: whose activations define the subspaces: "base", "aligned" or "both".
+        gradient: output-gradient second moments for the matched reference of W_O and W_out: a `GradientCovariance` of
+            the base (with its `permutations`, also for the permutation range of read matrices), or any object with
+            `gradient_moment(layer, matrix, head)`.
+        sensitivity: also keep moments and projections under the other choices of subspace, for `.sensitivity()`.
+        layers_per_pass: hold the moments of so many layers at once, and run the texts again for the next ones (each
+            time only as far as needed); by default as many as fit into the free memory, all of them if possible.
+            The numbers do not depend on it.
+        distributed: share the work with the other processes of torch.distributed, if there are any; False where one
+            of them calls this alone.
+        seed: of the null's draws and of the rounding calibration.
+        progress: show progress bars.
+
+    Returns:
+        A frozen `PairAnalysis`.
+
+    Raises:
+        ValueError: models that cannot be compared, processed or non-finite weights, texts or tokens that cannot be
+            read, ranks out of range, too little memory: before anything heavy runs, saying what to pass instead.
+
+    Example:
+        >>> from tl_asymmetry.demo import demo_pair, demo_texts
+        >>> result = analyze_pair(*demo_pair(), demo_texts(20, seed=1), ranks=[1, 4], progress=False)
+        >>> row = result.table.query("matrix == 'W_Q' and subspace == 'attn_in' and rank == 4").iloc[0]
+        >>> bool(0 < row.fraction < 1)
+        True
+    """
+    arguments = described_arguments(locals())
+    base, notes = ModelView(model_base), Notes()
+    if gradient is not None and not isinstance(gradient, GradientMoments):
+        raise ValueError(
+            f"expected gradient with a method gradient_moment(layer, matrix, head), got {type(gradient).__name__}; "
+            "pass a gradient covariance"
+        )
+    plan = make_plan(base, matrices, ranks, subspaces, groups=groups, activations=activations, batch_size=batch_size)
+    sequences = token_sequences(base, texts, tokens, max_tokens, notes=notes.add)
+    check_token_count(sum(len(s) - exclude_first for s in sequences), plan.ranks)
+    aligned = opened(model_aligned, base, runs=sensitivity or activations != "base")
+    for name, held in plan.given.items():
+        if held[0].rank < max(plan.ranks):
+            notes.warn(f"ranks above {held[0].rank} are left out for {name!r}, which has no more directions", level=3)
+    _check_architectures(base, aligned, notes)
+    together = present_ranks() if distributed else ALONE
+    memory = plan_memory(
+        base, plan, sequences,
+        groups=groups, activations=activations, sensitivity=sensitivity, batch_size=batch_size,
+        layers_per_pass=layers_per_pass, ranks=together,
+    )  # fmt: skip
+    hashes = _check_weights(base, aligned, sequences, notes)
+    _check_gradient(gradient, base, hashes, plan, notes)
+    together.agree({"arguments": arguments, "weights": hashes, "tokens": sequences})
+    grouped = balanced_groups(sequences, groups)
+    intervals = _has_intervals(grouped, groups, notes)
+    with torch.no_grad():
+        given = {"prediction": [prediction_subspace(base)] * base.n_layers, **plan.given}
+        predictions = prediction_variants(base, aligned) if sensitivity and isinstance(aligned, ModelView) else {}
+
+    def of_pass(few: range) -> list[_Layer]:
+        """Capture the moments of a few layers, and analyse these layers; the moments go when this returns."""
+        sources = _captured(
+            base, aligned, grouped, plan, few, together,
+            activations=activations, exclude_first=exclude_first, sensitivity=sensitivity, intervals=intervals,
+            batch_size=batch_size, progress=progress,
+        )  # fmt: skip
+        moments = sources.groups
+        profiles = SensitivityProfiles(predictions, sources) if sensitivity else None
+
+        def analyse(layer: int) -> _Layer:
+            bases = LayerBases(layer, moments, given, centered=centered, exact=base.dtype == torch.float64)
+            weights = {matrix: base.weight(layer, matrix) for matrix in plan.matrices}
+            measured = {matrix: measure_change(base, aligned, layer, matrix, seed=seed) for matrix in plan.matrices}
+            projections = [
+                projection
+                for name in plan.subspaces
+                for projection in project(
+                    [measured[matrix] for matrix in plan.matrices if name in plan.targets[matrix]], name, bases,
+                    plan.ranks, intervals=intervals, softmax_centres_keys=base.score_shift_invariant,
+                    gradient=gradient,
+                )
+            ]  # fmt: skip
+            return _Layer(
+                deltas={matrix: delta.numbers for matrix, delta in measured.items()},
+                projections={(projection.matrix, projection.subspace): projection for projection in projections},
+                circuits=layer_circuits(layer, weights, measured, bases, plan.ranks),
+                variants={} if profiles is None else profiles.of_layer(layer, measured, plan),
+                moments={} if profiles is None else profiles.moments_of_layer(layer),
+            )
+
+        own = together.share(few)
+        bars = progress and together.is_first
+        done = side_by_side(
+            lambda i: analyse(own[i]),
+            len(own),
+            device=base.device,
+            description="layers",
+            progress=bars,
+            workers=memory.workload.workers,
+        )
+        return together.gathered(done)
+
+    layers = [layer for few in memory.passes for layer in of_pass(few)]
+    if len(memory.passes) > 1:
+        notes.add(
+            f"moments were captured in {len(memory.passes)} passes over the texts, {memory.layers_per_pass} layers at "
+            "a time, to fit into memory; the numbers are those of one pass"
+        )
+    deltas = {matrix: [layer.deltas[matrix] for layer in layers] for matrix in plan.matrices}
+    projections = {key: [layer.projections[key] for layer in layers] for key in layers[0].projections}
+    _note_deltas(deltas, aligned, hashes, notes)
+    return PairAnalysis.assemble(
+        table=pair_table(
+            deltas, projections, plan.ranks,
+            d=base.d_model, headed={m: base.heads(m) is not None for m in plan.matrices}, seed=seed,
+        ),
+        asymmetry=asymmetry_table(deltas, projections, plan.ranks, d=base.d_model, n_heads=base.n_heads),
+        other_changes=other_changes(base, aligned),
+        circuits=[layer.circuits for layer in layers],
+        deltas=deltas,
+        projections=projections,
+        variants={
+            **(stacked_variants([layer.variants for layer in layers]) if sensitivity else {}),
+            **{name: array for layer in layers for name, array in layer.moments.items()},
+        },
+        sequences=sequences,
+        config={
+            "arguments": arguments,
+            "versions": versions(),
+            "models": {
+                "base": model_record(base, hashes["base"]),
+                "aligned": model_record(aligned, hashes["aligned"]),
+            },
+            "shape": shape_record(base),
+            **plan.described(),
+            "tokens": sum(len(s) - exclude_first for s in sequences) * (2 if activations == "both" else 1),
+            "sequences": len(sequences),
+            "layers_per_pass": memory.layers_per_pass,
+            "processes": together.count,
+        },
+        notes=notes.lines,
+        model_base=model_base,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What one layer contributes."""
+
+    deltas: dict[str, Delta]
+    projections: dict[tuple[str, str], Projection]
+    circuits: pd.DataFrame
+    variants: dict[str, Tensor]
+    moments: dict[str, Tensor]
+
+
+def _check_weights(base: ModelView, aligned: Weights, sequences: Sequence[Tensor], notes: Notes) -> dict[str, str]:
+    """Refuse weights that are not finite, raw and what the model computes with; return both hashes."""
+    hashes = {}
+    for name, weights in (("base", base), ("aligned", aligned)):
+        # One pass over the tensors: those in files are read from disk.
+        hashes[name] = weights_hash(weights, each=finite_check(weights, f"{name} model"))
+        for warning in check_raw(weights):
+            notes.warn(warning)
+    for weights in (base, aligned):
+        if isinstance(weights, ModelView):
+            weights.self_check(sequences[0][:_SELF_CHECK_TOKENS].unsqueeze(0))
+    if hashes["base"] == hashes["aligned"]:
+        notes.warn("the two models are identical, weight for weight: every delta is zero and every fraction NaN")
+    return hashes
+
+
+def _check_architectures(base: ModelView, aligned: Weights, notes: Notes) -> None:
+    """Refuse what cannot be compared and note what the reader must know of it."""
+    for warning in check_pair(base, aligned):
+        notes.warn(warning)
+    for note in base.notes:
+        notes.add(note)
+    for note in aligned.notes if isinstance(aligned, WeightSource) else ():
+        notes.add(note)
+    for name in unmatched_parameters(base, aligned):
+        notes.add(f"{name} exists in one of the two models only and is left out")
+    if base.score_shift_invariant:
+        notes.add(
+            "activation_matched on W_K rows uses the input's covariance within sequences: softmax ignores what all "
+            "keys of a sequence share"
+        )
+    else:
+        notes.add(
+            "activation_matched on W_K rows uses the uncentred input: with rotary positions, a query-key norm or a "
+            "soft cap, softmax removes what all keys share only in part, so there the reference is an approximation"
+        )
+
+
+def _check_gradient(
+    gradient: GradientMoments | None, base: ModelView, hashes: Mapping[str, str], plan: Plan, notes: Notes
+) -> None:
+    """Refuse gradients of a model of another shape; say where they are of other weights than the base's."""
+    config = getattr(gradient, "config", None)
+    if not isinstance(config, Mapping) or not {"model", "shape", "matrices"} <= set(config):
+        return  # a user's own moments
+    ours, theirs = shape_record(base), config["shape"]
+    if ours != theirs:
+        different = next(name for name in ours if ours[name] != theirs.get(name))
+        raise ValueError(
+            f"expected gradients of a model like the base, got {different} {theirs.get(different)} "
+            f"({config['model']['name']!r}) against {ours[different]} ({base.name!r}); pass "
+            "gradient_covariance(base, ...)"
+        )
+    missing = [matrix for matrix in plan.matrices if matrix in WRITE and matrix not in config["matrices"]]
+    if missing:
+        raise ValueError(
+            f"expected gradients of {', '.join(missing)}, got only {', '.join(config['matrices'])}; pass "
+            "gradient_covariance(..., matrices=None), or matrices without these"
+        )
+    name, weights = config["model"]["name"], config["model"]["weights_xxh3"]
+    if weights == hashes["aligned"] != hashes["base"]:
+        notes.add("the gradients were measured at the aligned model, not at the base")
+    elif weights != hashes["base"]:
+        notes.warn(
+            f"the gradients were measured on other weights ({name!r}) than those compared here: their references "
+            "describe that model",
+            level=4,
+        )
+
+
+def _has_intervals(grouped: Sequence[Sequence[Tensor]], groups: int, notes: Notes) -> bool:
+    enough = len(grouped) >= MINIMUM_GROUPS
+    if groups > 1 and not enough:
+        notes.warn(
+            f"intervals need at least {MINIMUM_GROUPS} groups of sequences, got {len(grouped)}: ci_low and ci_high are "
+            "NaN; pass more sequences or groups=8"
+        )
+    return groups > 1 and enough
+
+
+def _captured(
+    base: ModelView,
+    aligned: Weights,
+    grouped: Sequence[Sequence[Tensor]],
+    plan: Plan,
+    layers: range,
+    together: Ranks,
+    *,
+    activations: str,
+    exclude_first: bool,
+    sensitivity: bool,
+    intervals: bool,
+    batch_size: int,
+    progress: bool,
+) -> Sources:
+    """Run the texts through the model(s) whose activations are asked for, up to the last of these layers."""
+    wanted = ("base", "aligned") if sensitivity or activations == "both" else (activations,)
+    views = {"base": base, "aligned": aligned}
+    with torch.no_grad():
+        captures = {
+            name: capture(
+                view, grouped, [(point, layer) for point in plan.points for layer in layers],
+                exclude_first=exclude_first, first_positions=sensitivity,
+                sequence_means=base.score_shift_invariant, batch_size=batch_size, progress=progress, ranks=together,
+            )
+            for name in wanted
+            if isinstance(view := views[name], ModelView)
+        }  # fmt: skip
+    return Sources(captures, activations, exclude_first=exclude_first, intervals=intervals)
+
+
+def _note_deltas(
+    deltas: Mapping[str, Sequence[Delta]],
+    aligned: Weights,
+    hashes: Mapping[str, str],
+    notes: Notes,
+) -> None:
+    """Say where nothing changed, and where so much did that the weights may belong to something else."""
+    same = [matrix for matrix, changes in deltas.items() if bool((stacked(changes, "energy") == 0).all())]
+    if same and hashes["base"] != hashes["aligned"]:
+        if len(same) == len(deltas):
+            notes.warn("the analysed matrices are the same in both models: every delta is zero and every fraction NaN")
+        else:
+            notes.add(f"{', '.join(same)} are the same in both models: their rows are NaN")
+    if isinstance(aligned, WeightSource):
+        unlike = [matrix for matrix, changes in deltas.items() if _median_cosine(changes) < _UNRELATED]
+        if unlike:
+            notes.warn(
+                f"{', '.join(unlike)} in {aligned.name!r} point elsewhere than the base's (median cosine of a head's "
+                f"weights under {_UNRELATED:g}): is this the base that they were trained from?"
+            )
+
+
+def _median_cosine(changes: Sequence[Delta]) -> float:
+    """Of ⟨W, W + ΔW⟩ / ‖W‖ ‖W + ΔW‖ over heads and layers."""
+    energy, base, shrink = (stacked(changes, name) for name in ("energy", "base_energy", "shrink"))
+    inner = base * (1 + shrink)
+    cosine = inner / (base * (base + 2 * shrink * base + energy)).sqrt()
+    return float(cosine.nanmedian())

@@ -1,0 +1,159 @@
+"""Changes of the products that a head computes with, whichever way they are split into two matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from tl_asymmetry.geometry.fraction import total
+from tl_asymmetry.geometry.precision import exact_products, product_dtype
+from tl_asymmetry.pair.bases import LayerBases
+from tl_asymmetry.pair.deltas import AnyDelta, residual_first
+
+CIRCUIT_COLUMNS = (
+    "layer", "head", "circuit", "side", "pathway", "subspace", "rank", "fraction", "relative", "delta_norm",
+    "delta_relative_norm",
+)  # fmt: skip
+"""Columns of the circuits table, in this order."""
+
+
+# A product's change this much smaller (in energy) than the two terms it is the sum of has no digits left in float32.
+_CANCELLED = 1e-6
+
+_CIRCUITS = (
+    ("QK", ("W_Q", "W_K"), (("query", "left", "read", "attn_in"), ("key", "right", "read", "attn_in"))),
+    ("OV", ("W_V", "W_O"), (("value", "left", "read", "attn_in"), ("output", "right", "write", "prediction"))),
+)
+
+
+Factored = tuple[Tensor, Tensor | None]
+"""A change as residual `[head, d, r]` and other `[head, e, r]`; None for the identity."""
+
+
+@dataclass(frozen=True)
+class ProductChange:
+    """X'Y'ᵀ − XYᵀ of every head, as two factors of 2 · d_head columns: never a d × d matrix."""
+
+    left: Float[Tensor, "head d r"]
+    """[R_X, X S_Y], with ΔX = R_X S_Xᵀ and ΔY = R_Y S_Yᵀ; [ΔX, X] where the changes are no thinner."""
+    right: Float[Tensor, "head d r"]
+    """[Y' S_X, R_Y], so that left rightᵀ = ΔX Y'ᵀ + X ΔYᵀ: nothing large is subtracted from something large."""
+    energy: Float64[Tensor, " head"]
+    """‖X'Y'ᵀ − XYᵀ‖²; 0 where only rounding is left of it."""
+    base_energy: Float64[Tensor, " head"]
+    """‖XYᵀ‖²."""
+
+    def energies(self, basis: Float[Tensor, "d k"], side: str) -> Float64[Tensor, "head k"]:
+        """‖q_iᵀ (left rightᵀ)‖² for side "left", ‖(left rightᵀ) q_i‖² for side "right"."""
+        near, far = (self.left, self.right) if side == "left" else (self.right, self.left)
+        with exact_products(near.device):
+            projected = basis.to(near).mT @ near
+            # ‖p Yᵀ‖² = p (YᵀY) pᵀ
+            return total((projected @ (far.mT @ far)) * projected).cpu()
+
+
+def product_change(
+    base_left: Float[Tensor, "left_head d r"],
+    base_right: Float[Tensor, "right_head d r"],
+    left_change: Float[Tensor, "left_head d r"] | Factored,
+    right_change: Float[Tensor, "right_head d r"] | Factored,
+) -> ProductChange:
+    """The change of X Yᵀ from the two bases and their changes; one side may have fewer heads (grouped-query).
+
+    A change is a tensor, or a pair with residual · otherᵀ for it (`other` None: the residual itself).
+    """
+    heads = max(len(base_left), len(base_right))
+    X, Y = (_repeated(t, heads) for t in (base_left, base_right))
+    changes = [(c, None) if isinstance(c, Tensor) else c for c in (left_change, right_change)]
+    (R_X, S_X), (R_Y, S_Y) = ((_repeated(R, heads), None if S is None else _repeated(S, heads)) for R, S in changes)
+    with exact_products(X.device):
+        ΔY = R_Y if S_Y is None else R_Y @ S_Y.mT
+        left = torch.cat([R_X, _times(X, S_Y)], -1)
+        right = torch.cat([_times(Y + ΔY, S_X), R_Y], -1)
+    energy = _product_energy(left, right)
+    # ΔX Y'ᵀ and X ΔYᵀ cancel where the two changes are mostly a change of gauge.
+    terms = _change_energy(R_X, S_X) * _norm(Y) + _norm(X) * _change_energy(R_Y, S_Y)
+    energy = torch.where(energy > _CANCELLED * terms, energy, 0)
+    return ProductChange(left, right, energy=energy, base_energy=_product_energy(X, Y))
+
+
+def layer_circuits(
+    layer: int, base: Mapping[str, Tensor], deltas: Mapping[str, AnyDelta], bases: LayerBases, ranks: Sequence[int]
+) -> pd.DataFrame:
+    """Rows for W_Q W_Kᵀ ("QK") and W_V W_O ("OV") of every query head, as far as both matrices were analysed.
+
+    The query and key sides of QK and the value side of OV are held against the attention input, the output side of OV
+    against the prediction directions. Under rotary positions, biases and query-key norms the products are no longer
+    all a head computes with, but they stay free of the gauge X → XG, Y → YG⁻ᵀ that single matrices depend on.
+
+    Args:
+        layer: which layer.
+        base: the base's matrices `[head, ...]` in TransformerLens orientation.
+        deltas: of this layer, by matrix.
+        bases: of this layer.
+        ranks: ranks to read; those above a basis's size are left out.
+    """
+    frames = []
+    for circuit, (left, right), sides in _CIRCUITS:
+        if left not in deltas or right not in deltas:
+            continue
+        changes = deltas[left].factors(), deltas[right].factors()
+        X, Y = residual_first(left, base[left]), residual_first(right, base[right])
+        dtype = product_dtype(X, Y, *(residual for residual, other in changes if other is None))
+        change = product_change(X.to(dtype), Y.to(dtype), *(_in(dtype, change) for change in changes))
+        for side, axis, pathway, name in sides:
+            basis = bases.subspace(name).basis[:, : max(ranks)]
+            profile = change.energies(basis, axis).cumsum(-1)
+            read = [k for k in ranks if k <= basis.shape[1]]
+            frame = _rows(change, profile[:, [k - 1 for k in read]], read, basis.shape[0])
+            frames.append(frame.assign(layer=layer, circuit=circuit, side=side, pathway=pathway, subspace=name))
+    table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(CIRCUIT_COLUMNS))
+    return table[list(CIRCUIT_COLUMNS)]
+
+
+def _rows(change: ProductChange, inside: Float64[Tensor, "head rank"], ranks: Sequence[int], d: int) -> pd.DataFrame:
+    energy = change.energy.unsqueeze(-1)
+    fraction = inside / energy.masked_fill(energy == 0, torch.nan)
+    columns = {
+        "fraction": fraction,
+        "relative": fraction * d / torch.tensor(ranks),
+        "delta_norm": energy.sqrt(),
+        "delta_relative_norm": (energy / change.base_energy.unsqueeze(-1)).sqrt(),
+        "head": torch.arange(len(energy)).unsqueeze(-1),
+        "rank": torch.tensor(ranks),
+    }
+    return pd.DataFrame({name: value.expand(fraction.shape).flatten().numpy() for name, value in columns.items()})
+
+
+def _repeated(side: Tensor, heads: int) -> Tensor:
+    return side.repeat_interleave(heads // len(side), 0)
+
+
+def _times(matrix: Tensor, factor: Tensor | None) -> Tensor:
+    return matrix if factor is None else matrix @ factor
+
+
+def _in(dtype: torch.dtype, change: Factored) -> Factored:
+    residual, other = change
+    return residual.to(dtype), None if other is None else other.to(dtype)
+
+
+def _change_energy(residual: Tensor, other: Tensor | None) -> Tensor:
+    """‖residual otherᵀ‖²."""
+    return _norm(residual) if other is None else _product_energy(residual, other)
+
+
+def _product_energy(left: Tensor, right: Tensor) -> Tensor:
+    """‖X Yᵀ‖² = ⟨XᵀX, YᵀY⟩, float64 on CPU."""
+    with exact_products(left.device):
+        return ((left.mT @ left).double() * (right.mT @ right).double()).sum((-2, -1)).cpu()
+
+
+def _norm(x: Tensor) -> Tensor:
+    """‖X‖², float64 on CPU."""
+    return total(x.square(), axes=2).cpu()

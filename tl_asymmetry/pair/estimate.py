@@ -1,0 +1,165 @@
+"""What an analysis will cost, before it is run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from tl_asymmetry.geometry.subspace import Subspace, ordered_eigh
+from tl_asymmetry.models.checks import check_pair, check_token_count
+from tl_asymmetry.models.ranks import ALONE, present_ranks
+from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.models.weights import WeightSource, opened
+from tl_asymmetry.pair.memory_plan import plan_memory
+from tl_asymmetry.pair.plan import STREAM_SUBSPACES, make_plan, token_sequences
+
+_PROBE = 512
+
+
+@dataclass(frozen=True, repr=False)
+class PairEstimate:
+    """Predicted cost of `analyze_pair`, beside the models that are loaded."""
+
+    table: pd.DataFrame
+    """One row per stage: `stage, seconds, bytes, device_bytes` (peak of that stage in memory and on the model's own
+    device, beside the models)."""
+    tokens: int
+    """Tokens that will be run."""
+    peak_bytes: int
+    """Predicted peak in memory: the moments stay while the layers they belong to are analysed."""
+    device_bytes: int
+    """Predicted peak on the base's own device; 0 where that is the CPU."""
+    disk_bytes: int
+    """Bytes of aligned weights that are read from files, and of a result saved afterwards."""
+    layers_per_pass: int
+    """Layers whose moments are held at once, chosen by the memory that is free now."""
+    passes: int
+    """Runs over the texts that makes."""
+
+    @property
+    def seconds(self) -> float:
+        """Predicted time in all."""
+        return float(self.table["seconds"].sum())
+
+    def __repr__(self) -> str:
+        shown = self.table.assign(MB=self.table["bytes"] / 1e6, device_MB=self.table["device_bytes"] / 1e6)
+        shown = shown.drop(columns=["bytes", "device_bytes"] + ([] if self.device_bytes else ["device_MB"]))
+        device = f" and {self.device_bytes / 1e6:.0f} MB on its device" if self.device_bytes else ""
+        return (
+            f"PairEstimate: about {self.seconds:.0f} s and {self.peak_bytes / 1e6:.0f} MB{device} beside the models, "
+            f"{self.disk_bytes / 1e6:.0f} MB on disk, {self.tokens} tokens in {self.passes} "
+            f"{'pass' if self.passes == 1 else 'passes'} of {self.layers_per_pass} layers\n"
+            + shown.to_string(index=False, float_format="{:.3g}".format)
+        )
+
+
+def estimate_pair(
+    model_base: Any,
+    model_aligned: Any,
+    texts: Sequence[str | Sequence[Mapping[str, Any]]] | None = None,
+    *,
+    tokens: Int[Tensor, "batch pos"] | Sequence[Int[Tensor, " _pos"]] | None = None,
+    matrices: Sequence[str] | None = None,
+    ranks: Sequence[int] | None = None,
+    subspaces: Sequence[str] | Mapping[str, Subspace | Sequence[Subspace]] | None = None,
+    exclude_first: bool = True,
+    centered: bool = False,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    groups: int = 8,
+    activations: str = "base",
+    gradient: Any = None,
+    sensitivity: bool = False,
+    layers_per_pass: int | None = None,
+    distributed: bool = True,
+    seed: int = 0,
+    progress: bool = True,
+) -> PairEstimate:
+    """Predict time, memory and disk of `analyze_pair` with the same arguments, without running the model.
+
+    Operations are counted from shapes; their speed is measured on one product, one eigensolve and, for weights in
+    files, one read (under a second). Expect the right order of magnitude: the probes are short, and a busy machine
+    disturbs them.
+
+    Raises:
+        ValueError: what `analyze_pair` would refuse about the pair's shapes, texts, tokens and ranks, and about the
+            memory that is free now, saying what would fit.
+
+    Example:
+        >>> from tl_asymmetry.demo import demo_pair, demo_texts
+        >>> estimate_pair(*demo_pair(), demo_texts(4, seed=0), ranks=[4]).seconds < 60
+        True
+    """
+    base = ModelView(model_base)
+    aligned = opened(model_aligned, base, runs=sensitivity or activations != "base")
+    check_pair(base, aligned)
+    plan = make_plan(base, matrices, ranks, subspaces, groups=groups, activations=activations, batch_size=batch_size)
+    sequences = token_sequences(base, texts, tokens, max_tokens, notes=lambda line: None)
+    check_token_count(sum(len(s) - exclude_first for s in sequences), plan.ranks)
+    together = present_ranks() if distributed else ALONE
+    memory = plan_memory(
+        base, plan, sequences,
+        groups=groups, activations=activations, sensitivity=sensitivity, batch_size=batch_size,
+        layers_per_pass=layers_per_pass, ranks=together,
+    )  # fmt: skip
+    load, held = memory.workload, memory.layers_per_pass
+    d, L, n = base.d_model, base.n_layers, sum(map(len, sequences))
+    processes = together.count
+
+    noise = torch.randn(_PROBE, _PROBE, generator=torch.Generator().manual_seed(seed))
+    flops = _rate(lambda x: x @ x, noise.to(base.device), 2.0 * _PROBE**3)
+    probe = noise[:d, :d].double()
+    eigensolve = (d / len(probe)) ** 3 / _rate(lambda x: ordered_eigh(x @ x.mT), probe, 1.0)
+    files = aligned.bytes if isinstance(aligned, WeightSource) else 0
+    tensor = aligned.weight(0, plan.matrices[0]) if files and isinstance(aligned, WeightSource) else noise
+    reading = _rate(lambda x: aligned.weight(0, plan.matrices[0]), tensor, float(tensor.nbytes)) if files else 1.0
+
+    streams = [name for name in plan.subspaces if name in STREAM_SUBSPACES and name not in plan.given]
+    replicates = load.groups if groups > 1 else 0
+    variants = 12 if sensitivity else 0
+    block = 2 * n * sum(base.weight(0, matrix).numel() for matrix in base.matrices)
+    layers_run = sum(few.stop for few in memory.passes)  # each pass begins at the first layer and stops at its last
+    # Read once to be checked, once for the deltas, and again by the comparison of what has no head.
+    stages = [
+        ("weights", 2 * files / reading, 6 * load.largest if files else 0, 0),
+        ("forward", load.models * block * layers_run / flops / processes,
+         load.capture_device(0), load.capture_device(held)),
+        ("moments", load.models * 2 * n * d * d * load.points * L / flops / processes, load.moments(held), 0),
+        ("eigensolves",
+         eigensolve * (L * len(streams) * (1 + replicates + variants) / processes + 1), 6 * 8 * d * d, 0),
+        ("projections", 2 * d * load.matrices * L * (2 + replicates / 4 + variants) / flops / processes,
+         load.layers_host(), load.layers_device()),
+        ("prediction", 2 * d * d * base.d_vocab / flops, load.prediction(), 0),
+    ]  # fmt: skip
+    table = pd.DataFrame(stages, columns=["stage", "seconds", "bytes", "device_bytes"])
+    if base.device.type == "cpu":
+        table["device_bytes"] = 0
+    return PairEstimate(
+        table,
+        tokens=n,
+        peak_bytes=memory.host_bytes,
+        device_bytes=memory.device_bytes,
+        disk_bytes=files + load.result(),
+        layers_per_pass=held,
+        passes=len(memory.passes),
+    )
+
+
+def _rate(operation: Callable[[Tensor], Any], x: Tensor, work: float) -> float:
+    """Work per second of an operation: the best of five tries after a warm-up, since others may share the machine."""
+    operation(x)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        operation(x)
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+        best = min(best, time.perf_counter() - start)
+    return work / best

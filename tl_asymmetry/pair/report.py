@@ -1,0 +1,83 @@
+"""The report of a pair: summary, figures, tables, methods."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tl_asymmetry.pair.data import PairData
+from tl_asymmetry.pair.summary import headline, summary_table
+from tl_asymmetry.results.report import FigureSection, Report, TableSection
+
+if TYPE_CHECKING:
+    pass
+
+
+def pair_report(result: PairData) -> Report:
+    """Fill a `Report` from an analysis."""
+    shape = result.config["shape"]
+    return Report(
+        title=result._title(),
+        subtitle=(
+            f"{shape['n_layers']} layers × {shape['n_heads']} heads, d_model {shape['d_model']}, "
+            f"{result.config['tokens']} tokens"
+        ),
+        summary="\n\n".join(headline(result)),
+        notes=result.notes,
+        figures=_figures(result),
+        tables=[
+            TableSection("Medians by matrix", summary_table(result), "Over layers and heads.", "summary"),
+            TableSection("All rows", result.table, "One row per layer, head, matrix, subspace and rank.", "table"),
+            TableSection("Asymmetry", result.asymmetry, "Read against write; head empty = whole layer.", "asymmetry"),
+            TableSection("Circuits", result.circuits, "Products that no choice of gauge changes.", "circuits"),
+            TableSection("Other changes", result.other_changes, "Biases, gains, embeddings.", "other_changes"),
+        ],
+        methods=_methods(result),
+        config=result.config,
+    )
+
+
+def _figures(result: PairData) -> list[FigureSection]:
+    matrices = list(dict.fromkeys(result.table["matrix"]))
+    figures: list[FigureSection] = []
+    if result.table["fraction"].notna().any():
+        figures.append(
+            FigureSection(
+                "Where each head changed", result.plot_heads(), "Hover a cell for its interval and both nulls."
+            )
+        )
+        figures.append(FigureSection("Layer by layer", result.plot_layers()))
+        curves = {f"{matrix}, layer {layer}": result.plot_rank_curve(matrix, layer)
+                  for matrix in matrices for layer in _some_layers(result)}  # fmt: skip
+        figures.append(FigureSection("Does the choice of rank matter?", curves))
+        if len(result.asymmetry):
+            figures.append(FigureSection("Read against write", result.plot_asymmetry()))
+        if any(name.startswith("sensitivity/") for name in result.arrays):
+            figures.append(FigureSection("Does the choice of subspace matter?", result.plot_sensitivity()))
+    spectra = {name: result.plot_spectrum(name) for name in _spectra(result)}
+    if spectra:
+        figures.append(FigureSection("Spectra of the subspaces", spectra))
+    return figures
+
+
+def _some_layers(result: PairData) -> list[int]:
+    """First, middle and last layer."""
+    last = result.config["shape"]["n_layers"] - 1
+    return sorted({0, last // 2, last})
+
+
+def _spectra(result: PairData) -> list[str]:
+    names = (name.removeprefix("eigenvalues/") for name in result.arrays if name.startswith("eigenvalues/"))
+    return [name for name in names if bool((result.arrays[f"eigenvalues/{name}"] > 0).any())]
+
+
+def _methods(result: PairData) -> list[tuple[str, str]]:
+    arguments = result.config["arguments"]
+    return [
+        ("Subspaces", "; ".join(f"{m}: {', '.join(names)}" for m, names in result.config["subspaces"].items())),
+        ("Activations", f"of the {arguments['activations']} model, first position of each sequence "
+         f"{'left out' if arguments['exclude_first'] else 'kept'}, "
+         f"{'covariance' if arguments['centered'] else 'uncentred second moment'}"),
+        ("Intervals", f"delete-one-group jackknife over at most {arguments['groups']} groups of sequences, on the log"),
+        ("Null", f"Haar-random subspaces, seed {arguments['seed']}; q by Benjamini–Hochberg over the layers and heads "
+         "of one matrix, subspace and rank"),
+    ]  # fmt: skip

@@ -1,0 +1,115 @@
+"""How much a verdict depends on choices: the same deltas under every other choice of subspace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from tl_asymmetry.geometry.subspace import principal_subspace
+from tl_asymmetry.models.capture import merged
+from tl_asymmetry.models.prediction import prediction_subspace
+from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.pair.deltas import AnyDelta
+from tl_asymmetry.pair.plan import Plan, Sources
+
+SENSITIVITY_COLUMNS = (
+    "layer", "head", "matrix", "subspace", "activations", "centered", "first_position", "fold_norm", "rank",
+    "fraction", "relative",
+)  # fmt: skip
+"""Columns of `PairAnalysis.sensitivity()`, in this order."""
+
+_PREFIX = "sensitivity"
+
+
+class SensitivityProfiles:
+    """Energy profiles under every variant of the captured and prediction subspaces.
+
+    Variants of a captured subspace: whose activations (base, aligned, both) × covariance or second moment × first
+    position out or in. Of the prediction subspace: whose unembedding × mean over the vocabulary out or in × final norm
+    folded or not.
+    """
+
+    def __init__(self, predictions: Mapping[str, Tensor], sources: Sources) -> None:
+        self._predictions = predictions
+        self._sources = sources
+
+    def of_layer(self, layer: int, deltas: Mapping[str, AnyDelta], plan: Plan) -> dict[str, Tensor]:
+        """One layer's energy profiles on all variants of the subspaces that its deltas are held against."""
+        profiles = {}
+        for variant, basis in self._variants(layer, plan):
+            for matrix, delta in deltas.items():
+                if variant.split("/")[0] in plan.targets[matrix]:
+                    profile = delta.energies(basis) / delta.numbers.energy.unsqueeze(-1)
+                    profiles[f"{_PREFIX}/{matrix}/{variant}"] = profile.float()
+        return profiles
+
+    def moments_of_layer(self, layer: int) -> dict[str, Tensor]:
+        """The moments behind one layer's profiles, for a result to keep."""
+        arrays = {}
+        for model, capture in self._sources.captures.items():
+            for part, groups in (("counted", capture.groups), ("first", capture.first_positions or ())):
+                for site in [site for site in groups[0] if site[1] == layer] if groups else []:
+                    for name, value in merged(group[site] for group in groups).state_dict().items():
+                        arrays[f"moments/{model}/{site[0]}/{layer}/{part}/{name}"] = value
+        return arrays
+
+    def _variants(self, layer: int, plan: Plan) -> Iterator[tuple[str, Tensor]]:
+        points = [name for name in plan.subspaces if name in plan.points]
+        for name, activations, excluded in product(points, ("base", "aligned", "both"), (True, False)):
+            moments = self._sources.total((name, layer), activations, exclude_first=excluded)
+            for centered in (False, True):
+                basis = principal_subspace(moments, centered=centered).basis
+                labels = "centered" if centered else "uncentered", "excluded" if excluded else "included"
+                yield f"{name}/{activations}/{labels[0]}/{labels[1]}/-", basis
+        yield from self._predictions.items()
+
+
+def prediction_variants(base: ModelView, aligned: ModelView) -> dict[str, Tensor]:
+    """The prediction subspace's variants: whose unembedding, centred or not, norm folded or not; basis by label."""
+    return {
+        f"prediction/{role}/{'centered' if centered else 'uncentered'}/-/{'folded' if fold else 'plain'}": (
+            prediction_subspace(view, fold_norm=fold, centered=centered, d_vocab=base.d_vocab).basis
+        )
+        for (role, view), centered, fold in product(
+            (("base", base), ("aligned", aligned)), (True, False), (True, False)
+        )
+    }
+
+
+def stacked_variants(layers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Profiles `[layer, head, d]` by variant."""
+    return {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
+
+
+def sensitivity_table(arrays: Mapping[str, Tensor], ranks: list[int], headed: Mapping[str, bool]) -> pd.DataFrame:
+    """One row per layer × head × matrix × variant × rank, from what `stacked_variants` gave a result to keep."""
+    frames = []
+    for name, profile in arrays.items():
+        if not name.startswith(f"{_PREFIX}/"):
+            continue
+        _, matrix, subspace, activations, centering, first, norm = name.split("/")
+        layers, heads, d = profile.shape
+        cumulative = profile.double().cumsum(-1)
+        for k in ranks:
+            fraction = cumulative[..., k - 1].flatten().numpy()
+            frame = pd.DataFrame({"fraction": fraction, "relative": fraction * d / k})
+            frame["layer"] = pd.array(np.repeat(np.arange(layers), heads), dtype="Int64")
+            head = np.tile(np.arange(heads), layers) if headed[matrix] else [pd.NA] * layers
+            frame["head"] = pd.array(head, dtype="Int64")
+            frames.append(
+                frame.assign(
+                    matrix=matrix,
+                    subspace=subspace,
+                    activations=activations,
+                    centered=centering == "centered",
+                    first_position=first,
+                    fold_norm=norm,
+                    rank=k,
+                )
+            )
+    return pd.concat(frames, ignore_index=True)[list(SENSITIVITY_COLUMNS)]

@@ -1,0 +1,1 @@
+"""What all results share: tables on disk, the report, definitions, provenance, notes, the store of checkpoints."""

@@ -1,0 +1,211 @@
+"""The parts of a report as markup: prose, figures, tables, definitions, settings. What is foreign is escaped here."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import html
+import json
+import numbers
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tl_asymmetry.results.definitions import MARKS, Citation, Definition
+from tl_asymmetry.results.sections import FigureSection, TableSection
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PLAIN_CSV_BYTES = 262_144
+"""Up to this size a table's download is plain CSV; above, gzipped CSV."""
+
+
+class Html(str):
+    """Trusted markup. Any other string given to a report is escaped.
+
+    Example:
+        >>> Html("<em>seven</em> heads")
+        '<em>seven</em> heads'
+    """
+
+    __slots__ = ()
+
+
+def document(title: str, body: str, scripts: str, *, css: str = "") -> str:
+    """A whole page around a body, with the style all pages share and a policy that forbids every network request.
+
+    Args:
+        title: plain text.
+        body: markup.
+        scripts: script elements, at the end of the page.
+        css: style of this page's own.
+    """
+    from tl_asymmetry.plots import page  # here, since it brings plotly
+
+    return (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; script-src 'unsafe-inline'; "
+        "style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'\">"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{html.escape(title)}</title><style>{page.CSS}{css}</style></head><body>{body}{scripts}</body></html>\n"
+    )
+
+
+def write_page(path: str | Path, content: str) -> Path:
+    """Write a page (UTF-8) and return its path.
+
+    Raises:
+        ValueError: a path that is a folder, or in none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"expected the path of a file, got the folder {path}; pass e.g. {path / 'report.html'}")
+    if not path.parent.is_dir():
+        raise ValueError(f"expected an existing folder, got {path.parent}; create it or pass another path")
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+def page_scripts() -> str:
+    """plotly.js and the script that draws a page's figures."""
+    from tl_asymmetry.plots import page
+
+    return (
+        f'<script type="application/json" id="page-settings">{page.page_settings()}</script>'
+        f"<script>{page.plotly_code()}</script><script>{page.SCRIPT}</script>"
+    )
+
+
+def inline(text: str) -> str:
+    """Escaped, unless it is `Html`."""
+    return str(text) if isinstance(text, Html) else html.escape(str(text))
+
+
+def prose(text: str) -> str:
+    """Paragraphs: `Html` as it is, text escaped and split at empty lines."""
+    if isinstance(text, Html):
+        return f'<div class="prose">{text}</div>'
+    return "".join(f"<p>{html.escape(part.strip())}</p>" for part in text.split("\n\n") if part.strip())
+
+
+def figures_boxes(section: FigureSection, index: str) -> str:
+    """The boxes of a section's figures, and the choice between them when there are several."""
+    from tl_asymmetry.plots import page
+
+    # A plotly figure is no Mapping, though it can be indexed like one.
+    figures: dict[str, Any] = dict(section.figure) if isinstance(section.figure, Mapping) else {"": section.figure}
+    if not figures:
+        raise ValueError(f"expected at least one figure under {section.heading!r}, got none; leave the section out")
+    choice = ""
+    if len(figures) > 1:
+        options = "".join(f'<option value="{i}">{html.escape(label)}</option>' for i, label in enumerate(figures))
+        choice = (
+            f'<p class="control"><label for="pick-{index}">{html.escape(section.pick)}</label>'
+            f'<select id="pick-{index}" data-figures="{index}">{options}</select></p>'
+        )
+    boxes = []
+    for i, (label, figure) in enumerate(figures.items()):
+        content = page.figure_script(figure)
+        height = int(figure.layout.height or 450) - sum(page.controls_height(figure))
+        name = f"{section.heading}: {label}" if label else section.heading
+        boxes.append(
+            f'<figure class="figure-box" data-group="{index}" aria-label="{html.escape(name)}"'
+            f'{" hidden" if i else ""}><div class="controls"></div>'
+            f'<div class="plot" id="plot-{index}-{i}" style="min-height:{height}px"></div>'
+            f"{content}</figure>"
+        )
+    return choice + "".join(boxes)
+
+
+def table_box(section: TableSection, max_rows: int) -> str:
+    """The first rows in a box that scrolls, how many there are, and a download of all."""
+    table = section.table
+    shown = table.head(max_rows)
+    head = "".join(f'<th scope="col">{html.escape(str(c))}</th>' for c in table.columns)
+    numeric = [kind.kind in "iufb" for kind in (getattr(t, "numpy_dtype", t) for t in table.dtypes)]
+    body = "".join(
+        "<tr>"
+        + "".join(f"<td{' class=n' if n else ''}>{_cell(v)}</td>" for v, n in zip(row, numeric, strict=True))
+        + "</tr>"
+        for row in shown.itertuples(index=False, name=None)
+    )
+    said = f"All {len(table):,} rows." if len(shown) == len(table) else f"{len(shown):,} of {len(table):,} rows shown."
+    return (
+        f'<p class="rows">{said} {_download(table, section.filename)}</p>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(section.heading)}">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _cell(value: Any) -> str:
+    """A cell's text: four significant digits for floats, an en dash where nothing is known."""
+    if isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral):
+        return "–" if value != value else html.escape(f"{float(value):.4g}")
+    text = str(value)
+    return "–" if text in ("<NA>", "None", "NaT") and not isinstance(value, str) else html.escape(text)
+
+
+def _download(table: pd.DataFrame, filename: str) -> str:
+    """A link whose address is the whole table."""
+    content = table.to_csv(index=False).encode()
+    name, kind = f"{filename}.csv", "text/csv;charset=utf-8"
+    if len(content) > PLAIN_CSV_BYTES:
+        # mtime fixed: the same result gives the same file, byte for byte.
+        content, name, kind = gzip.compress(content, 9, mtime=0), f"{filename}.csv.gz", "application/gzip"
+    size = f"{max(1, round(len(content) / 1000)):,} kB"
+    address = f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    return f'<a download="{html.escape(name)}" href="{address}">Download all as {html.escape(name)} ({size})</a>'
+
+
+def terms_list(terms: Sequence[tuple[str, str]]) -> str:
+    return "<dl>" + "".join(f"<dt>{inline(k)}</dt><dd>{prose(v)}</dd>" for k, v in terms) + "</dl>"
+
+
+def definitions_list(definitions: Sequence[Definition]) -> str:
+    legend = "".join(f"<li><span class=mark>{mark}</span> {html.escape(says)}</li>" for mark, says in MARKS.items())
+    items = "".join(
+        f"<dt>{html.escape(d.term)} <span class=mark>{html.escape(d.mark)}</span></dt><dd>{prose(d.text)}</dd>"
+        for d in definitions
+    )
+    return f'<ul class="marks">{legend}</ul><dl>{items}</dl>'
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, (str, int, float, bool)) or value is None:
+        return str(value)
+    return json.dumps(value, default=str, ensure_ascii=False)
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one list, their names joined by dots."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def settings_table(config: Mapping[str, Any]) -> str:
+    """Every setting, one a row."""
+    body = "".join(
+        f'<tr><th scope="row">{html.escape(str(name))}</th><td>{html.escape(_setting(value))}</td></tr>'
+        for name, value in _flat(config).items()
+    )
+    return (
+        '<div class="scroll settings" tabindex="0" role="region" aria-label="Settings and versions">'
+        f"<table><tbody>{body}</tbody></table></div>"
+    )
+
+
+def citations_list(citations: Sequence[Citation]) -> str:
+    items = "".join(
+        f"<li>“{html.escape(c.title)}”, arXiv:{html.escape(c.arxiv)}. {html.escape(c.used_for)}</li>" for c in citations
+    )
+    return (
+        "<p>The ideas are these papers'; the definitions marked [choice] and [ours] are this software's and should "
+        f"be cited as such. The lists of authors stand on arXiv.</p><ul>{items}</ul>"
+    )

@@ -1,0 +1,262 @@
+"""One self-contained HTML file of one result or of several: opens offline, asks the network for nothing.
+
+`Report` is neutral: an analysis fills it with words, figures and tables, and `write_report` writes the page; `report`
+does so for any results. plotly is imported only when a page is built.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from tl_asymmetry.results.definitions import CITATIONS, DEFINITIONS, MARKS, Citation, Definition
+from tl_asymmetry.results.markup import (
+    Html,
+    citations_list,
+    definitions_list,
+    document,
+    figures_boxes,
+    inline,
+    page_scripts,
+    prose,
+    settings_table,
+    table_box,
+    terms_list,
+    write_page,
+)
+from tl_asymmetry.results.sections import FigureSection, TableSection
+
+__all__ = [
+    "CITATIONS",
+    "DEFINITIONS",
+    "MARKS",
+    "Citation",
+    "Definition",
+    "FigureSection",
+    "Html",
+    "Report",
+    "TableSection",
+    "report",
+    "report_html",
+    "write_images",
+    "write_report",
+]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a page says, whatever analysis it comes from."""
+
+    title: str
+    """Page title, plain text (model names welcome)."""
+    subtitle: str = ""
+    """One line under it."""
+    summary: str = ""
+    """What was found, in words built from the numbers: text or `Html`."""
+    notes: Sequence[str] = ()
+    """What degrades the answer: the result's warnings, one sentence each."""
+    figures: Sequence[FigureSection] = ()
+    """Figures in reading order."""
+    tables: Sequence[TableSection] = ()
+    """Tables in reading order."""
+    methods: Sequence[tuple[str, str]] = ()
+    """How it was measured here: (term, text or `Html`)."""
+    definitions: Sequence[Definition] = DEFINITIONS
+    """What the words mean and whose they are."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Every setting, version and hash; the names of nested ones are joined by dots."""
+    citations: Sequence[Citation] = CITATIONS
+    """What to cite."""
+
+
+@runtime_checkable
+class Reportable(Protocol):
+    """A result: it fills a `Report` of itself."""
+
+    def _report(self) -> Report: ...
+
+
+def report(
+    results: Reportable | Iterable[Reportable], path: str | Path, *, title: str | None = None, max_rows: int = 200
+) -> Path:
+    """Write one page of one result or of several, of whatever kinds, and return its path.
+
+    Each result keeps its summary, notes, figures, tables and settings; definitions and citations they share stand
+    once, at the end.
+
+    Args:
+        results: a result (anything with `to_html`), or several in reading order.
+        path: the HTML file; its folder must exist, an existing file is replaced.
+        title: of the page, plain text; None: the result's own, or how many there are.
+        max_rows: rows of each table shown in the page; the download always has all.
+
+    Raises:
+        ValueError: no result, something else than a result, or a path that cannot be written to.
+
+    Example:
+        >>> from tl_asymmetry import report
+        >>> report([result, result], "both.html", title="Twice the same")
+        PosixPath('both.html')
+    """
+    several = [results] if isinstance(results, Reportable) else list(results)
+    if not several:
+        raise ValueError("expected at least one result, got none; pass what an analysis returned")
+    for each in several:
+        if not isinstance(each, Reportable):
+            raise ValueError(f"expected results, got {type(each).__name__}; pass what an analysis returned")
+    return write_page(path, _page([each._report() for each in several], title, max_rows))
+
+
+def write_report(path: str | Path, report: Report, *, max_rows: int = 200) -> Path:
+    """Write a report as one HTML file (UTF-8) and return its path.
+
+    Args:
+        path: the file; its folder must exist, an existing file is replaced.
+        report: what to say.
+        max_rows: rows of each table shown in the page; the download always has all.
+
+    Raises:
+        ValueError: for a path that is a folder, a missing folder, or what `report_html` refuses.
+
+    Example:
+        >>> write_report("report.html", Report(title="base → aligned", summary="Nothing moved."))
+        PosixPath('report.html')
+    """
+    return write_page(path, report_html(report, max_rows=max_rows))
+
+
+def report_html(report: Report, *, max_rows: int = 200) -> str:
+    """A report as one HTML document.
+
+    plotly.js stands in it once (not at all without figures). A content security policy forbids every network
+    request. Strings are escaped unless they are `Html`.
+
+    Args:
+        report: what to say.
+        max_rows: rows of each table shown in the page.
+
+    Raises:
+        ValueError: for what is no `Report`, a `max_rows` below 1, or a figure that is none.
+    """
+    if not isinstance(report, Report):
+        raise ValueError(f"expected a Report, got {type(report).__name__}; pass Report(title=…)")
+    return _page([report], None, max_rows)
+
+
+def write_images(
+    result: Reportable | Report, folder: str | Path, *, format: str = "svg", width: int = 800, scale: float = 2.0
+) -> list[Path]:
+    """Write every figure of a result as a static image, e.g. for a paper. Needs the extra `report` (kaleido).
+
+    Menus and sliders are left out: an image shows what the figure shows first.
+
+    Args:
+        result: a result, or a `Report`.
+        folder: made if need be; images are named after their headings and numbered.
+        format: "svg", "pdf", "png", "jpg" or "webp".
+        width: pixels.
+        scale: pixels of a bitmap for each of these.
+
+    Returns:
+        The paths, in reading order.
+
+    Raises:
+        ImportError: kaleido is not installed.
+    """
+    from tl_asymmetry.plots.page import write_image  # here, since it brings plotly
+
+    report = result if isinstance(result, Report) else result._report()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    paths: list[Path] = []
+    for section in report.figures:
+        several = section.figure if isinstance(section.figure, Mapping) else {"": section.figure}
+        for label, figure in several.items():
+            words = "".join(c if c.isalnum() or c == "_" else " " for c in f"{section.heading} {label}").split()
+            path = Path(folder) / f"{len(paths) + 1:02}-{'-'.join(words)[:80]}.{format}"
+            paths.append(write_image(figure, path, format=format, width=width, scale=float(scale)))
+    return paths
+
+
+def _page(reports: Sequence[Report], title: str | None, max_rows: int) -> str:
+    if max_rows < 1:
+        raise ValueError(f"expected max_rows >= 1, got {max_rows}; pass a positive number of rows")
+    single = len(reports) == 1
+    page_title = title if title is not None else reports[0].title if single else f"{len(reports)} analyses"
+    contents, body = "", ""
+    for n, each in enumerate(reports):
+        prefix = "" if single else f"result-{n}-"
+        parts = _parts(each, prefix, max_rows)
+        links, sections = _links(parts), _sections(parts, level=2 if single else 3)
+        if single:
+            contents, body = links, sections
+            continue
+        name, key = html.escape(each.title), f"result-{n}"
+        subtitle = f'<p class="subtitle">{inline(each.subtitle)}</p>' if each.subtitle else ""
+        contents += f'<li class="result"><a href="#{key}">{name}</a><ul>{links}</ul></li>'
+        body += (
+            f'<section id="{key}" class="result" aria-labelledby="{key}-title"><h2 id="{key}-title">{name}</h2>'
+            f"{subtitle}{sections}</section>"
+        )
+    shared = _shared_parts(reports)
+    contents += _links(shared)
+    body += _sections(shared, level=2)
+    subtitle = f'<p class="subtitle">{inline(reports[0].subtitle)}</p>' if single and reports[0].subtitle else ""
+    return document(
+        page_title,
+        '<a class="skip" href="#content">Skip to content</a>'
+        f"<header><h1>{html.escape(page_title)}</h1>{subtitle}</header>"
+        f'<nav aria-label="Contents"><ul>{contents}</ul></nav>'
+        f'<main id="content" tabindex="-1">{body}</main>',
+        page_scripts() if any(each.figures for each in reports) else "",
+    )
+
+
+# A part of the page: heading in the contents, id, markup.
+_Part = tuple[str, str, str]
+
+
+def _parts(report: Report, prefix: str, max_rows: int) -> list[_Part]:
+    """What a result says of itself."""
+    parts: list[_Part] = []
+    if report.summary:
+        parts.append(("Summary", f"{prefix}summary", prose(report.summary)))
+    if report.notes:
+        items = "".join(f"<li>{inline(note)}</li>" for note in report.notes)
+        parts.append(("Notes", f"{prefix}notes", f'<ul class="notes">{items}</ul>'))
+    for i, section in enumerate(report.figures):
+        markup = prose(section.prose) + figures_boxes(section, f"{prefix}{i}")
+        parts.append((section.heading, f"{prefix}figure-{i}", markup))
+    for i, table in enumerate(report.tables):
+        parts.append((table.heading, f"{prefix}table-{i}", prose(table.prose) + table_box(table, max_rows)))
+    if report.methods:
+        parts.append(("How it was measured", f"{prefix}methods", terms_list(report.methods)))
+    if report.config:
+        parts.append(("Settings and versions", f"{prefix}config", settings_table(report.config)))
+    return parts
+
+
+def _shared_parts(reports: Sequence[Report]) -> list[_Part]:
+    """What the words mean and what to cite: of all results, each once."""
+    parts: list[_Part] = []
+    definitions = list(dict.fromkeys(d for each in reports for d in each.definitions))
+    if definitions:
+        parts.append(("Definitions", "definitions", definitions_list(definitions)))
+    citations = list(dict.fromkeys(c for each in reports for c in each.citations))
+    if citations:
+        parts.append(("How to cite", "citations", citations_list(citations)))
+    return parts
+
+
+def _links(parts: Sequence[_Part]) -> str:
+    return "".join(f'<li><a href="#{key}">{html.escape(name)}</a></li>' for name, key, _ in parts)
+
+
+def _sections(parts: Sequence[_Part], *, level: int) -> str:
+    return "".join(
+        f'<section id="{key}" aria-labelledby="{key}-title">'
+        f'<h{level} id="{key}-title">{html.escape(name)}</h{level}>{markup}</section>'
+        for name, key, markup in parts
+    )

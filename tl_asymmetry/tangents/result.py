@@ -1,0 +1,126 @@
+"""What `analyze_tangents` gives back: tables, bases, figures, a report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from tl_asymmetry.results.report import Report
+from tl_asymmetry.results.result import Result
+from tl_asymmetry.tangents.report import headline, summary_table, tangent_report
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+@dataclass(frozen=True, repr=False, eq=False, kw_only=True)
+class TangentAnalysis(Result):
+    """Fixed early directions against true gradients over training, beside normal controls and the spectrum-aware null.
+
+    Made by `analyze_tangents` and `TangentProbe`. Printing it gives the summary; in a notebook it is a table.
+    """
+
+    TABLES = ("table", "strata", "frequency", "checkpoints", "bases")
+
+    table: pd.DataFrame
+    """One row per step × kind of gradient × site × layer × head (NA: the whole matrix) × method × rank. energy: share
+    of the gradient's squared norm in the basis; normal_energy: mean over the controls; ratio, p (rank among the
+    controls), q (over the layers and heads of one site); size: how often a random basis would get p ≤ 0.05 for this
+    gradient; spectrum_expected: share of the activations' own energy in the basis at that step; excess: energy over it;
+    largest_energy: the most any subspace of this rank holds; isotropy: of the gradients' covariance; anisotropy:
+    isotropy gained when the basis is taken out, normal_anisotropy and anisotropy_p its counterparts; gradient_norm: of
+    the mean loss for "weight", root mean square per token of the summed loss for "activation"; samples: rows behind the
+    covariance."""
+    strata: pd.DataFrame
+    """Per-token gradients by token frequency: one row per step × layer × method × rank × stratum (1 = rarest). tokens:
+    those with a gradient; gradient_share: of all squared norm; distance: mean distance of the block output from its
+    centroid."""
+    frequency: pd.DataFrame
+    """Pearson correlation of log-frequency and distance to the centroid, per step and layer, with a 95 % interval over
+    groups of sequences."""
+    checkpoints: pd.DataFrame
+    """Per step: phase ("early": the basis was fitted there; "late"; "single"), mean loss in nats per token."""
+    bases: pd.DataFrame
+    """Per method, rank, point and layer: explained, the share of the early activations' energy; overlap_pca, with the
+    PCA basis of that rank; and for semi-NMF the error left, the spread of the starts' objectives, the stability of its
+    directions among them."""
+
+    def basis(
+        self, point: str, *, method: str | None = None, rank: int | None = None
+    ) -> Float[np.ndarray, "layer d k"]:
+        """The fixed basis of every layer at a point (attn_in, mlp_in or resid_post), float32.
+
+        Raises:
+            ValueError: what was not fitted.
+        """
+        method = self.config["methods"][0] if method is None else method
+        rank = self.config["shown_rank"] if rank is None else rank
+        name = f"basis/{method}/{rank}/{point}"
+        if name not in self.arrays:
+            there = ", ".join(sorted(n.removeprefix("basis/") for n in self.arrays))
+            raise ValueError(f"expected one of {there}, got {method}/{rank}/{point}; pass what was fitted")
+        return self.arrays[name].numpy()
+
+    # -- figures -------------------------------------------------------------------------------------------------
+
+    def plot_energy(self, gradient: str | None = None, **options: Any) -> go.Figure:
+        """Energy over that of the controls, by layer and step. See `plots.tangent_energy_figure`."""
+        from tl_asymmetry.plots import tangent_energy_figure
+
+        return tangent_energy_figure(self.table, gradient=gradient, **{**self._figure_defaults(), **options})
+
+    def plot_anisotropy(self, gradient: str | None = None, **options: Any) -> go.Figure:
+        """Isotropy gained without the basis, by layer and step. See `plots.tangent_anisotropy_figure`."""
+        from tl_asymmetry.plots import tangent_anisotropy_figure
+
+        return tangent_anisotropy_figure(self.table, gradient=gradient, **{**self._figure_defaults(), **options})
+
+    def plot_strata(self, **options: Any) -> go.Figure:
+        """Energy and distance to the centroid by token frequency. See `plots.tangent_strata_figure`.
+
+        Raises:
+            ValueError: analysed without strata or per-token gradients.
+        """
+        from tl_asymmetry.plots import tangent_strata_figure
+
+        if self.strata.empty:
+            raise ValueError(
+                "expected an analysis with strata of per-token gradients, got one without; pass strata=5 and "
+                'gradients=("activation",) to analyze_tangents'
+            )
+        return tangent_strata_figure(self.strata, **{"rank": self.config["shown_rank"], **options})
+
+    def _figure_defaults(self) -> dict[str, Any]:
+        steps = self.config["basis_steps"]
+        late = len(steps) < len(self.config["checkpoints"])
+        return {"rank": self.config["shown_rank"], "basis_until": float(steps[-1]) if late and steps else None}
+
+    # -- words ---------------------------------------------------------------------------------------------------
+
+    def _title(self) -> str:
+        steps = [checkpoint["step"] for checkpoint in self.config["checkpoints"]]
+        span = f", steps {steps[0]} to {steps[-1]}" if len(steps) > 1 else ""
+        return f"{self.config['model']['name']}{span}"
+
+    def _facts(self) -> str:
+        shape, config = self.config["shape"], self.config
+        return (
+            f"{config['kind']}, {shape['n_layers']} layers × {shape['n_heads']} heads, d_model {shape['d_model']}; "
+            f"{len(config['checkpoints'])} checkpoints, bases from {len(config['basis_steps'])}; {config['tokens']} "
+            f"tokens in {config['sequences']} sequences, {config['targets']} predicted; ranks "
+            f"{', '.join(map(str, config['ranks']))}, shown {config['shown_rank']}; {config['draws']} "
+            f"{config['control']} controls"
+        )
+
+    def _summary_table(self) -> pd.DataFrame:
+        return summary_table(self.table, self.config["shown_rank"])
+
+    def _headline(self) -> list[str]:
+        return headline(self.table, self.strata, self.frequency, self.config)
+
+    def _report(self) -> Report:
+        return tangent_report(self)

@@ -1,0 +1,190 @@
+"""Fractions and spectra of weight deltas over the checkpoints of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_asymmetry.geometry.subspace import Subspace
+from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.pair.projections import GradientMoments
+from tl_asymmetry.results.notes import Notes
+from tl_asymmetry.results.provenance import described_arguments
+from tl_asymmetry.trajectory.checkpoints import Checkpoint, checkpoints_of
+from tl_asymmetry.trajectory.measurements import WeightsSnapshot
+from tl_asymmetry.trajectory.result import TrajectoryAnalysis
+from tl_asymmetry.trajectory.run import RunOptions, TrajectoryRun
+
+
+def analyze_trajectory(
+    checkpoints: Iterable[Any] | Mapping[int, Any],
+    texts: Sequence[str | Sequence[Mapping[str, Any]]] | None = None,
+    *,
+    tokens: Int[Tensor, "batch pos"] | None = None,
+    store: str | Path | None = None,
+    reference: str = "first",
+    subspaces_from: Any = "base",
+    matrices: Sequence[str] | None = None,
+    ranks: Sequence[int] | None = None,
+    subspaces: Sequence[str] | Mapping[str, Subspace | Sequence[Subspace]] | None = None,
+    exclude_first: bool = True,
+    centered: bool = False,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    groups: int = 8,
+    gradient: Callable[[Any], GradientMoments] | None = None,
+    duplicates: str = "refuse",
+    seed: int = 0,
+    progress: bool = True,
+) -> TrajectoryAnalysis:
+    """Where a training run has moved its weights so far, checkpoint by checkpoint, and is that more than chance.
+
+    For every checkpoint what `analyze_pair` measures of a pair: the cumulative delta W_t − W_first, the interval delta
+    W_t − W_previous, or both, against the subspaces of the residual stream, beside both nulls. arXiv 2605.16600
+    follows a checkpoint trajectory; the definitions are ours, since the paper's are not public.
+
+    At most one checkpoint's model is held at a time (at the beginning also that of `subspaces_from`), besides copies
+    on CPU of the analysed matrices of the first and, for interval deltas, of the previous one. With a `store`, every
+    finished checkpoint is kept at once: a run that was killed at any moment goes on after the last finished one and
+    ends with the same table.
+
+    Args:
+        checkpoints: in the order of their steps: directories (`checkpoint-500`, `step500`), pairs `(step, model)` as a
+            mapping, a list or a generator (which may change and yield the same model again), or what
+            `pythia_checkpoints` returns. A model is a HookedTransformer or TransformerBridge with raw weights, a
+            directory, a name on the hub, or a function that makes one. The first is what all others are compared with.
+        texts: as in `analyze_pair`.
+        tokens: as in `analyze_pair`.
+        store: folder for the finished checkpoints; made if need be. One process at a time may write to it; another
+            run's store, or one made with other settings, is refused.
+        reference: "first", "previous" or "both": what a checkpoint's weights are subtracted from.
+        subspaces_from: "base" takes weights and activations of the first checkpoint; "each" those of the checkpoint at
+            hand; a model, directory or hub name takes that model's for all checkpoints (the last one's, say).
+        matrices, ranks, subspaces, exclude_first, centered, batch_size, max_tokens, groups, seed, progress: as in
+            `analyze_pair`.
+        gradient: a function of a model that returns its gradient covariance, for the matched reference of W_O and
+            W_out; called once for each checkpoint.
+        duplicates: "refuse" a checkpoint whose weights an earlier step has already shown (a wrong branch on the hub, a
+            copied directory), or "keep" it.
+
+    Returns:
+        A frozen `TrajectoryAnalysis`.
+
+    Raises:
+        ValueError: checkpoints that cannot be read, are not of one run, hold NaN or the weights of another step; a
+            store of another run, or in use; else as `analyze_pair`. What was finished before is kept.
+        OSError: the store's disk is full or fails; what was finished before is kept.
+
+    Example:
+        >>> from tl_asymmetry.demo import demo_model, demo_texts
+        >>> run = ((step, demo_model(f"step{step}")) for step in (0, 50, 150))
+        >>> result = analyze_trajectory(run, demo_texts(20, seed=1), ranks=[1, 4], progress=False)
+        >>> result.table["step"].unique().tolist()
+        [50, 150]
+    """
+    arguments = described_arguments(
+        {k: v for k, v in locals().items() if k not in ("checkpoints", "store", "progress")}
+    )
+    options = RunOptions(
+        reference=reference, subspaces_from=subspaces_from, matrices=matrices, ranks=ranks, subspaces=subspaces,
+        exclude_first=exclude_first, centered=centered, batch_size=batch_size, max_tokens=max_tokens, groups=groups,
+        gradient=gradient, duplicates=duplicates, seed=seed, progress=progress,
+    )  # fmt: skip
+    options.check()
+    notes = Notes()
+    rest = checkpoints_of(checkpoints)
+    first = next(rest, None)
+    if first is None:
+        raise ValueError("expected two checkpoints at least, got none; pass the first of the run and later ones")
+    with first.open() as model:
+        run = TrajectoryRun(
+            ModelView(model), first.step, first.name, options,
+            texts=texts, tokens=tokens, store=store, arguments=arguments, notes=notes,
+        )  # fmt: skip
+        del model
+    try:
+        sweep = _Sweep(run, first)
+        known = len(checkpoints) - 1 if isinstance(checkpoints, Sized) else None
+        for checkpoint in tqdm(rest, desc="checkpoints", total=known, disable=not progress):
+            sweep.take(checkpoint)
+        if not sweep.steps:
+            raise ValueError("expected two checkpoints at least, got one; pass the first of the run and later ones")
+        return TrajectoryAnalysis.assemble(
+            run.store, sweep.steps, run.measuring, settings=run.settings, about=run.about, notes=notes.lines
+        )
+    finally:
+        run.close()
+
+
+class _Sweep:
+    """One checkpoint after another; what is finished is not opened again unless its weights are needed."""
+
+    def __init__(self, run: TrajectoryRun, first: Checkpoint) -> None:
+        self.run = run
+        self.steps: list[int] = []
+        self.last_step = first.step
+        self.previous = run.start.step, run.start.hash
+        self.snapshot: WeightsSnapshot | None = run.start
+        self.reopen: Checkpoint | None = None
+
+    def take(self, checkpoint: Checkpoint) -> None:
+        """Measure a checkpoint, or find it finished."""
+        run, step = self.run, checkpoint.step
+        if step <= self.last_step:
+            raise ValueError(
+                f"expected checkpoints in the order of their steps, got {step} after {self.last_step}; pass them sorted"
+            )
+        if checkpoint.fingerprint is not None and self._found(checkpoint, checkpoint.fingerprint()):
+            self.snapshot, self.reopen = None, checkpoint
+            self._passed(step, run.store.entry(step)["weights_xxh3"])
+            return
+        before = self._before()
+        with checkpoint.open() as model:
+            view = ModelView(model)
+            weights = run.checked(view, step)
+            run.refuse_duplicate(step, checkpoint.name, weights)
+            if not run.finished(step, weights, self.previous):
+                fingerprint = None if checkpoint.fingerprint is None else checkpoint.fingerprint()
+                run.record(step, checkpoint.name, view, weights, before, fingerprint)
+            if "previous" in run.references:
+                self.snapshot = WeightsSnapshot.of(view, run.plan.matrices, step, weights)
+            del model, view
+        self._passed(step, weights)
+
+    def _passed(self, step: int, weights: str) -> None:
+        self.previous = step, weights
+        self.last_step = step
+        self.steps.append(step)
+
+    def _found(self, checkpoint: Checkpoint, fingerprint: str) -> bool:
+        """Whether the store has it, going by its files.
+
+        Raises:
+            ValueError: the store has that step from other files.
+        """
+        run, step = self.run, checkpoint.step
+        if step not in run.store.steps:
+            return False
+        entry = run.store.entry(step)
+        if entry["fingerprint"] != fingerprint:
+            return False  # its weights will tell
+        run.refuse_duplicate(step, checkpoint.name, entry["weights_xxh3"])
+        return run.finished(step, None, self.previous)
+
+    def _before(self) -> WeightsSnapshot:
+        """The previous checkpoint's weights, read again where it was found finished."""
+        if "previous" not in self.run.references:
+            return WeightsSnapshot(*self.previous, {})
+        if self.snapshot is None:
+            if self.reopen is None:
+                raise RuntimeError("no previous checkpoint")
+            with self.reopen.open() as model:
+                view = ModelView(model)
+                self.snapshot = WeightsSnapshot.of(view, self.run.plan.matrices, *self.previous)
+                del model, view
+        return self.snapshot

@@ -1,0 +1,150 @@
+"""The data of a trajectory: tables, curves, emergence, and figures of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from tl_asymmetry.results.result import Result
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+EMERGENCE_COLUMNS = (
+    "reference", "layer", "head", "matrix", "pathway", "subspace", "rank", "step", "significant", "checkpoints",
+)  # fmt: skip
+"""Columns of `TrajectoryAnalysis.emergence()`, in this order."""
+
+
+@dataclass(frozen=True, repr=False, eq=False, kw_only=True)
+class TrajectoryData(Result):
+    """What `TrajectoryAnalysis` holds, without the words."""
+
+    TABLES = ("table", "asymmetry", "curves", "checkpoints")
+
+    table: pd.DataFrame
+    """Tidy: `step`, `reference` ("first": W_t − W_first; "previous": W_t − W_previous), and the columns of
+    `PairAnalysis.table`. q is adjusted within a step, over the layers and heads of a matrix, subspace and rank."""
+    asymmetry: pd.DataFrame
+    """`step`, `reference`, and the columns of `PairAnalysis.asymmetry`."""
+    curves: pd.DataFrame
+    """`step`, `reference`, and `measurements.CURVE_COLUMNS`: all layers and heads pooled by energy, with intervals."""
+    checkpoints: pd.DataFrame
+    """`step, name, weights_xxh3, previous_step`, the first one (which has no delta) included."""
+
+    # -- numbers -------------------------------------------------------------------------------------------------
+
+    def emergence(self, *, level: float = 0.05) -> pd.DataFrame:
+        """Since when a head's delta has been more concentrated than chance: the first step from which q stays below.
+
+        Args:
+            level: the q below which a head counts as concentrated, at that checkpoint and at all later ones.
+
+        Returns:
+            One row for each reference, layer, head, matrix, subspace and rank: `step` (NA if q is not below at the
+            last checkpoint; a q that is NaN is not below), at how many `checkpoints` it is `significant`. Each step's q
+            controls the false discoveries of that step; nothing is corrected for the number of checkpoints.
+
+        Raises:
+            ValueError: a level outside 0 … 1.
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"expected a level between 0 and 1, got {level}; pass level=0.05")
+        keys = [c for c in EMERGENCE_COLUMNS if c not in ("step", "significant", "checkpoints")]
+        wide = self.table.assign(below=self.table["isotropic_q"] < level).pivot(
+            index=keys, columns="step", values="below"
+        )
+        steps = wide.columns.to_numpy(dtype=int)
+        below = wide.to_numpy(dtype=float, na_value=0.0).astype(bool)
+        stays = np.logical_and.accumulate(below[:, ::-1], axis=1)[:, ::-1]
+        since = pd.array([steps[row.argmax()] if row.any() else pd.NA for row in stays], dtype="Int64")
+        found = wide.index.to_frame(index=False).assign(
+            step=since, significant=below.sum(1), checkpoints=wide.notna().sum(axis=1).to_numpy()
+        )
+        order = {matrix: i for i, matrix in enumerate(dict.fromkeys(self.table["matrix"]))}
+        found = found.sort_values(
+            ["reference", "matrix", "subspace", "layer", "head", "rank"],
+            key=lambda c: c.map(order) if c.name == "matrix" else c, ignore_index=True,
+        )  # fmt: skip
+        return found[list(EMERGENCE_COLUMNS)]
+
+    def delta_spectrum(self, matrix: str, reference: str | None = None) -> Float[np.ndarray, "step layer head r"]:
+        """Eigenvalues of ΔW ΔWᵀ of each head at each step of `table`, descending, float64.
+
+        Raises:
+            ValueError: a matrix or reference that was not analysed.
+        """
+        return self._array("spectrum", matrix, reference)
+
+    def gradient_spectrum(self, matrix: str) -> Float[np.ndarray, "step layer head d_model"]:
+        """Eigenvalues of the second moment of the gradient upstream of W_O or W_out at each step, descending, float64.
+
+        Raises:
+            ValueError: another matrix, or a trajectory recorded without `gradient`.
+        """
+        name = f"gradient_spectrum/{matrix}"
+        if name not in self.arrays:
+            there = sorted(n.partition("/")[2] for n in self.arrays if n.startswith("gradient_spectrum/"))
+            raise ValueError(
+                f"expected one of {', '.join(there) or 'none (made without gradient=)'}, got {matrix!r}; pass W_O or "
+                "W_out of a trajectory with gradient="
+            )
+        return self.arrays[name].numpy()
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the table, ascending; the first checkpoint is not among them."""
+        return self.arrays["steps"].tolist()
+
+    # -- figures -------------------------------------------------------------------------------------------------
+
+    def plot_curves(self, **options: Any) -> go.Figure:
+        """Read and write over training with intervals, heads pooled. See `plots.curves_figure`."""
+        from tl_asymmetry.plots import curves_figure
+
+        return curves_figure(self.curves, **{**self._figure_defaults(), **options})
+
+    def plot_head_curves(self, matrix: str, layer: int, **options: Any) -> go.Figure:
+        """The heads of one layer over training, with intervals. See `plots.head_curves_figure`."""
+        from tl_asymmetry.plots import head_curves_figure
+
+        options = {**self._figure_defaults(), **self._kv(matrix), **options}
+        return head_curves_figure(self.table, matrix, layer=layer, **options)
+
+    def plot_animation(self, matrix: str, **options: Any) -> go.Figure:
+        """The layer × head map of one matrix, a frame for each checkpoint. See `plots.animation_figure`."""
+        from tl_asymmetry.plots import animation_figure
+
+        options = {**self._figure_defaults(), **self._kv(matrix), **options}
+        return animation_figure(self.table, matrix, **options)
+
+    def plot_emergence(self, matrix: str, *, level: float = 0.05, **options: Any) -> go.Figure:
+        """Since which step each head has been more concentrated than chance. See `plots.emergence_figure`."""
+        from tl_asymmetry.plots import emergence_figure
+
+        options = {**self._figure_defaults(), **self._kv(matrix), "level": level, **options}
+        return emergence_figure(self.emergence(level=level), matrix, **options)
+
+    @property
+    def _references(self) -> list[str]:
+        return list(self.config["references"])
+
+    def _figure_defaults(self) -> dict[str, Any]:
+        return {"default_rank": self.config["shown_rank"], "reference": self._references[0]}
+
+    def _kv(self, matrix: str) -> dict[str, bool]:
+        shape = self.config["shape"]
+        return {"kv": matrix in ("W_K", "W_V") and shape["n_kv_heads"] < shape["n_heads"]}
+
+    def _array(self, kind: str, matrix: str, reference: str | None) -> np.ndarray:
+        name = f"{kind}/{matrix}/{self._references[0] if reference is None else reference}"
+        if name not in self.arrays:
+            there = sorted(n.removeprefix(f"{kind}/") for n in self.arrays if n.startswith(f"{kind}/"))
+            raise ValueError(
+                f"expected one of {', '.join(there)}, got {name.removeprefix(f'{kind}/')!r}; pass what was analysed"
+            )
+        return self.arrays[name].numpy()

@@ -1,0 +1,344 @@
+"""A trajectory recorded while the model trains: in one's own loop, or as a callback of transformers' Trainer."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from tl_asymmetry.geometry.subspace import Subspace
+from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.pair.projections import GradientMoments
+from tl_asymmetry.results.notes import Notes
+from tl_asymmetry.results.provenance import described_arguments
+from tl_asymmetry.results.store import CheckpointStore
+from tl_asymmetry.trajectory.measurements import WeightsSnapshot
+from tl_asymmetry.trajectory.result import TrajectoryAnalysis
+from tl_asymmetry.trajectory.run import RunOptions, TrajectoryRun
+
+
+class TrajectoryRecorder:
+    """Records where training moves a model's weights, every so many steps, without writing a checkpoint.
+
+    What is recorded of a step is what `analyze_trajectory` measures of a checkpoint: fractions, spectra, all that both
+    nulls need, replicates for the intervals, and the gradients' matched reference if asked for. The nulls themselves
+    (20,000 draws in places) are not made while the model trains but by `result()`. With a `store`, a training that was
+    killed goes on: make the recorder again with the step the model is at.
+
+    The model comes out of every recording as it went in. One that is no TransformerLens model (a transformers model,
+    bare or wrapped by DistributedDataParallel or torch.compile) is copied for each recording and the copy wrapped in a
+    TransformerBridge: for that moment there are two of it.
+
+    Args:
+        model: the model in training, with the weights that all later ones are compared with; with a `store` that
+            exists, the weights of `step`.
+        every: record at steps that are multiples of this.
+        store: folder to record into, one training at a time; None keeps everything in memory.
+        texts: as in `analyze_pair`; they define the subspaces and are no training texts.
+        tokens: as in `analyze_pair`.
+        step: the step the model is at.
+        tokenizer: for `texts`, where the model has none.
+        reference, subspaces_from, matrices, ranks, subspaces, exclude_first, centered, batch_size, max_tokens, groups,
+            seed: as in `analyze_trajectory`. With subspaces_from="base" or a model, texts go through a model once, at
+            the beginning; with "each" at every recording.
+        gradient: as in `analyze_trajectory`; called at every recording.
+        probes: functions of step and model, a `TangentProbe` for one, called with the TransformerLens model at the
+            beginning and at every recording.
+        on_error: "raise" what goes wrong in a recording (a NaN, a full disk), or "warn" of it, leave that step out and
+            let the training go on.
+
+    Raises:
+        ValueError: as `analyze_trajectory`, for the model and settings, and a store of another training.
+
+    Example:
+        >>> from tl_asymmetry.demo import demo_model, demo_texts
+        >>> model = demo_model("step400")
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        >>> tokens = torch.arange(24).view(2, 12)
+        >>> with TrajectoryRecorder(model, 2, texts=demo_texts(9), ranks=[4], groups=1) as recorder:
+        ...     for step in range(1, 5):
+        ...         loss = -model(tokens).log_softmax(-1)[..., 0].mean()
+        ...         loss.backward()
+        ...         _ = optimizer.step()
+        ...         _ = recorder.step(step)
+        ...     result = recorder.result()
+        >>> result.steps
+        [2, 4]
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        every: int,
+        store: str | Path | None = None,
+        texts: Sequence[str | Sequence[Mapping[str, Any]]] | None = None,
+        *,
+        tokens: Int[Tensor, "batch pos"] | None = None,
+        step: int = 0,
+        tokenizer: Any = None,
+        reference: str = "first",
+        subspaces_from: Any = "base",
+        matrices: Sequence[str] | None = None,
+        ranks: Sequence[int] | None = None,
+        subspaces: Sequence[str] | Mapping[str, Subspace | Sequence[Subspace]] | None = None,
+        exclude_first: bool = True,
+        centered: bool = False,
+        batch_size: int = 8,
+        max_tokens: int | None = None,
+        groups: int = 8,
+        gradient: Callable[[Any], GradientMoments] | None = None,
+        seed: int = 0,
+        probes: Sequence[Callable[[int, Any], None]] = (),
+        on_error: str = "raise",
+    ) -> None:
+        left_out = ("self", "store", "probes", "step", "every", "on_error", "tokenizer", "__class__")
+        arguments = described_arguments({name: v for name, v in locals().items() if name not in left_out})
+        if every < 1:
+            raise ValueError(f"expected every >= 1, got {every}; pass the number of steps between recordings")
+        if on_error not in ("raise", "warn"):
+            raise ValueError(f"expected on_error to be one of raise, warn, got {on_error!r}; pass one of them")
+        self.every, self._model, self._tokenizer, self._on_error = every, model, tokenizer, on_error
+        self._probes = tuple(probes)
+        self._notes, self._recorded, self._trusted, self._last = Notes(), set[int](), step, step
+        options = RunOptions(
+            reference=reference, subspaces_from=subspaces_from, matrices=matrices, ranks=ranks, subspaces=subspaces,
+            exclude_first=exclude_first, centered=centered, batch_size=batch_size, max_tokens=max_tokens,
+            groups=groups, gradient=gradient, duplicates="keep", seed=seed, progress=False,
+        )  # fmt: skip
+        with self._lens() as lens:
+            view = ModelView(lens)
+            self._run = TrajectoryRun(
+                view, step, f"step {step}", options,
+                texts=texts, tokens=tokens, store=store, arguments=arguments, notes=self._notes, recorder=True,
+            )  # fmt: skip
+            try:
+                self._previous = self._run.start
+                self._go_on(view, step)
+                for probe in self._probes:
+                    probe(step, lens)
+            except BaseException:
+                self.close()
+                raise
+
+    def __enter__(self) -> TrajectoryRecorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the store; what was recorded can still be read."""
+        self._run.close()
+
+    def step(self, step: int) -> bool:
+        """Tell that an optimiser step is done; records if it is one to record.
+
+        Args:
+            step: how many steps the weights have seen.
+
+        Returns:
+            Whether it was recorded.
+        """
+        self._last = max(self._last, step)
+        if step % self.every or step <= self._previous.step or step in self._recorded:
+            return False
+        return self.record(step)
+
+    def record(self, step: int) -> bool:
+        """Record this step whatever it is, e.g. the last one.
+
+        Returns:
+            True; False where something went wrong and `on_error` is "warn".
+
+        Raises:
+            ValueError: a step that is not after the one recorded before; weights with NaN.
+            OSError: the store's disk is full or fails.
+        """
+        if step <= self._previous.step:
+            raise ValueError(
+                f"expected a step after {self._previous.step}, the one recorded before, got {step}; pass the number of "
+                "steps the weights have seen"
+            )
+        try:
+            self._record(step)
+        except (ValueError, OSError) as error:
+            if self._on_error == "raise":
+                raise
+            line = f"step {step} was not recorded: {error}"
+            self._notes.lines.append(line)
+            warnings.warn(line, UserWarning, stacklevel=3)
+            return False
+        return True
+
+    def resume(self, step: int) -> None:
+        """Tell that the model has been given the weights of an earlier training's `step`, which goes on from there.
+
+        Recordings of the store up to that step count, later ones are made again.
+
+        Raises:
+            ValueError: interval deltas need the weights of the recording before, and these are gone.
+        """
+        with self._lens() as lens:
+            self._go_on(ModelView(lens), step)
+
+    def result(self) -> TrajectoryAnalysis:
+        """The analysis of everything recorded so far; both nulls are made here.
+
+        Raises:
+            ValueError: nothing recorded yet.
+        """
+        run = self._run
+        steps = [s for s in run.store.steps if s in self._recorded or s <= self._trusted]
+        if not steps:
+            raise ValueError(
+                f"expected a recorded step, got none up to step {self._last}; call step() after every optimiser step"
+            )
+        return TrajectoryAnalysis.assemble(
+            run.store, steps, run.measuring, settings=run.settings, about=run.about, notes=self._notes.lines
+        )
+
+    def callback(self) -> Any:
+        """A `transformers.TrainerCallback` that records while a Trainer trains this model: `callbacks=[…]`.
+
+        It records at the end of every `every`-th step and at the end of the training, on the main process only, and
+        goes on where a Trainer that resumes from a checkpoint does.
+
+        Raises:
+            ImportError: transformers is not installed.
+        """
+        from transformers import TrainerCallback
+
+        recorder = self
+
+        class RecorderCallback(TrainerCallback):
+            """Calls the recorder."""
+
+            def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                if state.is_world_process_zero and state.global_step > recorder._previous.step:
+                    recorder.resume(state.global_step)
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                if state.is_world_process_zero:
+                    recorder.step(state.global_step)
+
+            def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                if state.is_world_process_zero and state.global_step > recorder._previous.step:
+                    recorder.record(state.global_step)
+
+        return RecorderCallback()
+
+    # -- one recording -------------------------------------------------------------------------------------------
+
+    def _record(self, step: int) -> None:
+        run = self._run
+        with self._lens() as lens:
+            view = ModelView(lens)
+            weights = run.checked(view, step, quick=True)
+            now = WeightsSnapshot(step, weights, {})
+            if "previous" in run.references:
+                now = WeightsSnapshot.of(view, run.plan.matrices, step, weights)
+                if isinstance(run.store, CheckpointStore):
+                    # before the step counts as recorded: whoever finds it recorded finds these too
+                    run.store.put(_blob(step), now.tensors)
+            run.record(step, f"step {step}", view, weights, self._previous, None)
+            for probe in self._probes:
+                probe(step, lens)
+        if isinstance(run.store, CheckpointStore):
+            for earlier in run.store.steps:
+                if earlier != step:
+                    run.store.drop(_blob(earlier))
+        self._previous = now
+        self._recorded.add(step)
+        self._last = max(self._last, step)
+
+    def _go_on(self, view: ModelView, step: int) -> None:
+        """Take the recording before this step as the previous one."""
+        run = self._run
+        self._trusted = self._last = step
+        before = [s for s in run.store.steps if s <= step]
+        if not before:
+            return
+        entry = run.store.entry(before[-1])
+        self._previous = WeightsSnapshot(before[-1], entry["weights_xxh3"], {})
+        if "previous" not in run.references:
+            return
+        kept = run.store.blob(_blob(before[-1])) if isinstance(run.store, CheckpointStore) else None
+        if kept is not None:
+            self._previous = WeightsSnapshot(before[-1], entry["weights_xxh3"], kept)
+            return
+        weights = run.checked(view, step, quick=True)
+        if weights != entry["weights_xxh3"]:
+            raise ValueError(
+                f"expected the weights of step {before[-1]}, the last recording before step {step}, got none: the "
+                'store keeps those of its last recording only; resume from there, or pass reference="first"'
+            )
+        self._previous = WeightsSnapshot.of(view, run.plan.matrices, before[-1], weights)
+
+    @contextmanager
+    def _lens(self) -> Iterator[Any]:
+        """The model as TransformerLens has it: itself, or a wrapped copy for this moment."""
+        model = _bare(self._model)
+        if hasattr(model, "cfg"):
+            yield model
+            return
+        yield _bridge(model, self._tokenizer)
+
+
+def _blob(step: int) -> str:
+    return f"previous-{step}"
+
+
+def _bare(model: Any) -> Any:
+    """Without the wrappers of torch.compile and DistributedDataParallel."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def _bridge(model: Any, tokenizer: Any) -> Any:
+    """A TransformerBridge around a copy of a transformers model: wrapping would rename the parameters of the model."""
+    if not hasattr(model, "config") or not isinstance(model, nn.Module):
+        raise ValueError(
+            "expected a HookedTransformer, a TransformerBridge or a transformers model, got "
+            f"{type(model).__name__}; pass the model that is being trained"
+        )
+    from transformer_lens.model_bridge import TransformerBridge
+
+    device = next(model.parameters()).device
+    config: Any = model.config
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        twin: Any = copy.deepcopy(model)  # without the gradients, which a copied parameter does not have
+        if hasattr(twin, "set_attn_implementation"):
+            twin.set_attn_implementation("eager")
+        bridge = TransformerBridge.boot_transformers(
+            str(getattr(config, "_name_or_path", "") or config.model_type), hf_model=twin, tokenizer=_stand_in(),
+            device=str(device), dtype=next(model.parameters()).dtype,
+        )  # fmt: skip
+    # only now: TransformerLens would look for one on the hub, or set up the user's own
+    bridge.tokenizer = tokenizer
+    return bridge.eval()
+
+
+def _stand_in() -> Any:
+    """A tokenizer that TransformerLens accepts without asking the hub."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    stand_in = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="a", eos_token="a", unk_token="a", pad_token="a"
+    )
+    stand_in.init_kwargs |= {"add_bos_token": True, "name_or_path": ""}
+    return stand_in

@@ -1,0 +1,164 @@
+"""What `analyze_trajectory` and `TrajectoryRecorder` give back: tables over steps, figures, a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from tl_asymmetry.pair.plan import Plan
+from tl_asymmetry.results.report import Report
+from tl_asymmetry.results.store import CheckpointStore, MemoryStore, StoreReader
+from tl_asymmetry.trajectory.data import TrajectoryData
+from tl_asymmetry.trajectory.measurements import Measured, Measuring, batches_of, checkpoint_tables
+from tl_asymmetry.trajectory.report import headline, summary_table, trajectory_report
+
+
+@dataclass(frozen=True, repr=False, eq=False, kw_only=True)
+class TrajectoryAnalysis(TrajectoryData):
+    """Where a training run has moved its weights, by checkpoint and head, against both nulls.
+
+    Made by `analyze_trajectory`, by a `TrajectoryRecorder`, or from a store alone. Printing it gives the summary; in a
+    notebook it is a table.
+    """
+
+    def _title(self) -> str:
+        steps, models = self.config["steps"], self.config["model"]
+        return f"{models['name']}, steps {steps[0]} to {steps[-1]}"
+
+    def _facts(self) -> str:
+        shape, ranks = self.config["shape"], ", ".join(map(str, self.config["ranks"]))
+        source = self.config["subspaces_from"]
+        source = source if isinstance(source, str) else "one model"
+        return (
+            f"{len(self.config['steps'])} checkpoints; {shape['n_layers']} layers × {shape['n_heads']} heads, d_model "
+            f"{shape['d_model']}; {self.config['tokens']} tokens in {self.config['sequences']} sequences; subspaces "
+            f"from {source}; ranks {ranks}, shown {self.config['shown_rank']}"
+        )
+
+    def _summary_table(self) -> pd.DataFrame:
+        return summary_table(self)
+
+    def _headline(self) -> list[str]:
+        return headline(self)
+
+    def _report(self) -> Report:
+        return trajectory_report(self)
+
+    @classmethod
+    def from_store(cls, store: str | Path) -> TrajectoryAnalysis:
+        """The analysis of everything that a store holds, without any model; also while a run still writes to it.
+
+        Raises:
+            ValueError: no store of a trajectory there, or one without a finished checkpoint.
+            DamagedStore: a file that is not as it was written.
+
+        Example:
+            >>> from tl_asymmetry import analyze_trajectory
+            >>> from tl_asymmetry.demo import demo_model, demo_texts
+            >>> run = {step: demo_model(f"step{step}") for step in (0, 50)}
+            >>> first = analyze_trajectory(run, demo_texts(9), store="run", ranks=[4], groups=1, progress=False)
+            >>> TrajectoryAnalysis.from_store("run").table.equals(first.table)
+            True
+        """
+        reader = StoreReader(store)
+        if reader.kind != "trajectory":
+            raise ValueError(f"expected the store of a trajectory, got one of {reader.kind!r}; pass another folder")
+        if not reader.steps:
+            raise ValueError(f"expected a finished checkpoint in {str(store)!r}, got none; run the analysis first")
+        settings, about = reader.settings, reader.about
+        shape, targets = settings["shape"], settings["targets"]
+        plan = Plan(
+            matrices=tuple(targets),
+            ranks=tuple(settings["ranks"]),
+            subspaces=tuple(dict.fromkeys(name for names in targets.values() for name in names)),
+            targets={matrix: tuple(names) for matrix, names in targets.items()},
+            given={},
+            points=(),
+            shown_rank=about["shown_rank"],
+        )
+        measuring = Measuring(
+            plan=plan,
+            intervals=about["intervals"],
+            softmax_centres_keys=False,
+            d=shape["d_model"],
+            n_layers=shape["n_layers"],
+            n_heads=shape["n_heads"],
+            headed={matrix: matrix not in ("W_in", "W_gate", "W_out") for matrix in targets},
+            seed=settings["seed"],
+        )
+        return cls.assemble(
+            reader, reader.steps, measuring, settings=settings, about=about, notes=about["notes"]
+        )  # fmt: skip
+
+    @classmethod
+    def assemble(
+        cls,
+        store: CheckpointStore | MemoryStore | StoreReader,
+        steps: Sequence[int],
+        measuring: Measuring,
+        *,
+        settings: Mapping[str, Any],
+        about: Mapping[str, Any],
+        notes: Sequence[str],
+    ) -> TrajectoryAnalysis:
+        """Make the tables of some finished checkpoints, one at a time; their nulls are made here."""
+        spectra: dict[str, list[Tensor]] = {}
+
+        def measured() -> Iterator[Measured]:
+            for step in steps:
+                numbers = store.arrays(step)
+                for name, value in numbers.items():
+                    if name.startswith("gradients/"):
+                        spectra.setdefault(f"gradient_spectrum/{name.partition('/')[2]}", []).append(value)
+                for reference in settings["references"]:
+                    for matrix in measuring.plan.matrices:
+                        name = f"{matrix}/{reference}"
+                        spectra.setdefault(f"spectrum/{name}", []).append(numbers[f"{reference}/{matrix}/spectrum"])
+                    yield Measured(step, reference, numbers)
+
+        made = [checkpoint_tables(batch, measuring) for batch in batches_of(measured(), measuring)]
+        tables = {name: _joined([getattr(part, name) for part in made]) for name in ("table", "asymmetry", "curves")}
+        start = settings["start"]
+        entries = [
+            {
+                "step": start["step"],
+                "name": about["name"],
+                "weights_xxh3": start["weights_xxh3"],
+                "previous_step": pd.NA,
+            },
+            *({"step": step, **_listed(store.entry(step))} for step in steps),
+        ]
+        config = {
+            "arguments": about["arguments"],
+            "versions": about["versions"],
+            "model": about["model"],
+            "steps": [start["step"], *steps],
+            **{name: value for name, value in settings.items() if name != "start"},
+            "shown_rank": about["shown_rank"],
+            "intervals": about["intervals"],
+            "tokens": about["tokens"],
+            "tokens_xxh3": settings["tokens"],
+            "sequences": about["sequences"],
+        }
+        return cls(
+            **tables,
+            checkpoints=pd.DataFrame(entries).astype({"previous_step": "Int64"}),
+            config=config,
+            notes=tuple(notes),
+            arrays={"steps": torch.tensor(list(steps)), **{name: torch.stack(held) for name, held in spectra.items()}},
+        )
+
+
+def _listed(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {"name": entry["name"], "weights_xxh3": entry["weights_xxh3"], "previous_step": entry["previous"][0]}
+
+
+def _joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """One after the other; without those that have no rows, whose columns have no type."""
+    return pd.concat([frame for frame in frames if len(frame)] or list(frames[:1]), ignore_index=True)

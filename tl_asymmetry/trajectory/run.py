@@ -1,0 +1,443 @@
+"""The engine of a trajectory: what it is held against, what was measured before, and one checkpoint after another."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from tl_asymmetry.geometry.jackknife import MINIMUM_GROUPS
+from tl_asymmetry.models.capture import balanced_groups, capture
+from tl_asymmetry.models.checks import check_finite, check_raw, check_token_count
+from tl_asymmetry.models.loading import open_model
+from tl_asymmetry.models.prediction import prediction_subspace
+from tl_asymmetry.models.side_by_side import side_by_side
+from tl_asymmetry.models.texts import vocabulary_fingerprint
+from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.pair.bases import LayerBases
+from tl_asymmetry.pair.plan import make_plan, token_sequences
+from tl_asymmetry.pair.projections import GradientMoments
+from tl_asymmetry.results.notes import Notes
+from tl_asymmetry.results.provenance import described_arguments, model_record, shape_record, versions, weights_hash
+from tl_asymmetry.results.store import CheckpointStore, DamagedStore, MemoryStore, StoreReader
+from tl_asymmetry.trajectory.held_bases import HeldBases, hold
+from tl_asymmetry.trajectory.measurements import Measuring, WeightsSnapshot, measure
+
+KIND = "trajectory"
+REFERENCES = {"first": ("first",), "previous": ("previous",), "both": ("first", "previous")}
+"""What the argument `reference` stands for."""
+
+_SELF_CHECK_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Settings that `analyze_trajectory` and `TrajectoryRecorder` share; see there."""
+
+    reference: str = "first"
+    """ "first", "previous" or "both"."""
+    subspaces_from: Any = "base"
+    """ "base", "each", or a model, directory or hub name."""
+    matrices: Sequence[str] | None = None
+    """Which matrices; None: all."""
+    ranks: Sequence[int] | None = None
+    """Which ranks; None: the default."""
+    subspaces: Any = None
+    """Names, or a mapping from names to `Subspace`; None: the default."""
+    exclude_first: bool = True
+    """Leave the first position of each sequence out."""
+    centered: bool = False
+    """Covariance instead of the uncentred second moment."""
+    batch_size: int = 8
+    """Sequences per forward pass."""
+    max_tokens: int | None = None
+    """Use no more tokens."""
+    groups: int = 8
+    """Jackknife groups."""
+    gradient: Callable[[Any], GradientMoments] | None = None
+    """Makes output-gradient second moments of a model."""
+    duplicates: str = "refuse"
+    """ "refuse" or "keep" checkpoints that hold the same weights."""
+    seed: int = 0
+    """Of draws."""
+    progress: bool = True
+    """Show progress bars."""
+
+    def check(self) -> None:
+        """Refuse what cannot be chosen.
+
+        Raises:
+            ValueError: saying what can.
+        """
+        for name, allowed in (("reference", tuple(REFERENCES)), ("duplicates", ("refuse", "keep"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"expected {name} to be one of {', '.join(allowed)}, got {getattr(self, name)!r}; pass one of them"
+                )
+        if self.gradient is not None and not callable(self.gradient):
+            raise ValueError(
+                f"expected gradient as a function of a model, got {type(self.gradient).__name__}; pass e.g. "
+                "gradient=lambda model: gradient_covariance(model, objective, batches)"
+            )
+
+
+class TrajectoryRun:
+    """One run over checkpoints, from the first one on.
+
+    Args:
+        view: the first checkpoint's model; for a recorder that goes on with an earlier store, the model as it is.
+        step: its step.
+        name: what to call it.
+        options: what to do.
+        texts, tokens: as in `analyze_pair`.
+        store: folder of the store; None keeps everything in memory.
+        arguments: of the caller, described, for the result's config.
+        notes: collects what the result must say.
+        recorder: whether weights and bases go into the store too, so that a later process can go on without the first
+            checkpoint's model.
+
+    Raises:
+        ValueError: what `analyze_trajectory` refuses of the first checkpoint, the texts and the store.
+    """
+
+    def __init__(
+        self,
+        view: ModelView,
+        step: int,
+        name: str,
+        options: RunOptions,
+        *,
+        texts: Any,
+        tokens: Tensor | None,
+        store: str | Path | None,
+        arguments: Mapping[str, Any],
+        notes: Notes,
+        recorder: bool = False,
+    ) -> None:
+        options.check()
+        self.options, self.notes, self.recorder = options, notes, recorder
+        self.references = REFERENCES[options.reference]
+        self.plan = plan = make_plan(
+            view, options.matrices, options.ranks, options.subspaces,
+            groups=options.groups, activations="base", batch_size=options.batch_size,
+        )  # fmt: skip
+        sequences = token_sequences(view, texts, tokens, options.max_tokens, notes=notes.add)
+        counted = sum(len(s) - options.exclude_first for s in sequences)
+        check_token_count(counted, plan.ranks)
+        self._probe = sequences[0][:_SELF_CHECK_TOKENS].unsqueeze(0)
+        self._grouped = balanced_groups(sequences, options.groups)
+        intervals = options.groups > 1 and len(self._grouped) >= MINIMUM_GROUPS
+        if options.groups > 1 and not intervals:
+            notes.warn(
+                f"intervals need at least {MINIMUM_GROUPS} groups of sequences, got {len(self._grouped)}: ci_low and "
+                "ci_high are NaN; pass more sequences or groups=8"
+            )
+        self.measuring = Measuring(
+            plan=plan,
+            intervals=intervals,
+            softmax_centres_keys=view.score_shift_invariant,
+            d=view.d_model,
+            n_layers=view.n_layers,
+            n_heads=view.n_heads,
+            headed={matrix: view.heads(matrix) is not None for matrix in plan.matrices},
+            seed=options.seed,
+        )
+        for given, held in plan.given.items():
+            if held[0].rank < max(plan.ranks):
+                notes.warn(f"ranks above {held[0].rank} are left out for {given!r}, which has no more directions")
+        self._outline = _outline(view)
+        weights = self.checked(view, step, first=True)
+        earlier = _earlier_run(store) if recorder and store is not None else None
+        start: dict[str, Any] = {"step": step, "weights_xxh3": weights}
+        record = model_record(view, weights)
+        if earlier is not None:
+            start, name, record = earlier.settings["start"], earlier.about["name"], earlier.about["model"]
+        if step < start["step"]:
+            raise ValueError(
+                f"expected step {start['step']} or later, where the store {str(store)!r} begins, got {step}; pass the "
+                "step the model is at"
+            )
+        if step == start["step"] and weights != start["weights_xxh3"]:
+            raise ValueError(
+                f"expected the weights that the store {str(store)!r} begins with at step {step}, got others; pass the "
+                "step the model is at, or another folder"
+            )
+        fixed, fixed_hash = self._fixed_model()
+        settings = {
+            "start": start,
+            "shape": shape_record(view),
+            "targets": {matrix: list(names) for matrix, names in plan.targets.items()},
+            "ranks": list(plan.ranks),
+            "given": described_arguments({"given": _tensors(plan.given)})["given"] if plan.given else None,
+            "references": list(self.references),
+            "subspaces_from": options.subspaces_from if fixed is None else {"weights_xxh3": fixed_hash},
+            "exclude_first": options.exclude_first,
+            "centered": options.centered,
+            "groups": options.groups,
+            "seed": options.seed,
+            "tokens": _tokens_hash(sequences),
+            "gradient": None if options.gradient is None else _callable_name(options.gradient),
+        }
+        if options.subspaces_from == "base":
+            notes.add(
+                f"subspaces come from the first checkpoint ({name}), weights and activations alike; pass "
+                'subspaces_from="each" or a later model to see the change in other coordinates'
+            )
+        elif options.subspaces_from == "each":
+            notes.add(
+                "subspaces come from each checkpoint itself: its activations have already seen the change that is "
+                "held against them, and a curve mixes the change of the delta with that of the subspace"
+            )
+        for note in view.notes:
+            notes.add(note)
+        about = {
+            "arguments": dict(arguments),
+            "versions": versions(),
+            "model": record,
+            "name": name,
+            "shown_rank": plan.shown_rank,
+            "intervals": intervals,
+            "tokens": counted,
+            "sequences": len(sequences),
+            "notes": list(notes.lines),
+        }
+        self.settings, self.about = settings, about
+        self.store: CheckpointStore | MemoryStore = (
+            MemoryStore() if store is None else CheckpointStore(store, KIND, settings, about)
+        )
+        try:
+            self.first_step: int = start["step"]
+            self.seen: dict[str, int] = {start["weights_xxh3"]: self.first_step}
+            for finished in self.store.steps:
+                self.seen.setdefault(self.store.entry(finished)["weights_xxh3"], finished)
+            self.bases: list[HeldBases] | None = None
+            self._begin(view, step, weights, fixed)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of the store."""
+        if isinstance(self.store, CheckpointStore):
+            self.store.close()
+
+    # -- one checkpoint ------------------------------------------------------------------------------------------
+
+    def checked(self, view: ModelView, step: int, *, first: bool = False, quick: bool = False) -> str:
+        """Refuse weights that cannot be measured, and return their hash.
+
+        Args:
+            view: the checkpoint.
+            step: for the message.
+            first: warn of what concerns the whole run.
+            quick: only what training may have broken (NaN), not what the first checkpoint has shown.
+        """
+        if not first:
+            for field, ours in self._outline.items():
+                theirs = _outline(view)[field]
+                if ours != theirs:
+                    raise ValueError(
+                        f"expected checkpoints of one run, got {field} {ours} (step {self.first_step}) and {theirs} "
+                        f"(step {step}); pass checkpoints of one model"
+                    )
+        check_finite(view, f"checkpoint at step {step}")
+        if not quick:
+            for warning in check_raw(view):
+                if first:
+                    self.notes.warn(warning, level=5)
+            view.self_check(self._probe)
+        return weights_hash(view)
+
+    def finished(self, step: int, weights: str | None, predecessor: tuple[int, str]) -> bool:
+        """Whether the store has this checkpoint, whole, measured from the same predecessor.
+
+        Args:
+            step: which.
+            weights: its hash, if the model is at hand.
+            predecessor: step and hash of the one before.
+
+        Raises:
+            ValueError: the store has other weights for that step.
+        """
+        if step not in self.store.steps:
+            return False
+        entry = self.store.entry(step)
+        if weights is not None and entry["weights_xxh3"] != weights:
+            raise ValueError(
+                f"expected the weights that the store has for step {step} ({entry['name']}), got others; pass the same "
+                "checkpoints, or another store"
+            )
+        if "previous" in self.references and tuple(entry["previous"]) != predecessor:
+            return False
+        try:
+            self.store.arrays(step)
+        except DamagedStore as error:
+            # no line of the result: measured anew, the answer is the same
+            warnings.warn(f"{error}; it is being measured anew", UserWarning, stacklevel=5)
+            return False
+        return True
+
+    def refuse_duplicate(self, step: int, name: str, weights: str) -> None:
+        """Refuse weights that another step has already shown.
+
+        Raises:
+            ValueError: naming both.
+        """
+        other = self.seen.setdefault(weights, step)
+        if other == step:
+            return
+        if self.options.duplicates == "refuse":
+            raise ValueError(
+                f"expected every checkpoint to hold weights of its own, got {name} with exactly those of step {other}; "
+                "one of the two is mislabelled: leave it out, or pass duplicates='keep'"
+            )
+        self.notes.warn(f"step {step} holds exactly the weights of step {other}", level=5)
+
+    def record(
+        self, step: int, name: str, view: ModelView, weights: str, previous: WeightsSnapshot, fingerprint: str | None
+    ) -> None:
+        """Measure one checkpoint and put it into the store."""
+        options = self.options
+        references = {"first": self.start, "previous": previous}
+        gradient = None
+        if options.gradient is not None:
+            gradient = options.gradient(view.model)
+            if not isinstance(gradient, GradientMoments):
+                raise ValueError(
+                    "expected gradient to return an object with a method gradient_moment(layer, matrix, head), got "
+                    f"{type(gradient).__name__}; return a gradient covariance"
+                )
+        with torch.no_grad():
+            bases = self.bases
+            held = self._hold(view) if bases is None else bases.__getitem__
+            numbers = measure(
+                view, {reference: references[reference] for reference in self.references}, held, self.measuring,
+                gradient=gradient, progress=False,
+            )  # fmt: skip
+        entry = {
+            "name": name,
+            "weights_xxh3": weights,
+            "fingerprint": fingerprint,
+            "previous": [previous.step, previous.hash],
+        }
+        self.store.append(step, numbers, entry)
+
+    # -- the beginning -------------------------------------------------------------------------------------------
+
+    def _begin(self, view: ModelView, step: int, weights: str, fixed: ModelView | None) -> None:
+        """Keep the first checkpoint's weights, and the bases unless each checkpoint brings its own."""
+        blobs = self.store if self.recorder and isinstance(self.store, CheckpointStore) else None
+        if blobs is not None and step > self.first_step:
+            self._resume(blobs)
+            return
+        self.start = WeightsSnapshot.of(view, self.plan.matrices, step, weights)
+        if self.options.subspaces_from != "each":
+            bases = self._hold(view if fixed is None else fixed)
+            with torch.no_grad():
+                self.bases = side_by_side(
+                    bases, view.n_layers, device=view.device, description="subspaces", progress=self.options.progress
+                )
+        if blobs is not None:
+            if self.bases is not None:
+                blobs.put("bases", {f"{b.layer}/{n}": t for b in self.bases for n, t in b.tensors.items()})
+            blobs.put("start", self.start.tensors)
+
+    def _resume(self, store: CheckpointStore) -> None:
+        """Take the first checkpoint's weights and bases from the store."""
+        start, bases = store.blob("start"), store.blob("bases")
+        if start is None or (bases is None and self.options.subspaces_from != "each"):
+            raise ValueError(
+                f"expected a store that a recorder began, got {str(store.folder)!r} without the weights it began with; "
+                "pass a folder of its own"
+            )
+        self.start = WeightsSnapshot(self.first_step, store.settings["start"]["weights_xxh3"], start)
+        if bases is not None:
+            layers: list[dict[str, Tensor]] = [{} for _ in range(store.settings["shape"]["n_layers"])]
+            for name, tensor in bases.items():
+                layer, _, rest = name.partition("/")
+                layers[int(layer)][rest] = tensor
+            self.bases = [HeldBases(layer, tensors) for layer, tensors in enumerate(layers)]
+
+    def _fixed_model(self) -> tuple[ModelView | None, str | None]:
+        source = self.options.subspaces_from
+        if isinstance(source, str) and source in ("base", "each"):
+            return None, None
+        view = ModelView(open_model(source) if isinstance(source, str | Path) else source)
+        for field, ours in self._outline.items():
+            theirs = _outline(view)[field]
+            if ours != theirs:
+                raise ValueError(
+                    f"expected subspaces_from as a model like the checkpoints, got {field} {theirs}, theirs is {ours}; "
+                    'pass "base", "each", or a model of this run'
+                )
+        check_finite(view, "model of subspaces_from")
+        check_raw(view)
+        view.self_check(self._probe)
+        return view, weights_hash(view)
+
+    def _hold(self, view: ModelView) -> Callable[[int], HeldBases]:
+        """The bases of a model, a layer at a time: its activations are captured now."""
+        plan, options, measuring = self.plan, self.options, self.measuring
+        sites = [(point, layer) for point in plan.points for layer in range(view.n_layers)]
+        captured = capture(
+            view, self._grouped, sites, exclude_first=options.exclude_first,
+            sequence_means=view.score_shift_invariant, batch_size=options.batch_size, progress=options.progress,
+        )  # fmt: skip
+        given = dict(plan.given)
+        if "prediction" in plan.subspaces and "prediction" not in given:
+            top = min(max(plan.ranks) + 1, view.d_model)
+            prediction = prediction_subspace(view).truncate(top)
+            # one contiguous basis for all layers
+            prediction = replace(prediction, basis=prediction.basis.contiguous())
+            given["prediction"] = [prediction] * view.n_layers
+
+        def of_layer(layer: int) -> HeldBases:
+            bases = LayerBases(
+                layer, captured.groups, given, centered=options.centered, exact=view.dtype == torch.float64
+            )
+            return hold(bases, plan, intervals=measuring.intervals, softmax_centres_keys=measuring.softmax_centres_keys)
+
+        return of_layer
+
+
+def _outline(view: ModelView) -> dict[str, Any]:
+    """What all checkpoints of a run have in common."""
+    tokenizer = view.tokenizer
+    return shape_record(view) | {
+        "norm": view.norm,
+        "positional": view.positional,
+        "parallel": view.parallel,
+        "matrices": view.matrices,
+        "vocabulary": None if tokenizer is None else vocabulary_fingerprint(tokenizer),
+    }
+
+
+def _earlier_run(store: str | Path) -> StoreReader | None:
+    try:
+        return StoreReader(store)
+    except DamagedStore:
+        raise
+    except ValueError:  # no store there yet
+        return None
+
+
+def _tokens_hash(sequences: Sequence[Tensor]) -> str:
+    digest = xxhash.xxh3_128()
+    for sequence in sequences:
+        digest.update(f"{len(sequence)}\n".encode())
+        digest.update(sequence.to(torch.int64).contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _tensors(given: Mapping[str, Sequence[Any]]) -> dict[str, list[Tensor]]:
+    return {name: [subspace.basis for subspace in layers] for name, layers in given.items()}
+
+
+def _callable_name(function: Any) -> str:
+    return str(getattr(function, "__qualname__", None) or type(function).__name__)
