@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from tl_asymmetry.results.report import FigureSection, Report, TableSection
 from tl_asymmetry.results.result import Result
 from tl_asymmetry.training.grok_loop import GrokLoop, Progress, Recipe
 from tl_asymmetry.training.grok_model import GrokShape, GrokTransformer, bridge_model, hooked_model
+from tl_asymmetry.training.lockstep import run_together
 from tl_asymmetry.training.modular import ModularArithmetic
 from tl_asymmetry.training.projection import ARMS, GradientProjection
 
@@ -87,10 +88,9 @@ def train(
         >>> run.weights(step=10)["blocks.0.attn.W_Q"].shape
         torch.Size([4, 16, 4])
     """
-    arithmetic = task if isinstance(task, ModularArithmetic) else ModularArithmetic(task, p=p, seed=seed)
-    loop = GrokLoop(
-        arithmetic, seed=seed, recipe=recipe or Recipe(), projection=projection, keep_checkpoints=keep_checkpoints,
-        folder=None if folder is None else Path(folder), sizes=sizes, device=device,
+    loop = _loop(
+        task, p=p, seed=seed, recipe=recipe, projection=projection, keep_checkpoints=keep_checkpoints, folder=folder,
+        sizes=sizes, device=device,
     )  # fmt: skip
     start, first = time.perf_counter(), loop.progress.step
     with tqdm(total=loop.recipe.steps, initial=first, desc="training", unit="step", disable=not progress) as bar:
@@ -99,10 +99,24 @@ def train(
             bar.update(state.step - bar.n)
             if recorder is not None:
                 recorder(state.step, loop.model)
-            bar.set_postfix({row["op"]: f"{row['test_accuracy']:.2f}" for row in state.rows[-len(arithmetic.names) :]})
+            bar.set_postfix({row["op"]: f"{row['test_accuracy']:.2f}" for row in state.rows[-len(loop.task.names) :]})
 
         loop.run(report=show)
     return run_of(loop, seconds=time.perf_counter() - start, first=first)
+
+
+def _loop(
+    task: str | tuple[str, ...] | ModularArithmetic,
+    *,
+    seed: int,
+    recipe: Recipe | None,
+    folder: str | Path | None,
+    p: int = 97,
+    **keywords: Any,
+) -> GrokLoop:
+    arithmetic = task if isinstance(task, ModularArithmetic) else ModularArithmetic(task, p=p, seed=seed)
+    path = None if folder is None else Path(folder)
+    return GrokLoop(arithmetic, seed=seed, recipe=recipe or Recipe(), folder=path, **keywords)
 
 
 def run_of(loop: GrokLoop, *, seconds: float = float("nan"), first: int = 0) -> GrokRun:
@@ -231,29 +245,52 @@ def arms(
     which: Mapping[str, Mapping[str, Any] | None] | None = None,
     folder: str | Path | None = None,
     recipe: Recipe | None = None,
+    device: str | torch.device = "cpu",
+    together: bool | None = None,
     progress: bool = False,
     **keywords: Any,
 ) -> pd.DataFrame:
     """Train every arm with every seed and lay the evaluations under one another, for `plots.arms_figure`.
 
     Args:
-        task, recipe, progress: as in `train`; further keywords go there too.
+        task, recipe, device, progress: as in `train`; further keywords (`p`, `sizes`) go there too.
         seeds: one run each.
         which: arms by name, keywords of `GradientProjection` or None for plain training; default `PUBLISHED_ARMS`.
         folder: each run lives in a subfolder `{task}-{seed}-{arm}` and is continued there.
+        together: make the gradients of all runs in one batched pass (`training.lockstep.run_together`); None: on a
+            GPU, where it pays. Weights then agree with those of single runs to rounding, which training amplifies.
 
     Returns:
         `train`'s table of every run, with columns `arm` and `seed` in front.
+
+    Example:
+        >>> short = Recipe(steps=20, every=10, batch_size=16)
+        >>> table = arms("add", p=7, seeds=(1,), recipe=short, sizes={"d_model": 16, "d_mlp": 32}, together=True)
+        >>> table.groupby("arm", sort=False)["step"].max().to_dict()["frozen"]
+        20
     """
-    tables = []
-    for seed in seeds:
-        for arm, projection in (which or PUBLISHED_ARMS).items():
-            name = f"{task if isinstance(task, str) else '+'.join(task)}-{seed}-{arm}"
-            run = train(
-                task, seed=seed, recipe=recipe and replace(recipe), projection=projection, keep_checkpoints=False,
-                folder=None if folder is None else Path(folder) / name, progress=progress, **keywords,
-            )  # fmt: skip
-            tables.append(run.table.assign(arm=arm, seed=seed))
+    chosen = PUBLISHED_ARMS if which is None else which
+    names = [(arm, seed) for seed in seeds for arm in chosen]
+    word = task if isinstance(task, str) else "+".join(task)
+
+    def loop(arm: str, seed: int) -> GrokLoop:
+        return _loop(
+            task, seed=seed, recipe=recipe, projection=chosen[arm], keep_checkpoints=False, device=device,
+            folder=None if folder is None else Path(folder) / f"{word}-{seed}-{arm}", **keywords,
+        )  # fmt: skip
+
+    loops = [loop(*name) for name in names]
+    most = sum(each.recipe.steps for each in loops)
+    with tqdm(total=most, desc="training", unit="step", disable=not progress) as bar:
+        if torch.device(device).type == "cuda" if together is None else together:
+            run_together(loops, report=lambda each: bar.update(each.recipe.every))
+        else:
+            for each in loops:
+                each.run(report=lambda _: bar.update(loops[0].recipe.every))
+    tables = [
+        pd.DataFrame(each.progress.rows).assign(arm=arm, seed=seed)
+        for each, (arm, seed) in zip(loops, names, strict=True)
+    ]
     table = pd.concat(tables, ignore_index=True)
     return table[["arm", "seed", *(c for c in table.columns if c not in ("arm", "seed"))]]
 

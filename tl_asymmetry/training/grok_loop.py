@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -138,27 +139,42 @@ class GrokLoop:
             report: called after every evaluation.
         """
         progress, recipe = self.progress, self.recipe
-        if progress.step == 0 and not progress.rows:
-            self._evaluate(float("nan"))
+        self.begin()
         last = recipe.steps if until is None else min(until, recipe.steps)
         while not progress.finished and progress.step < last:
-            loss = self._step()
-            progress.step += 1
-            if progress.step % recipe.every == 0 or progress.step == recipe.steps:
-                self._evaluate(loss)
-                if report is not None:
-                    report(progress)
+            pairs, targets = self.draw()
+            loss = summed_cross_entropy(self.model(pairs), targets)
+            self.stepper.zero_grad()
+            loss.backward()
+            if self.advance(loss.item()) and report is not None:
+                report(progress)
         return progress
 
-    def _step(self) -> float:
+    @property
+    def device(self) -> torch.device:
+        """Where it trains."""
+        return self._train.device
+
+    def begin(self) -> None:
+        """Evaluate the initial weights, unless that is done."""
+        if self.progress.step == 0 and not self.progress.rows:
+            self._evaluate(float("nan"))
+
+    def draw(self) -> tuple[Int[Tensor, "batch 2"], Int[Tensor, "batch ops"]]:
+        """The next batch: training pairs and their results."""
         chosen = torch.from_numpy(self.batches.randint(0, len(self._train), size=self.recipe.batch_size))
-        chosen = chosen.to(self._train.device)
-        loss = summed_cross_entropy(self.model(self._train[chosen]), self._train_targets[chosen])
-        self.stepper.zero_grad()
-        loss.backward()
+        chosen = chosen.to(self.device)
+        return self._train[chosen], self._train_targets[chosen]
+
+    def advance(self, loss: float) -> bool:
+        """One optimiser step on the gradients that lie on the parameters; whether it ended with an evaluation."""
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         self.stepper.step()
-        return loss.item()
+        self.progress.step += 1
+        evaluated = self.progress.step % self.recipe.every == 0 or self.progress.step == self.recipe.steps
+        if evaluated:
+            self._evaluate(loss)
+        return evaluated
 
     def _evaluate(self, loss: float) -> None:
         progress, recipe = self.progress, self.recipe
