@@ -35,6 +35,7 @@ from tl_asymmetry.geometry.spectrum import (
 from tl_asymmetry.geometry.subspace import Subspace, principal_subspace, random_subspace
 from tl_asymmetry.gradients.covariance import gradient_covariance
 from tl_asymmetry.gradients.result import GradientCovariance
+from tl_asymmetry.grokking import GradientProjection, GrokRun, ModularArithmetic
 from tl_asymmetry.interventions.design import (
     MatchedControls,
     closed_form_edit,
@@ -83,12 +84,15 @@ __all__ = [
     "CouplingStudy",
     "CrossEntropy",
     "GradientCovariance",
+    "GradientProjection",
+    "GrokRun",
     "GrokTrajectory",
     "InfoNCE",
     "LayerJacobians",
     "MatchedControls",
     "Mix",
     "ModelView",
+    "ModularArithmetic",
     "Optimizer",
     "PairAnalysis",
     "PairEstimate",
