@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -76,6 +78,29 @@ def gram_energy(gram: Float[Tensor, "*head d d"], basis: Float[Tensor, "d k"]) -
     Q = basis.to(gram)
     with exact_products(gram.device):
         return ((gram @ Q) * Q).sum(-2).to(torch.float64).clamp(min=0)
+
+
+_PIECE = 1 << 18
+
+
+def row_pieces(*tensors: Float[Tensor, "*head rows columns"]) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one shape cut alike into blocks of rows of about 2¹⁸ entries, as float32 (float64 if any of them is).
+
+    What is done block by block stays in the processor's cache, and makes no second copy of a large matrix.
+    """
+    dtype = product_dtype(*tensors)
+    first = tensors[0]
+    rows = max(1, _PIECE * first.shape[-2] // max(1, first.numel()))
+    for blocks in zip(*(t.split(rows, -2) for t in tensors), strict=True):
+        yield tuple(block.to(dtype) for block in blocks)
+
+
+def inner_product(
+    x: Float[Tensor, "*head rows columns"], y: Float[Tensor, "*head rows columns"]
+) -> Float[Tensor, "*head"]:
+    """⟨X, Y⟩ = Σ x_ij y_ij of each matrix, float64, as accurate as `total`; nothing as large as a matrix is made."""
+    rows = [(a * b).sum(-1) for a, b in row_pieces(x, y)]
+    return torch.cat(rows, -1).sum(-1, dtype=torch.float64)
 
 
 def total(x: Float[Tensor, "*axes"], axes: int = 1) -> Float[Tensor, "*rest"]:

@@ -6,12 +6,13 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from tl_asymmetry.geometry.fraction import total
+from tl_asymmetry.geometry.fraction import inner_product
 
 _DRAWS = 3
 _BISECTIONS = 40
 # Entries looked at for each head: the share is an average over entries, and 65,536 of them fix it to well under 1 %.
 _SAMPLE = 65_536
+_PIECE = 1 << 20
 
 # Coarsest first.
 _STORAGE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -26,9 +27,11 @@ def storage_dtype(weight: Tensor) -> torch.dtype:
         >>> storage_dtype(torch.tensor([0.5, 0.25]))
         torch.bfloat16
     """
-    first_row = weight[(0,) * (weight.ndim - 1)]  # enough to tell in nearly every case that a format is too coarse
+    # In pieces: the first one is enough to tell in nearly every case that a format is too coarse.
+    weight = weight.reshape(1) if weight.ndim == 0 else weight
+    pieces = weight.split(max(1, _PIECE * len(weight) // max(1, weight.numel())))
     for dtype in _STORAGE_DTYPES:
-        if all(bool((part.to(dtype).to(weight.dtype) == part).all()) for part in (first_row, weight)):
+        if all(bool((piece.to(dtype).to(weight.dtype) == piece).all()) for piece in pieces):
             return dtype
     return torch.float64
 
@@ -60,7 +63,7 @@ def rounding_share(
         ρ between 0 and 1; 0 for float32 and finer; NaN for a zero delta.
     """
     heads = base.shape[:-2]
-    target = (total(delta.square(), axes=2) / (delta.shape[-2] * delta.shape[-1])).reshape(-1)
+    target = (inner_product(delta, delta) / (delta.shape[-2] * delta.shape[-1])).reshape(-1)
     if torch.finfo(stored).eps <= torch.finfo(torch.float32).eps:
         share = torch.zeros_like(target)
     else:
@@ -69,7 +72,7 @@ def rounding_share(
         if W.shape[1] > _SAMPLE:
             W = W.index_select(1, torch.randint(W.shape[1], (_SAMPLE,), generator=generator).to(W.device))
         W = W.double()
-        draws = [torch.randn(W.shape, generator=generator, dtype=torch.float64).to(W) for _ in range(_DRAWS)]
+        draws = (torch.randn(W.shape, generator=generator, dtype=torch.float64).to(W) for _ in range(_DRAWS))
         share = torch.stack([_share_of_one_draw(W, target, G, stored) for G in draws]).mean(0)
     return torch.where(target > 0, share, torch.nan).reshape(heads)
 

@@ -66,7 +66,8 @@ class LayerBases:
     def total(self, point: str) -> StreamingMoments:
         """Moments at a hook point over all groups."""
         if point not in self._totals:
-            self._totals[point] = merged(group[point, self.layer] for group in self._groups)
+            parts = [group[point, self.layer] for group in self._groups]
+            self._totals[point] = parts[0] if len(parts) == 1 else merged(parts)
         return self._totals[point]
 
     def replicates(self, name: str, k: int) -> Iterator[Float[Tensor, "d_model k"]]:

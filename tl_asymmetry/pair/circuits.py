@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -24,6 +24,8 @@ CIRCUIT_COLUMNS = (
 
 # A product's change this much smaller (in energy) than the two terms it is the sum of has no digits left in float32.
 _CANCELLED = 1e-6
+# Entries of a side at work at once: heads do not mix, and both factors of all of them are many times ΔW.
+_SIDE = 1 << 20
 
 _CIRCUITS = (
     ("QK", ("W_Q", "W_K"), (("query", "left", "read", "attn_in"), ("key", "right", "read", "attn_in"))),
@@ -104,26 +106,53 @@ def layer_circuits(
             continue
         changes = deltas[left].factors(), deltas[right].factors()
         X, Y = residual_first(left, base[left]), residual_first(right, base[right])
-        dtype = product_dtype(X, Y, *(residual for residual, other in changes if other is None))
-        change = product_change(X.to(dtype), Y.to(dtype), *(_in(dtype, change) for change in changes))
-        for side, axis, pathway, name in sides:
-            basis = bases.subspace(name).basis[:, : max(ranks)]
-            profile = change.energies(basis, axis).cumsum(-1)
+        leading = [bases.subspace(name).basis[:, : max(ranks)] for *_, name in sides]
+        energy, base_energy = [], []
+        profiles: list[list[Tensor]] = [[] for _ in sides]
+        for change in _changes_of_few_heads(X, Y, *changes):
+            energy.append(change.energy)
+            base_energy.append(change.base_energy)
+            for profile, (_, axis, *_), basis in zip(profiles, sides, leading, strict=True):
+                profile.append(change.energies(basis, axis).cumsum(-1))
+        norms = torch.cat(energy), torch.cat(base_energy)
+        for profile, (side, _, pathway, name), basis in zip(profiles, sides, leading, strict=True):
             read = [k for k in ranks if k <= basis.shape[1]]
-            frame = _rows(change, profile[:, [k - 1 for k in read]], read, basis.shape[0])
+            frame = _rows(*norms, torch.cat(profile)[:, [k - 1 for k in read]], read, basis.shape[0])
             frames.append(frame.assign(layer=layer, circuit=circuit, side=side, pathway=pathway, subspace=name))
     table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(CIRCUIT_COLUMNS))
     return table[list(CIRCUIT_COLUMNS)]
 
 
-def _rows(change: ProductChange, inside: Float64[Tensor, "head rank"], ranks: Sequence[int], d: int) -> pd.DataFrame:
-    energy = change.energy.unsqueeze(-1)
+def _changes_of_few_heads(
+    X: Float[Tensor, "left_head d r"], Y: Float[Tensor, "right_head d r"], *changes: Factored
+) -> Iterator[ProductChange]:
+    """The change of X Yᵀ, some heads at a time, in their order; heads that share a key or value stay together."""
+    dtype = product_dtype(X, Y, *(residual for residual, other in changes if other is None))
+    apart, heads = min(len(X), len(Y)), max(len(X), len(Y))
+    step = max(1, _SIDE * apart // (heads * X[0].numel()))
+
+    def few(tensor: Tensor, start: int) -> Tensor:
+        each = len(tensor) // apart
+        return tensor[start * each : (start + step) * each].to(dtype)
+
+    for start in range(0, apart, step):
+        yield product_change(
+            few(X, start), few(Y, start),
+            *((few(residual, start), None if other is None else few(other, start)) for residual, other in changes),
+        )  # fmt: skip
+
+
+def _rows(
+    energy: Float64[Tensor, " head"], base_energy: Float64[Tensor, " head"], inside: Float64[Tensor, "head rank"],
+    ranks: Sequence[int], d: int,
+) -> pd.DataFrame:  # fmt: skip
+    energy, base_energy = energy.unsqueeze(-1), base_energy.unsqueeze(-1)
     fraction = inside / energy.masked_fill(energy == 0, torch.nan)
     columns = {
         "fraction": fraction,
         "relative": fraction * d / torch.tensor(ranks),
         "delta_norm": energy.sqrt(),
-        "delta_relative_norm": (energy / change.base_energy.unsqueeze(-1)).sqrt(),
+        "delta_relative_norm": (energy / base_energy).sqrt(),
         "head": torch.arange(len(energy)).unsqueeze(-1),
         "rank": torch.tensor(ranks),
     }
@@ -136,11 +165,6 @@ def _repeated(side: Tensor, heads: int) -> Tensor:
 
 def _times(matrix: Tensor, factor: Tensor | None) -> Tensor:
     return matrix if factor is None else matrix @ factor
-
-
-def _in(dtype: torch.dtype, change: Factored) -> Factored:
-    residual, other = change
-    return residual.to(dtype), None if other is None else other.to(dtype)
 
 
 def _change_energy(residual: Tensor, other: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from tl_asymmetry.geometry.factored import factored_energy, factored_svd
-from tl_asymmetry.geometry.fraction import gram_energy, total
+from tl_asymmetry.geometry.fraction import gram_energy, inner_product, row_pieces, total
 from tl_asymmetry.geometry.precision import exact_products, product_dtype
 from tl_asymmetry.geometry.rounding import coarser, rounding_share, storage_dtype
 from tl_asymmetry.geometry.subspace import ordered_eigh
@@ -51,7 +51,8 @@ class LiveDelta:
     numbers: Delta
     """What stays when the tensors go."""
     change: Float[Tensor, "head d_model other"] | None
-    """ΔW, the residual axis first, on the device of the base's weights; None where its Gram matrix stands in for it."""
+    """ΔW, the residual axis first, on the device of the base's weights; None where its Gram matrix stands in for it.
+    `measure_delta` lays it out as `flat` wants it, so that of the two there is one."""
     gram: Float[Tensor, "head d_model d_model"] | None
     """ΔW ΔWᵀ where the other axis is the longer one: smaller than ΔW, and all that a projection needs."""
 
@@ -134,11 +135,11 @@ def measure_delta(
         seed: for the rounding share.
     """
     stored = coarser(storage_dtype(base), storage_dtype(aligned))
-    dtype = product_dtype(base, aligned)
-    W = residual_first(matrix, base).to(dtype)
-    ΔW = residual_first(matrix, aligned).to(W) - W
+    W = residual_first(matrix, base)
+    ΔW = _subtracted(residual_first(matrix, aligned).to(W.device), W)
+    del aligned  # read from files for this one subtraction
     rounding = rounding_share(W, ΔW, stored, seed=seed)
-    base_energy, energy, inner = (total(product, axes=2) for product in (W.square(), ΔW.square(), ΔW * W))
+    base_energy, energy, inner = (inner_product(x, y) for x, y in ((W, W), (ΔW, ΔW), (ΔW, W)))
     wide = ΔW.shape[-1] > ΔW.shape[-2]
     with exact_products(ΔW.device):
         gram = ΔW @ ΔW.mT if wide else ΔW.mT @ ΔW
@@ -161,6 +162,18 @@ def measure_delta(
     return LiveDelta(numbers, None if wide else ΔW, gram if wide else None)
 
 
+def _subtracted(
+    aligned: Float[Tensor, "head d_model other"], base: Float[Tensor, "head d_model other"]
+) -> Float[Tensor, "head d_model other"]:
+    """ΔW in float32 (float64 if either is), its rows side by side in memory over all heads."""
+    heads, d, other = base.shape
+    ΔW = torch.empty(d, heads, other, dtype=product_dtype(base, aligned), device=base.device).transpose(0, 1)
+    row = 0
+    for theirs, ours in row_pieces(aligned, base):
+        torch.sub(theirs, ours, out=ΔW[:, row : (row := row + ours.shape[1])])
+    return ΔW
+
+
 def measure_factors(matrix: str, base: Float[Tensor, "*head rows columns"], factors: Factors) -> FactoredDelta:
     """Measure a change that is known as two thin factors, in rank-r algebra.
 
@@ -172,13 +185,13 @@ def measure_factors(matrix: str, base: Float[Tensor, "*head rows columns"], fact
         factors: of ΔW, the scale included.
     """
     W = residual_first(matrix, base)
-    W = W.to(product_dtype(W))
+    dtype = product_dtype(W)
     residual, other = (side.to(W.device, torch.float64) for side in (factors.residual, factors.other))
     U, σ, V = factored_svd(residual.unsqueeze(0), other)
     energy = σ.square().sum(-1)
     with exact_products(W.device):
-        inner = total((W.mT @ residual.to(W)).double() * other, axes=2)  # ⟨residual otherᵀ, W⟩
-    base_energy = total(W.square(), axes=2)
+        inner = total((W.mT.to(dtype) @ residual.to(dtype)).double() * other, axes=2)  # ⟨residual otherᵀ, W⟩
+    base_energy = inner_product(W, W)
     directions, partners = _signed(_padded(U), _padded(V), wide=W.shape[-1] > W.shape[-2])
     spectrum = torch.zeros(len(σ), min(W.shape[-2:]), dtype=torch.float64)
     spectrum[:, : σ.shape[-1]] = σ.square().cpu()

@@ -18,6 +18,9 @@ from tl_asymmetry.pair.plan import Plan
 USED_OF_FREE = 0.8
 """Share of the free memory that an analysis may plan to use."""
 
+SIDE_BY_SIDE = 1_000_000_000
+"""Bytes that layers may take while they are analysed side by side; one layer alone may take more."""
+
 _VOCABULARY_CHUNK = 16_384
 
 
@@ -71,15 +74,16 @@ class Workload:
     def layers_host(self) -> int:
         """Deltas, bases and eigensolves of the layers at work side by side; one tensor read from files for each.
 
-        Float32 copies of one matrix and its aligned twin, its change, squares and a sample's order while it is
-        measured; heads' products and projections after that; moments and bases in float64.
+        A matrix's aligned twin as it is stored and in float32, its change, and the base's entries in another order
+        while it is measured; the changes of attention matrices and their projections after that; moments and bases in
+        float64.
         """
-        deltas = 26 * self.largest + 12 * self.attention if self.device.type == "cpu" else 6 * self.largest
+        deltas = 14 * self.largest + 8 * self.attention if self.device.type == "cpu" else 6 * self.largest
         return self.workers * (deltas + 96 * self.d**2)
 
     def layers_device(self) -> int:
         """Deltas at work where the base is on a device of its own."""
-        return self.workers * (26 * self.largest + 12 * self.attention + 8 * self.d**2)
+        return self.workers * (14 * self.largest + 8 * self.attention + 8 * self.d**2)
 
     def prediction(self) -> int:
         """The Gram matrix of the unembedding, in pieces, and its eigensolve."""
@@ -191,7 +195,7 @@ def workload(
     """The sizes of one analysis."""
     sizes = [base.weight(0, matrix).numel() for matrix in plan.matrices]
     longest = max(map(len, sequences))
-    return Workload(
+    load = Workload(
         n_layers=base.n_layers,
         d=base.d_model,
         d_vocab=base.d_vocab,
@@ -207,9 +211,11 @@ def workload(
         longest=longest,
         rows=min(batch_size, len(sequences)),
         width=6 * base.d_model + 2 * (base.d_mlp or 0) + 2 * base.n_heads * longest,
-        workers=min(torch.get_num_threads(), base.n_layers),
+        workers=1,
         device=base.device,
     )
+    side_by_side = SIDE_BY_SIDE // max(load.layers_host(), load.layers_device() if base.device.type != "cpu" else 0)
+    return replace(load, workers=max(1, min(torch.get_num_threads(), base.n_layers, side_by_side)))
 
 
 @dataclass(frozen=True)

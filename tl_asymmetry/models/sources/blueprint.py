@@ -216,7 +216,7 @@ def _layout(matrix: str, rows: _Probe, columns: _Probe) -> Layout:
         along = torch.arange(r.shape[-1])
         for residual_axis, (near, far) in ((1, (c, r)), (0, (r, c))):
             if bool((near == along).all()) and bool((far == far[..., :1]).all()):
-                return Layout(matrix, name, residual_axis, far[..., 0].contiguous())
+                return Layout(matrix, name, residual_axis, far[..., 0].clone())  # no view: it would keep all of r or c
     raise ValueError(
         f"expected {matrix} to be rows or columns of one stored parameter, got something else in this architecture "
         f"({type(rows.view.model.original_model).__name__}); pass a loaded model"
