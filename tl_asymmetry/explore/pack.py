@@ -1,9 +1,7 @@
-"""Numbers for a page: one binary block of a JSON header and arrays, compressed, in base64."""
+"""Numbers for a page: one binary block of a JSON header and arrays."""
 
 from __future__ import annotations
 
-import base64
-import gzip
 import json
 from typing import Any
 
@@ -41,8 +39,8 @@ class Pack:
         at = {word: i for i, word in enumerate(found)}
         return {"words": list(found), **self.indexes([at[str(v)] for v in values])}
 
-    def base64(self, header: dict[str, Any]) -> str:
-        """Everything as text for a script element: gzip of [header length u4][header][arrays, each aligned]."""
+    def block(self, header: dict[str, Any]) -> bytes:
+        """Everything in one block: [header length u4][header][arrays, each aligned]."""
         offset, layout = 0, []
         for kind, array in self._arrays:
             layout.append({"kind": kind, "at": offset, "length": array.size})
@@ -53,8 +51,7 @@ class Pack:
         for kind, array in self._arrays:
             content = array.astype(_KINDS[kind]).tobytes()
             body += content + b"\0" * (-len(content) % _ALIGN)
-        # mtime fixed: the same result gives the same page, byte for byte.
-        return base64.b64encode(gzip.compress(bytes(body), 6, mtime=0)).decode()
+        return bytes(body)
 
     def _add(self, kind: str, array: np.ndarray) -> dict[str, int]:
         self._arrays.append((kind, array.ravel()))

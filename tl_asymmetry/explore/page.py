@@ -83,10 +83,10 @@ def explorer(
     title = f"Head explorer: {result._title()}"
     body = own.joinpath("explorer.html").read_text(encoding="utf-8").replace("{title}", html.escape(title))
     scripts = (
-        f'<script type="application/json" id="page-settings">{page.page_settings()}</script>'
-        f'<script type="application/gzip" id="explorer-data">{pack.base64(header)}</script>'
-        f"<script>{page.plotly_code()}</script>"
-        f"<script>{_script()}</script>"
+        page.page_settings()
+        + page.packed(pack.block(header), "explorer-data")
+        + page.plotly_script()
+        + page.script(_script())
     )
     css = own.joinpath("explorer.css").read_text(encoding="utf-8")
     return write_page(path, document(title, body, scripts, css=css))
@@ -97,7 +97,7 @@ def _script() -> str:
     folder = files(__package__) / "script"
     parts = "\n".join((folder / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPT)
     return (
-        f'(async function () {{\n"use strict";\n{parts}\n}})().catch(function (error) {{ '
+        f"(async () => {{\n{parts}\n}})().catch((error) => {{ "
         'document.getElementById("map").textContent = "This page could not be shown: " + error; throw error; });'
     )
 

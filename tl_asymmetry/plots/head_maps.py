@@ -96,7 +96,8 @@ def head_maps_figure(
     maps = [i for i, trace in enumerate(figure.data) if trace.type == "heatmap"]
 
     for block in blocks:
-        figure.add_trace(_grey(block, columns, len(ranks)))
+        if any(mask.any() for mask in block.masks["dominated"]):
+            figure.add_trace(_grey(block, columns, len(ranks)))
     size = float(np.clip(180 / max(len(layers), columns), 5, 11))
     for mark in (
         one.marks(*_places(blocks, columns, "dominated"), "x", 1.5 * size,

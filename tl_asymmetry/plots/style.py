@@ -247,7 +247,8 @@ def finish(
 
     From the top: title, menus, plot, axis title, legend, slider. The title hangs from the figure's top and all else
     from the plot, so that a page which draws its own controls (the report) can cut the space of menu and slider off
-    the margins without moving anything; `layout.meta["tl_asymmetry"]` tells it how much.
+    the margins without moving anything; `layout.meta["tl_asymmetry"]` tells it how much, and how high a line of the
+    title is, so that a wide page can set the title on fewer.
 
     Args:
         figure: traces, axes, menus and sliders set.
@@ -280,7 +281,9 @@ def finish(
         legend={
             "orientation": "h", "x": 0, "xanchor": "left", "y": -50 / plot, "yanchor": "top", "font": {"size": 12},
         },
-        meta={"tl_asymmetry": {"template": name if own else None, "menu": menu, "slider": slider}},
+        meta={
+            "tl_asymmetry": {"template": name if own else None, "menu": menu, "slider": slider, "line": LINE_PX}
+        },
     )  # fmt: skip
     if menu:
         figure.update_layout(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import gzip
 import html
 import json
 import numbers
@@ -17,8 +15,8 @@ from tl_asymmetry.results.sections import FigureSection, TableSection
 if TYPE_CHECKING:
     import pandas as pd
 
-PLAIN_CSV_BYTES = 262_144
-"""Up to this size a table's download is plain CSV; above, gzipped CSV."""
+LONG_TABLE = 12
+"""Rows from which a table fills its box, so that the browser may put off what is off the screen."""
 
 
 class Html(str):
@@ -68,14 +66,18 @@ def write_page(path: str | Path, content: str) -> Path:
     return path
 
 
-def page_scripts() -> str:
-    """plotly.js and the script that draws a page's figures."""
+def page_scripts(first: Sequence[str], rest: Sequence[str], *, figures: bool) -> str:
+    """The script that draws a page's figures and saves its tables, among the data it needs.
+
+    Args:
+        first: data elements of the first figure: before the script, which draws it at once.
+        rest: all other data elements: after it.
+        figures: whether the page has any, so that plotly.js is needed.
+    """
     from tl_asymmetry.plots import page
 
-    return (
-        f'<script type="application/json" id="page-settings">{page.page_settings()}</script>'
-        f"<script>{page.plotly_code()}</script><script>{page.SCRIPT}</script>"
-    )
+    code = [page.plotly_script()] if figures else []
+    return "".join([page.page_settings(), *code, *first, page.script(page.SCRIPT), *rest])
 
 
 def inline(text: str) -> str:
@@ -90,8 +92,8 @@ def prose(text: str) -> str:
     return "".join(f"<p>{html.escape(part.strip())}</p>" for part in text.split("\n\n") if part.strip())
 
 
-def figures_boxes(section: FigureSection, index: str) -> str:
-    """The boxes of a section's figures, and the choice between them when there are several."""
+def figures_boxes(section: FigureSection, index: str) -> tuple[str, list[str]]:
+    """The boxes of a section's figures with the choice between them when there are several, and their data elements."""
     from tl_asymmetry.plots import page
 
     # A plotly figure is no Mapping, though it can be indexed like one.
@@ -105,38 +107,52 @@ def figures_boxes(section: FigureSection, index: str) -> str:
             f'<p class="control"><label for="pick-{index}">{html.escape(section.pick)}</label>'
             f'<select id="pick-{index}" data-figures="{index}">{options}</select></p>'
         )
-    boxes = []
+    boxes: list[str] = []
+    held: list[str] = []
     for i, (label, figure) in enumerate(figures.items()):
-        content = page.figure_script(figure)
+        held += page.figure_scripts(figure, f"plot-{index}-{i}")
         height = int(figure.layout.height or 450) - sum(page.controls_height(figure))
         name = f"{section.heading}: {label}" if label else section.heading
         boxes.append(
             f'<figure class="figure-box" data-group="{index}" aria-label="{html.escape(name)}"'
             f'{" hidden" if i else ""}><div class="controls"></div>'
-            f'<div class="plot" id="plot-{index}-{i}" style="min-height:{height}px"></div>'
-            f"{content}</figure>"
+            f'<div class="plot" id="plot-{index}-{i}" style="min-height:{height}px"></div></figure>'
         )
-    return choice + "".join(boxes)
+    return choice + "".join(boxes), held
 
 
-def table_box(section: TableSection, max_rows: int) -> str:
-    """The first rows in a box that scrolls, how many there are, and a download of all."""
+def table_box(section: TableSection, max_rows: int, key: str) -> tuple[str, list[str]]:
+    """The first rows in a box that scrolls, how many there are, and a download of all; and the element it is held in.
+
+    Args:
+        section: the table and its heading.
+        max_rows: rows shown.
+        key: of the table on the page.
+    """
+    from tl_asymmetry.plots import page
+
     table = section.table
     shown = table.head(max_rows)
-    head = "".join(f'<th scope="col">{html.escape(str(c))}</th>' for c in table.columns)
     numeric = [kind.kind in "iufb" for kind in (getattr(t, "numpy_dtype", t) for t in table.dtypes)]
+    aligned = [" class=n" if n else "" for n in numeric]
+    head = "".join(
+        f'<th scope="col"{n}>{html.escape(str(c))}</th>' for c, n in zip(table.columns, aligned, strict=True)
+    )
     body = "".join(
-        "<tr>"
-        + "".join(f"<td{' class=n' if n else ''}>{_cell(v)}</td>" for v, n in zip(row, numeric, strict=True))
-        + "</tr>"
+        "<tr>" + "".join(f"<td{n}>{_cell(v)}</td>" for v, n in zip(row, aligned, strict=True)) + "</tr>"
         for row in shown.itertuples(index=False, name=None)
     )
     said = f"All {len(table):,} rows." if len(shown) == len(table) else f"{len(shown):,} of {len(table):,} rows shown."
-    return (
-        f'<p class="rows">{said} {_download(table, section.filename)}</p>'
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(section.heading)}">'
+    content = table.to_csv(index=False).encode()
+    file, size = html.escape(f"{section.filename}.csv"), f"{max(1, round(len(content) / 1000)):,} kB"
+    markup = (
+        f'<p class="rows">{said} <button type="button" data-file="{file}" data-held="{key}-csv">'
+        f"Download all as {file} ({size})</button></p>"
+        f'<div class="scroll{" long" if len(shown) > LONG_TABLE else ""}" tabindex="0" role="region" '
+        f'aria-label="{html.escape(section.heading)}">'
         f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
+    return markup, [page.packed(content, f"{key}-csv")]
 
 
 def _cell(value: Any) -> str:
@@ -145,18 +161,6 @@ def _cell(value: Any) -> str:
         return "–" if value != value else html.escape(f"{float(value):.4g}")
     text = str(value)
     return "–" if text in ("<NA>", "None", "NaT") and not isinstance(value, str) else html.escape(text)
-
-
-def _download(table: pd.DataFrame, filename: str) -> str:
-    """A link whose address is the whole table."""
-    content = table.to_csv(index=False).encode()
-    name, kind = f"{filename}.csv", "text/csv;charset=utf-8"
-    if len(content) > PLAIN_CSV_BYTES:
-        # mtime fixed: the same result gives the same file, byte for byte.
-        content, name, kind = gzip.compress(content, 9, mtime=0), f"{filename}.csv.gz", "application/gzip"
-    size = f"{max(1, round(len(content) / 1000)):,} kB"
-    address = f"data:{kind};base64,{base64.b64encode(content).decode()}"
-    return f'<a download="{html.escape(name)}" href="{address}">Download all as {html.escape(name)} ({size})</a>'
 
 
 def terms_list(terms: Sequence[tuple[str, str]]) -> str:

@@ -10,7 +10,7 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from tl_asymmetry.results.definitions import CITATIONS, DEFINITIONS, MARKS, Citation, Definition
 from tl_asymmetry.results.markup import (
@@ -186,9 +186,11 @@ def _page(reports: Sequence[Report], title: str | None, max_rows: int) -> str:
     single = len(reports) == 1
     page_title = title if title is not None else reports[0].title if single else f"{len(reports)} analyses"
     contents, body = "", ""
+    held: list[str] = []
     for n, each in enumerate(reports):
         prefix = "" if single else f"result-{n}-"
         parts = _parts(each, prefix, max_rows)
+        held += [element for part in parts for element in part.held]
         links, sections = _links(parts), _sections(parts, level=2 if single else 3)
         if single:
             contents, body = links, sections
@@ -208,33 +210,44 @@ def _page(reports: Sequence[Report], title: str | None, max_rows: int) -> str:
         page_title,
         '<a class="skip" href="#content">Skip to content</a>'
         f"<header><h1>{html.escape(page_title)}</h1>{subtitle}</header>"
+        "<noscript><p>Figures and downloads need JavaScript; this page asks the network for nothing.</p></noscript>"
         f'<nav aria-label="Contents"><ul>{contents}</ul></nav>'
         f'<main id="content" tabindex="-1">{body}</main>',
-        page_scripts() if any(each.figures for each in reports) else "",
+        page_scripts(held[:1], held[1:], figures=any(each.figures for each in reports)) if held else "",
     )
 
 
-# A part of the page: heading in the contents, id, markup.
-_Part = tuple[str, str, str]
+class _Part(NamedTuple):
+    """A part of the page."""
+
+    name: str
+    """Heading, and in the contents."""
+    key: str
+    """Its id."""
+    markup: str
+    """What stands under the heading."""
+    held: Sequence[str] = ()
+    """Elements of the data it shows, which stand at the end of the page."""
 
 
 def _parts(report: Report, prefix: str, max_rows: int) -> list[_Part]:
     """What a result says of itself."""
     parts: list[_Part] = []
     if report.summary:
-        parts.append(("Summary", f"{prefix}summary", prose(report.summary)))
+        parts.append(_Part("Summary", f"{prefix}summary", prose(report.summary)))
     if report.notes:
         items = "".join(f"<li>{inline(note)}</li>" for note in report.notes)
-        parts.append(("Notes", f"{prefix}notes", f'<ul class="notes">{items}</ul>'))
+        parts.append(_Part("Notes", f"{prefix}notes", f'<ul class="notes">{items}</ul>'))
     for i, section in enumerate(report.figures):
-        markup = prose(section.prose) + figures_boxes(section, f"{prefix}{i}")
-        parts.append((section.heading, f"{prefix}figure-{i}", markup))
+        boxes, held = figures_boxes(section, f"{prefix}{i}")
+        parts.append(_Part(section.heading, f"{prefix}figure-{i}", prose(section.prose) + boxes, held))
     for i, table in enumerate(report.tables):
-        parts.append((table.heading, f"{prefix}table-{i}", prose(table.prose) + table_box(table, max_rows)))
+        box, held = table_box(table, max_rows, f"{prefix}table-{i}")
+        parts.append(_Part(table.heading, f"{prefix}table-{i}", prose(table.prose) + box, held))
     if report.methods:
-        parts.append(("How it was measured", f"{prefix}methods", terms_list(report.methods)))
+        parts.append(_Part("How it was measured", f"{prefix}methods", terms_list(report.methods)))
     if report.config:
-        parts.append(("Settings and versions", f"{prefix}config", settings_table(report.config)))
+        parts.append(_Part("Settings and versions", f"{prefix}config", settings_table(report.config)))
     return parts
 
 
@@ -243,20 +256,20 @@ def _shared_parts(reports: Sequence[Report]) -> list[_Part]:
     parts: list[_Part] = []
     definitions = list(dict.fromkeys(d for each in reports for d in each.definitions))
     if definitions:
-        parts.append(("Definitions", "definitions", definitions_list(definitions)))
+        parts.append(_Part("Definitions", "definitions", definitions_list(definitions)))
     citations = list(dict.fromkeys(c for each in reports for c in each.citations))
     if citations:
-        parts.append(("How to cite", "citations", citations_list(citations)))
+        parts.append(_Part("How to cite", "citations", citations_list(citations)))
     return parts
 
 
 def _links(parts: Sequence[_Part]) -> str:
-    return "".join(f'<li><a href="#{key}">{html.escape(name)}</a></li>' for name, key, _ in parts)
+    return "".join(f'<li><a href="#{key}">{html.escape(name)}</a></li>' for name, key, *_ in parts)
 
 
 def _sections(parts: Sequence[_Part], *, level: int) -> str:
     return "".join(
         f'<section id="{key}" aria-labelledby="{key}-title">'
         f'<h{level} id="{key}-title">{html.escape(name)}</h{level}>{markup}</section>'
-        for name, key, markup in parts
+        for name, key, markup, _ in parts
     )

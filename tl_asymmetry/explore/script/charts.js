@@ -171,7 +171,8 @@ function drawSpectrum(box, item) {
   });
 }
 
-function plot(box, traces, layout) {
+async function plot(box, traces, layout) {
+  await plotly;
   // Below the plot: 46 pixels for the axis title, then room for four lines of legend on a telephone.
   const own = {
     height: 320,

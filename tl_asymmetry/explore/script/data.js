@@ -3,16 +3,14 @@
 const $ = (id) => document.getElementById(id);
 const settings = JSON.parse($("page-settings").textContent);
 const dark = matchMedia("(prefers-color-scheme: dark)");
-const data = await unpack($("explorer-data").textContent);
+const data = await read($("explorer-data"));
 const LEVEL = 0.05,
   FLAG = 0.1,
   DOMINATED = 0.5,
   FIRST_ROWS = 200;
 
-async function unpack(text) {
-  const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-  const buffer = await new Response(stream).arrayBuffer();
+async function read(element) {
+  const buffer = await unpacked(element).arrayBuffer();
   const length = new DataView(buffer).getUint32(0, true);
   const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)));
   const kinds = {f4: Float32Array, f8: Float64Array, u1: Uint8Array, u2: Uint16Array, u4: Uint32Array};

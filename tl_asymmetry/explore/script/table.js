@@ -151,10 +151,5 @@ function download() {
     };
     lines.push(data.columns.map((c) => cell(c in keys ? keys[c] : at(map, c, layer, head, state.rank))).join(","));
   }
-  const link = element("a", {
-    href: URL.createObjectURL(new Blob([lines.join("\n") + "\n"], {type: "text/csv"})),
-    download: "heads.csv",
-  });
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+  saveAs(new Blob([lines.join("\n") + "\n"], {type: "text/csv"}), "heads.csv");
 }

@@ -1,0 +1,28 @@
+// What every page begins with: packed script elements (gzip in base64) are read, and plotly.js, packed too, is started.
+
+function unpacked(element) {
+  const binary = atob(element.textContent);
+  const bytes = new Uint8Array(binary.length);
+  for (let i = 0; i < binary.length; i += 1) {
+    bytes[i] = binary.charCodeAt(i);
+  }
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip")));
+}
+
+// Resolves once `Plotly` is there; pages without figures carry none.
+const plotly = (async () => {
+  const packed = document.getElementById("plotly-code");
+  if (packed) {
+    const script = document.createElement("script");
+    script.textContent = await unpacked(packed).text();
+    document.head.append(script);
+  }
+})();
+
+function saveAs(blob, name) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(blob);
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+}
