@@ -67,7 +67,7 @@ class ModelView:
 
     Args:
         model: a HookedTransformer (transformer-lens 3.x) or a decoder-only TransformerBridge (3.9 and later).
-        encoders: accept BERT-style encoders as well (a HookedEncoder, a TransformerBridge of a BERT).
+        encoders: accept BERT-style encoders as well (a HookedEncoder, a TransformerBridge of a BERT or RoBERTa).
 
     Raises:
         ValueError: for anything else, encoder-decoder and state-space models included.
