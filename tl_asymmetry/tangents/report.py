@@ -40,9 +40,9 @@ TANGENT_DEFINITIONS = (
     ),
     Definition(
         "Energy, normal controls, ratio, p", "[choice]",
-        "energy = ‖G Q‖²/‖G‖². The paper compares with normal controls of equal rank; that these are 20 random subspaces "
-        "orthogonal to the basis is reported second-hand, and the formulas are ours: ratio is over their mean energy, p = "
-        "(1 + number of controls with at least the energy) / (1 + controls).",
+        "energy = ‖G Q‖²/‖G‖². The paper compares with normal controls of equal rank; that these are 20 random "
+        "subspaces orthogonal to the basis is reported second-hand, and the formulas are ours: ratio is over their "
+        "mean energy, p = (1 + number of controls with at least the energy) / (1 + controls).",
     ),
     Definition(
         "Size of the test (size)", "[ours]",
