@@ -3,9 +3,14 @@
     python benchmarks/edits.py                  # prints the table, writes benchmarks/results/edits-<device>.json
     python benchmarks/edits.py --device cuda
 
-Ratios within one process, interleaved, medians over the rounds. Random weights: cost does not depend on what was
-learned. The naive study does what a notebook would: for every edit it writes the weights, runs the model on every
-batch, and takes KL, cross-entropy and the share of the shift from log-softmaxes.
+Ratios within one process, medians over the rounds. Random weights: cost does not depend on what was learned. Edits are
+measured on every kind of model this transformer-lens has, the study on the first of them. The naive study does what a
+notebook would: for every edit it writes the weights, runs the model on every batch, and takes KL, cross-entropy and the
+share of the shift from log-softmaxes.
+
+Both halves are interleaved finely, since a study takes minutes and the load of a machine changes within them: bare and
+full edits by turns of 20 to 200 calls, the two studies edit by edit. Whenever ours has an edit's logits, the naive one
+makes its next edit, on a clock of its own.
 """
 
 from __future__ import annotations
@@ -16,9 +21,11 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from pair import SHAPE, load_pair
@@ -99,23 +106,96 @@ def study(base: Any, aligned: Any, tokens: torch.Tensor) -> Any:
         )  # fmt: skip
 
 
-def naive(base: Any, aligned: Any, tokens: torch.Tensor, edits: list[Any]) -> list[tuple[float, float, float]]:
+def naive(base: Any, aligned: Any, tokens: torch.Tensor, edits: list[Any]) -> Iterator[tuple[float, float, float]]:
     """The same 72 edits and outcomes, one whole forward pass for each."""
     from tl_asymmetry import ModelView, apply_edits
 
-    view, found = ModelView(aligned), []
+    view = ModelView(aligned)
     with torch.no_grad():
         clean = [(aligned(b).log_softmax(-1), base(b).log_softmax(-1)) for b in tokens.split(BATCH)]
-        for edit in edits:
-            kl = shift = ce = 0.0
-            with apply_edits(view, edit):
-                for batch, (p, p_base) in zip(tokens.split(BATCH), clean, strict=True):
-                    q = aligned(batch).log_softmax(-1)[:, :-1]
-                    kl += torch.nn.functional.kl_div(q, p[:, :-1], log_target=True, reduction="sum").item()
-                    shift += torch.nn.functional.kl_div(q, p_base[:, :-1], log_target=True, reduction="sum").item()
-                    ce -= q.gather(-1, batch[:, 1:, None]).sum().item()
-            found.append((kl, ce, shift))
-    return found
+    for edit in edits:
+        kl = shift = ce = 0.0
+        with torch.no_grad(), apply_edits(view, edit):
+            for batch, (p, p_base) in zip(tokens.split(BATCH), clean, strict=True):
+                q = aligned(batch).log_softmax(-1)[:, :-1]
+                kl += torch.nn.functional.kl_div(q, p[:, :-1], log_target=True, reduction="sum").item()
+                shift += torch.nn.functional.kl_div(q, p_base[:, :-1], log_target=True, reduction="sum").item()
+                ce -= q.gather(-1, batch[:, 1:, None]).sum().item()
+        yield kl, ce, shift
+
+
+class Clock:
+    """Wall and processor seconds spent inside `running`."""
+
+    def __init__(self, device: str) -> None:
+        self.wall = self.processor = 0.0
+        self._device = device
+
+    def running(self, run: Callable[[], object]) -> None:
+        synchronize(self._device)
+        wall, processor = time.perf_counter(), time.process_time()
+        run()
+        synchronize(self._device)
+        self.wall += time.perf_counter() - wall
+        self.processor += time.process_time() - processor
+
+
+def both_studies(base: Any, aligned: Any, tokens: torch.Tensor, edits: list[Any], device: str) -> tuple[Clock, Clock]:
+    """Clocks of our study and of the naive one, run by turns."""
+    from tl_asymmetry.models.resume import EditedRuns
+
+    both, theirs = Clock(device), Clock(device)
+    steps, under = naive(base, aligned, tokens, edits), EditedRuns.under
+    batches = len(tokens.split(BATCH))  # ours takes every edit once for each batch
+    taken = 0
+
+    def by_turns(self: Any, planned: Any) -> Iterator[torch.Tensor]:
+        nonlocal taken
+        for stacked in under(self, planned):
+            yield stacked
+            taken += len(stacked)
+            while taken >= batches:
+                taken -= batches
+                theirs.running(lambda: next(steps))
+
+    with patch.object(EditedRuns, "under", by_turns):
+        both.running(lambda: study(base, aligned, tokens))
+    left = sum(1 for _ in steps)
+    if left:
+        raise RuntimeError(f"expected the naive study to be over with ours, got {left} edits left")
+    both.wall, both.processor = both.wall - theirs.wall, both.processor - theirs.processor
+    return both, theirs
+
+
+def load_models(device: str) -> dict[str, tuple[Any, Any]]:
+    """A pair of GPT-2-small shape as every kind of model there is."""
+    from importlib.metadata import version
+
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from tl_asymmetry.demo import demo_tokenizer
+
+    kinds = {}
+    if version("transformer-lens").startswith("3."):
+        kinds["HookedTransformer"] = load_pair(device)
+    config = GPT2Config(
+        vocab_size=SHAPE["d_vocab"], n_positions=SHAPE["n_ctx"], n_embd=SHAPE["d_model"], n_layer=SHAPE["n_layers"],
+        n_head=SHAPE["n_heads"], attn_implementation="eager",
+    )  # fmt: skip
+    pair = []
+    with TemporaryDirectory() as folder:
+        demo_tokenizer().save_pretrained(folder)
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(config)
+        for _ in range(2):
+            model.save_pretrained(folder)
+            pair.append(TransformerBridge.boot_transformers(folder, device=device, dtype=torch.float32).eval())
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(1e-3 * torch.randn_like(parameter))
+    kinds["TransformerBridge"] = (pair[0], pair[1])
+    return kinds
 
 
 def main() -> None:
@@ -126,12 +206,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens of the study")
     options = parser.parse_args()
     device = options.device
-    base, aligned = load_pair(device)
+    kinds = load_models(device)
+    edits = {kind: measure_edits(pair[1], device, max(7, options.rounds)) for kind, pair in kinds.items()}
+    studied = next(iter(kinds))
+    base, aligned = kinds[studied]
     generator = torch.Generator().manual_seed(2)
     rows = options.tokens // SEQUENCE
     tokens = torch.randint(SHAPE["d_vocab"], (rows, SEQUENCE), generator=generator).to(device)
-
-    edits = measure_edits(aligned, device, max(7, options.rounds))
     from tl_asymmetry import head_delta, matched_controls, removal_edit
     from tl_asymmetry.results.provenance import versions
 
@@ -144,31 +225,28 @@ def main() -> None:
     made = [edit.to(device) for edit in made]
     with torch.no_grad():
         aligned(tokens[:1]), base(tokens[:1])
-    forward, ours, plain, busy = [], [], [], []
+    forward, rounds = [], []
     for _ in range(options.rounds):
         with torch.no_grad():
             forward.append(seconds_of(lambda: aligned(tokens), 1, device))
-        marks = [time.process_time()]
-        ours.append(seconds_of(lambda: study(base, aligned, tokens), 1, device))
-        marks.append(time.process_time())
-        plain.append(seconds_of(lambda: naive(base, aligned, tokens, made), 1, device))
-        marks.append(time.process_time())
-        busy.append((marks[1] - marks[0]) / (marks[2] - marks[1]))
-    ratio = statistics.median(o / n for o, n in zip(ours, plain, strict=True))
+        rounds.append(both_studies(base, aligned, tokens, made, device))
+    ours, plain = [mine.wall for mine, _ in rounds], [theirs.wall for _, theirs in rounds]
+    ratio = statistics.median(mine.wall / theirs.wall for mine, theirs in rounds)
+    busy = statistics.median(mine.processor / theirs.processor for mine, theirs in rounds)
     per_edit = statistics.median(ours) / len(made)
     all_edits = 4 * SHAPE["n_layers"] * SHAPE["n_heads"] * (1 + 20)
 
-    for matrix, times in edits.items():
+    for kind, matrix, times in ((kind, matrix, times) for kind, of in edits.items() for matrix, times in of.items()):
         held = "" if matrix == "W_in" else f"<= {EDIT_BOUND:g}  {'held' if times['ratio'] <= EDIT_BOUND else 'MISSED'}"
         sys.stdout.write(
-            f"edit {matrix:5} bare {times['bare_us']:8.1f} us  ours {times['ours_us']:8.1f} us  ratio "
+            f"{kind}: edit {matrix:5} bare {times['bare_us']:8.1f} us  ours {times['ours_us']:8.1f} us  ratio "
             f"{times['ratio']:.2f}  {held}  (new view {times['with_a_new_view_us']:.0f} us)\n"
         )
     sys.stdout.write(
-        f"study of {len(made)} edits on {options.tokens} tokens: {statistics.median(ours):.2f} s, naive "
+        f"{studied}: study of {len(made)} edits on {options.tokens} tokens: {statistics.median(ours):.2f} s, naive "
         f"{statistics.median(plain):.2f} s, ratio {ratio:.3f} <= {STUDY_BOUND}  "
         f"{'held' if ratio <= STUDY_BOUND else 'MISSED'}; one forward {statistics.median(forward):.3f} s; "
-        f"ratio of processor time {statistics.median(busy):.3f}\n"
+        f"ratio of processor time {busy:.3f}\n"
         f"all {4 * SHAPE['n_layers'] * SHAPE['n_heads']} attention heads x 1 direction x 20 controls = {all_edits} "
         f"edits: {all_edits * per_edit / 3600:.2f} h at this rate\n"
     )
@@ -179,8 +257,8 @@ def main() -> None:
         "versions": versions(),
         "shape": SHAPE,
         "edits": edits,
-        "study": {"edits": len(made), "tokens": options.tokens,
-                  "processor_ratio": statistics.median(busy), "seconds": ours, "naive_seconds": plain, "ratio": ratio,
+        "study": {"model": studied, "edits": len(made), "tokens": options.tokens,
+                  "processor_ratio": busy, "seconds": ours, "naive_seconds": plain, "ratio": ratio,
                   "forward_seconds": forward, "all_heads_edits": all_edits,
                   "all_heads_hours": all_edits * per_edit / 3600},
     }  # fmt: skip

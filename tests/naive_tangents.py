@@ -14,13 +14,13 @@ class NaiveCheckpoint:
     """Activations, weight gradients and per-token gradients of one model, token by token.
 
     Args:
-        model: GPT2LMHeadModel or BertForMaskedLM in float64.
+        model: GPT2LMHeadModel, BertForMaskedLM or RobertaForMaskedLM in float64.
         inputs, originals, targets: token ids read and meant, and which are predicted, one entry per sequence.
     """
 
     def __init__(self, model: Any, inputs: list[Any], originals: list[Any], targets: list[Any]) -> None:
-        self.encoder = hasattr(model, "bert")
-        self.blocks = model.bert.encoder.layer if self.encoder else model.transformer.h
+        self.encoder = hasattr(model.base_model, "encoder")
+        self.blocks = model.base_model.encoder.layer if self.encoder else model.base_model.h
         self.n_heads = model.config.num_attention_heads
         model.zero_grad()
         self.activations: dict[tuple[str, int], list[Any]] = {}

@@ -10,7 +10,7 @@ import torch
 
 from tests import naive_tangents as naive
 from tests import reference_tangents, tiny
-from tests.tiny_encoder import ENCODER_KINDS, MASK_TOKEN, bert_directory, encoder
+from tests.tiny_encoder import ENCODER_KINDS, MASK_TOKEN, encoder, hf_encoder
 from tl_asymmetry import TangentAnalysis, TangentProbe, analyze_tangents
 from tl_asymmetry.results.result import open_result
 from tl_asymmetry.tangents.data import INPUT, ORIGINAL, TARGET, tangent_data
@@ -65,12 +65,8 @@ def naive_decoder(seed, tokens):
     return naive.NaiveCheckpoint(model, rows, rows, [torch.arange(len(r)) > 0 for r in rows])
 
 
-def naive_encoder(seed, tokens, mask_seed):
-    from transformers import BertForMaskedLM
-
-    model = BertForMaskedLM.from_pretrained(
-        bert_directory(seed), dtype=torch.float64, attn_implementation="eager"
-    ).eval()
+def naive_encoder(kind, seed, tokens, mask_seed):
+    model = hf_encoder(kind, torch.float64, seed)
     rows = list(tokens)
     masked = [
         mask_tokens(r, mask_token=MASK_TOKEN, d_vocab=tiny.D_VOCAB, special={MASK_TOKEN}, seed=mask_seed) for r in rows
@@ -168,7 +164,7 @@ def test_encoder_is_what_the_long_way_gives(kind):
     result = analyze_tangents(encoder_run(kind), tokens=tokens, mask_token=MASK_TOKEN, seed=5, **QUIET)
     counted = torch.ones_like(tokens, dtype=torch.bool)
     counted[:, 0] = False
-    checkpoints = [naive_encoder(seed, tokens, 5) for seed in range(3)]
+    checkpoints = [naive_encoder(kind, seed, tokens, 5) for seed in range(3)]
     inputs = torch.stack(
         [mask_tokens(r, mask_token=MASK_TOKEN, d_vocab=tiny.D_VOCAB, special={MASK_TOKEN}, seed=5)[0] for r in tokens]
     )
@@ -363,10 +359,10 @@ def test_a_run_that_was_killed_goes_on(killed_at, tmp_path, analysis):
 
 
 def test_finished_checkpoints_are_not_measured_again(tmp_path, monkeypatch):
-    from tl_asymmetry import tangent_probe
+    from tl_asymmetry.tangents import probe
 
     analyze_tangents(decoder_run(), tokens=zipf_tokens(), store=tmp_path, **QUIET)
-    monkeypatch.setattr(tangent_probe, "observe", None)
+    monkeypatch.setattr(probe, "observe", None)
     analyze_tangents(decoder_run(), tokens=zipf_tokens(), store=tmp_path, **QUIET)
 
 
@@ -428,7 +424,7 @@ def assert_untouched(before, model):
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("kind", [*tiny.KINDS, "encoder"])
 def test_models_come_back_as_they_were(kind, fails, monkeypatch, unchecked_types):
-    from tl_asymmetry import tangent_observation
+    from tl_asymmetry.tangents import observation
 
     model = encoder("bridge") if kind == "encoder" else tiny.build("gpt2", kind)
     data = encoder_data() if kind == "encoder" else zipf_tokens()
@@ -445,7 +441,7 @@ def test_models_come_back_as_they_were(kind, fails, monkeypatch, unchecked_types
         def interrupted(*_):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(tangent_observation._Backward, "_take_distances", interrupted)
+        monkeypatch.setattr(observation._Backward, "_take_distances", interrupted)
         with pytest.raises(KeyboardInterrupt):
             analyze_tangents(model, tokens=data, mask_token=MASK_TOKEN, **QUIET)
     else:
@@ -472,7 +468,10 @@ def test_models_come_back_as_they_were(kind, fails, monkeypatch, unchecked_types
         ({"draws": 0}, "expected draws >= 1"),
         ({"control": "other"}, 'expected control "complement" or "haar"'),
         ({"batch_size": 0}, "expected batch_size >= 1"),
-        ({"frequencies": torch.ones(3)}, f"expected frequencies as {tiny.D_VOCAB} counts"),
+        ({"frequencies": torch.ones(3)}, f"expected frequencies as {tiny.D_VOCAB} finite counts"),
+        ({"frequencies": torch.full((tiny.D_VOCAB,), torch.nan)}, r"none negative, got .* beginning with \[nan, nan"),
+        ({"mask_share": 0.0}, "expected mask_share above 0 and at most 1"),
+        ({"method": "semi_nmf", "sample_rows": 3}, "expected at least as many sample_rows as the largest rank, 4, got"),
     ],
 )
 def test_refuses_settings(options, text, unchecked_types):
@@ -523,6 +522,35 @@ def test_a_probe_refuses_disorder():
         other.observe(10, tiny.build("qwen3", KIND))
     with pytest.raises(ValueError, match="expected options or settings by name, got both"):
         TangentProbe(total_steps=1, options=probe.options, rank=3)
+
+
+def test_the_last_early_step_is_early_whatever_binary_makes_of_its_share():
+    models = decoder_run()
+    assert 0.29 * 100 < 29
+    result = analyze_tangents(
+        {29: models[0], 100: models[100]},
+        tokens=zipf_tokens(),
+        **QUIET | {"basis_from": 0.29, "gradients": "activation"},
+    )
+    assert result.checkpoints["phase"].tolist() == ["early", "late"]
+
+
+def test_refuses_what_sees_the_tokens_it_would_predict():
+    model = tiny.build("gpt2", KIND)
+    model.cfg.attention_dir = "bidirectional"
+    with pytest.raises(
+        ValueError, match="expected a causal model or an encoder of masked tokens, got the bidirectional"
+    ):
+        analyze_tangents(model, tokens=zipf_tokens(), **QUIET)
+
+
+def test_refuses_gradients_that_are_not_finite():
+    model = tiny.build("gpt2", KIND)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(ValueError, match="expected finite gradients, got others in torch.float32; pass the model in"):
+        analyze_tangents(model, tokens=zipf_tokens(), **QUIET)
 
 
 def test_refuses_texts_too_short_for_the_strata():

@@ -1,4 +1,4 @@
-"""A tiny BERT with random weights, as both kinds of encoder; nothing touches the network."""
+"""A tiny BERT or RoBERTa with random weights, as every kind of encoder; nothing touches the network."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 
 from tests import tiny
 
-ENCODER_KINDS: tuple[str, ...] = ("hooked", "bridge") if tiny.HOOKED_AVAILABLE else ("bridge",)
-"""The kinds of encoder this environment can build."""
+ENCODER_KINDS: tuple[str, ...] = ("hooked", "bridge") if tiny.HOOKED_AVAILABLE else ("bridge", "roberta")
+"""The kinds of encoder this environment can build: a HookedEncoder, a TransformerBridge of a BERT or of a RoBERTa."""
 
 MASK_TOKEN = 3
 _SPECIAL = ("<pad>", "[CLS]", "[SEP]", "[MASK]", "<unk>")
 
 
-def _config() -> Any:
-    from transformers import BertConfig
+def _config(family: str) -> Any:
+    import transformers
 
-    return BertConfig(
+    return getattr(transformers, f"{family}Config")(
         vocab_size=tiny.D_VOCAB, hidden_size=tiny.D_MODEL, num_hidden_layers=tiny.N_LAYERS,
         num_attention_heads=tiny.N_HEADS, intermediate_size=tiny.D_MLP, max_position_embeddings=tiny.N_CTX,
         pad_token_id=0, attn_implementation="eager",
@@ -28,33 +28,40 @@ def _config() -> Any:
 
 
 @functools.cache
-def bert_directory(seed: int = 0, head: str = "BertForMaskedLM") -> Path:
-    """A Hugging Face directory of a BERT with that head, random weights, gains and biases."""
+def encoder_directory(seed: int = 0, head: str = "BertForMaskedLM") -> Path:
+    """A Hugging Face directory of a BERT or RoBERTa with that head, random weights, gains and biases."""
     import transformers
 
-    directory = tiny._temporary_directory() / f"encoder_{head[7:].lower()}_{seed}"
+    directory = tiny._temporary_directory() / f"encoder_{head.lower()}_{seed}"
     with torch.random.fork_rng():
-        model = getattr(transformers, head)(_config())
+        model = getattr(transformers, head)(_config("Roberta" if head.startswith("Roberta") else "Bert"))
     tiny.randomize_(model, seed)
     model.save_pretrained(directory)
     return directory
 
 
-def encoder(
-    kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, *, head: str = "BertForMaskedLM",
-    tokenizer: bool = False,
-) -> Any:  # fmt: skip
-    """A fresh encoder: "bridge" for a TransformerBridge, "hooked" for a HookedEncoder of the same weights."""
-    directory = bert_directory(seed, head)
-    if kind == "hooked":
-        return _hooked(directory, dtype)
+def hf_encoder(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, *, head: str | None = None) -> Any:
+    """The Hugging Face model that `encoder` of that kind is made of."""
     import transformers
+
+    head = head or ("RobertaForMaskedLM" if kind == "roberta" else "BertForMaskedLM")
+    directory = encoder_directory(seed, head)
+    return getattr(transformers, head).from_pretrained(directory, dtype=dtype, attn_implementation="eager").eval()
+
+
+def encoder(
+    kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, *, head: str | None = None, tokenizer: bool = False
+) -> Any:
+    """A fresh encoder: "bridge" or "roberta" for a TransformerBridge, "hooked" for a HookedEncoder of the same BERT."""
+    if kind == "hooked":
+        return _hooked(encoder_directory(seed), dtype)
     from transformer_lens.model_bridge import TransformerBridge
 
-    hf_model = getattr(transformers, head).from_pretrained(directory, dtype=dtype, attn_implementation="eager")
+    hf_model = hf_encoder(kind, dtype, seed, head=head)
     model = TransformerBridge.boot_transformers(
-        str(directory), hf_model=hf_model, device="cpu", dtype=dtype, tokenizer=_tokenizer() if tokenizer else None
-    )
+        hf_model.name_or_path, hf_model=hf_model, device="cpu", dtype=dtype,
+        tokenizer=_tokenizer() if tokenizer else None,
+    )  # fmt: skip
     if not tokenizer:
         model.tokenizer = None  # transformers makes up a tokenizer for a BERT that was saved without one
     return model.to(dtype)
@@ -80,7 +87,7 @@ def _hooked(directory: Path, dtype: torch.dtype) -> Any:
     )  # fmt: skip
     with torch.random.fork_rng():
         model = HookedEncoder(cfg)
-        both_heads = BertForPreTraining(_config())
+        both_heads = BertForPreTraining(_config("Bert"))
     both_heads.load_state_dict(BertForMaskedLM.from_pretrained(directory).state_dict(), strict=False)
     model.load_state_dict(convert_bert_weights(both_heads, cfg), strict=False)
     return model.to(dtype).eval()

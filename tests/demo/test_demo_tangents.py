@@ -88,6 +88,15 @@ def test_the_command_refuses_both_and_neither(capsys):
         assert "expected checkpoint directories or --demo" in capsys.readouterr().err
 
 
+def test_the_command_refuses_what_it_would_ignore(capsys):
+    for arguments, text in (
+        (["tangents", "--demo", "--rank", "4", "--method", "pca"], "expected --rank, --method without --demo alone"),
+        (["tangents", "checkpoint-1", "--seeds", "2"], "expected --seeds with --demo alone"),
+    ):
+        assert main(arguments) == 2
+        assert text in capsys.readouterr().err
+
+
 def test_refuses(tmp_path):
     with pytest.raises(ValueError, match="expected architecture 'decoder' or 'encoder'"):
         tangent_checkpoints("both", 0)

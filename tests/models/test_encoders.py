@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.tiny_encoder import ENCODER_KINDS, bert_directory, encoder, encoder_tokens
+from tests.tiny_encoder import ENCODER_KINDS, encoder, encoder_tokens, hf_encoder
 from tl_asymmetry import ModelView, analyze_pair
 from tl_asymmetry.models.texts import batches, tokenize
 from tl_asymmetry.tangents.probe import check_block_outputs
@@ -34,12 +34,9 @@ def test_view_of_an_encoder(kind):
 
 @pytest.mark.parametrize("kind", ENCODER_KINDS)
 def test_points_are_what_hugging_face_computes(kind):
-    from transformers import BertForMaskedLM
-
-    hf = BertForMaskedLM.from_pretrained(bert_directory(), attn_implementation="eager").eval()
     tokens = encoder_tokens()
     with torch.no_grad():
-        expected = hf(tokens, output_hidden_states=True)
+        expected = hf_encoder(kind)(tokens, output_hidden_states=True)
     held, logits = seen(ModelView(encoder(kind), encoders=True), tokens)
     assert torch.allclose(logits, expected.logits, atol=1e-5)
     for layer in range(2):

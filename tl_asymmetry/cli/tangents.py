@@ -22,12 +22,12 @@ def add_tangents(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, default=Path("tl-asymmetry-tangents"), help="folder for results and reports"
     )
-    parser.add_argument("--rank", type=int, nargs="+", default=[16], help="ranks of the bases")
+    parser.add_argument("--rank", type=int, nargs="+", help="ranks of the bases; 16 unless given")
     parser.add_argument(
-        "--method", nargs="+", choices=["pca", "semi_nmf"], default=["pca"], help="how bases are fitted"
+        "--method", nargs="+", choices=["pca", "semi_nmf"], help="how bases are fitted; pca unless given"
     )
-    parser.add_argument("--seeds", type=int, default=5, help="trainings of each tiny model (--demo)")
-    parser.add_argument("--workers", type=int, default=2, help="processes side by side (--demo)")
+    parser.add_argument("--seeds", type=int, help="trainings of each tiny model (with --demo); 5 unless given")
+    parser.add_argument("--workers", type=int, help="processes side by side (with --demo); 2 unless given")
     return parser
 
 
@@ -39,11 +39,18 @@ def run_tangents(options: argparse.Namespace, texts: list[Any] | None) -> Tangen
     """
     if options.demo == bool(options.checkpoints):
         raise ValueError("expected checkpoint directories or --demo, got both or neither; pass one of the two")
+    others = ("texts", "rank", "method") if options.demo else ("seeds", "workers")
+    misplaced = [f"--{name}" for name in others if getattr(options, name) is not None]
+    if misplaced:
+        raise ValueError(
+            f"expected {', '.join(misplaced)} {'without' if options.demo else 'with'} --demo alone, got the contrary; "
+            "leave it out"
+        )
     if options.demo:
         return _demo(options)
     from tl_asymmetry.tangents.analysis import analyze_tangents
 
-    return analyze_tangents(options.checkpoints, texts, rank=options.rank, method=options.method)
+    return analyze_tangents(options.checkpoints, texts, rank=options.rank or 16, method=options.method or "pca")
 
 
 def _demo(options: argparse.Namespace) -> str:
@@ -55,9 +62,10 @@ def _demo(options: argparse.Namespace) -> str:
         replication_table,
     )
 
-    runs = tangent_study(options.seeds, folder=options.out, workers=options.workers)
+    seeds = 5 if options.seeds is None else options.seeds
+    runs = tangent_study(seeds, folder=options.out, workers=2 if options.workers is None else options.workers)
     tables = (
-        (f"Energy and anisotropy, means over {options.seeds} seeds", replication_table(runs), "table.csv"),
+        (f"Energy and anisotropy, means over {seeds} seeds", replication_table(runs), "table.csv"),
         ("Late checkpoints by token frequency (1 = rarest fifth)", replication_strata(runs), "strata.csv"),
         ("Log-frequency and distance to the centroid, last step", replication_frequency(runs), "frequency.csv"),
     )

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_ELEMENTS_AT_A_TIME = {"cpu": 1 << 20, "other": 1 << 26}
+_ELEMENTS_AT_A_TIME = {"cpu": 1 << 18, "other": 1 << 26}
 _LARGEST_EXPONENT = 80.0
 
 
@@ -48,18 +48,17 @@ class Prediction:
         for z, p, there, target in zip(
             *(part.split(rows) for part in (self.logits, self.probabilities, logits, targets)), strict=True
         ):
-            δ = _wide(there) - z
-            mean = (p * δ).sum(-1)
-            x = δ - mean.unsqueeze(-1)
-            divergence = (p * (x.clamp(max=_LARGEST_EXPONENT).expm1() - x)).sum(-1).log1p()
-            divergence = divergence.clamp(min=0)
+            x = _wide(there) - z
+            mean = torch.linalg.vecdot(p, x)
+            gain = x.gather(-1, target.unsqueeze(-1)).squeeze(-1) - mean
+            x -= mean.unsqueeze(-1)
+            divergence = torch.linalg.vecdot(p, x.expm1().sub_(x)).log1p().clamp(min=0)
             beyond = x.amax(-1) > _LARGEST_EXPONENT
             if bool(beyond.any()):
                 divergence = torch.where(beyond, (p.log() + x).logsumexp(-1), divergence)
-            # log Σ p e^δ, by which the normalising sums differ
-            shift = mean + divergence
             divergences.append(divergence.double())
-            gains.append((δ.gather(-1, target.unsqueeze(-1)).squeeze(-1) - shift).double())
+            # log Σ p e^δ, by which the normalising sums differ, is mean + divergence
+            gains.append(gain.double() - divergence.double())
         return torch.cat(divergences), torch.cat(gains)
 
 

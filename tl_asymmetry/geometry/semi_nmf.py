@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,7 +87,7 @@ def semi_nmf(
     if not 0 < energy < float("inf"):
         raise ValueError(f"expected finite rows that are not all zero, got ‖A‖² = {energy}; pass other rows")
     with exact_products(A.device):
-        starts = [_Start(A, rank, seed, energy) for seed in seeds]
+        starts = [_Start(A, rank, seed) for seed in seeds]
         for start in starts:
             start.descend(tol, max_iter)
     best = min(starts, key=lambda start: start.history[-1])
@@ -106,8 +106,8 @@ def semi_nmf(
 class _Start:
     """One descent: Z (transposed, so that a component is contiguous), D, and the objective so far."""
 
-    def __init__(self, A: Tensor, rank: int, seed: int, energy: float) -> None:
-        self.A, self.energy = A, energy
+    def __init__(self, A: Tensor, rank: int, seed: int) -> None:
+        self.A = A
         self.D = _distant_rows(A, rank, seed).double()
         self.Z = A.new_zeros(rank, len(A))
         self.converged = False
@@ -140,8 +140,7 @@ class _Start:
         norms = S.diagonal().tolist()
         self.ZZ = torch.zeros(rank, rank, dtype=torch.float64, device=D.device)
         self.ZA = torch.zeros(rank, d, dtype=torch.float64, device=D.device)
-        for first in range(0, len(self.A), _ROWS_PER_BLOCK):
-            rows = slice(first, first + _ROWS_PER_BLOCK)
+        for rows in _blocks(len(self.A)):
             A, Z = self.A[rows], self.Z[:, rows]
             P = D @ A.mT
             for _ in range(_SWEEPS):
@@ -163,10 +162,18 @@ class _Start:
             self.D[unused] = residual[worst].double()
 
     def _objective(self) -> float:
-        """‖A‖² − 2⟨ZᵀA, D⟩ + ⟨ZᵀZ, D Dᵀ⟩, without forming the residual."""
-        used = (self.ZZ.diagonal() > 0).unsqueeze(1)
-        D = self.D * used
-        return max(0.0, (self.energy - 2 * (self.ZA * D).sum() + (self.ZZ * (D @ D.mT)).sum()).item())
+        """‖A − Z D‖²_F from the residual itself: ‖A‖² − 2⟨ZᵀA, D⟩ + ⟨ZᵀZ, D Dᵀ⟩ would cancel where little of A is left,
+        as under massive activations."""
+        D = self.D.to(self.A.dtype)
+        total = torch.zeros((), dtype=torch.float64, device=D.device)
+        for rows in _blocks(len(self.A)):
+            residual = torch.addmm(self.A[rows], self.Z[:, rows].mT, D, alpha=-1)
+            total += residual.square_().sum(dtype=torch.float64)
+        return total.item()
+
+
+def _blocks(rows: int) -> Iterator[slice]:
+    return (slice(first, first + _ROWS_PER_BLOCK) for first in range(0, rows, _ROWS_PER_BLOCK))
 
 
 def _distant_rows(A: Tensor, rank: int, seed: int) -> Tensor:

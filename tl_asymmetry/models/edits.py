@@ -361,7 +361,7 @@ def _place(view: ModelView, edit: RankOneEdit) -> _Place:
             "model that was loaded outside torch.inference_mode"
         )
     if edit.head is not None:
-        heads = len(weight)
+        heads = weight.shape[0]
         if not 0 <= edit.head < heads:
             kind = "key-value heads under grouped-query attention" if heads < view.n_heads else "heads"
             raise ValueError(
@@ -370,10 +370,11 @@ def _place(view: ModelView, edit: RankOneEdit) -> _Place:
             )
         weight = weight[edit.head]
     residual, other = weight.shape if edit.matrix in READ else weight.shape[::-1]
-    if (len(edit.residual), len(edit.other)) != (residual, other):
+    given = edit.residual.numel(), edit.other.numel()
+    if given != (residual, other):
         raise ValueError(
-            f"expected residual and other of {residual} and {other} entries for {edit.matrix}, got "
-            f"{len(edit.residual)} and {len(edit.other)}; pass vectors of these lengths"
+            f"expected residual and other of {residual} and {other} entries for {edit.matrix}, got {given[0]} and "
+            f"{given[1]}; pass vectors of these lengths"
         )
     return _Place(edit, weight, owner, weight.data_ptr())
 

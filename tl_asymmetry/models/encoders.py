@@ -1,4 +1,4 @@
-"""How to reach inside a BERT-style encoder, as a TransformerBridge or a HookedEncoder. Used by `ModelView` alone.
+"""How to reach inside a BERT or RoBERTa, as a TransformerBridge or a HookedEncoder. Used by `ModelView` alone.
 
 Their blocks are post-norm: `mid = ln1(x + attention(x))`, `out = ln2(mid + mlp(mid))`. So W_Q, W_K and W_V read the
 stream itself, W_in reads what the first norm gives, and what a block hands on is what its second norm gives. A
@@ -14,15 +14,18 @@ from torch import Tensor, nn
 from tl_asymmetry.models.bridge import BridgeAdapter
 from tl_asymmetry.models.hooked import HookedAdapter
 
+_FAMILIES = ("Bert", "Roberta")
+"""Beginnings of the Hugging Face classes of encoders; transformer-lens has RoBERTa from version 4."""
+
 _HEADS = ("ForMaskedLM", "ForPreTraining")
 """Endings of the Hugging Face classes that carry a masked-language-model head."""
 
 
 def is_encoder(model: Any) -> bool:
-    """Whether a model is one of the encoders this module knows: HookedEncoder, or a Bridge of a BERT."""
+    """Whether a model is one of the encoders this module knows: HookedEncoder, or a Bridge of a BERT or RoBERTa."""
     if hasattr(model, "adapter") and hasattr(model, "original_model"):
         # The configuration of transformer-lens 3.9 calls a BERT causal: only the class tells.
-        return type(model.original_model).__name__.startswith("Bert")
+        return type(model.original_model).__name__.startswith(_FAMILIES)
     return any(base.__name__ == "HookedEncoder" for base in type(model).__mro__)
 
 
@@ -32,7 +35,7 @@ def encoder_adapter(model: Any) -> EncoderBridgeAdapter | HookedEncoderAdapter:
 
 
 class EncoderBridgeAdapter(BridgeAdapter):
-    """A BERT inside a TransformerBridge."""
+    """A BERT or RoBERTa inside a TransformerBridge."""
 
     is_encoder = True
 

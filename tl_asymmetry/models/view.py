@@ -67,7 +67,7 @@ class ModelView:
 
     Args:
         model: a HookedTransformer (transformer-lens 3.x) or a decoder-only TransformerBridge (3.9 and later).
-        encoders: accept BERT-style encoders as well (a HookedEncoder, a TransformerBridge of a BERT).
+        encoders: accept BERT-style encoders as well (a HookedEncoder, a TransformerBridge of a BERT or RoBERTa).
 
     Raises:
         ValueError: for anything else, encoder-decoder and state-space models included.
@@ -148,6 +148,12 @@ class ModelView:
         self.matrices = tuple(m for m in MATRICES if all(adapter.matrix(i, m) is not None for i in layers))
         W_in = adapter.matrix(0, "W_in") if "W_in" in self.matrices else None
         self.d_mlp = None if W_in is None else W_in.shape[1]
+        self._heads = {"W_Q": self.n_heads, "W_K": self.n_kv_heads, "W_V": self.n_kv_heads, "W_O": self.n_heads}
+        d, e, m = self.d_model, self.d_head, self.d_mlp
+        reads = {matrix: (self._heads[matrix], d, e) for matrix in ("W_Q", "W_K", "W_V")}
+        self._shapes: dict[str, tuple[int | None, ...]] = {
+            **reads, "W_O": (self.n_heads, e, d), "W_in": (d, m), "W_gate": (d, m), "W_out": (m, d)
+        }  # fmt: skip
         self.notes = self._notes()
         if self.positional == "shortformer":
             raise ValueError(
@@ -214,7 +220,7 @@ class ModelView:
     def heads(self, matrix: str) -> int | None:
         """Number of heads of a matrix: `n_heads`, `n_kv_heads`, or None for a matrix of the MLP."""
         self._require_matrix(matrix)
-        return {"W_Q": self.n_heads, "W_O": self.n_heads, "W_K": self.n_kv_heads, "W_V": self.n_kv_heads}.get(matrix)
+        return self._heads.get(matrix)
 
     def kv_head(self, head: int) -> int:
         """The key and value head that serves query head `head`."""
@@ -275,19 +281,13 @@ class ModelView:
                 f"expected floating-point weights of 16 bits or more, got {weight.dtype} in blocks.{layer} {matrix}; "
                 "pass the model loaded without quantisation"
             )
-        expected = self._shape(matrix)
+        expected = self._shapes[matrix]
         if tuple(weight.shape) != expected:
             raise ValueError(
                 f"expected blocks.{layer} {matrix} of shape {expected}, got {tuple(weight.shape)}; "
                 "pass a model whose layers all have the same shape"
             )
         return weight
-
-    def _shape(self, matrix: str) -> tuple[int | None, ...]:
-        heads, d, e = self.heads(matrix), self.d_model, self.d_head
-        if heads is not None:
-            return (heads, e, d) if matrix == "W_O" else (heads, d, e)
-        return (self.d_mlp, d) if matrix == "W_out" else (d, self.d_mlp)
 
     def bias(self, layer: int, matrix: str) -> Tensor | None:
         """The bias added after `input @ matrix` (`[head, d_head]` for W_Q, W_K, W_V), or None if the model

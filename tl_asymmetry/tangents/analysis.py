@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tqdm.auto import tqdm
 
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.results.provenance import described_arguments
-from tl_asymmetry.tangents.probe import TangentOptions, TangentProbe
+from tl_asymmetry.tangents.probe import TangentOptions, TangentProbe, early_until
 from tl_asymmetry.tangents.result import TangentAnalysis
 from tl_asymmetry.trajectory.checkpoints import Checkpoint, checkpoints_of
 
@@ -62,7 +63,7 @@ def analyze_tangents(
         checkpoints_or_model: checkpoints in the order of their steps (directories like `checkpoint-500`, pairs `(step,
             model)` as a mapping, list or generator; a model may be a TransformerLens model, a directory, a hub name or
             a function that makes one), or one model, which then gives both basis and gradients. Of encoders a
-            TransformerBridge of a BERT with masked-LM head, or a HookedEncoder.
+            TransformerBridge of a BERT or RoBERTa with masked-LM head, or a HookedEncoder.
         texts, tokens, max_tokens: as in `analyze_pair`.
         rank: of the basis, one or several.
         method: "pca" or "semi_nmf" (the span of D in A ≈ Z D, Z ≥ 0), one or both.
@@ -93,7 +94,8 @@ def analyze_tangents(
 
     Raises:
         ValueError: no checkpoint in the early part, a rank that has no controls, texts too short for the strata, an
-            encoder without a masked-language-model head or mask token, processed weights; before anything heavy runs.
+            encoder without a masked-language-model head or mask token, another bidirectional model, processed weights;
+            before anything heavy runs. Later: a checkpoint whose weights, loss or gradients are not finite.
 
     Example:
         >>> from tl_asymmetry.demo import demo_model, demo_texts
@@ -142,7 +144,7 @@ def _plan(source: Any, total_steps: int | None, basis_from: float) -> _Plan:
     Raises:
         ValueError: none, steps given twice, none in the early part, or a generator without total_steps.
     """
-    if iter(source) is source if isinstance(source, Iterable) else False:
+    if isinstance(source, Iterator):
         if total_steps is None:
             raise ValueError(
                 "expected total_steps with a generator of checkpoints, whose last step nobody knows yet, got none; "
@@ -159,18 +161,17 @@ def _plan(source: Any, total_steps: int | None, basis_from: float) -> _Plan:
     total = steps[-1] if total_steps is None else total_steps
     if steps[-1] > total:
         raise ValueError(f"expected steps up to total_steps={total}, got {steps[-1]}; pass a larger total_steps")
-    early = sum(step <= basis_from * total for step in steps)
+    until = early_until(basis_from, total)
+    early = sum(step <= until for step in steps)
     if early == 0 or early == len(steps):
         missing = "first" if early == 0 else "later"
         raise ValueError(
-            f"expected checkpoints both in the first {basis_from:.0%} of {total} steps (up to {basis_from * total:g}), "
-            f"where the basis is fitted, and after it, got none in the {missing} part (steps "
-            f"{', '.join(map(str, steps))}); pass such checkpoints, another basis_from, or one model alone"
+            f"expected checkpoints both in the first {basis_from:.0%} of {total} steps (up to {until:g}), where the "
+            f"basis is fitted, and after it, got none in the {missing} part (steps {', '.join(map(str, steps))}); pass "
+            "such checkpoints, another basis_from, or one model alone"
         )
     return _Plan(checkpoints, total)
 
 
-def _given(model: Any) -> Any:
-    from contextlib import nullcontext
-
+def _given(model: Any) -> Callable[[], AbstractContextManager[Any]]:
     return lambda: nullcontext(model)

@@ -13,11 +13,10 @@ import xxhash
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.sample import RowSample
 from tl_asymmetry.geometry.semi_nmf import semi_nmf
 from tl_asymmetry.geometry.subspace import Subspace, principal_subspace
-from tl_asymmetry.geometry.tangent import Control, control_subspaces
+from tl_asymmetry.geometry.tangent import Control, control_subspaces, moment_energies
 from tl_asymmetry.models.capture import merged
 from tl_asymmetry.tangents.observation import Observation
 
@@ -96,7 +95,6 @@ def fit_bases(
     for point, layer in early[0].activations:
         moments = merged(o.activations[point, layer] for o in early).pooled()
         principal = principal_subspace(moments, centered=centered)
-        total = moments.second_moment
         for method in methods:
             sample = _pooled_sample([o.samples[point, layer] for o in early], sample_rows) if method != "pca" else None
             for rank in ranks:
@@ -108,7 +106,7 @@ def fit_bases(
                     centre = moments.mean.to(sample) if centered else 0
                     bases[key], fit = _semi_nmf_basis(sample - centre, key, starts=starts, seed=seed, note=note)
                     row |= fit
-                row["explained"] = _explained(bases[key], total)
+                row["explained"] = moment_energies(moments.second_moment, bases[key].unsqueeze(0)).item()
                 row["overlap_pca"] = Subspace(bases[key]).overlap(principal.truncate(rank))
                 rows.append(row)
     return TangentBases(bases, rows, draws, control, seed)
@@ -150,11 +148,6 @@ def _semi_nmf_basis(
         "stability": fit.stability.mean().item(),
         "converged": fit.converged,
     }
-
-
-def _explained(Q: Tensor, second_moment: StreamingMoments | Tensor) -> float:
-    M = second_moment if isinstance(second_moment, Tensor) else second_moment.second_moment
-    return (((M @ Q) * Q).sum() / M.trace()).item()
 
 
 _LAYOUT = {

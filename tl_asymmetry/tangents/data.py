@@ -126,10 +126,11 @@ def _corpus_counts(view: ModelView, packed: Sequence[Tensor], frequencies: Tenso
     if frequencies is None:
         seen = torch.cat([s[:, ORIGINAL][s[:, COUNTED] > 0] for s in packed])
         return torch.bincount(seen, minlength=view.d_vocab).double()
-    if frequencies.shape != (view.d_vocab,) or bool((frequencies < 0).any()):
+    if frequencies.shape != (view.d_vocab,) or not bool(((frequencies >= 0) & frequencies.isfinite()).all()):
         raise ValueError(
-            f"expected frequencies as {view.d_vocab} counts of token ids, none negative, got "
-            f"{tuple(frequencies.shape)}; pass torch.bincount(corpus, minlength={view.d_vocab})"
+            f"expected frequencies as {view.d_vocab} finite counts of token ids, none negative, got shape "
+            f"{tuple(frequencies.shape)} beginning with {frequencies.flatten()[:3].tolist()}; "
+            f"pass torch.bincount(corpus, minlength={view.d_vocab})"
         )
     return frequencies.cpu().double()
 

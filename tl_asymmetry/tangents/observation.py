@@ -202,6 +202,11 @@ class _Backward:
         if not -torch.inf < value < torch.inf:
             raise ValueError(f"expected a finite loss, got {value}; pass a model whose training did not diverge")
         by_site, by_token = self.gradients.of(loss, [outputs[layer] for layer in self.centroids])
+        if not all(bool(gradient.isfinite().all()) for gradient in (*by_site.values(), *by_token)):
+            raise ValueError(
+                f"expected finite gradients, got others in {self.view.dtype}; pass the model in float32 or a smaller "
+                "batch_size"
+            )
         self.loss += value
         for site in self.wanted:
             self.weights[site] += by_site[site].cpu()

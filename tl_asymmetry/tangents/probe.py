@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ class TangentOptions:
     @property
     def ranks(self) -> tuple[int, ...]:
         """The distinct ranks, rising."""
-        return tuple(sorted({int(r) for r in ([self.rank] if isinstance(self.rank, int) else self.rank)}))
+        return tuple(sorted({index(r) for r in (self.rank if isinstance(self.rank, Iterable) else [self.rank])}))
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -102,8 +103,15 @@ class TangentOptions:
                 )
         if not self.ranks or min(self.ranks) < 1:
             raise ValueError(f"expected ranks >= 1, got {self.rank!r}; pass rank=16")
+        if "semi_nmf" in self.methods and self.sample_rows < max(self.ranks):
+            raise ValueError(
+                f"expected at least as many sample_rows as the largest rank, {max(self.ranks)}, got "
+                f"{self.sample_rows}; pass sample_rows=4096"
+            )
         if not 0 < self.basis_from < 1:
             raise ValueError(f"expected basis_from between 0 and 1, got {self.basis_from}; pass basis_from=0.3")
+        if not 0 < self.mask_share <= 1:
+            raise ValueError(f"expected mask_share above 0 and at most 1, got {self.mask_share}; pass mask_share=0.15")
         for name, least in (("batch_size", 1), ("groups", 1), ("starts", 1), ("strata", 0), ("sample_rows", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"expected {name} >= {least}, got {getattr(self, name)}; pass such a number")
@@ -112,6 +120,11 @@ class TangentOptions:
         """All that decides numbers, JSON-ready: what a store must have been made with."""
         settings = {k: v for k, v in vars(self).items() if k not in ("progress", "batch_size", "rank", "method")}
         return described_arguments(settings) | {"ranks": list(self.ranks), "methods": list(self.methods)}
+
+
+def early_until(basis_from: float, total_steps: int) -> float:
+    """Last step whose activations the basis may be fitted on; 0.29 of 100 steps are 29, whatever binary makes of it."""
+    return round(basis_from * total_steps, 9)
 
 
 class TangentProbe:
@@ -276,7 +289,7 @@ class _Run:
     @property
     def basis_until(self) -> float:
         """Last step the basis may be fitted on."""
-        return self.options.basis_from * self.total_steps
+        return early_until(self.options.basis_from, self.total_steps)
 
     def phase(self, step: int) -> str:
         if self.total_steps == 0:
@@ -321,8 +334,8 @@ class _Run:
                 f"expected a step above {self.basis_until:g} now that the bases are fixed, got {step}; observe the "
                 "early steps first"
             )
-        if not early and self.bases is None:
-            self._fix_bases()
+        if not early:
+            self._fixed_bases()
         observation = observe(
             view, self.data, step, matrices=self.matrices, per_token=self.per_token,
             sample_rows=self.options.sample_rows if early and "semi_nmf" in self.options.methods else 0,
@@ -338,10 +351,8 @@ class _Run:
 
     def _finish(self, observation: Observation, entry: Mapping[str, Any]) -> None:
         """Hold an observation against the bases, and keep its rows alone."""
-        if self.bases is None:
-            raise RuntimeError("no bases yet")
         held = Held(
-            bases=self.bases,
+            bases=self._fixed_bases(),
             families=[(method, rank) for method in self.options.methods for rank in self.options.ranks],
             edges=self.data.edges,
             strata=bool(self.options.strata),
@@ -356,8 +367,11 @@ class _Run:
     def _waiting(self) -> list[int]:
         return [step for step in self.store.steps if self.store.entry(step)["rows"] is None]
 
-    def _fix_bases(self) -> None:
-        """Fit the bases on what the early steps have shown, and hold these steps' gradients against them."""
+    def _fixed_bases(self) -> TangentBases:
+        """The bases: at the first call fitted on what the early steps have shown, whose gradients are then held against
+        them."""
+        if self.bases is not None:
+            return self.bases
         early = [Observation.from_arrays(step, self.store.arrays(step)) for step in self._waiting()]
         if not early:
             raise ValueError(
@@ -377,6 +391,7 @@ class _Run:
             table = torch.frombuffer(bytearray(document), dtype=torch.uint8)
             self.store.put("bases", self.bases.arrays() | {"table": table})
         self._reduce_waiting()
+        return self.bases
 
     def _read_bases(self, held: Mapping[str, Tensor]) -> TangentBases:
         rows = json.loads(held["table"].numpy().tobytes())
@@ -392,10 +407,7 @@ class _Run:
     # -- the end -------------------------------------------------------------------------------------------------
 
     def result(self, arguments: Mapping[str, Any]) -> TangentAnalysis:
-        if self.bases is None:
-            self._fix_bases()
-        if self.bases is None:
-            raise RuntimeError("no bases")
+        bases = self._fixed_bases()
         options, steps = self.options, self.store.steps
         entries = {step: self.store.entry(step) for step in steps}
         tables = {
@@ -404,7 +416,7 @@ class _Run:
         }
         return TangentAnalysis(
             **tables,
-            bases=self.bases.table,
+            bases=bases.table,
             config={
                 "arguments": dict(arguments),
                 "versions": versions(),
@@ -429,7 +441,7 @@ class _Run:
                 "sequences": len(self.data.sequences),
             },
             notes=tuple(self.notes.lines),
-            arrays={name: Q.float() for name, Q in self.bases.arrays().items()},
+            arrays={name: Q.float() for name, Q in bases.arrays().items()},
         )
 
 
@@ -464,6 +476,11 @@ def _check_model(view: ModelView, options: TangentOptions, notes: Notes) -> None
         got = type(getattr(view.model, "original_model", view.model)).__name__
         raise ValueError(
             f"expected an encoder with a masked-language-model head, got {got}; pass e.g. a BertForMaskedLM"
+        )
+    if not (view.encoder or view.causal):
+        raise ValueError(
+            f"expected a causal model or an encoder of masked tokens, got the bidirectional {view.name!r}, whose "
+            "positions see what they would have to predict; pass a causal model, a BERT or a RoBERTa"
         )
     check_finite(view)
     if view.kind != "HookedEncoder":  # which knows no processing

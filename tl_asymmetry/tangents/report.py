@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 SIGNIFICANT = 0.05
 METHOD = {"pca": "PCA", "semi_nmf": "semi-NMF"}
+"""What methods are called in words."""
 
 TANGENT_DEFINITIONS = (
     Definition(
@@ -38,9 +39,10 @@ TANGENT_DEFINITIONS = (
         "block output; tokens without a gradient are left out.",
     ),
     Definition(
-        "Energy, normal controls, ratio, p", "[paper]",
-        "energy = ‖G Q‖²/‖G‖². Normal controls are random subspaces of equal rank orthogonal to the basis; ratio is "
-        "over their mean energy, p = (1 + number of controls with at least the energy) / (1 + controls).",
+        "Energy, normal controls, ratio, p", "[choice]",
+        "energy = ‖G Q‖²/‖G‖². The paper compares with normal controls of equal rank; that these are 20 random "
+        "subspaces orthogonal to the basis is reported second-hand, and the formulas are ours: ratio is over their "
+        "mean energy, p = (1 + number of controls with at least the energy) / (1 + controls).",
     ),
     Definition(
         "Size of the test (size)", "[ours]",
@@ -52,9 +54,10 @@ TANGENT_DEFINITIONS = (
         "Spectrum-aware null (spectrum_expected, excess)", "[ours]",
         "The share of the activations' own energy that lies in the basis at that step; for a PCA basis of those same "
         "activations it is the sum of the r leading eigenvalues over the sum of all. A weight gradient is a sum of "
-        "outer products of inputs and upstream gradients: if these were independent, its expected energy is this. "
-        "excess is energy over it. For activation gradients it is a reference only: nothing says that a gradient "
-        "should lie as its activation does.",
+        "outer products of inputs and upstream gradients: were these independent of each other, of mean zero and "
+        "uncorrelated between tokens, its expected energy would be this. Upstream gradients that tokens have in common "
+        "add the inputs' mean, a leading direction, and lift excess (energy over it) above 1 without more. For "
+        "activation gradients it is a reference only: nothing says that a gradient should lie as its activation does.",
     ),
     Definition(
         "Anisotropy share (ΔIso)", "[choice]",

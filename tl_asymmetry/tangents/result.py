@@ -110,7 +110,8 @@ class TangentAnalysis(Result):
         shape, config = self.config["shape"], self.config
         return (
             f"{config['kind']}, {shape['n_layers']} layers × {shape['n_heads']} heads, d_model {shape['d_model']}; "
-            f"{len(config['checkpoints'])} checkpoints, bases from {len(config['basis_steps'])}; {config['tokens']} "
+            f"{len(config['checkpoints'])} checkpoint{'s' * (len(config['checkpoints']) > 1)}, bases from "
+            f"{len(config['basis_steps'])}; {config['tokens']} "
             f"tokens in {config['sequences']} sequences, {config['targets']} predicted; ranks "
             f"{', '.join(map(str, config['ranks']))}, shown {config['shown_rank']}; {config['draws']} "
             f"{config['control']} controls"
