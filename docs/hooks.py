@@ -1,25 +1,44 @@
-"""Pages that are made of what the code already says: the README, and the definitions every report carries."""
+"""Pages that are made of what the code already says: the README, and the definitions the reports carry."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 README = Path(__file__).parent.parent / "README.md"
+DEFINED = {
+    "Weight deltas: `analyze_pair`": "tl_asymmetry.results.definitions.DEFINITIONS",
+    "Training runs: `analyze_trajectory`": "tl_asymmetry.trajectory.report.TRAJECTORY_DEFINITIONS",
+    "Several analyses: `compare`": "tl_asymmetry.comparison.result.COMPARISON_DEFINITIONS",
+    "Gradients: `gradient_covariance`": "tl_asymmetry.gradients.report.DEFINITIONS",
+    "Graded objectives: `contrastive_control`": "tl_asymmetry.control.result.DEFINITIONS",
+    "Rank-1 edits: `rank_one_study`": "tl_asymmetry.interventions.result.DEFINITIONS",
+    "Jacobians: `layer_jacobians`": "tl_asymmetry.jacobians.result.DEFINITIONS",
+    "Pullback: `prediction_pullback`": "tl_asymmetry.jacobians.pullback_result.DEFINITIONS",
+    "Tangent proxies: `analyze_tangents`": "tl_asymmetry.tangents.report.TANGENT_DEFINITIONS",
+    "Training directions: `direction_coupling`": "tl_asymmetry.coupling.result.DEFINITIONS",
+}
+"""Headings of the page of definitions, and where the definitions under each stand."""
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """Fill the front page with the README and the page of definitions with the reports' own."""
     if page.file.src_uri == "index.md":
-        return README.read_text(encoding="utf-8").replace("](docs/", "](")
-    return markdown.replace("{{ definitions }}", _definitions()).replace("{{ papers }}", _papers())
+        return README.read_text(encoding="utf-8").replace("](docs/", "](").replace('="docs/', '="')
+    return markdown.replace("{{ definitions }}", definitions()).replace("{{ papers }}", _papers())
 
 
-def _definitions() -> str:
-    from tl_asymmetry.results.report import DEFINITIONS, MARKS
+def definitions() -> str:
+    """Every definition the reports carry, under the analysis it belongs to."""
+    from tl_asymmetry.results.report import MARKS
 
-    legend = "\n".join(f"- `{mark}` {says}" for mark, says in MARKS.items())
-    return f"{legend}\n\n" + "\n\n".join(f"## {d.term}\n\n`{d.mark}` {d.text}" for d in DEFINITIONS)
+    parts = ["\n".join(f"- `{mark}` {says}" for mark, says in MARKS.items())]
+    for heading, where in DEFINED.items():
+        module, name = where.rsplit(".", 1)
+        parts.append(f"## {heading}")
+        parts += [f"### {d.term}\n\n`{d.mark}` {d.text}" for d in getattr(import_module(module), name)]
+    return "\n\n".join(parts)
 
 
 def _papers() -> str:

@@ -57,6 +57,8 @@ def test_menus_and_slider_combine_by_keyboard(visit, report_page, pair):
 def test_hover_explains_a_cell(visit, report_page, pair):
     page = visit(report_page)
     page.locator(f"{HEADS} .main-svg").first.wait_for()
+    until(page, f"document.querySelector('{HEADS} .plot').dataset.hover === 'yes' || "
+                f"document.getElementById('plot-0-0-hover') === null")  # fmt: skip
     page.locator(f"{HEADS} .plot .nsewdrag").hover(position={"x": 40, "y": 20})
     page.locator(f"{HEADS} .hovertext").first.wait_for()
     words = page.locator(f"{HEADS} .hovertext").first.text_content()
@@ -108,7 +110,8 @@ def test_download_is_the_whole_table(visit, report_page, pair):
 
     page = visit(report_page)
     with page.expect_download() as waiting:
-        page.locator("a[download='table.csv']").click()
+        page.get_by_role("button", name="Download all as table.csv").click()
+    assert waiting.value.suggested_filename == "table.csv"
     read = pd.read_csv(waiting.value.path())
     assert len(read) == len(pair[0].table)
     np.testing.assert_allclose(read["relative"], pair[0].table["relative"], rtol=1e-12)

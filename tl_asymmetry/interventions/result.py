@@ -191,7 +191,7 @@ def _site(row: Any) -> str:
     return f"L{int(row['layer'])}{head} {row['matrix']}"
 
 
-_DEFINITIONS = (
+DEFINITIONS = (
     Definition(
         "Rank-1 intervention", "[paper]",
         "Editing one direction of one matrix in closed form, against controls matched in all but the direction. The "
@@ -255,7 +255,7 @@ def _report(study: RankOneStudy) -> Report:
             ("Controls", f"{arguments['draws']} draws of each of {', '.join(arguments['controls'])}, seed "
              f"{arguments['seed']}"),
         ],
-        definitions=_DEFINITIONS,
+        definitions=DEFINITIONS,
         config=study.config,
         citations=CITATIONS[:1],
     )  # fmt: skip

@@ -9,13 +9,17 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from tl_asymmetry.plots import heads as one
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
 
 DIFFERENCE_HOVER = (
-    "<b>%{customdata[0]}</b><br>%{customdata[1]}: relative %{customdata[2]}, excess %{customdata[3]}"
-    "<br>%{customdata[4]}: relative %{customdata[5]}, excess %{customdata[6]}"
-    "<br>ratio %{customdata[7]}, 95 % interval over texts: %{customdata[8]}<extra></extra>"
+    "<b>%{customdata[0]}</b>"
+    "<br>%{customdata[1]}: relative %{customdata[2]}, excess %{customdata[3]}"
+    "<br>q %{customdata[4]}, rounding share %{customdata[5]}"
+    "<br>%{customdata[6]}: relative %{customdata[7]}, excess %{customdata[8]}"
+    "<br>q %{customdata[9]}, rounding share %{customdata[10]}"
+    "<br>ratio %{customdata[11]}, 95 % interval over texts: %{customdata[12]}<extra></extra>"
 )
 OVERLAP_HOVER = (
     "<b>%{customdata[0]}</b><br>overlap of %{customdata[1]} directions %{customdata[2]}, chance %{customdata[3]}"
@@ -39,6 +43,8 @@ def differences_figure(
 ) -> go.Figure:
     """Map log2(relative_a / relative_b) over layers and heads; a dot where its interval over texts leaves 0 out.
 
+    Grey with a cross, or a diamond: where either delta is rounding, mostly or in part, as in `heads_figure`.
+
     Args:
         table: rows of `Comparison.table` of one pair of analyses.
         matrix: one of the table's.
@@ -53,7 +59,10 @@ def differences_figure(
         >>> from tl_asymmetry.plots import differences_figure
         >>> differences_figure(comparison.table, "W_Q", rank=4).write_html("differences.html")
     """
-    pick.require(table, ("a", "b", *pick.KEYS, "log2_ratio", "ci_low", "ci_high"), "Comparison.table")
+    pick.require(
+        table, ("a", "b", *pick.KEYS, "log2_ratio", "ci_low", "ci_high", "rounding_share_a", "rounding_share_b"),
+        "Comparison.table",
+    )  # fmt: skip
     a, b = _one_pair(table)
     style.one_of("matrix", matrix, list(dict.fromkeys(table["matrix"])), "matrix")
     rows = table[table["matrix"] == matrix]
@@ -63,13 +72,16 @@ def differences_figure(
     ranks, start = pick.pick_ranks(rows, rank, default_rank, None)
     shared, group = pick.kv_group(table, matrix, kv)
 
+    def side(row: Any, of: str, suffix: str) -> list[str]:
+        columns = ("relative", "excess", "isotropic_q", "rounding_share")
+        return [style.text(of), *(style.number(row[f"{column}_{suffix}"]) for column in columns)]
+
     def hover(row: Any, name: str) -> list[str]:
         low, high = style.as_float(row["ci_low"]), style.as_float(row["ci_high"])
         told = "none" if math.isnan(low) else f"{style.number(2**low)} to {style.number(2**high)}"
         ratio = style.as_float(row["log2_ratio"])
         return [
-            name, style.text(a), style.number(row["relative_a"]), style.number(row["excess_a"]), style.text(b),
-            style.number(row["relative_b"]), style.number(row["excess_b"]),
+            name, *side(row, a, "a"), *side(row, b, "b"),
             style.MISSING if math.isnan(ratio) else style.number(2**ratio), told,
         ]  # fmt: skip
 
@@ -83,9 +95,10 @@ def differences_figure(
         f"Ratio of the relative fractions in {style.text(space)}. Orange: more in {style.text(a)}. Dot: the 95 % "
         "interval over texts leaves 1 out.",
     )
+    shares = frames[0][0][["rounding_share_a", "rounding_share_b"]].max(axis=1)
     return _map(
         frames, ranks, start, matrix, hover, DIFFERENCE_HOVER, words, "a / b", "interval leaves 1 out",
-        shared=shared, group=group, template=template, width=width, height=height,
+        rounding=shares, shared=shared, group=group, template=template, width=width, height=height,
     )  # fmt: skip
 
 
@@ -132,7 +145,8 @@ def overlap_figure(
     )
     return _map(
         [(rows, value, rows["q"] < style.Q_LEVEL)], [0], 0, matrix, hover, OVERLAP_HOVER, words, "× chance",
-        f"q &lt; {style.Q_LEVEL}", shared=shared, group=group, template=template, width=width, height=height,
+        f"q &lt; {style.Q_LEVEL}", rounding=None, shared=shared, group=group, template=template, width=width,
+        height=height,
     )  # fmt: skip
 
 
@@ -154,13 +168,14 @@ def _map(
     bar: str,
     dot: str,
     *,
+    rounding: pd.Series | None,
     shared: bool,
     group: int | None,
     template: Any,
     width: int | None,
     height: int | None,
 ) -> go.Figure:
-    """A layer × head map of log2 ratios, one for each rank, on one scale."""
+    """A layer × head map of log2 ratios, one for each rank, on one scale, and what rounding weakens."""
     layers, heads = pick.layers_of(frames[0][0]), pick.heads_of(frames[0][0])
     x = list(range(len(heads)))
     every = np.concatenate([value.to_numpy(float, na_value=np.nan) for _, value, _ in frames])
@@ -170,7 +185,7 @@ def _map(
     def drawn(at: int) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
         rows, value, marked = frames[at]
         z = pick.grid(rows, value, layers, heads).clip(-limit, limit)
-        cells = [[[style.MISSING] * 10 for _ in heads] for _ in layers]
+        cells = [[[style.MISSING] * 13 for _ in heads] for _ in layers]
         for row in rows.to_dict("records"):
             i = layers.index(int(row["layer"]))
             j = heads.index(None if pd.isna(row["head"]) else int(row["head"]))
@@ -212,6 +227,9 @@ def _map(
             change = {"z": [z, None], "customdata": [cells, None], "x": [x, dots["x"]], "y": [layers, dots["y"]]}
             steps.append([change, [0, 1]])
         figure.update_layout(sliders=[style.rank_slider(ranks, start, steps)])
+    if rounding is not None and bool((rounding >= style.ROUNDING_FLAG).any()):
+        laid_out = pick.grid(frames[0][0], rounding, layers, heads)
+        figure.add_traces(one.rounding_marks(laid_out, layers, one.mark_size(layers, heads)))
     if not np.isfinite(every).any():
         style.note(figure, "No value: a delta is zero, so its fractions are undefined.")
     pick.head_axes(figure, layers, heads, shared)

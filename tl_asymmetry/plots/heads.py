@@ -142,19 +142,9 @@ def heads_figure(
             )
         )  # fmt: skip
 
+    size = mark_size(layers, heads)
     rounding = pick.grid(by_rank[start], by_rank[start]["rounding_share"], layers, heads)
-    dominated = rounding >= style.ROUNDING_DOMINATED
-    figure.add_trace(
-        go.Heatmap(
-            x=x, y=layers, z=lists(np.where(dominated, 1.0, np.nan)), zmin=0, zmax=1, showscale=False, opacity=0.85,
-            colorscale=[(0, "#8d949c"), (1, "#8d949c")], xgap=1, ygap=1, hoverinfo="skip", name="greyed",
-        )
-    )  # fmt: skip
-    size = float(np.clip(180 / max(len(layers), len(heads)), 5, 11))
-    xs, ys = _where(dominated, layers)
-    figure.add_trace(marks(xs, ys, "x", 1.5 * size, f"rounding share ≥ {style.ROUNDING_DOMINATED} (mostly storage)"))
-    xs, ys = _where((rounding >= style.ROUNDING_FLAG) & ~dominated, layers, offset=0.28)
-    figure.add_trace(marks(xs, ys, "diamond", 0.9 * size, f"rounding share ≥ {style.ROUNDING_FLAG}", light=True))
+    figure.add_traces(rounding_marks(rounding, layers, size))
     dots = [_where(_significant(r, layers, heads), layers) for r in by_rank]
     figure.add_trace(marks(*dots[start], "circle", 0.75 * size, f"q < {style.Q_LEVEL} (isotropic null)"))
     q_trace = len(figure.data) - 1
@@ -277,6 +267,34 @@ def _where(mask: np.ndarray, layers: list[int], offset: float = 0.0) -> tuple[li
 
 def _significant(rows: pd.DataFrame, layers: list[int], heads: list[int | None]) -> np.ndarray:
     return pick.grid(rows, rows["isotropic_q"], layers, heads) < style.Q_LEVEL
+
+
+def mark_size(layers: list[int], heads: list[int | None]) -> float:
+    """Pixels of a mark that fits the cells of a map."""
+    return float(np.clip(180 / max(len(layers), len(heads)), 5, 11))
+
+
+def rounding_marks(rounding: np.ndarray, layers: list[int], size: float) -> list[go.Heatmap | go.Scatter]:
+    """Grey and a cross over cells whose delta is mostly rounding, a diamond where part of it is.
+
+    Args:
+        rounding: rounding shares [layer, head]; NaN has no mark.
+        layers: the map's.
+        size: of a mark, pixels.
+    """
+    dominated = rounding >= style.ROUNDING_DOMINATED
+    grey = go.Heatmap(
+        x=list(range(rounding.shape[1])), y=layers, z=lists(np.where(dominated, 1.0, np.nan)), zmin=0, zmax=1,
+        showscale=False, opacity=0.85, colorscale=[(0, "#8d949c"), (1, "#8d949c")], xgap=1, ygap=1, hoverinfo="skip",
+        name="greyed",
+    )  # fmt: skip
+    crossed = _where(dominated, layers)
+    partly = _where((rounding >= style.ROUNDING_FLAG) & ~dominated, layers, offset=0.28)
+    return [
+        grey,
+        marks(*crossed, "x", 1.5 * size, f"rounding share ≥ {style.ROUNDING_DOMINATED} (mostly storage)"),
+        marks(*partly, "diamond", 0.9 * size, f"rounding share ≥ {style.ROUNDING_FLAG}", light=True),
+    ]
 
 
 def marks(x: list[float], y: list[float], symbol: str, size: float, name: str, *, light: bool = False) -> go.Scatter:

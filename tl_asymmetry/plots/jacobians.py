@@ -69,7 +69,7 @@ def singular_values_figure(
         )  # fmt: skip
     figure.add_hline(y=1, line={"color": style.GUIDE, "dash": "dot", "width": 1})
     figure.update_xaxes(title="index (largest first)")
-    figure.update_yaxes(title="singular value", type="log", exponentformat="power")
+    figure.update_yaxes(title="singular value", **style.ratio_axis(σ.ravel().tolist()))
     lines = ["Dotted: 1, a direction's length kept."]
     if cut:
         lines.append(f"{cut} values under a 1e-12th of the largest are left out.")

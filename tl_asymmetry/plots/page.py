@@ -1,7 +1,8 @@
 """How figures live in a page of their own: plotly's code, a figure as data, and the script that draws it.
 
-The script (`assets/page.js`) draws a figure when it comes near the screen, follows the reader's light or dark preference,
-and turns plotly's menus and sliders, which are pictures a keyboard cannot reach, into HTML controls above the plot.
+The script (`assets/page.js`) draws a figure when it comes near the screen, follows the reader's light or dark
+preference, and turns plotly's menus and sliders, which are pictures a keyboard cannot reach, into HTML controls above
+the plot.
 """
 
 from __future__ import annotations

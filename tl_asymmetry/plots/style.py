@@ -227,9 +227,13 @@ def heading(title: str, *lines: str) -> str:
     Args:
         title, lines: already escaped (`text`) where they carry foreign words.
     """
-    head = "<br>".join(f"<b>{part}</b>" for part in textwrap.wrap(title, HEAD_COLUMNS, break_long_words=False))
-    small = [part for line in lines if line for part in textwrap.wrap(line, TITLE_COLUMNS, break_long_words=False)]
+    head = "<br>".join(f"<b>{part}</b>" for part in _wrapped(title, HEAD_COLUMNS))
+    small = [part for line in lines if line for part in _wrapped(line, TITLE_COLUMNS)]
     return head + "".join(f"<br><span style='font-size:12px'>{part}</span>" for part in small)
+
+
+def _wrapped(words: str, columns: int) -> list[str]:
+    return textwrap.wrap(words, columns, break_long_words=False, break_on_hyphens=False)
 
 
 def finish(

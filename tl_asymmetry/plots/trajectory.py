@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from tl_asymmetry.plots import heads as one
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
 
@@ -26,7 +27,8 @@ CURVE_HOVER = (
 HEAD_HOVER = (
     "<b>%{customdata[0]}</b><br>step %{customdata[1]}<br>relative %{customdata[2]} (fraction %{customdata[3]})"
     "<br>95 % interval over texts: %{customdata[4]}<br>isotropic null: %{customdata[5]}"
-    "<br>activation-matched: %{customdata[6]}, excess %{customdata[7]}<br>‖ΔW‖/‖W‖ %{customdata[8]}<extra></extra>"
+    "<br>activation-matched: %{customdata[6]}, excess %{customdata[7]}%{customdata[8]}"
+    "<br>rounding share %{customdata[9]}<br>‖ΔW‖/‖W‖ %{customdata[10]}<extra></extra>"
 )
 
 
@@ -248,7 +250,8 @@ def animation_figure(
 ) -> go.Figure:
     """Map one matrix over layers and heads, a frame for each checkpoint: a slider of steps, and Play.
 
-    Colour is the log2 distance from chance, on one scale over all checkpoints; a dot marks q < 0.05.
+    Colour is the log2 distance from chance, on one scale over all checkpoints; a dot marks q < 0.05, grey with a cross
+    a change that is mostly rounding, a diamond one that is in part, as in `heads_figure`.
 
     Args:
         table: `TrajectoryAnalysis.table`.
@@ -278,6 +281,7 @@ def animation_figure(
         logs = np.log2(rows["relative"].to_numpy(float, na_value=np.nan))
     limit = float(max(1, math.ceil(np.abs(logs[np.isfinite(logs)]).max(initial=0.0))))
     exponents, labels = style.ratio_ticks(-limit, limit)
+    rounded = bool((rows["rounding_share"] >= style.ROUNDING_FLAG).any())
 
     def heading(step: int) -> str:
         return style.heading(
@@ -292,12 +296,13 @@ def animation_figure(
         with np.errstate(divide="ignore", invalid="ignore"):
             z = np.log2(pick.grid(here, here["relative"], layers, heads)).clip(-limit, limit)
         below = pick.grid(here, here["isotropic_q"], layers, heads) < style.Q_LEVEL
-        hover = [[[""] * 9 for _ in heads] for _ in layers]
+        hover = [[[""] * 11 for _ in heads] for _ in layers]
         for row, cell in _head_hover(here, space, d, matrix, shared, group):
             head = None if pd.isna(row["head"]) else int(row["head"])
             hover[layers.index(int(row["layer"]))][heads.index(head)] = cell
         i, j = np.nonzero(below)
         dots: dict[str, list[Any]] = {"x": [int(v) for v in j] or [None], "y": [layers[v] for v in i] or [None]}
+        rounding = pick.grid(here, here["rounding_share"], layers, heads)
         return [
             go.Heatmap(
                 x=x, y=layers, z=[[None if math.isnan(v) else round(float(v), 3) for v in r] for r in z],
@@ -314,16 +319,21 @@ def animation_figure(
                 marker={"symbol": "circle", "size": 6, "color": "#14181f", "line": {"width": 1.4, "color": "#ffffff"}},
                 name=f"q &lt; {style.Q_LEVEL}", hoverinfo="skip", showlegend=True,
             ),
+            *(one.rounding_marks(rounding, layers, one.mark_size(layers, heads)) if rounded else []),
         ]  # fmt: skip
 
     last = steps[-1]
+    data = {step: drawn(step) for step in steps}
     figure = go.Figure(
-        data=drawn(last),
+        data=data[last],
         frames=[
-            go.Frame(data=drawn(step), name=str(step), layout={"title": {"text": heading(step)}}, traces=[0, 1])
+            go.Frame(
+                data=data[step], name=str(step), layout={"title": {"text": heading(step)}},
+                traces=list(range(len(data[step]))),
+            )
             for step in steps
         ],
-    )
+    )  # fmt: skip
     still = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
     moving = {"fromcurrent": False, "frame": {"duration": 700, "redraw": True}, "transition": {"duration": 0}}
     if len(steps) > 1:
@@ -532,28 +542,34 @@ def _head_curve(rows: pd.DataFrame, n: int, space: str, d: int | None, name: str
             "symbol": [symbol if s else f"{symbol}-open" for s in significant],
         },
         "customdata": [
-            _hover(row, f"{name}", space, m) for row, m in zip(rows.to_dict("records"), matched, strict=True)
+            _hover(row, name, space, d, m) for row, m in zip(rows.to_dict("records"), matched, strict=True)
         ],
     }  # fmt: skip
 
 
 def _head_hover(
     rows: pd.DataFrame, space: str, d: int | None, matrix: str, shared: bool, group: int | None
-) -> list[tuple[dict[str, Any], list[str]]]:
+) -> list[tuple[dict[Hashable, Any], list[str]]]:
     matched = pick.in_relative_units(rows, "activation_matched", d)
     found = []
     for row, m in zip(rows.to_dict("records"), matched, strict=True):
         head = None if pd.isna(row["head"]) else int(row["head"])
         name = f"{pick.head_name(int(row['layer']), head, kv=shared, group=group)} · {style.text(matrix)}"
-        found.append((row, _hover(row, name, space, m)))
-    return found  # type: ignore[return-value]
+        found.append((row, _hover(row, name, space, d, m)))
+    return found
 
 
-def _hover(row: Any, name: str, space: str, matched: float) -> list[str]:
+def _hover(row: Any, name: str, space: str, d: int | None, matched: float) -> list[str]:
+    gradient, share = style.as_float(row.get("gradient_matched")), style.as_float(row["rounding_share"])
+    by_gradient = ""
+    if d is not None and not math.isnan(gradient):
+        excess = style.number(row.get("gradient_excess"))
+        by_gradient = f"<br>gradient-matched: {style.number(gradient * d / row['rank'])}, excess {excess}"
     return [
         name, str(int(row["step"])), style.number(row["relative"]),
         f"{style.number(row['fraction'])} at k = {row['rank']}", pick.interval(row["ci_low"], row["ci_high"], space),
-        pick.isotropic(row), style.number(matched), style.number(row["excess"]),
+        pick.isotropic(row), style.number(matched), style.number(row["excess"]), by_gradient,
+        style.number(share) + (", mostly storage" if share >= style.ROUNDING_DOMINATED else ""),
         style.number(row["delta_relative_norm"]),
     ]  # fmt: skip
 

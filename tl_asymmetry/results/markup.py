@@ -7,13 +7,10 @@ import json
 import numbers
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tl_asymmetry.results.definitions import MARKS, Citation, Definition
 from tl_asymmetry.results.sections import FigureSection, TableSection
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 LONG_TABLE = 12
 """Rows from which a table fills its box, so that the browser may put off what is off the screen."""
@@ -196,7 +193,8 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def settings_table(config: Mapping[str, Any]) -> str:
     """Every setting, one a row."""
     body = "".join(
-        f'<tr><th scope="row">{html.escape(str(name))}</th><td>{html.escape(_setting(value))}</td></tr>'
+        f'<tr><th scope="row">{html.escape(str(name)).replace(".", ".<wbr>")}</th>'
+        f"<td>{html.escape(_setting(value))}</td></tr>"
         for name, value in _flat(config).items()
     )
     return (

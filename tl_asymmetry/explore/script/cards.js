@@ -8,10 +8,7 @@ function drawCards() {
   }
   // One scale for all cards, so that they can be compared.
   const seen = state.open.flatMap((o) => curve(o).seen);
-  const range = seen.length
-    ? [Math.log10(Math.min(0.7, ...seen)) - 0.05, Math.log10(Math.max(1.4, ...seen)) + 0.05]
-    : null;
-  cards.forEach((c) => c.draw(range));
+  cards.forEach((c) => c.draw(around(seen)));
 }
 
 function card(item) {
@@ -47,6 +44,14 @@ function card(item) {
   const interval = Number.isNaN(get("ci_low"))
     ? "none" + (item.subspace === "prediction" ? " (weights only)" : "")
     : number(get("ci_low")) + " to " + number(get("ci_high"));
+  const why = {
+    activation_matched: map.pathway === "write" ? "none: a write matrix's residual side is its output" : "unknown",
+    gradient_matched: map.pathway === "read" ? "none: for write matrices only" : "unknown without gradients",
+  };
+  const matched = (column, excess) =>
+    Number.isNaN(get(column))
+      ? why[column]
+      : number(inRelative(get(column), r)) + ", excess " + number(get(excess));
   const gap = get("eigengap"),
     rounding = get("rounding_share");
   const facts = [
@@ -67,8 +72,8 @@ function card(item) {
         get("p_method") +
         ")",
     ],
-    ["activation-matched", number(inRelative(get("activation_matched"), r)) + ", excess " + number(get("excess"))],
-    ["gradient-matched", number(inRelative(get("gradient_matched"), r)) + ", excess " + number(get("gradient_excess"))],
+    ["activation-matched", matched("activation_matched", "excess")],
+    ["gradient-matched", matched("gradient_matched", "gradient_excess")],
     [
       "rounding share",
       number(rounding) +
@@ -98,6 +103,11 @@ function card(item) {
     element("h4", {}, "Concentration by rank (dashed grey: 1 = chance)"),
     curvePlot,
     element("h4", {}, "Spectrum of the change"),
+    element(
+      "p",
+      {className: "rows"},
+      "Share of ‖ΔW‖² along each of the change's own directions. Dashed: where independent entries would end (descriptive).",
+    ),
     spectrumPlot,
     element("h4", {}, "Leading directions"),
     ...directionBlocks(item),

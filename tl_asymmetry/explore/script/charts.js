@@ -90,20 +90,27 @@ function drawCurve(box, item, range) {
     hovertemplate:
       "<b>relative %{y:.3g}</b> at k = %{x}<br>95 % interval %{customdata[0]}<br>q %{customdata[1]}<extra></extra>",
   });
-  const chance = {
-    type: "line",
-    xref: "paper",
-    x0: 0,
-    x1: 1,
-    y0: 1,
-    y1: 1,
-    line: {dash: "dash", width: 1.5, color: "#828a94"},
-  };
   plot(box, traces, {
     xaxis: {type: "log", title: {text: "rank k"}, tickvals: data.ranks, ticktext: data.ranks.map(String)},
     yaxis: {type: "log", title: {text: "relative"}, range, ...octaves(range)},
-    shapes: [chance],
+    shapes: [CHANCE],
   });
+}
+
+const CHANCE = {
+  type: "line",
+  xref: "paper",
+  x0: 0,
+  x1: 1,
+  y0: 1,
+  y1: 1,
+  line: {dash: "dash", width: 1.5, color: "#828a94"},
+};
+
+// The range of a log axis that holds some ratios and chance, 1.
+function around(values) {
+  const seen = values.filter((v) => v > 0);
+  return [Math.log10(Math.min(0.7, ...seen)) - 0.05, Math.log10(Math.max(1.4, ...seen)) + 0.05];
 }
 
 function octaves(range) {

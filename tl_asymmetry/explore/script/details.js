@@ -11,7 +11,16 @@ function directionBlocks(item) {
   if (!(held.energy[head * held.n] >= 0)) {
     return [element("p", {className: "rows"}, "None: the delta is zero.")];
   }
-  const blocks = [];
+  const blocks = [
+    element(
+      "p",
+      {className: "rows"},
+      "Residual directions of the change, + and − the two ways along each: the tokens whose embedding and unembedding lie " +
+        "nearest, and the calibration contexts at whose last token the " +
+        (map.pathway === "read" ? "matrix's input reaches" : "change writes") +
+        " farthest (in brackets: how far).",
+    ),
+  ];
   for (let i = 0; i < held.n; i += 1) {
     const block = element(
       "div",
@@ -130,7 +139,7 @@ function attachedBlock(table, item, node) {
       const key =
         columns
           .filter((c) => table.columns[c].words)
-          .map((c) => value(c, i))
+          .map((c) => (c === "reference" && SINCE[value(c, i)]) || value(c, i))
           .join(", ") || "relative";
       (series[key] = series[key] || []).push([value("step", i), value("relative", i)]);
     });
@@ -149,9 +158,16 @@ function attachedBlock(table, item, node) {
       chart.textContent = "No rows at this rank.";
       return;
     }
-    plot(chart, traces, {xaxis: {title: {text: "step"}}, yaxis: {title: {text: "relative (1 = chance)"}, type: "log"}});
+    const range = around(traces.flatMap((t) => t.y));
+    plot(chart, traces, {
+      xaxis: {title: {text: "step"}},
+      yaxis: {title: {text: "relative"}, type: "log", range, ...octaves(range)},
+      shapes: [CHANCE],
+    });
   };
 }
+
+const SINCE = {first: "since the first checkpoint", previous: "since the previous checkpoint"};
 
 // plotly reads a subset of HTML and templates in names.
 const escaped = (text) =>

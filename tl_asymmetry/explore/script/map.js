@@ -55,6 +55,7 @@ function drawMap() {
       cell.dataset.layer = l;
       cell.dataset.head = h;
       cell.style.width = width + "px";
+      cell.style.height = data.layers > 16 ? "22px" : "30px"; // few layers have room for a finger
       cell.style.minWidth = width + "px";
       if (Number.isNaN(where)) {
         cell.classList.add("none");

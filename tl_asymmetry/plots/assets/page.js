@@ -15,6 +15,8 @@ const whole = new Promise((resolve) => {
   }
 });
 
+const idle = () => new Promise((resolve) => (window.requestIdleCallback || setTimeout)(resolve));
+
 async function held(id) {
   if (!document.getElementById(id)) {
     await whole;
@@ -41,7 +43,11 @@ const plain = (label) =>
 // Titles come wrapped for a telephone; a wider page has room for longer lines.
 function wrap(words, columns) {
   const lines = [""];
-  for (const word of words.split(" ")) {
+  // A name longer than a line is cut, unless that could cut an escape in two.
+  const pieces = words
+    .split(" ")
+    .flatMap((word) => (word.includes("&") ? [word] : word.match(new RegExp(`.{1,${Math.floor(columns)}}`, "gu")) || []));
+  for (const word of pieces) {
     const last = lines[lines.length - 1];
     if (last && plain(last + " " + word).length > columns) {
       lines.push(word);
@@ -57,8 +63,8 @@ const SMALL = "<span style='font-size:12px'>";
 function fitted(title, width) {
   const [head, ...small] = title.replaceAll("</b><br><b>", " ").split("<br>");
   const words = small.map((line) => line.replace(SMALL, "").replace("</span>", "")).join(" ");
-  const bold = wrap(head.replace("<b>", "").replace("</b>", ""), Math.max(30, (width - 24) / 9));
-  const lines = words ? wrap(words, Math.max(40, (width - 24) / 6.6)) : [];
+  const bold = wrap(head.replace("<b>", "").replace("</b>", ""), Math.max(30, (width - 16) / 8.3));
+  const lines = words ? wrap(words, Math.max(40, (width - 14) / 6.5)) : [];
   return [...bold.map((line) => `<b>${line}</b>`), ...lines.map((line) => `${SMALL}${line}</span>`)].join("<br>");
 }
 
@@ -222,7 +228,7 @@ async function addHover(plot) {
     return;
   }
   const {traces, ...words} = await unpacked(source).json();
-  await new Promise((resolve) => (window.requestIdleCallback || setTimeout)(resolve));
+  await idle();
   await Plotly.restyle(plot, words, traces);
   plot.dataset.hover = "yes";
 }
@@ -262,7 +268,12 @@ const watcher = new IntersectionObserver(
 );
 const boxes = Array.from(document.querySelectorAll(".figure-box"));
 // The first figure has the browser to itself.
-(boxes.length ? draw(boxes[0]) : whole).then(() => boxes.forEach((box) => watcher.observe(box)));
+(boxes.length ? draw(boxes[0]) : whole).then(() => {
+  boxes.forEach((box) => watcher.observe(box));
+  whole.then(idle).then(() => {
+    document.querySelectorAll(".scroll.long").forEach((box) => box.classList.remove("long"));
+  });
+});
 addEventListener("beforeprint", () => boxes.forEach(draw));
 
 for (const select of document.querySelectorAll("select[data-figures]")) {
