@@ -13,12 +13,20 @@ import pytest
 import torch
 
 from tests import tiny
-from tl_asymmetry import PairAnalysis, StreamingMoments, analyze_pair, estimate_pair
+from tl_asymmetry import (
+    PairAnalysis,
+    StreamingMoments,
+    TrajectoryAnalysis,
+    analyze_pair,
+    analyze_trajectory,
+    estimate_pair,
+)
 from tl_asymmetry.geometry.memory import free_memory
 from tl_asymmetry.models.capture import capture
 from tl_asymmetry.models.ranks import ALONE, Ranks, present_ranks
 from tl_asymmetry.models.view import POINTS, ModelView
 from tl_asymmetry.pair import memory_plan
+from tl_asymmetry.results.store import StoreReader
 
 TOKENS = tiny.tokens(9, 12)
 OPTIONS: dict[str, Any] = {"tokens": TOKENS, "ranks": [1, 4], "groups": 3, "batch_size": 2, "progress": False}
@@ -135,6 +143,23 @@ def _planned(base: Any) -> tuple[Any, Any]:
     return plan, list(TOKENS)
 
 
+def test_layers_side_by_side_take_a_gigabyte_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the moments a wide model takes what one layer takes, however many threads there are."""
+    base = tiny.bridge("gpt2")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+    def load() -> memory_plan.Workload:
+        options: dict[str, Any] = {"groups": 3, "activations": "base", "sensitivity": False, "batch_size": 2}
+        return memory_plan.workload(ModelView(base), *_planned(base), **options)
+
+    assert load().workers == 2
+    alone = load().layers_host() // 2
+    monkeypatch.setattr(memory_plan, "SIDE_BY_SIDE", 2 * alone - 1)
+    assert load().workers == 1
+    monkeypatch.setattr(memory_plan, "SIDE_BY_SIDE", alone - 1)
+    assert load().workers == 1
+
+
 def test_moments_are_counted_right() -> None:
     """What the plan says of moments is what they are."""
     base = tiny.bridge("gpt2")
@@ -197,7 +222,7 @@ import sys, warnings
 import torch
 torch.set_num_threads(1)
 from tests import tiny
-from tl_asymmetry import analyze_pair
+from tl_asymmetry import analyze_pair, analyze_trajectory
 from tl_asymmetry.models.loading import open_model
 from tl_asymmetry.models.ranks import started_ranks
 
@@ -215,6 +240,28 @@ with started_ranks() as ranks:
     run("loaded", aligned, sensitivity=True)
     run("files", aligned_directory, layers_per_pass=1)
     run("few", aligned_directory, tokens=tokens[:4])  # fewer sequences in a group than processes
+    def random_walk():
+        yield 0, base
+        for step, seed in ((10, 1), (30, 2), (100, 3)):
+            yield step, tiny.perturbed(base, 0.02, seed)
+
+    def sweep(name, checkpoints, **more):
+        analyze_trajectory(checkpoints, **{"tokens": tokens, **options, **more}).save(f"{out}/{name}-{ranks.rank}")
+
+    sweep("sweep", random_walk(), reference="both", store=f"{out}/store")
+    sweep("resumed", random_walk(), reference="both", store=f"{out}/store")
+    sweep("each", random_walk(), subspaces_from="each")
+    good, broken = tiny.perturbed(base, 0.02, 1), tiny.perturbed(base, 0.02, 2)
+    with torch.no_grad():
+        broken.blocks[1].mlp.W_in[0, 0] = float("nan")
+    for name, checkpoints in (
+        ("broken", [(0, base), (10, good), (30, broken)]), ("unsorted", [(0, base), (30, good), (10, good)]),
+    ):  # fmt: skip
+        try:
+            analyze_trajectory(checkpoints, tokens=tokens, store=f"{out}/store-{name}", **options)
+        except ValueError as error:
+            open(f"{out}/{name}-{ranks.rank}", "w").write(str(error))
+
     run("alone", aligned_directory, tokens=tokens[: 8 + ranks.rank], distributed=False)
     try:
         run("differ", aligned_directory, tokens=tokens[ranks.rank :][:8])
@@ -258,6 +305,37 @@ def test_two_processes_give_what_one_gives(two_processes: Path, case: str) -> No
         assert torch.equal(array.nan_to_num(), second.arrays[name].nan_to_num()), name
     if case == "loaded":
         pd.testing.assert_frame_equal(second.sensitivity(), whole.sensitivity(), rtol=1e-6, atol=1e-9)
+
+
+def random_walk() -> dict[int, Any]:
+    base = tiny.bridge("gpt2", torch.float64)
+    return {0: base} | {step: tiny.perturbed(base, 0.02, seed) for step, seed in ((10, 1), (30, 2), (100, 3))}
+
+
+@pytest.mark.parametrize("case", ["sweep", "resumed", "each"])
+def test_two_processes_share_a_sweep(two_processes: Path, case: str) -> None:
+    """Three checkpoints for two processes, out of a generator; what the first one stored is found again by both."""
+    first, second = (TrajectoryAnalysis.load(two_processes / f"{case}-{rank}") for rank in range(2))
+    more: dict[str, Any] = {"subspaces_from": "each"} if case == "each" else {"reference": "both"}
+    whole = analyze_trajectory(random_walk(), **{**OPTIONS, **more})
+    assert first.steps == second.steps == [10, 30, 100]
+    for name in TrajectoryAnalysis.TABLES:
+        pd.testing.assert_frame_equal(getattr(first, name), getattr(second, name), check_exact=True, obj=name)
+        pd.testing.assert_frame_equal(getattr(first, name), getattr(whole, name), rtol=1e-9, atol=1e-9, obj=name)
+    assert first.notes == second.notes == whole.notes
+    if case == "sweep":
+        pd.testing.assert_frame_equal(
+            TrajectoryAnalysis.from_store(two_processes / "store").table, first.table, check_exact=True
+        )
+
+
+def test_all_processes_hear_of_an_error_in_a_sweep(two_processes: Path) -> None:
+    """The second process found the NaN; the checkpoint before it is kept."""
+    for rank in range(2):
+        told = (two_processes / f"broken-{rank}").read_text()
+        assert "blocks.1.mlp.W_in of the checkpoint at step 30" in told
+        assert "in the order of their steps" in (two_processes / f"unsorted-{rank}").read_text()
+    assert StoreReader(two_processes / "store-broken").steps == [10]
 
 
 def test_processes_that_were_given_different_texts_are_told(two_processes: Path) -> None:

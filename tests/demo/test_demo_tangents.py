@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stdout
+
+import pandas as pd
 import pytest
 import torch
 
-from tl_asymmetry import ModelView
+from tl_asymmetry import ModelView, TangentAnalysis
 from tl_asymmetry.cli import main
 from tl_asymmetry.demo import tangents as demo
 from tl_asymmetry.demo.tangents import TangentRecipe, tangent_checkpoints, tangent_study, tangent_windows
@@ -22,8 +26,18 @@ SMALL = TangentRecipe(
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    return tangent_study(2, SMALL, folder=tmp_path_factory.mktemp("study"), workers=1, progress=False)
+def command(tmp_path_factory):
+    """What the command prints for a small recipe, and the folder it leaves."""
+    out, printed = tmp_path_factory.mktemp("study") / "out", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.setattr(demo, "RECIPES", dict.fromkeys(demo.ARCHITECTURES, SMALL))
+        assert main(["tangents", "--demo", "--seeds", "2", "--workers", "1", "--out", str(out)]) == 0
+    return printed.getvalue(), out
+
+
+@pytest.fixture(scope="module")
+def runs(command):
+    return {(a, seed): TangentAnalysis.load(command[1] / f"{a}-{seed}") for a in demo.ARCHITECTURES for seed in (0, 1)}
 
 
 @pytest.mark.parametrize("architecture", demo.ARCHITECTURES)
@@ -47,7 +61,6 @@ def test_windows_are_held_out_and_of_one_length():
 
 
 def test_replication_is_the_mean_of_the_runs(runs):
-    assert set(runs) == {(a, seed) for a in demo.ARCHITECTURES for seed in (0, 1)}
     table = replication_table(runs)
     assert len(table) == 2 * 2 * 2 * 2  # models, gradients, methods, phases
     row = table.query("model == 'encoder' and gradient == 'weight' and method == 'pca' and phase == 'late'").iloc[0]
@@ -72,14 +85,14 @@ def test_replication_is_the_mean_of_the_runs(runs):
     assert f"more energy than the normal controls in PCA {sum(ratio)}/2" in claims[0]
 
 
-def test_the_command(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "RECIPES", dict.fromkeys(demo.ARCHITECTURES, SMALL))
-    assert main(["tangents", "--demo", "--seeds", "1", "--workers", "1", "--out", str(tmp_path / "out")]) == 0
-    printed = capsys.readouterr().out
-    for words in ("Energy and anisotropy, means over 1 seeds", "rarest fifth", "Encoder, activation gradients:"):
+def test_the_command(command, runs):
+    printed, out = command
+    for words in ("Energy and anisotropy, means over 2 seeds", "rarest fifth", *replication_claims(runs)):
         assert words in printed
-    assert (tmp_path / "out" / "encoder-0" / "report.html").is_file()
-    assert (tmp_path / "out" / "table.csv").is_file()
+    assert (out / "encoder-0" / "report.html").is_file()
+    keys = ["model", "gradient", "method", "phase"]
+    written, again = (t.set_index(keys).sort_index() for t in (pd.read_csv(out / "table.csv"), replication_table(runs)))
+    pd.testing.assert_frame_equal(written, again, check_index_type=False)
 
 
 def test_the_command_refuses_both_and_neither(capsys):

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from tests import tiny
 from tl_asymmetry import analyze_pair, weights_from
@@ -120,6 +121,16 @@ def test_architectures_that_no_table_was_made_for(config: Any, tmp_path: Path) -
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 @pytest.mark.parametrize("name", ["gpt2", "neox", "gemma2", "mixtral"])
+def _kept(tensor: torch.Tensor | None) -> bool:
+    return tensor is None or tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_a_blueprint_keeps_no_more_than_its_own_numbers() -> None:
+    """A view of row numbers would keep a tensor as large as its matrix for as long as the source is open."""
+    blueprint = Blueprint(AutoConfig.from_pretrained(tiny.hf_directory("llama")))
+    assert all(_kept(layout.index) for layout in blueprint.layouts.values())
+
+
 def test_the_analysis_is_that_of_two_loaded_models(name: str, kind: str) -> None:
     base = tiny.build(name, kind)
     loaded = quiet(base, tiny.build(name, kind, delta=DELTA))

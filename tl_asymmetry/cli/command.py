@@ -100,7 +100,13 @@ def _analyze(options: argparse.Namespace) -> None:
 
 
 def _trajectory(options: argparse.Namespace) -> None:
-    _finish(run_trajectory(options, None if options.texts is None else _read_texts(options.texts)), options.out)
+    from tl_asymmetry.models.ranks import started_ranks
+
+    texts = None if options.texts is None else _read_texts(options.texts)
+    with started_ranks() as together:  # under torchrun, the checkpoints are shared out and the first process writes
+        result = run_trajectory(options, texts)
+    if together.is_first:
+        _finish(result, options.out)
 
 
 def _compare(options: argparse.Namespace) -> None:

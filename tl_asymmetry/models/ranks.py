@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from torch import Tensor
 from tl_asymmetry.geometry.moments import StreamingMoments
 
 Item = TypeVar("Item")
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,26 @@ class Ranks:
         parts: list[Any] = [None] * self.count
         dist.all_gather_object(parts, own)
         return [parts[i % self.count][i // self.count] for i in range(sum(map(len, parts)))]
+
+    def by_first(self, work: Callable[[], Answer]) -> Answer:
+        """What `work` returns on the first process, which alone does it, on every process.
+
+        Raises:
+            ValueError, OSError: on every process, what it raised on the first.
+        """
+        if self.count == 1:
+            return work()
+        outcome: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                outcome[0] = work()
+            except (ValueError, OSError) as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        answer: Answer = outcome[0]
+        return answer
 
     def least(self, number: int) -> int:
         """The smallest of the numbers that the processes have."""

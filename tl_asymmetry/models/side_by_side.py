@@ -27,7 +27,8 @@ def side_by_side(
     """`[work(0), …, work(count − 1)]`, as many at a time as torch has threads, which they share out.
 
     Two solves of 768 × 768 on one core each took 0.6 of the time of one after the other on both. What is computed
-    does not depend on how many run at once (beyond the last digits of a product on several threads). An exception, Ctrl-C included, drops what has not begun.
+    does not depend on how many run at once (beyond the last digits of a product on several threads). An exception,
+    Ctrl-C included, drops what has not begun.
 
     Args:
         work: must only read what the calls share; runs without gradients.

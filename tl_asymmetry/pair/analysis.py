@@ -27,7 +27,7 @@ from tl_asymmetry.pair.deltas import Delta, measure_change, stacked
 from tl_asymmetry.pair.headless import other_changes, unmatched_parameters
 from tl_asymmetry.pair.memory_plan import plan_memory
 from tl_asymmetry.pair.plan import Plan, Sources, make_plan, token_sequences
-from tl_asymmetry.pair.projections import GradientMoments, Projection, project
+from tl_asymmetry.pair.projections import GradientMoments, Projection, keys_reference_note, project
 from tl_asymmetry.pair.result import PairAnalysis
 from tl_asymmetry.pair.sensitivity import SensitivityProfiles, prediction_variants, stacked_variants
 from tl_asymmetry.pair.tables import pair_table
@@ -271,16 +271,7 @@ def _check_architectures(base: ModelView, aligned: Weights, notes: Notes) -> Non
         notes.add(note)
     for name in unmatched_parameters(base, aligned):
         notes.add(f"{name} exists in one of the two models only and is left out")
-    if base.score_shift_invariant:
-        notes.add(
-            "activation_matched on W_K rows uses the input's covariance within sequences: softmax ignores what all "
-            "keys of a sequence share"
-        )
-    else:
-        notes.add(
-            "activation_matched on W_K rows uses the uncentred input: with rotary positions, a query-key norm or a "
-            "soft cap, softmax removes what all keys share only in part, so there the reference is an approximation"
-        )
+    notes.add(keys_reference_note(softmax_centres_keys=base.score_shift_invariant))
 
 
 def _check_gradient(

@@ -121,6 +121,19 @@ def project(
     return projections
 
 
+def keys_reference_note(*, softmax_centres_keys: bool) -> str:
+    """What the reader must know of the matched reference of W_K, which depends on the model's attention."""
+    if softmax_centres_keys:
+        return (
+            "activation_matched on W_K rows uses the input's covariance within sequences: softmax ignores what all "
+            "keys of a sequence share"
+        )
+    return (
+        "activation_matched on W_K rows uses the uncentred input: with rotary positions, a query-key norm or a "
+        "soft cap, softmax removes what all keys share only in part, so there the reference is an approximation"
+    )
+
+
 def _gradient_reference(gradient: GradientMoments, layer: int, matrix: str, basis: Tensor, heads: int) -> Tensor:
     rows = []
     for head in range(heads) if matrix == "W_O" else [None]:

@@ -63,7 +63,7 @@ TANGENT_DEFINITIONS = (
         "Anisotropy share (ΔIso)", "[choice]",
         "Isotropy of the gradients' covariance without the basis, less that with it; isotropy is (PR − 1)/(d − 1) "
         "with the participation ratio PR, equal to IsoScore* without shrinkage. Positive: the anisotropy sat in the "
-        "basis.",
+        "basis. Of an isotropic gradient any r of d directions take −r/(d − 1), so controls are mostly below 0.",
     ),
     Definition(
         "Strata and distance", "[choice]",

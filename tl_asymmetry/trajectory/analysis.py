@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_asymmetry.geometry.subspace import Subspace
+from tl_asymmetry.models.ranks import ALONE, present_ranks
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair.projections import GradientMoments
 from tl_asymmetry.results.notes import Notes
@@ -39,6 +41,7 @@ def analyze_trajectory(
     groups: int = 8,
     gradient: Callable[[Any], GradientMoments] | None = None,
     duplicates: str = "refuse",
+    distributed: bool = True,
     seed: int = 0,
     progress: bool = True,
 ) -> TrajectoryAnalysis:
@@ -52,6 +55,10 @@ def analyze_trajectory(
     on CPU of the analysed matrices of the first and, for interval deltas, of the previous one. With a `store`, every
     finished checkpoint is kept at once: a run that was killed at any moment goes on after the last finished one and
     ends with the same table.
+
+    Where torch.distributed is set up (torchrun), all processes must make the same call: checkpoints are shared out
+    and every process returns the same result. The first process keeps the store, after every round of one checkpoint
+    for each. For interval deltas a process also opens the checkpoint before its own.
 
     Args:
         checkpoints: in the order of their steps: directories (`checkpoint-500`, `step500`), pairs `(step, model)` as a
@@ -71,6 +78,8 @@ def analyze_trajectory(
             W_out; called once for each checkpoint.
         duplicates: "refuse" a checkpoint whose weights an earlier step has already shown (a wrong branch on the hub, a
             copied directory), or "keep" it.
+        distributed: share the checkpoints with the other processes of torch.distributed, if there are any; False
+            where one of them calls this alone.
 
     Returns:
         A frozen `TrajectoryAnalysis`.
@@ -97,6 +106,7 @@ def analyze_trajectory(
     )  # fmt: skip
     options.check()
     notes = Notes()
+    together = present_ranks() if distributed else ALONE
     rest = checkpoints_of(checkpoints)
     first = next(rest, None)
     if first is None:
@@ -104,14 +114,15 @@ def analyze_trajectory(
     with first.open() as model:
         run = TrajectoryRun(
             ModelView(model), first.step, first.name, options,
-            texts=texts, tokens=tokens, store=store, arguments=arguments, notes=notes,
+            texts=texts, tokens=tokens, store=store, arguments=arguments, notes=notes, ranks=together,
         )  # fmt: skip
         del model
     try:
         sweep = _Sweep(run, first)
         known = len(checkpoints) - 1 if isinstance(checkpoints, Sized) else None
-        for checkpoint in tqdm(rest, desc="checkpoints", total=known, disable=not progress):
+        for checkpoint in tqdm(rest, desc="checkpoints", total=known, disable=not (progress and together.is_first)):
             sweep.take(checkpoint)
+        sweep.commit()
         if not sweep.steps:
             raise ValueError("expected two checkpoints at least, got one; pass the first of the run and later ones")
         return TrajectoryAnalysis.assemble(
@@ -121,70 +132,128 @@ def analyze_trajectory(
         run.close()
 
 
+@dataclass(frozen=True)
+class _Outcome:
+    """What one process has to say of one checkpoint."""
+
+    checkpoint: tuple[int, str]
+    """Its step and name."""
+    weights: str = ""
+    """`weights_hash`."""
+    fingerprint: str | None = None
+    """Of its files."""
+    numbers: dict[str, Tensor] | None = None
+    """What was measured; None where the store has it."""
+    error: Exception | None = None
+    """What went wrong instead, where other processes must hear of it."""
+
+
 class _Sweep:
-    """One checkpoint after another; what is finished is not opened again unless its weights are needed."""
+    """One checkpoint after another; what is finished is not opened again unless its weights are needed.
+
+    With several processes each takes every n-th one. After every n of them all hear what was found, in the order of
+    the steps, and the first process puts it into the store.
+    """
 
     def __init__(self, run: TrajectoryRun, first: Checkpoint) -> None:
-        self.run = run
+        self.run, self.ranks = run, run.ranks
         self.steps: list[int] = []
+        self.whole = run.found_whole()
+        self.index = 0
+        self.own: list[_Outcome] = []
+        self.committed = run.start.step, run.start.hash
+        # the checkpoint before the one at hand: its weights as far as this process needs them, or how to get them
         self.last_step = first.step
-        self.previous = run.start.step, run.start.hash
+        self.last_hash: str | None = run.start.hash
         self.snapshot: WeightsSnapshot | None = run.start
         self.reopen: Checkpoint | None = None
 
     def take(self, checkpoint: Checkpoint) -> None:
-        """Measure a checkpoint, or find it finished."""
-        run, step = self.run, checkpoint.step
+        """Measure a checkpoint, or find it finished, or leave it to the process whose turn it is."""
+        step = checkpoint.step
         if step <= self.last_step:
             raise ValueError(
                 f"expected checkpoints in the order of their steps, got {step} after {self.last_step}; pass them sorted"
             )
-        if checkpoint.fingerprint is not None and self._found(checkpoint, checkpoint.fingerprint()):
-            self.snapshot, self.reopen = None, checkpoint
-            self._passed(step, run.store.entry(step)["weights_xxh3"])
-            return
+        turn = self.index % self.ranks.count
+        self.index += 1
+        mine, next_is_mine = turn == self.ranks.rank, (turn + 1) % self.ranks.count == self.ranks.rank
+        keep = next_is_mine and "previous" in self.run.references
+        snapshot, known = None, None
+        if mine:
+            outcome, snapshot = self._outcome(checkpoint, keep)
+            self.own.append(outcome)
+            known = outcome.weights
+        elif keep and not checkpoint.again:  # a generator shows it only now
+            snapshot = self._snapshot(checkpoint)
+            known = snapshot.hash
+        self.last_step, self.last_hash = step, known
+        self.snapshot, self.reopen = snapshot, checkpoint
+        if turn == self.ranks.count - 1:
+            self.commit()
+
+    def commit(self) -> None:
+        """Put what all processes have measured since the last time into the store, in order."""
+        run = self.run
+        found, self.own = self.ranks.gathered(self.own), []
+        for outcome in found:
+            if outcome.error is not None:
+                raise outcome.error
+            step, name = outcome.checkpoint
+            run.refuse_duplicate(step, name, outcome.weights)
+            if outcome.numbers is not None:
+                run.append(
+                    step, outcome.numbers,
+                    name=name, weights=outcome.weights, previous=self.committed, fingerprint=outcome.fingerprint,
+                )  # fmt: skip
+            self.committed = step, outcome.weights
+            self.steps.append(step)
+
+    def _outcome(self, checkpoint: Checkpoint, keep: bool) -> tuple[_Outcome, WeightsSnapshot | None]:
+        """What there is to say of a checkpoint of this process, and its weights if they are to be kept."""
+        try:
+            return self._measured(checkpoint, keep)
+        except (ValueError, OSError) as error:
+            if self.ranks.count == 1:
+                raise
+            return _Outcome((checkpoint.step, checkpoint.name), error=error), None
+
+    def _measured(self, checkpoint: Checkpoint, keep: bool) -> tuple[_Outcome, WeightsSnapshot | None]:
+        run, step = self.run, checkpoint.step
+        fingerprint = None if checkpoint.fingerprint is None else checkpoint.fingerprint()
+        entry = self.whole.get(step)
+        label = step, checkpoint.name
+        if entry is not None and fingerprint is not None and entry["fingerprint"] == fingerprint:
+            weights: str = entry["weights_xxh3"]
+            if run.is_that(entry, step, weights, (self.last_step, self.last_hash)):
+                return _Outcome(label, weights, fingerprint), None
         before = self._before()
         with checkpoint.open() as model:
             view = ModelView(model)
             weights = run.checked(view, step)
-            run.refuse_duplicate(step, checkpoint.name, weights)
-            if not run.finished(step, weights, self.previous):
-                fingerprint = None if checkpoint.fingerprint is None else checkpoint.fingerprint()
-                run.record(step, checkpoint.name, view, weights, before, fingerprint)
-            if "previous" in run.references:
-                self.snapshot = WeightsSnapshot.of(view, run.plan.matrices, step, weights)
+            if self.ranks.count == 1 and run.options.duplicates == "refuse":
+                run.refuse_duplicate(step, checkpoint.name, weights)  # before the work is done
+            numbers = None
+            if entry is None or not run.is_that(entry, step, weights, (before.step, before.hash)):
+                numbers = run.measured(view, before)
+            snapshot = WeightsSnapshot.of(view, run.plan.matrices, step, weights) if keep else None
             del model, view
-        self._passed(step, weights)
-
-    def _passed(self, step: int, weights: str) -> None:
-        self.previous = step, weights
-        self.last_step = step
-        self.steps.append(step)
-
-    def _found(self, checkpoint: Checkpoint, fingerprint: str) -> bool:
-        """Whether the store has it, going by its files.
-
-        Raises:
-            ValueError: the store has that step from other files.
-        """
-        run, step = self.run, checkpoint.step
-        if step not in run.store.steps:
-            return False
-        entry = run.store.entry(step)
-        if entry["fingerprint"] != fingerprint:
-            return False  # its weights will tell
-        run.refuse_duplicate(step, checkpoint.name, entry["weights_xxh3"])
-        return run.finished(step, None, self.previous)
+        return _Outcome(label, weights, fingerprint, numbers), snapshot
 
     def _before(self) -> WeightsSnapshot:
-        """The previous checkpoint's weights, read again where it was found finished."""
+        """The previous checkpoint's weights, read again where they were not kept; none where none are needed."""
         if "previous" not in self.run.references:
-            return WeightsSnapshot(*self.previous, {})
+            return WeightsSnapshot(self.last_step, self.last_hash or "", {})
         if self.snapshot is None:
             if self.reopen is None:
                 raise RuntimeError("no previous checkpoint")
-            with self.reopen.open() as model:
-                view = ModelView(model)
-                self.snapshot = WeightsSnapshot.of(view, self.run.plan.matrices, *self.previous)
-                del model, view
+            self.snapshot = self._snapshot(self.reopen)
         return self.snapshot
+
+    def _snapshot(self, checkpoint: Checkpoint) -> WeightsSnapshot:
+        run = self.run
+        with checkpoint.open() as model:
+            view = ModelView(model)
+            snapshot = WeightsSnapshot.of(view, run.plan.matrices, checkpoint.step, run.checked(view, checkpoint.step))
+            del model, view
+        return snapshot

@@ -247,7 +247,8 @@ class TrajectoryRecorder:
                 if isinstance(run.store, CheckpointStore):
                     # before the step counts as recorded: whoever finds it recorded finds these too
                     run.store.put(_blob(step), now.tensors)
-            run.record(step, f"step {step}", view, weights, self._previous, None)
+            numbers, previous = run.measured(view, self._previous), (self._previous.step, self._previous.hash)
+            run.append(step, numbers, name=f"step {step}", weights=weights, previous=previous)
             for probe in self._probes:
                 probe(step, lens)
         if isinstance(run.store, CheckpointStore):

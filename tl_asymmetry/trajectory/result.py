@@ -17,6 +17,7 @@ from tl_asymmetry.results.store import CheckpointStore, MemoryStore, StoreReader
 from tl_asymmetry.trajectory.data import TrajectoryData
 from tl_asymmetry.trajectory.measurements import Measured, Measuring, batches_of, checkpoint_tables
 from tl_asymmetry.trajectory.report import headline, summary_table, trajectory_report
+from tl_asymmetry.trajectory.shared_store import SharedStore
 
 
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
@@ -99,7 +100,7 @@ class TrajectoryAnalysis(TrajectoryData):
     @classmethod
     def assemble(
         cls,
-        store: CheckpointStore | MemoryStore | StoreReader,
+        store: CheckpointStore | MemoryStore | SharedStore | StoreReader,
         steps: Sequence[int],
         measuring: Measuring,
         *,

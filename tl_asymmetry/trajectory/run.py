@@ -17,17 +17,19 @@ from tl_asymmetry.models.capture import balanced_groups, capture
 from tl_asymmetry.models.checks import check_finite, check_raw, check_token_count
 from tl_asymmetry.models.loading import open_model
 from tl_asymmetry.models.prediction import prediction_subspace
+from tl_asymmetry.models.ranks import ALONE, Ranks
 from tl_asymmetry.models.side_by_side import side_by_side
 from tl_asymmetry.models.texts import vocabulary_fingerprint
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair.bases import LayerBases
 from tl_asymmetry.pair.plan import make_plan, token_sequences
-from tl_asymmetry.pair.projections import GradientMoments
+from tl_asymmetry.pair.projections import GradientMoments, keys_reference_note
 from tl_asymmetry.results.notes import Notes
 from tl_asymmetry.results.provenance import described_arguments, model_record, shape_record, versions, weights_hash
 from tl_asymmetry.results.store import CheckpointStore, DamagedStore, MemoryStore, StoreReader
 from tl_asymmetry.trajectory.held_bases import HeldBases, hold
 from tl_asymmetry.trajectory.measurements import Measuring, WeightsSnapshot, measure
+from tl_asymmetry.trajectory.shared_store import SharedStore
 
 KIND = "trajectory"
 REFERENCES = {"first": ("first",), "previous": ("previous",), "both": ("first", "previous")}
@@ -101,6 +103,7 @@ class TrajectoryRun:
         notes: collects what the result must say.
         recorder: whether weights and bases go into the store too, so that a later process can go on without the first
             checkpoint's model.
+        ranks: processes that share the checkpoints out; all make the same one of these.
 
     Raises:
         ValueError: what `analyze_trajectory` refuses of the first checkpoint, the texts and the store.
@@ -119,9 +122,10 @@ class TrajectoryRun:
         arguments: Mapping[str, Any],
         notes: Notes,
         recorder: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         options.check()
-        self.options, self.notes, self.recorder = options, notes, recorder
+        self.options, self.notes, self.recorder, self.ranks = options, notes, recorder, ranks
         self.references = REFERENCES[options.reference]
         self.plan = plan = make_plan(
             view, options.matrices, options.ranks, options.subspaces,
@@ -196,6 +200,7 @@ class TrajectoryRun:
             )
         for note in view.notes:
             notes.add(note)
+        notes.add(keys_reference_note(softmax_centres_keys=view.score_shift_invariant))
         about = {
             "arguments": dict(arguments),
             "versions": versions(),
@@ -208,9 +213,13 @@ class TrajectoryRun:
             "notes": list(notes.lines),
         }
         self.settings, self.about = settings, about
-        self.store: CheckpointStore | MemoryStore = (
-            MemoryStore() if store is None else CheckpointStore(store, KIND, settings, about)
-        )
+        ranks.agree({"arguments": dict(arguments), "first checkpoint, texts and settings": settings})
+
+        def make() -> CheckpointStore | MemoryStore:
+            return MemoryStore() if store is None else CheckpointStore(store, KIND, settings, about)
+
+        self.store: CheckpointStore | MemoryStore | SharedStore
+        self.store = make() if ranks.count == 1 else SharedStore(ranks, make)
         try:
             self.first_step: int = start["step"]
             self.seen: dict[str, int] = {start["weights_xxh3"]: self.first_step}
@@ -224,7 +233,7 @@ class TrajectoryRun:
 
     def close(self) -> None:
         """Let go of the store."""
-        if isinstance(self.store, CheckpointStore):
+        if not isinstance(self.store, MemoryStore):
             self.store.close()
 
     # -- one checkpoint ------------------------------------------------------------------------------------------
@@ -254,34 +263,37 @@ class TrajectoryRun:
             view.self_check(self._probe)
         return weights_hash(view)
 
-    def finished(self, step: int, weights: str | None, predecessor: tuple[int, str]) -> bool:
-        """Whether the store has this checkpoint, whole, measured from the same predecessor.
+    def found_whole(self) -> dict[int, dict[str, Any]]:
+        """What the store says of each of its checkpoints, those left out whose file is damaged."""
+        entries = {}
+        for step in self.store.steps:
+            try:
+                self.store.arrays(step)
+            except DamagedStore as error:
+                # no line of the result: measured anew, the answer is the same
+                warnings.warn(f"{error}; it is being measured anew", UserWarning, stacklevel=5)
+            else:
+                entries[step] = self.store.entry(step)
+        return entries
+
+    def is_that(self, entry: Mapping[str, Any], step: int, weights: str, predecessor: tuple[int, str | None]) -> bool:
+        """Whether what the store says of a step is of these weights, measured from the same predecessor.
 
         Args:
+            entry: what it says.
             step: which.
-            weights: its hash, if the model is at hand.
+            weights: hash of the checkpoint.
             predecessor: step and hash of the one before.
 
         Raises:
             ValueError: the store has other weights for that step.
         """
-        if step not in self.store.steps:
-            return False
-        entry = self.store.entry(step)
-        if weights is not None and entry["weights_xxh3"] != weights:
+        if entry["weights_xxh3"] != weights:
             raise ValueError(
                 f"expected the weights that the store has for step {step} ({entry['name']}), got others; pass the same "
                 "checkpoints, or another store"
             )
-        if "previous" in self.references and tuple(entry["previous"]) != predecessor:
-            return False
-        try:
-            self.store.arrays(step)
-        except DamagedStore as error:
-            # no line of the result: measured anew, the answer is the same
-            warnings.warn(f"{error}; it is being measured anew", UserWarning, stacklevel=5)
-            return False
-        return True
+        return "previous" not in self.references or tuple(entry["previous"]) == predecessor
 
     def refuse_duplicate(self, step: int, name: str, weights: str) -> None:
         """Refuse weights that another step has already shown.
@@ -299,10 +311,8 @@ class TrajectoryRun:
             )
         self.notes.warn(f"step {step} holds exactly the weights of step {other}", level=5)
 
-    def record(
-        self, step: int, name: str, view: ModelView, weights: str, previous: WeightsSnapshot, fingerprint: str | None
-    ) -> None:
-        """Measure one checkpoint and put it into the store."""
+    def measured(self, view: ModelView, previous: WeightsSnapshot) -> dict[str, Tensor]:
+        """The numbers of one checkpoint."""
         options = self.options
         references = {"first": self.start, "previous": previous}
         gradient = None
@@ -316,16 +326,23 @@ class TrajectoryRun:
         with torch.no_grad():
             bases = self.bases
             held = self._hold(view) if bases is None else bases.__getitem__
-            numbers = measure(
+            return measure(
                 view, {reference: references[reference] for reference in self.references}, held, self.measuring,
                 gradient=gradient, progress=False,
             )  # fmt: skip
-        entry = {
-            "name": name,
-            "weights_xxh3": weights,
-            "fingerprint": fingerprint,
-            "previous": [previous.step, previous.hash],
-        }
+
+    def append(
+        self,
+        step: int,
+        numbers: Mapping[str, Tensor],
+        *,
+        name: str,
+        weights: str,
+        previous: tuple[int, str],
+        fingerprint: str | None = None,
+    ) -> None:
+        """Put the numbers of a checkpoint into the store, with its name, its hash and those of the one before."""
+        entry = {"name": name, "weights_xxh3": weights, "fingerprint": fingerprint, "previous": list(previous)}
         self.store.append(step, numbers, entry)
 
     # -- the beginning -------------------------------------------------------------------------------------------
@@ -338,10 +355,11 @@ class TrajectoryRun:
             return
         self.start = WeightsSnapshot.of(view, self.plan.matrices, step, weights)
         if self.options.subspaces_from != "each":
-            bases = self._hold(view if fixed is None else fixed)
+            bases = self._hold(view if fixed is None else fixed, self.ranks)
+            shown = self.options.progress and self.ranks.is_first
             with torch.no_grad():
                 self.bases = side_by_side(
-                    bases, view.n_layers, device=view.device, description="subspaces", progress=self.options.progress
+                    bases, view.n_layers, device=view.device, description="subspaces", progress=shown
                 )
         if blobs is not None:
             if self.bases is not None:
@@ -381,13 +399,14 @@ class TrajectoryRun:
         view.self_check(self._probe)
         return view, weights_hash(view)
 
-    def _hold(self, view: ModelView) -> Callable[[int], HeldBases]:
-        """The bases of a model, a layer at a time: its activations are captured now."""
+    def _hold(self, view: ModelView, ranks: Ranks = ALONE) -> Callable[[int], HeldBases]:
+        """The bases of a model, a layer at a time: its activations are captured now, by all `ranks` together."""
         plan, options, measuring = self.plan, self.options, self.measuring
         sites = [(point, layer) for point in plan.points for layer in range(view.n_layers)]
         captured = capture(
             view, self._grouped, sites, exclude_first=options.exclude_first,
-            sequence_means=view.score_shift_invariant, batch_size=options.batch_size, progress=options.progress,
+            sequence_means=view.score_shift_invariant, batch_size=options.batch_size,
+            progress=options.progress and self.ranks.is_first, ranks=ranks,
         )  # fmt: skip
         given = dict(plan.given)
         if "prediction" in plan.subspaces and "prediction" not in given:
