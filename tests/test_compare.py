@@ -15,6 +15,7 @@ import torch
 from tests import tiny
 from tl_asymmetry import Comparison, PairAnalysis, analyze_pair, compare
 from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.plots import differences_figure
 from tl_asymmetry.results.result import open_result
 
 TOKENS = tiny.tokens(9, 12)
@@ -226,6 +227,18 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     assert bad not in found._repr_html_()
     for figure in (found.plot_differences("W_Q"), found.plot_overlap("W_Q")):
         assert "<img" not in figure.to_json().replace("\\u003c", "<")
+
+
+def test_differences_figure_marks_what_is_rounding_on_either_side() -> None:
+    table = compared().table
+    share = table["rounding_share_a"].where(table["layer"] != 0, 0.6)
+    figure = differences_figure(table.assign(rounding_share_b=share), "W_Q", rank=4)
+    rows = table[(table["matrix"] == "W_Q") & (table["subspace"] == "attn_in") & (table["rank"] == 4)]
+    crosses = next(t for t in figure.data if t.name == "rounding share ≥ 0.5 (mostly storage)")
+    assert len(crosses.x) == (rows["layer"] == 0).sum()
+    assert set(crosses.y) == {0}
+    assert figure.data[0].customdata[0][0][10] == "0.6"
+    assert not any("rounding" in (t.name or "") for t in differences_figure(table, "W_Q").data)
 
 
 def test_differences_figure_says_what_the_table_says() -> None:

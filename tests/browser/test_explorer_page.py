@@ -72,7 +72,10 @@ def test_directions_edits_and_trajectory_stand_with_their_head_as_text(look, pai
     assert HOSTILE in card.inner_text()
     drawn = page.evaluate("document.querySelectorAll('.card .chart')[2].data")
     assert [t["y"] for t in drawn] == [[1, 2, 4, 5], [1, 1, 1.25, 1.5]]
-    assert [t["name"] for t in drawn] == ["attn_in, first", "prediction, first"]
+    assert [t["name"] for t in drawn] == [
+        "attn_in, since the first checkpoint",
+        "prediction, since the first checkpoint",
+    ]
     assert page.locator("main img").count() == 0
 
 

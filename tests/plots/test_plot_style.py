@@ -87,3 +87,10 @@ def test_unknown_template():
 def test_the_package_does_not_bring_plotly():
     code = "import sys, tl_asymmetry; sys.exit('plotly' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_heading_breaks_at_spaces_alone():
+    """A page sets titles anew by joining their lines with spaces."""
+    names = "a-model-with-a-hyphenated-name/of-some-length against another-model-with-a-hyphenated-name/of-some-length"
+    shown = style.heading(names, names)
+    assert re.sub("<[^>]*>", "", shown.replace("<br>", " ")) == f"{names} {names}"

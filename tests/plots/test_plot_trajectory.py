@@ -98,6 +98,21 @@ def test_heads(run: pd.DataFrame) -> None:
         head_curves_figure(run, "W_Q", layer=9)
 
 
+def test_rounding_is_marked_and_told_over_training(run: pd.DataFrame) -> None:
+    share = np.where((run["step"] == STEPS[-1]) & (run["layer"] == 0), 0.7, 0.0)
+    figure = animation_figure(run.assign(rounding_share=share), "W_Q", rank=4)
+    marked = {t.name: sum(v is not None for v in t.x) for t in figure.frames[-1].data if t.type == "scatter"}
+    heads = len(run.query("matrix == 'W_Q' and layer == 0")["head"].unique())
+    assert marked["rounding share ≥ 0.5 (mostly storage)"] == heads
+    assert [sum(v is not None for v in frame.data[3].x) for frame in figure.frames[:-1]] == [0] * (len(STEPS) - 1)
+    assert figure.frames[0].traces == tuple(range(len(figure.data)))
+    hover = figure.frames[-1].data[0].customdata[0][0]
+    assert "0.7, mostly storage" in hover
+    assert "rounding share %{customdata[9]}" in figure.data[0].hovertemplate
+    unrounded = animation_figure(run.assign(rounding_share=0.0), "W_Q", rank=4)
+    assert not any("rounding" in (t.name or "") for t in unrounded.data)
+
+
 def test_animation(run: pd.DataFrame) -> None:
     figure = animation_figure(run, "W_K", rank=4)
     assert [f.name for f in figure.frames] == [str(s) for s in STEPS]

@@ -301,7 +301,8 @@ def _chosen(
 def _heading(title: str | None, chosen: _Chosen, outcome: str, words: str) -> str:
     what = {"removal": "Removing", "insertion": "Inserting"}.get(chosen.intervention, chosen.intervention)
     first = f"{what} {chosen.direction} direction {chosen.index} of each {chosen.matrix}"
-    return style.heading(style.text(first if title is None else title), f"{NAMES[outcome][0].upper()}{NAMES[outcome][1:]}. {words}")
+    name = NAMES[outcome]
+    return style.heading(style.text(first if title is None else title), f"{name[0].upper()}{name[1:]}. {words}")
 
 
 def _effect_words(row: dict[Any, Any] | None, outcome: str) -> str:
