@@ -290,6 +290,7 @@ def test_resumed_after_a_kill_repeats_nothing(tmp_path, monkeypatch):
         ({"chosen": [CrossEntropy()]}, "expected two objectives or more to grade, got 1"),
         ({"chosen": [CrossEntropy(), CrossEntropy()]}, "expected objectives that differ in their settings"),
         ({"chosen": {"a": CrossEntropy(), "b": 3}}, "expected objectives, got int as 'b'"),
+        ({"chosen": {"a": CrossEntropy(), "b": DPO}}, "expected objectives, got the class DPO as 'b'"),
         ({"grades": [1.0]}, "expected a grade for each of 4 objectives, got 1"),
         ({"steps": 0}, "expected steps >= 1 and at least one seed, got 0"),
         ({"seeds": []}, "expected steps >= 1 and at least one seed"),

@@ -451,6 +451,7 @@ def test_precision_of_the_models_dtype():
     ("objective", "data", "options", "message"),
     [
         (object(), "texts", {}, r"expected an objective, got object; pass CrossEntropy\(\), DPO"),
+        (CrossEntropy, "texts", {}, r"expected an objective, got the class CrossEntropy; pass CrossEntropy\(\)"),
         ("DPO", "texts", {}, r"expected a PreferenceBatch for this objective, got TokenBatch as batch 0; pass prompts"),
         (InfoNCE(), "one", {}, r"expected two sequences or more for InfoNCE, got one: .*; pass a larger batch"),
         (

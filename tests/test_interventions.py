@@ -20,10 +20,12 @@ from tl_asymmetry import (
     rank_one_study,
     removal_edit,
 )
+from tl_asymmetry.demo import demo_model
 from tl_asymmetry.interventions import study as module
 from tl_asymmetry.interventions.tables import study_table
 from tl_asymmetry.models.resume import EditedRuns
 from tl_asymmetry.results.result import open_result
+from tl_asymmetry.training.data import as_batches
 from tl_asymmetry.training.objectives import PreferenceBatch, TokenBatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:q is NaN")
@@ -220,6 +222,31 @@ def test_given_directions_are_used_as_they_are():
     assert norms["mine", 2] == pytest.approx(edit.norm)
     assert len(norms) == 4
     assert layers.edits["norm"].iloc[0] == pytest.approx(edit.norm)
+
+
+def test_preferences_may_be_rows_of_a_dataset():
+    base, aligned = demo_model("base"), demo_model("dpo")
+    rows = [
+        {"prompt": "Mira lost", "chosen": " the cup.", "rejected": " a song."},
+        {"prompt": "Leo went to the garden.", "chosen": " He found it.", "rejected": " He was sad."},
+    ]
+    read = as_batches(ModelView(base), rows, PreferenceBatch, note=pytest.fail)
+    options = dict(tokens=torch.arange(16).view(2, 8), sites=[(1, "W_V", 0)], draws=2, progress=False)
+    found = rank_one_study(base, aligned, preferences=rows, **options)
+    expected = rank_one_study(base, aligned, preferences=read[0], **options)
+    pd.testing.assert_frame_equal(found.edits, expected.edits)
+    assert found.baseline["pairs"].item() == 2
+    assert found.config["preferences_sha256"] == expected.config["preferences_sha256"]
+    with pytest.raises(ValueError, match="expected columns prompt, chosen and rejected, got prompt in row 0"):
+        rank_one_study(base, aligned, preferences=[{"prompt": "Mira"}], **options)
+
+
+def test_a_headline_counts_cells_in_which_something_was_edited():
+    base, aligned, _ = planted("gpt2", tiny.KINDS[0], "W_Q", 2)
+    study = rank_one_study(base, aligned, tokens=tiny.tokens(3, 8), controls=["random"], draws=19, progress=False)
+    (said,) = (sentence for sentence in study._headline() if sentence.startswith("Removal"))
+    assert "the strongest of 1 cells" in said
+    assert "1 of 1 cells exceed all their random controls (0.05 expected by chance)" in said
 
 
 def test_an_aligned_vocabulary_with_more_tokens_is_cut():

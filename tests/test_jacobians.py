@@ -11,7 +11,15 @@ import tl_asymmetry.jacobians.work as work
 from tests import reference_jacobians as reference
 from tests import tiny
 from tests.test_pair_promises import state
-from tl_asymmetry import LayerJacobians, ModelView, Subspace, jacobian_sketch, layer_jacobians, random_subspace
+from tl_asymmetry import (
+    LayerJacobians,
+    ModelView,
+    Subspace,
+    jacobian_sketch,
+    layer_jacobians,
+    prediction_pullback,
+    random_subspace,
+)
 from tl_asymmetry.models.checks import check_tokens
 from tl_asymmetry.results.result import open_result
 
@@ -452,6 +460,25 @@ def test_result_does_not_depend_on_the_caller_s_mode(model):
 def test_bad_input(model, options, message):
     with pytest.raises(ValueError, match=message):
         layer_jacobians(model, tiny.tokens(1, T), progress=False, **options)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_positions_and_layers_may_be_vectors(model):
+    options = dict(tokens=tiny.tokens(1, T), progress=False)
+    expected = layer_jacobians(model, **options, positions=[2, T - 1], layers=[1])
+    for vector in (torch.tensor, np.array):
+        found = layer_jacobians(model, **options, positions=vector([2, -1]), layers=vector([-1]))
+        assert torch.equal(found.mean(1), expected.mean(1))
+    with pytest.raises(ValueError, match=r"expected a list of positions, got tensor.*; pass positions="):
+        layer_jacobians(model, **options, positions=torch.tensor([1.5]))
+
+
+def test_weights_that_are_not_finite_are_named():
+    model = tiny.build("gpt2", tiny.KINDS[0])
+    ModelView(model).weight(1, "W_O").view(-1)[0] = torch.nan
+    for call in (layer_jacobians, prediction_pullback):
+        with pytest.raises(ValueError, match=r"expected finite weights, got 1 NaN .* in blocks.1.attn.W_O"):
+            call(model, tiny.tokens(1, T), progress=False)
 
 
 def test_bad_tokens_and_directions(model):

@@ -25,7 +25,7 @@ from tl_asymmetry.results.notes import Notes
 from tl_asymmetry.results.provenance import described_arguments, model_record, shape_record, versions, weights_hash
 from tl_asymmetry.training.batches import Batch, PreferenceBatch, TokenBatch
 from tl_asymmetry.training.data import as_batches, rebatched, shuffled
-from tl_asymmetry.training.objectives import Objective, objective_name
+from tl_asymmetry.training.objectives import Objective, class_described, is_objective, objective_name
 from tl_asymmetry.training.runs import Optimizer, Run, train, trainable_copy
 
 _FULL_MLP = 1024
@@ -197,9 +197,9 @@ def _named(objectives: Mapping[str, Objective[Any]] | Sequence[Objective[Any]]) 
     if len(named) < 2:
         raise ValueError(f"expected two objectives or more to grade, got {len(named)}; pass [sharp, ..., soft]")
     for name, objective in named.items():
-        if not isinstance(objective, Objective):
+        if not is_objective(objective):
             raise ValueError(
-                f"expected objectives, got {type(objective).__name__} as {name!r}; pass CrossEntropy(), DPO(model), …"
+                f"expected objectives, got {class_described(objective)} as {name!r}; pass CrossEntropy(), DPO(model), …"
             )
     return named
 

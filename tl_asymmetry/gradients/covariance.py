@@ -22,7 +22,7 @@ from tl_asymmetry.results.notes import Notes
 from tl_asymmetry.results.provenance import described_arguments, model_record, shape_record, versions, weights_hash
 from tl_asymmetry.training.batches import Batch, PreferenceBatch
 from tl_asymmetry.training.data import as_batches
-from tl_asymmetry.training.objectives import Objective, objective_name
+from tl_asymmetry.training.objectives import Objective, class_described, is_objective, objective_name
 
 _SELF_CHECK_TOKENS = 16
 
@@ -88,9 +88,9 @@ def gradient_covariance(
     """
     arguments = described_arguments({k: v for k, v in locals().items() if k not in ("model", "batches")})
     view, notes = ModelView(model), Notes()
-    if not isinstance(objective, Objective):
+    if not is_objective(objective):
         raise ValueError(
-            f"expected an objective, got {type(objective).__name__}; pass CrossEntropy(), DPO(reference), ORPO(), "
+            f"expected an objective, got {class_described(objective)}; pass CrossEntropy(), DPO(reference), ORPO(), "
             "InfoNCE(), Mix(...) or an object with the methods of Objective"
         )
     if groups < 1:

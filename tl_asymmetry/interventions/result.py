@@ -164,7 +164,8 @@ def _headline(study: RankOneStudy) -> Sequence[str]:
             f"Unedited: cross-entropy {row['ce_original']:.4g} ({row['original']}) and {row['ce_other']:.4g} "
             f"({row['other']}) nats, {row['kl_other']:.3g} nats apart{margins}."
         )
-    shown = table[table["outcome"] == outcome]
+    # A cell without an edit has no effect and cannot exceed anything: it is none of those counted.
+    shown = table[(table["outcome"] == outcome) & (table["edit_norm"] > 0)]
     for intervention, direction in dict.fromkeys(zip(shown["intervention"], shown["direction"], strict=True)):
         rows = shown[(shown["intervention"] == intervention) & (shown["direction"] == direction)]
         cells = rows.drop_duplicates(list(CELL))

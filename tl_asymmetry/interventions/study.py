@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_asymmetry.gradients.covariance import data_fingerprint
 from tl_asymmetry.interventions.cells import (
     Cell,
     CellMaker,
@@ -34,7 +35,8 @@ from tl_asymmetry.models.view import READ, ModelView
 from tl_asymmetry.pair.plan import token_sequences
 from tl_asymmetry.results.notes import Notes
 from tl_asymmetry.results.provenance import described_arguments, model_record, shape_record, versions, weights_hash
-from tl_asymmetry.training.objectives import PreferenceBatch
+from tl_asymmetry.training.batches import PreferenceBatch
+from tl_asymmetry.training.data import as_batches, rebatched
 
 _CHECK_TOKENS = 16
 _EDITS_AT_A_TIME = 512
@@ -48,7 +50,7 @@ def rank_one_study(
     texts: Sequence[str | Sequence[Mapping[str, Any]]] | None = None,
     *,
     tokens: Int[Tensor, "batch pos"] | None = None,
-    preferences: PreferenceBatch | None = None,
+    preferences: Any = None,
     sites: Sequence[EditSite] | None = None,
     matrices: Sequence[str] | None = None,
     directions: Directions = ("delta",),
@@ -83,7 +85,8 @@ def rank_one_study(
         texts: strings or lists of chat messages on which predictions are compared; without texts and tokens the
             package's calibration texts.
         tokens: token ids `[batch, pos]` instead of texts; every one counts.
-        preferences: chosen and rejected continuations, for the preference margin.
+        preferences: chosen and rejected continuations, for the preference margin: a `PreferenceBatch`, or rows with the
+            columns prompt, chosen, rejected, such as a Hugging Face dataset: see `training.data.as_batches`.
         sites: `(layer, matrix, head)`, head None for a matrix of the MLP; all heads of W_Q, W_K, W_V, W_O by default.
         matrices: all heads of these matrices instead.
         directions: names out of "delta" (top singular directions of that head's ΔW on the residual axis), "activation"
@@ -125,16 +128,17 @@ def rank_one_study(
     check_choices(controls, interventions, scales, draws)
     placed = chosen_sites(base, sites, matrices)
     given = given_directions(directions, base, n_directions)
-    wanted = _outcomes(outcomes, preferences)
+    pairs = _preference_pairs(base, preferences, notes)
+    wanted = _outcomes(outcomes, pairs)
     sequences = token_sequences(base, texts, tokens, max_tokens, notes=notes.add)
     sequences = _predictable(sequences, notes)
-    for half in () if preferences is None else (preferences.chosen, preferences.rejected):
+    for half in () if pairs is None else (pairs.chosen, pairs.rejected):
         check_tokens(base, half.tokens)
     if isinstance(model_aligned, str | Path):
         model_aligned = open_model(model_aligned, device=base.device)
     aligned = ModelView(model_aligned)
     hashes = _check_models(base, aligned, sequences, notes)
-    evaluated = evaluation_batches(sequences, preferences, batch_size)
+    evaluated = evaluation_batches(sequences, pairs, batch_size)
     config = {
         "arguments": arguments,
         "versions": versions(),
@@ -145,6 +149,7 @@ def rank_one_study(
         "tokens": sum(map(len, sequences)),
         "sequences": len(sequences),
         "sites": len(placed),
+        "preferences_sha256": None if pairs is None else data_fingerprint([pairs]),
     }
     kept = StudyStore(
         store,
@@ -152,7 +157,7 @@ def rank_one_study(
             {**arguments, **described_arguments({"directions": given or list(directions)})},
             hashes,
             sequences,
-            preferences,
+            pairs,
         ),
     )
     _describe(placed, controls, base, notes)
@@ -288,6 +293,16 @@ def _baseline_sums(baseline: Baseline) -> dict[str, Any]:
 
 
 # --- before anything runs ---------------------------------------------------------------------------------------
+
+
+def _preference_pairs(view: ModelView, preferences: Any, notes: Notes) -> PreferenceBatch | None:
+    """All pairs as one batch, whatever holds them."""
+    if preferences is None or isinstance(preferences, PreferenceBatch):
+        return preferences
+    read = as_batches(view, preferences, PreferenceBatch, note=notes.warn)
+    (whole,) = rebatched(read, sum(map(len, read)))
+    assert isinstance(whole, PreferenceBatch)
+    return whole
 
 
 def _outcomes(outcomes: Sequence[str] | None, preferences: PreferenceBatch | None) -> tuple[str, ...]:

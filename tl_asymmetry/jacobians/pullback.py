@@ -26,7 +26,7 @@ from tl_asymmetry.jacobians.work import (
     working_dtype,
 )
 from tl_asymmetry.models.block_jacobians import NoClosedForm, stream_graph
-from tl_asymmetry.models.checks import check_tokens
+from tl_asymmetry.models.checks import check_finite, check_tokens
 from tl_asymmetry.models.prediction import prediction_gram
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.results.notes import Notes
@@ -104,6 +104,7 @@ def prediction_pullback(
         raise ValueError(f'expected sources "same" or "sum", got {sources!r}; pass sources="same"')
     if method not in METHODS:
         raise ValueError(f"expected a method among {', '.join(METHODS)}, got {method!r}; pass one of these")
+    check_finite(view)
     G = prediction_gram(view, d_vocab=d_vocab)
     prediction = principal_subspace(G, name="prediction")
     assert prediction.eigenvalues is not None

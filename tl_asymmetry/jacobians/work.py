@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from tl_asymmetry.models.block_jacobians import (
     part_graph,
     traced_blocks,
 )
-from tl_asymmetry.models.checks import check_tokens
+from tl_asymmetry.models.checks import check_finite, check_tokens
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.results.notes import Notes
 
@@ -77,7 +78,8 @@ def make_request(
     """Check what does not need the model to run.
 
     Raises:
-        ValueError: an unknown part, kind, layer or position, or a part the model does not have.
+        ValueError: an unknown part, kind, layer or position, a part the model does not have, or weights that are not
+            finite.
     """
     view = model if isinstance(model, ModelView) else ModelView(model)
     check_tokens(view, tokens)
@@ -88,6 +90,7 @@ def make_request(
     chosen = chosen_layers(view, layers)
     for layer in chosen:
         part_ends(view, layer, part)
+    check_finite(view)
     return Request(view, chosen, part, sources, chosen_positions(tokens.shape[1], positions))
 
 
@@ -96,27 +99,33 @@ def chosen_layers(view: ModelView, layers: Sequence[int] | None) -> tuple[int, .
     if layers is None:
         return tuple(range(view.n_layers))
     L = view.n_layers
-    if isinstance(layers, int) or not len(layers):
-        raise ValueError(f"expected a list of layers, got {layers!r}; pass layers=[0] or leave it out")
-    wrong = [layer for layer in layers if not -L <= layer < L]
+    listed = _integers(layers, "layers")
+    wrong = [layer for layer in listed if not -L <= layer < L]
     if wrong:
         raise ValueError(f"expected layers from 0 to {L - 1}, got {wrong[0]}; pass such layers")
-    return tuple(dict.fromkeys(layer % L for layer in layers))
+    return tuple(dict.fromkeys(layer % L for layer in listed))
 
 
 def chosen_positions(length: int, positions: Sequence[int] | None) -> tuple[int, ...]:
     """The positions asked for, all by default; negative ones count from the end."""
     if positions is None:
         return tuple(range(length))
-    if isinstance(positions, int) or not len(positions):
-        raise ValueError(f"expected a list of positions, got {positions!r}; pass positions=[0] or leave it out")
-    wrong = [position for position in positions if not -length <= position < length]
+    listed = _integers(positions, "positions")
+    wrong = [position for position in listed if not -length <= position < length]
     if wrong:
         raise ValueError(
             f"expected positions from 0 to {length - 1} (the sequences have {length} tokens), got {wrong[0]}; pass "
             "such positions"
         )
-    return tuple(dict.fromkeys(position % length for position in positions))
+    return tuple(dict.fromkeys(position % length for position in listed))
+
+
+def _integers(given: Any, what: str) -> list[int]:
+    """A list, range, array or vector of whole numbers as a list."""
+    values = given.tolist() if hasattr(given, "tolist") else given
+    if not isinstance(values, Sequence) or not values or not all(hasattr(value, "__index__") for value in values):
+        raise ValueError(f"expected a list of {what}, got {given!r}; pass {what}=[0] or leave it out")
+    return [index(value) for value in values]
 
 
 # --- which way ---------------------------------------------------------------------------------------------------

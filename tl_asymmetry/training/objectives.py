@@ -494,6 +494,16 @@ class Mix:
         return tuple(weight * w for weight, objective in self.parts for w in objective.token_weights(batch))
 
 
+def is_objective(given: Any) -> bool:
+    """Whether something has an objective's methods; a class of objectives, not called yet, is none."""
+    return isinstance(given, Objective) and not isinstance(given, type)
+
+
+def class_described(given: Any) -> str:
+    """What something is, for a message: "int", "the class DPO"."""
+    return f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
+
+
 def objective_name(objective: Any) -> str:
     """What to call an objective in a table: its class, and the settings that are not the default ones.
 
