@@ -104,6 +104,8 @@ def test_mix_is_the_weighted_sum():
     expected = 0.25 * CrossEntropy()(model, batch) + 0.5 * CrossEntropy(temperature=3.0)(model, batch)
     torch.testing.assert_close(mix(model, batch), expected)
     pairs = PreferenceBatch(rows(2), rows(3))
+    assert Mix((0.25, CrossEntropy()), (0.5, CrossEntropy(temperature=3.0))) == mix
+    assert Mix((1, CrossEntropy())) == Mix([(1, CrossEntropy())])
     both = Mix([(1, DPO(Toy(1))), (0.1, ORPO())])
     torch.testing.assert_close(both(model, pairs), DPO(Toy(1))(model, pairs) + 0.1 * ORPO()(model, pairs))
     assert both.passes == ("chosen", "rejected", "chosen", "rejected")
@@ -197,6 +199,7 @@ def test_refusals():
         (lambda: ORPO(beta=0), "expected beta > 0, got 0"),
         (lambda: InfoNCE(temperature=-1), "expected temperature > 0, got -1"),
         (lambda: Mix([]), "expected at least one part"),
+        (lambda: Mix(), "expected at least one part"),
         (lambda: Mix([(0.0, CrossEntropy())]), r"expected weights > 0, got \[0.0\]"),
         (lambda: Mix([(1, CrossEntropy()), (1, ORPO())]), "expected parts that read one kind of batch"),
     ):

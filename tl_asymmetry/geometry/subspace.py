@@ -23,6 +23,8 @@ class Subspace:
         >>> plane = random_subspace(8, 2, seed=0)
         >>> plane.truncate(1).rank, plane.complement().rank, round(plane.overlap(plane), 6)
         (1, 6, 1.0)
+        >>> plane
+        Subspace(random[0]: 2 of 8 dimensions, no eigenvalues)
 
     Raises:
         ValueError: columns that are not orthonormal (to 1e-4), more columns than rows, or eigenvalues that do not fit.
@@ -49,6 +51,10 @@ class Subspace:
             raise ValueError(
                 f"expected orthonormal columns, got columns off by {off:.2g}; pass torch.linalg.qr(basis).Q"
             )
+
+    def __repr__(self) -> str:
+        known = "no eigenvalues" if self.eigenvalues is None else "eigenvalues known"
+        return f"Subspace({self.name or 'unnamed'}: {self.rank} of {self.d} dimensions, {known})"
 
     @property
     def d(self) -> int:

@@ -436,7 +436,10 @@ def _crops(batch: TokenBatch) -> tuple[TokenBatch, TokenBatch]:
 
 @dataclass(frozen=True)
 class Mix:
-    """A weighted sum of objectives on one batch, e.g. `Mix([(0.9, CrossEntropy()), (0.1, InfoNCE())])`.
+    """A weighted sum of objectives on one batch, e.g. `Mix((0.9, CrossEntropy()), (0.1, InfoNCE()))`.
+
+    Args:
+        parts: pairs (weight, objective), one after another or in one sequence.
 
     Raises:
         ValueError: no parts, parts that want different batches, or weights that are not positive.
@@ -444,7 +447,7 @@ class Mix:
     Example:
         >>> uniform = lambda tokens: torch.zeros(*tokens.shape, 8)
         >>> tokens = torch.tensor([[1, 2, 3]])
-        >>> half = Mix([(0.25, CrossEntropy()), (0.25, CrossEntropy(temperature=2.0))])
+        >>> half = Mix((0.25, CrossEntropy()), (0.25, CrossEntropy(temperature=2.0)))
         >>> half(uniform, TokenBatch(tokens, tokens > 0))  # log 8 / 2
         tensor(1.0397)
     """
@@ -452,10 +455,11 @@ class Mix:
     parts: tuple[tuple[float, Any], ...]
     """Weights and objectives; all of one `batch_type`."""
 
-    def __init__(self, parts: Any) -> None:
-        object.__setattr__(self, "parts", tuple((float(weight), objective) for weight, objective in parts))
+    def __init__(self, *parts: Any) -> None:
+        pairs = parts[0] if len(parts) == 1 and not (len(parts[0]) == 2 and is_objective(parts[0][1])) else parts
+        object.__setattr__(self, "parts", tuple((float(weight), objective) for weight, objective in pairs))
         if not self.parts:
-            raise ValueError("expected at least one part, got none; pass [(weight, objective), ...]")
+            raise ValueError("expected at least one part, got none; pass (weight, objective) pairs")
         if any(not weight > 0 for weight, _ in self.parts):
             raise ValueError(
                 f"expected weights > 0, got {[weight for weight, _ in self.parts]}; leave a part of no weight out"
