@@ -119,8 +119,6 @@ def test_architectures_that_no_table_was_made_for(config: Any, tmp_path: Path) -
     assert weights_hash(weights_from(tmp_path)) == weights_hash(view)
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
-@pytest.mark.parametrize("name", ["gpt2", "neox", "gemma2", "mixtral"])
 def _kept(tensor: torch.Tensor | None) -> bool:
     return tensor is None or tensor.untyped_storage().nbytes() == tensor.nbytes
 
@@ -131,6 +129,8 @@ def test_a_blueprint_keeps_no_more_than_its_own_numbers() -> None:
     assert all(_kept(layout.index) for layout in blueprint.layouts.values())
 
 
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("name", ["gpt2", "neox", "gemma2", "mixtral"])
 def test_the_analysis_is_that_of_two_loaded_models(name: str, kind: str) -> None:
     base = tiny.build(name, kind)
     loaded = quiet(base, tiny.build(name, kind, delta=DELTA))

@@ -72,11 +72,12 @@ def test_logits_and_gradients_equal_the_published_modules():
 @pytest.mark.parametrize("form", FORMS)
 def test_logits_and_gradients_equal_transformer_lens(form):
     ours = scrambled(GrokTransformer(GrokShape(heads_out=2), seed=1))
-    theirs = form(ours)
+    theirs = form(ours).to(torch.float64)
+    ours = ours.double()
     targets = torch.tensor([5, 100, 193, 7])
     logits = theirs(PAIRS)[:, 0]
     expected = ours(PAIRS).flatten(1)
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-12)
     F.cross_entropy(logits, targets).backward()
     F.cross_entropy(expected, targets).backward()
     view = ModelView(theirs)

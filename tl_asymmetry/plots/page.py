@@ -80,8 +80,9 @@ def packed(content: str | bytes, key: str) -> str:
     """A script element that holds content as gzip in base64, which the page's `unpacked` reads.
 
     Example:
-        >>> packed("", "nothing")
-        '<script type="application/gzip" id="nothing">H4sIAAAAAAAC/wMAAAAAAAAAAAA=</script>'
+        >>> element = packed("seven heads", "words")
+        >>> gzip.decompress(base64.b64decode(element.split(">")[1].split("<")[0]))
+        b'seven heads'
     """
     content = content.encode() if isinstance(content, str) else content
     # mtime fixed: the same content gives the same page, byte for byte.
