@@ -120,7 +120,7 @@ class CouplingStudy(Result):
         return (
             f"{self.table['step'].nunique()} checkpoints, {self.config['parameters']} attention weights, "
             f"{arguments['draws']} random directions {'anew at each checkpoint' if arguments['fresh'] else 'shared'}, "
-            f"responses by {arguments['method'].replace('_', ' ')}"
+            f"responses by {'the exact derivative' if arguments['method'] == 'exact' else 'finite differences'}"
         )
 
     def _summary_table(self) -> pd.DataFrame:
