@@ -258,7 +258,7 @@ def arms(
         which: arms by name, keywords of `GradientProjection` or None for plain training; default `PUBLISHED_ARMS`.
         folder: each run lives in a subfolder `{task}-{seed}-{arm}` and is continued there.
         together: make the gradients of all runs in one batched pass (`training.lockstep.run_together`); None: on a
-            GPU, where it pays. Weights then agree with those of single runs to rounding, which training amplifies.
+            GPU. Weights then agree with those of single runs to rounding, which training amplifies.
 
     Returns:
         `train`'s table of every run, with columns `arm` and `seed` in front.

@@ -20,8 +20,8 @@ def run_together(loops: Sequence[GrokLoop], *, report: Callable[[GrokLoop], None
     leaves the others. Batched products round otherwise than single ones, so weights agree with those of `GrokLoop.run`
     to rounding, which training amplifies: a run is repeated bit for bit only in the same company.
 
-    Where launches cost more than arithmetic (small models on a GPU) this saves most of them; on a CPU it saves
-    nothing, see `benchmarks/lockstep.py`.
+    Meant for a GPU, where a small model's launches cost more than its arithmetic (not measured yet); on a CPU it saves
+    nothing. `benchmarks/lockstep.py` measures both.
 
     Args:
         loops: of one shape, batch size and device; at any step, finished ones are passed over.
