@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pair import RESULTS, _memory_meter
+from measure import memory_meter
+from pair import RESULTS
 
 SHAPE = {"n_embd": 768, "n_layer": 2, "n_head": 12, "n_positions": 1024, "vocab_size": 1024}
 LAYER = 1
@@ -182,7 +183,7 @@ def main() -> None:
     chunks = -(-TOKENS * SHAPE["n_embd"] // jacrev_chunk(model, TOKENS))
     median[f"jacrev, {TOKENS} tokens (one chunk x {chunks})"] = median[f"jacrev, one chunk at {TOKENS} tokens"] * chunks
 
-    reset, peak = _memory_meter(device)
+    reset, peak = memory_meter(device)
     before = reset()
     closed_form(model, TOKENS)
     held = (peak() - before) / 1e9

@@ -312,8 +312,8 @@ def test_other_architectures(architecture):
     assert ("W_in" in sites) == (architecture != "mixtral")
 
 
-def test_planted_gradients_in_the_basis():
-    """Activations of rank 4, so that every weight gradient lies in them: energy 1, the smallest p."""
+def planted_run():
+    """Two steps whose attention reads four directions alone."""
     models = {}
     for step, seed in ((0, 0), (10, 1)):
         model = tiny.build("gpt2", KIND, torch.float64, seed=seed)
@@ -324,7 +324,12 @@ def test_planted_gradients_in_the_basis():
                 if p.ndim == 1 and len(p) == tiny.D_MODEL and (".ln1" in name or ".ln_1" in name):
                     p *= projector
         models[step] = model
-    result = analyze_tangents(models, tokens=zipf_tokens(), **QUIET)
+    return models
+
+
+def test_planted_gradients_in_the_basis():
+    """Activations of rank 4, so that every weight gradient lies in them: energy 1, the smallest p."""
+    result = analyze_tangents(planted_run(), tokens=zipf_tokens(), **QUIET)
     rows = result.table[result.table["point"] == "attn_in"]
     np.testing.assert_allclose(rows["energy"], 1, atol=1e-9)
     np.testing.assert_allclose(rows["p"], 1 / 21)
@@ -361,6 +366,18 @@ def test_a_run_that_was_killed_goes_on(killed_at, tmp_path, analysis):
     assert_same(analysis, result, tolerance=0, skip=())
     again = analyze_tangents(run, tokens=zipf_tokens(), store=tmp_path / "run", **QUIET)
     assert_same(analysis, again, tolerance=0, skip=())
+
+
+def test_a_basis_filled_up_is_still_said_after_a_resume(tmp_path):
+    """Four directions where six are asked for: a resumed run, which fits no basis, must say so too."""
+    options = QUIET | {"rank": 6, "method": "semi_nmf", "starts": 1, "sample_rows": 50, "store": tmp_path}
+    first, again = (analyze_tangents(planted_run(), tokens=zipf_tokens(), **options) for _ in range(2))
+    fits = first.bases.set_index(["point", "layer"])["directions"]
+    assert fits["attn_in", 0] == 4
+    assert fits["mlp_in", 0] == 6
+    said = [note for note in first.notes if "at layer 0 attn_in found 4 independent directions" in note]
+    assert len(said) == 1
+    assert again.notes == first.notes
 
 
 def test_finished_checkpoints_are_not_measured_again(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -34,7 +34,8 @@ class TangentBases:
     bases: dict[Key, Float[Tensor, "d rank"]]
     """Q_T, float64."""
     rows: list[dict[str, Any]]
-    """One each, JSON-ready: explained, overlap_pca, and for semi-NMF relative_error, spread, stability, converged."""
+    """One each, JSON-ready: explained, overlap_pca, and for semi-NMF relative_error, spread, stability, converged,
+    directions (independent ones found, at most rank)."""
     draws: int
     """Controls for each."""
     control: Control
@@ -55,6 +56,16 @@ class TangentBases:
     @cached_property
     def _stacks(self) -> dict[Key, Tensor]:
         return {}
+
+    @property
+    def notes(self) -> list[str]:
+        """What the reader must know of them."""
+        return [
+            f"semi-NMF of rank {row['rank']} at layer {row['layer']} {row['point']} found {row['directions']} independent "
+            "directions: its basis is filled up with arbitrary ones"
+            for row in self.rows
+            if row.get("directions", row["rank"]) < row["rank"]
+        ]
 
     @property
     def table(self) -> pd.DataFrame:
@@ -83,7 +94,6 @@ def fit_bases(
     draws: int,
     control: Control,
     seed: int,
-    note: Callable[[str], None],
 ) -> TangentBases:
     """Fit every basis on the activations of the early checkpoints, pooled.
 
@@ -104,7 +114,7 @@ def fit_bases(
                     bases[key] = principal.basis[:, :rank]
                 else:
                     centre = moments.mean.to(sample) if centered else 0
-                    bases[key], fit = _semi_nmf_basis(sample - centre, key, starts=starts, seed=seed, note=note)
+                    bases[key], fit = _semi_nmf_basis(sample - centre, rank, starts=starts, seed=seed)
                     row |= fit
                 row["explained"] = moment_energies(moments.second_moment, bases[key].unsqueeze(0)).item()
                 row["overlap_pca"] = Subspace(bases[key]).overlap(principal.truncate(rank))
@@ -130,28 +140,21 @@ def _pooled_sample(samples: Sequence[RowSample], size: int) -> Tensor:
     return pooled.rows
 
 
-def _semi_nmf_basis(
-    rows: Tensor, key: Key, *, starts: int, seed: int, note: Callable[[str], None]
-) -> tuple[Tensor, dict[str, Any]]:
-    _, rank, point, layer = key
+def _semi_nmf_basis(rows: Tensor, rank: int, *, starts: int, seed: int) -> tuple[Tensor, dict[str, Any]]:
     fit = semi_nmf(rows, rank, seeds=range(seed, seed + starts), tol=1e-4, max_iter=300)
-    Q, R = torch.linalg.qr(fit.D.double().mT)
-    if R.diagonal().abs().min() < 1e-8 * R.diagonal().abs().max():
-        note(
-            f"semi-NMF of rank {rank} at layer {layer} {point} found fewer than {rank} independent directions: its "
-            "basis is filled up with arbitrary ones"
-        )
+    D = fit.D.double()
     best, worst = min(fit.objectives), max(fit.objectives)
-    return Q, {
+    return torch.linalg.qr(D.mT).Q, {
         "relative_error": fit.relative_error,
         "spread": worst / best - 1 if best > 0 else 0.0,
         "stability": fit.stability.mean().item(),
         "converged": fit.converged,
+        "directions": int(torch.linalg.matrix_rank(D, rtol=1e-8)),
     }
 
 
 _LAYOUT = {
     "method": "object", "rank": "int64", "point": "object", "layer": "int64", "explained": "float64",
     "overlap_pca": "float64", "relative_error": "float64", "spread": "float64", "stability": "float64",
-    "converged": "boolean",
+    "converged": "boolean", "directions": "Int64",
 }  # fmt: skip

@@ -383,7 +383,6 @@ class _Run:
         self.bases = fit_bases(
             early, methods=options.methods, ranks=options.ranks, centered=options.centered, starts=options.starts,
             sample_rows=options.sample_rows, draws=options.draws, control=_control(options), seed=options.seed,
-            note=self.notes.add,
         )  # fmt: skip
         del early
         if isinstance(self.store, CheckpointStore):
@@ -440,7 +439,7 @@ class _Run:
                 "targets": self.data.targets,
                 "sequences": len(self.data.sequences),
             },
-            notes=tuple(self.notes.lines),
+            notes=(*self.notes.lines, *bases.notes),
             arrays={name: Q.float() for name, Q in bases.arrays().items()},
         )
 

@@ -47,7 +47,7 @@ class TangentAnalysis(Result):
     bases: pd.DataFrame
     """Per method, rank, point and layer: explained, the share of the early activations' energy; overlap_pca, with the
     PCA basis of that rank; and for semi-NMF the error left, the spread of the starts' objectives, the stability of its
-    directions among them."""
+    directions among them, and how many of them are independent."""
 
     def basis(
         self, point: str, *, method: str | None = None, rank: int | None = None
