@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 
@@ -16,16 +14,9 @@ from tests import tiny
 from tl_asymmetry import analyze_pair, estimate_pair, random_subspace
 from tl_asymmetry.models.view import ModelView
 
+pytestmark = pytest.mark.usefixtures("unchecked_types")
 needs_hooked = pytest.mark.skipif(not tiny.HOOKED_AVAILABLE, reason="transformer-lens 4 has no HookedTransformer")
 TOKENS = tiny.tokens(6, 12)
-
-
-@pytest.fixture(autouse=True)
-def _unchecked_types() -> Iterator[None]:
-    """As in production, where no type checker sees a wrong argument before the code does."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(name="pair", params=tiny.KINDS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,26 @@ def test_bad_input_is_one_line(pair: list[str], tmp_path: Path, capsys: pytest.C
     assert "expected JSON in line 4 of" in bad(capsys, "analyze", *pair, "--texts", str(lines), *out)
     assert "expected a folder with result.json" in bad(capsys, "report", str(tmp_path))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", [["demo"], ["analyze", "./nowhere", "./nowhere"], ["grok"], ["tangents", "--demo"]])
+def test_a_folder_that_cannot_be_written_is_refused_before_the_run(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for folder in (file, file / "below"):
+        line = bad(capsys, *command, "--out", str(folder))
+        assert line == (
+            f"tl-asymmetry: expected a folder to write to, got {str(folder)!r} ({file} is none); pass another --out"
+        )
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"tl-asymmetry {version('tl-asymmetry')}\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["analyze"], ["analyze", "a", "b", "--ranks", "x"], ["nonsense"]])

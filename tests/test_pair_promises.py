@@ -9,11 +9,9 @@ import random
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -56,14 +54,6 @@ def identical_tables(a: PairAnalysis, b: PairAnalysis) -> None:
 # --- the caller's models and the process -----------------------------------------------------------------------------
 
 
-@pytest.fixture(name="production")
-def production_fixture() -> Iterator[None]:
-    """As in production: beartype draws from Python's random state to pick the items it looks at."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
 def state(*models: Any) -> list[Any]:
     """All that must be as it was."""
     found: list[Any] = []
@@ -90,7 +80,7 @@ def state(*models: Any) -> list[Any]:
     return found
 
 
-@pytest.mark.usefixtures("production")
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("kind", tiny.KINDS)
 @pytest.mark.parametrize("end", ["success", "in a hook", "Ctrl-C"])
 def test_everything_is_left_as_it_was(kind: str, end: str) -> None:

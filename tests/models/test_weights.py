@@ -327,6 +327,18 @@ def test_a_broken_tokenizer_is_said(tmp_path: Path) -> None:
 # --- the Hub ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_revision_of_a_local_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected a name on the Hub for revision='step1', got the local"):
+        weights_from(tmp_path, revision="step1")
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("source", [None, 3, [1]])
+def test_what_is_no_source(source: Any) -> None:
+    with pytest.raises(ValueError, match=f"a state dict or a WeightSource, got {type(source).__name__}"):
+        weights_from(source)
+
+
 def test_a_hub_name_is_downloaded_by_the_hubs_own_client(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 

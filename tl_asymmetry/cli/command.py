@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 done, 2 bad input with one line on standard error."""
     options = _parser().parse_args(arguments)
     try:
+        if "out" in options:
+            _check_folder(options.out)
         options.run(options)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"tl-asymmetry: {' '.join(str(error).split())}\n")
@@ -35,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="tl-asymmetry",
         description="Where pretraining and alignment left their marks in a transformer's weights.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('tl-asymmetry')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="the embedded pair, offline")
@@ -69,6 +74,15 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("folder", metavar="DIR", type=Path, help="folder that holds a saved result")
     report.set_defaults(run=_report)
     return parser
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse, before the long run, a folder that nothing could be written to after it."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise ValueError(f"expected a folder to write to, got {str(folder)!r} ({place} is none); pass another --out")
 
 
 def _demo(options: argparse.Namespace) -> None:

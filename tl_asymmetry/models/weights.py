@@ -100,8 +100,18 @@ def opened(model_aligned: Any, base: ModelView, *, runs: bool) -> Weights:
 
 def _found(source: str | Path, revision: str | None) -> Path:
     """A local path, or what the Hub has under that name."""
+    if not isinstance(source, str | Path):
+        raise ValueError(
+            f"expected a path, a name on the Hub, a state dict or a WeightSource, got {type(source).__name__}; pass "
+            "one of these, or a loaded model to analyze_pair itself"
+        )
     path = Path(source)
     if path.exists():
+        if revision is not None:
+            raise ValueError(
+                f"expected a name on the Hub for revision={revision!r}, got the local {str(source)!r}; leave revision "
+                "out, or pass the directory of that revision"
+            )
         return path
     if isinstance(source, Path) or not _HUB_NAME.fullmatch(source) or source.endswith(".safetensors"):
         raise ValueError(

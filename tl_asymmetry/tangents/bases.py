@@ -61,8 +61,8 @@ class TangentBases:
     def notes(self) -> list[str]:
         """What the reader must know of them."""
         return [
-            f"semi-NMF of rank {row['rank']} at layer {row['layer']} {row['point']} found {row['directions']} independent "
-            "directions: its basis is filled up with arbitrary ones"
+            f"semi-NMF of rank {row['rank']} at layer {row['layer']} {row['point']} found {row['directions']} "
+            "independent directions: its basis is filled up with arbitrary ones"
             for row in self.rows
             if row.get("directions", row["rank"]) < row["rank"]
         ]

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -162,6 +163,11 @@ def _torch_file(path: Path) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # the old format cannot be mapped
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:  # whose own words tell how to run the file's code
+        raise ValueError(
+            f"expected a file of tensors, got {path.name} that is none, or holds Python objects, which may run code "
+            f"and are never loaded; pass the state dict itself, saved as safetensors ({str(path)!r})"
+        ) from error
     except Exception as error:
         raise _damaged(path, error) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
