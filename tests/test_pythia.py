@@ -41,8 +41,10 @@ def commit_of(step: int) -> str:
 class FalseHub:
     """Revisions in local folders."""
 
-    def __init__(self, folders: dict[int, Path]) -> None:
+    def __init__(self, folders: dict[int, Path], main: Path | None = None) -> None:
         self.folders = {f"step{step}": folder for step, folder in folders.items()}
+        if main is not None:
+            self.folders["main"] = main
         self.commits = {commit_of(step): folder for step, folder in folders.items()}
         self.fetched: list[tuple[str, str]] = []
         self.on_disk: list[int] = []
@@ -117,6 +119,47 @@ def test_wrong_branches_are_refused_by_name_before_anything_is_fetched(tmp_path:
     with pytest.raises(ValueError, match="got model-00002-of-00002.safetensors of step1 with the very content of"):
         pythia_checkpoints("pythia-tiny", [0, 1], hub=FalseHub(shards))
     assert not hub.fetched
+
+
+def test_a_branch_of_the_end_is_refused_though_the_end_was_not_asked_for() -> None:
+    """pythia-2.8b's step1000 is bit-identical to main, its step54000 to step143000."""
+    first, middle, last = (directories()[step] for step in STEPS)
+    for branch, hub in {
+        "main": FalseHub({0: first, 1000: last, 143000: middle}, main=last),
+        "step143000": FalseHub({0: first, 1000: last, 143000: last}, main=middle),
+    }.items():
+        for steps in ([0, 1000], [1000]):
+            with pytest.raises(ValueError, match=f"expected step1000 .* of {branch}, the end of training"):
+                pythia_checkpoints("pythia-tiny", steps, hub=hub)
+        assert not hub.fetched
+    whole = FalseHub({0: first, 1000: middle, 143000: last}, main=last)
+    assert [c.step for c in pythia_checkpoints("pythia-tiny", [0, 1000, 143000], hub=whole)] == [0, 1000, 143000]
+    other = FalseHub({0: first, 7: middle, 9: last}, main=last)  # a run of 9 steps
+    assert len(pythia_checkpoints("pythia-tiny", [0, 9], hub=other)) == 2
+
+
+def test_a_hub_that_does_not_answer(tmp_path: Path) -> None:
+    class Silent(FalseHub):
+        broken = "files"
+
+        def files(self, repository: str, revision: str) -> tuple[str, list[RemoteFile]]:
+            if self.broken == "files":
+                raise TimeoutError("no route")
+            return super().files(repository, revision)
+
+        def download(self, repository: str, commit: str, name: str, folder: Path) -> Path:
+            raise TimeoutError("no route")
+
+    hub = Silent(directories())
+    with pytest.raises(ValueError, match="the hub to answer for step0 of EleutherAI/pythia-tiny, got TimeoutError: no"):
+        pythia_checkpoints("pythia-tiny", [0], hub=hub)
+    hub.broken = "download"
+    checkpoint = pythia_checkpoints("pythia-tiny", [0], hub=hub, folder=tmp_path)[0]
+    with (
+        pytest.raises(ValueError, match=r"to answer for \S+ of step0 of EleutherAI/pythia-tiny, got TimeoutError"),
+        checkpoint.open(),
+    ):
+        pass
 
 
 def test_branches_that_share_tensors_only_are_refused_when_they_are_read(tmp_path: Path) -> None:

@@ -20,6 +20,9 @@ from tl_asymmetry.trajectory.checkpoints import Checkpoint, made_model
 
 _SETTINGS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
              "special_tokens_map.json")  # fmt: skip
+_ENDS = ("main", "step143000")
+"""Branches of the end of training: what wrong branches serve."""
+_LAST_STEP = 143_000
 _SPARE_BYTES = 1 << 30
 _CHUNK = 1 << 22
 
@@ -91,8 +94,8 @@ def pythia_checkpoints(
 
     On the hub most step branches of pythia-2.8b serve weights of the end of training, and two of pythia-12b a wrong
     shard (EleutherAI/pythia issues 205 and 206). So the digests that the hub has of all weight files are compared
-    before anything is fetched, and two steps that share one are refused by name. `analyze_trajectory` compares the
-    tensors themselves once more.
+    before anything is fetched: two steps that share one are refused by name, and so is a step that shares one with the
+    end of training, whether that was asked for or not. `analyze_trajectory` compares the tensors themselves once more.
 
     Nothing is fetched here. Each checkpoint is fetched when its turn comes, its files are checked against the hub's
     sizes and digests, and they are removed when it has been measured. A download that was killed goes on where it
@@ -109,8 +112,8 @@ def pythia_checkpoints(
         hub: where revisions come from; huggingface.co by default.
 
     Raises:
-        ValueError: no steps, a step there is no revision for, files above the budget or the free disk, two steps
-            whose weight files are the same.
+        ValueError: no steps, a step there is no revision for, a hub that does not answer, files above the budget or
+            the free disk, a step with a weight file of another step or of the end of training.
         ImportError: huggingface_hub is not installed.
 
     Example:
@@ -126,6 +129,7 @@ def pythia_checkpoints(
     asked = tqdm(wanted, desc="revisions", disable=len(wanted) < 8)
     revisions = {step: _revision(hub, repository, step) for step in asked}
     _refuse_shared_files(repository, revisions)
+    _refuse_files_of_the_end(hub, repository, revisions)
     for step, revision in revisions.items():
         size = sum(file.size for file in revision.files)
         if size > budget_gb * 1e9:
@@ -160,15 +164,30 @@ class _Revision:
         return tuple(file for file in self.files if file.name.endswith((".safetensors", ".bin")))
 
 
-def _revision(hub: Hub, repository: str, step: int) -> _Revision:
+def _listed(hub: Hub, repository: str, revision: str) -> tuple[str, list[RemoteFile]] | None:
+    """What `Hub.files` says, or None where there is no such revision or repository."""
     try:
-        commit, files = hub.files(repository, f"step{step}")
-    except Exception as error:
-        if type(error).__name__ not in ("RevisionNotFoundError", "RepositoryNotFoundError"):
-            raise
+        return hub.files(repository, revision)
+    except Exception as error:  # every version of the client has its own
+        if type(error).__name__ in ("RevisionNotFoundError", "RepositoryNotFoundError"):
+            return None
+        raise _unanswered(f"{revision} of {repository}", error) from error
+
+
+def _unanswered(what: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"expected the hub to answer for {what}, got {type(error).__name__}: {error}; check the network, or pass "
+        "directories of checkpoints to analyze_trajectory"
+    )
+
+
+def _revision(hub: Hub, repository: str, step: int) -> _Revision:
+    found = _listed(hub, repository, f"step{step}")
+    if found is None:
         raise ValueError(
             f"expected a revision step{step} of {repository} on the hub, got none; pass a step the model was saved at"
-        ) from error
+        )
+    commit, files = found
     files = [file for file in files if "/" not in file.name and "\\" not in file.name]  # a model lies at the top
     there = {file.name for file in files}
     tensors = [file for file in files if file.name.endswith(".safetensors")]
@@ -199,6 +218,22 @@ def _refuse_shared_files(repository: str, revisions: Mapping[int, _Revision]) ->
                 )
 
 
+def _refuse_files_of_the_end(hub: Hub, repository: str, revisions: Mapping[int, _Revision]) -> None:
+    """Refuse a step before the last that holds a weight file of the end of training, though no step asked for does."""
+    ends = {branch: found for branch in _ENDS if (found := _listed(hub, repository, branch)) is not None}
+    of_the_end = {f.sha256: (branch, f.name) for branch, (_, files) in ends.items() for f in files if f.sha256}
+    # Other runs end elsewhere: there only their last step here may be the end.
+    last = _LAST_STEP if f"step{_LAST_STEP}" in ends else max(revisions)
+    for step, revision in revisions.items():
+        for file in revision.weights:
+            if step < last and file.sha256 in of_the_end:
+                branch, name = of_the_end[file.sha256]
+                raise ValueError(
+                    f"expected step{step} of {repository} to hold weights of its own, got {file.name} with the very "
+                    f"content of {name} of {branch}, the end of training: the branch is wrong; leave the step out"
+                )
+
+
 @contextmanager
 def _fetched(
     hub: Hub, repository: str, step: int, revision: _Revision, place: Path | None, keep: bool
@@ -220,7 +255,10 @@ def _fetched(
                 f"{repository}, got {free / 1e9:.3g}; make room or pass another folder"
             )
         for file in missing:
-            path = hub.download(repository, revision.commit, file.name, folder)
+            try:
+                path = hub.download(repository, revision.commit, file.name, folder)
+            except Exception as error:
+                raise _unanswered(f"{file.name} of step{step} of {repository}", error) from error
             if not path.resolve().is_relative_to(folder.resolve()) or not _is_whole(path, file):
                 path.unlink(missing_ok=True)
                 raise ValueError(
