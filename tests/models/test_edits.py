@@ -353,6 +353,20 @@ def test_a_model_converted_meanwhile_is_restored_where_it_lies(kind):
     assert torch.equal(view.weight(0, "W_Q"), original.double())
 
 
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_weights_loaded_meanwhile_are_the_ones_edited(kind):
+    """load_state_dict(assign=True) leaves the old parameter alive, where an edit would change nothing."""
+    model = tiny.build("gpt2", kind)
+    view = ModelView(model)
+    edit, original = make_edit(view, 0, "W_Q", 2), view.weight(0, "W_Q").clone()
+    applied = apply_edits(view, edit)
+    native = getattr(model, "original_model", model)
+    native.load_state_dict({name: tensor.clone() for name, tensor in native.state_dict().items()}, assign=True)
+    with applied:
+        assert not torch.equal(view.weight(0, "W_Q"), original)
+    assert torch.equal(view.weight(0, "W_Q"), original)
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 
@@ -402,7 +416,8 @@ def test_a_copy_is_refused(monkeypatch):
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_inference_tensors_are_refused(kind):
     view = ModelView(tiny.build("gpt2", kind))
-    edit, owner = make_edit(view, 0, "W_in"), view.weight_and_parameter(0, "W_in")[1]
+    edit, slot = make_edit(view, 0, "W_in"), view.weight_and_slot(0, "W_in")[1]
+    owner = slot.module._parameters[slot.name]
     with torch.inference_mode():
         for module in view.model.modules():
             for name, parameter in module._parameters.items():

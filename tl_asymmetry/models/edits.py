@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_asymmetry.models.interrupts import critical, held, hold_interrupts, interrupt, release_interrupts
-from tl_asymmetry.models.view import MATRICES, READ, WRITE, ModelView
+from tl_asymmetry.models.view import MATRICES, READ, WRITE, ModelView, Slot
 
 _EMBEDDINGS = ("W_E", "W_U", "W_pos")
 
@@ -343,18 +343,18 @@ class _Place:
     edit: RankOneEdit
     weights: Tensor
     """A live view, outside autograd."""
-    owner: Tensor
-    """The parameter it is a view of; `Module.to` gives it another storage."""
+    slot: Slot
+    """Where the model keeps the parameter it is a view of."""
     address: int
     """Where the view begins: two places are either the same or apart."""
 
     def is_live(self) -> bool:
-        """Whether the parameter still lies where it lay."""
-        return self.owner.untyped_storage().data_ptr() == self.weights.untyped_storage().data_ptr()
+        """Whether these are still weights of the model."""
+        return self.slot.shares(self.weights)
 
 
 def _place(view: ModelView, edit: RankOneEdit) -> _Place:
-    weight, owner = view.weight_and_parameter(edit.layer, edit.matrix)
+    weight, slot = view.weight_and_slot(edit.layer, edit.matrix)
     if weight.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(
             f"expected weights that can be edited, got inference tensors in blocks.{edit.layer} {edit.matrix}; pass a "
@@ -376,7 +376,7 @@ def _place(view: ModelView, edit: RankOneEdit) -> _Place:
             f"expected residual and other of {residual} and {other} entries for {edit.matrix}, got {given[0]} and "
             f"{given[1]}; pass vectors of these lengths"
         )
-    return _Place(edit, weight, owner, weight.data_ptr())
+    return _Place(edit, weight, slot, weight.data_ptr())
 
 
 def _add(live: Tensor, edit: RankOneEdit) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,6 +39,21 @@ INPUT_POINT: dict[str, str] = {
 """The point at which the exact input of each matrix is seen."""
 
 Reader = Callable[[Tensor], None]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a model keeps a parameter: `Module.to` and `load_state_dict(assign=True)` put another tensor there."""
+
+    module: nn.Module
+    """Its module."""
+    name: str
+    """Its name there."""
+
+    def shares(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a view of what is there now."""
+        parameter = self.module._parameters.get(self.name)
+        return parameter is not None and _address(parameter) == _address(tensor)
 
 
 class Parameters(Mapping[str, Tensor]):
@@ -126,7 +142,7 @@ class ModelView:
     def __init__(self, model: Any, *, encoders: bool = False) -> None:
         self.model = model
         self._adapter = adapter = _adapter_for(model, encoders)
-        self._owners: dict[tuple[int, str], Tensor] = {}
+        self._slots: dict[tuple[int, str], Slot] = {}
         cfg = adapter.cfg
         self.kind = adapter.kind
         self.name = str(getattr(cfg, "model_name", None) or "unnamed")
@@ -246,28 +262,33 @@ class ModelView:
             ValueError: no such layer or matrix; a quantised matrix; a copy (what the wrapper computed on
                 the fly).
         """
-        return self.weight_and_parameter(layer, matrix)[0]
+        weight = self._weight(layer, matrix)
+        if _address(weight):  # fake and meta tensors have none, so there a copy cannot be told from a view
+            self._slot(layer, matrix, weight)
+        return weight
 
-    def weight_and_parameter(self, layer: int, matrix: str) -> tuple[Tensor, Tensor]:
-        """What `weight` gives, and the model's parameter that it is a view of; `Module.to` may move that one.
+    def weight_and_slot(self, layer: int, matrix: str) -> tuple[Tensor, Slot]:
+        """What `weight` gives, and where the model keeps the parameter that it is a view of.
 
         Raises:
             ValueError: as `weight`.
         """
         weight = self._weight(layer, matrix)
-        address = _address(weight)
-        if address == 0:  # fake and meta tensors have no address, so there a copy cannot be told from a view
-            return weight, weight
-        owner = self._owners.get((layer, matrix))
-        if owner is None or _address(owner) != address:
-            owner = next((p for p in self._adapter.blocks[layer].parameters() if _address(p) == address), None)
-            if owner is None:
+        return weight, self._slot(layer, matrix, weight)
+
+    def _slot(self, layer: int, matrix: str, weight: Tensor) -> Slot:
+        slot = self._slots.get((layer, matrix))
+        if slot is None or not slot.shares(weight):
+            modules = self._adapter.blocks[layer].modules()
+            places = (Slot(module, name) for module in modules for name in module._parameters)
+            slot = next((place for place in places if place.shares(weight)), None)
+            if slot is None:
                 raise ValueError(
                     f"expected a live view of blocks.{layer} {matrix}, got a copy; pass a model with raw weights "
                     "(a TransformerBridge without enable_compatibility_mode)"
                 )
-            self._owners[layer, matrix] = owner
-        return weight, owner
+            self._slots[layer, matrix] = slot
+        return slot
 
     def _weight(self, layer: int, matrix: str) -> Tensor:
         self._require_layer(layer)
