@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests import reference
+from tests.oracles import reference
 from tl_asymmetry.geometry.factored import factored_energy, factored_svd
 
 SIZES = st.integers(1, 9)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests import reference
+from tests.oracles import reference
 from tl_asymmetry.geometry.fraction import energy_profile, gram_energy, projected_energy, subspace_fraction
 
 PRECISIONS = [(torch.float64, 1e-10), (torch.float32, 1e-5)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from tests import reference
+from tests.oracles import reference
 from tl_asymmetry.geometry.jackknife import log_jackknife_interval
 
 

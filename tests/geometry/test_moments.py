@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests import reference
+from tests.oracles import reference
 from tl_asymmetry.geometry.moments import StreamingMoments
 
 READINGS = ("second_moment", "covariance")

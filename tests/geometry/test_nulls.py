@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from tests import reference
+from tests.oracles import reference
 from tl_asymmetry.geometry.nulls import (
     HAAR_DRAWS,
     IsotropicNull,

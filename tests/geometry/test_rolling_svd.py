@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.reference import float64
+from tests.oracles.reference import float64
 from tl_asymmetry import RollingSVD, RollingSVDs
 from tl_asymmetry.geometry.sketch import RowSketch
 

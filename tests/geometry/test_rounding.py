@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests import reference
+from tests.oracles import reference
 from tl_asymmetry.geometry.rounding import coarser, rounding_share, storage_dtype
 
 

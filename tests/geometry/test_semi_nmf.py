@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests import reference_tangents as reference
+from tests.oracles import reference_tangents as reference
 from tl_asymmetry import semi_nmf
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests import reference
+from tests.oracles import reference
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.spectrum import (
     effective_rank,

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests import reference_tangents as reference
+from tests.oracles import reference_tangents as reference
 from tl_asymmetry.geometry.sample import RowSample
 from tl_asymmetry.geometry.strata import frequency_strata
 

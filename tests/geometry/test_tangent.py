@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from tests import reference, reference_tangents
+from tests.oracles import reference, reference_tangents
 from tl_asymmetry import isoscore, random_subspace
 from tl_asymmetry.geometry.tangent import (
     anisotropy_shares,

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests import reference_jacobians as reference
+from tests.oracles import reference_jacobians as reference
 from tl_asymmetry.geometry.batched_autograd import pull_batch, push_batch
 from tl_asymmetry.geometry.token_jacobians import (
     AttentionJacobian,

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from tests.reference_grokking import lens_weights, seeded
-from tests.reference_grokking import train as naive_train
+from tests.oracles.reference_grokking import lens_weights, seeded
+from tests.oracles.reference_grokking import train as naive_train
 from tl_asymmetry.grokking import GrokRun, ModularArithmetic, Recipe, arms, train
 from tl_asymmetry.results.result import open_result
 from tl_asymmetry.training.grok_loop import GrokLoop

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tests import tiny
-from tests.reference_grokking import lens_weights, seeded
+from tests.oracles.reference_grokking import lens_weights, seeded
 from tl_asymmetry import ModelView
 from tl_asymmetry.grokking import GrokShape, GrokTransformer, ModularArithmetic, bridge_model, hooked_model
 from tl_asymmetry.training.grok_model import shape_of

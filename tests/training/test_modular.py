@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.reference_grokking import split
+from tests.oracles.reference_grokking import split
 from tl_asymmetry.grokking import ModularArithmetic
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.reference import float64
+from tests.oracles.reference import float64
 from tl_asymmetry.grokking import GradientProjection
 
 SHAPES = ((4, 6), (30,), (2, 3, 5))

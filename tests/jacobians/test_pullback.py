@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import tl_asymmetry.jacobians.pullback as pullback
-from tests import reference_jacobians as reference
 from tests import tiny
+from tests.oracles import reference_jacobians as reference
 from tl_asymmetry import ModelView, PredictionPullback, Subspace, analyze_pair, prediction_pullback, prediction_subspace
 from tl_asymmetry.demo import demo_model
 from tl_asymmetry.results.result import open_result

@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 import torch
 
-from tests import reference, tiny
-from tests.naive_pair import NaivePair
+from tests import tiny
+from tests.oracles import reference
+from tests.oracles.naive_pair import NaivePair
 from tl_asymmetry import PairAnalysis, Subspace, adjusted_p, analyze_pair, random_subspace
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair.tables import PAIR_COLUMNS

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.reference import Array, float64
+from tests.oracles.reference import Array, float64
 
 PRODUCTS = {"W_Q": "attn.hook_q", "W_K": "attn.hook_k", "W_V": "attn.hook_v", "W_O": "hook_attn_out",
             "W_in": "mlp.hook_pre", "W_out": "hook_mlp_out"}  # fmt: skip

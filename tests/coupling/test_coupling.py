@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from tests.reference import float64
+from tests.oracles.reference import float64
 from tl_asymmetry import (
     BlockTrajectory,
     CouplingStudy,

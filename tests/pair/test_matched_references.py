@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 import torch
 
-from tests import reference, reference_gradients, tiny
-from tests.naive_pair import NaivePair
-from tests.reference import float64
+from tests import tiny
+from tests.oracles import reference, reference_gradients
+from tests.oracles.naive_pair import NaivePair
+from tests.oracles.reference import float64
 from tl_asymmetry import CrossEntropy, TokenBatch, analyze_pair, gradient_covariance
 from tl_asymmetry.pair.tables import PAIR_COLUMNS
 

@@ -19,7 +19,7 @@ import torch
 
 from tests import tiny
 from tests.killing import Fatal, deaths
-from tests.test_pair_promises import state
+from tests.pair.test_pair_promises import state
 from tl_asymmetry import (
     TrajectoryAnalysis,
     analyze_pair,

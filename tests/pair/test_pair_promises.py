@@ -18,7 +18,8 @@ import plotly.graph_objects as go
 import pytest
 import torch
 
-from tests import reference, tiny
+from tests import tiny
+from tests.oracles import reference
 from tl_asymmetry import PairAnalysis, analyze_pair, capture_moments, estimate_pair
 from tl_asymmetry.geometry import moments as moments_module
 from tl_asymmetry.models.view import POINTS, ModelView

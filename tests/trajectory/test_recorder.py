@@ -15,7 +15,7 @@ import torch
 
 from tests import tiny
 from tests.killing import Fatal
-from tests.test_trajectory import identical
+from tests.trajectory.test_trajectory import identical
 from tl_asymmetry import TrajectoryAnalysis, TrajectoryRecorder, analyze_trajectory
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.results.store import StoreReader

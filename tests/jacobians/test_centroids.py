@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tests import reference_jacobians as reference
 from tests import tiny
-from tests.test_pair_promises import state
+from tests.oracles import reference_jacobians as reference
+from tests.pair.test_pair_promises import state
 from tl_asymmetry import ModelView, centroids, local_centroids
 
 T = 5

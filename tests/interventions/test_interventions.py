@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 import torch
 
-from tests import reference_study, tiny
+from tests import tiny
 from tests.models.test_edits import fingerprint, make_edit
+from tests.oracles import reference_study
 from tl_asymmetry import (
     ModelView,
     RankOneEdit,

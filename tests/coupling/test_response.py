@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.reference import float64
+from tests.oracles.reference import float64
 from tests.training.test_grok_model import FORMS, scrambled
 from tl_asymmetry import centroid_response
 from tl_asymmetry.coupling.response import CentroidProblem, random_directions

@@ -276,7 +276,7 @@ def two_processes_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "script.py").write_text(_SCRIPT)
     directories = (str(tiny.hf_directory("gpt2", delta=δ)) for δ in (0.0, 0.05))
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ended = subprocess.run(
         [*launcher, str(folder / "script.py"), *directories, str(folder)],

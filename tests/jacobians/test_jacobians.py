@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import tl_asymmetry.jacobians.work as work
-from tests import reference_jacobians as reference
 from tests import tiny
-from tests.test_pair_promises import state
+from tests.oracles import reference_jacobians as reference
+from tests.pair.test_pair_promises import state
 from tl_asymmetry import (
     LayerJacobians,
     ModelView,

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests import reference, reference_gradients, tiny
-from tests.reference import float64
+from tests import tiny
+from tests.oracles import reference, reference_gradients
+from tests.oracles.reference import float64
 from tl_asymmetry import GradientCovariance, gradient_covariance
 from tl_asymmetry.demo import demo_model, demo_preferences, demo_texts, demo_tokenizer
 from tl_asymmetry.demo.preferences import encode_preferences

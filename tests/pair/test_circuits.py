@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests import reference
+from tests.oracles import reference
 from tl_asymmetry.geometry.subspace import Subspace
 from tl_asymmetry.pair.bases import LayerBases
 from tl_asymmetry.pair.circuits import CIRCUIT_COLUMNS, ProductChange, layer_circuits, product_change

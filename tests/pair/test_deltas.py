@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests import reference
+from tests.oracles import reference
 from tl_asymmetry.geometry.rounding import rounding_share
 from tl_asymmetry.pair.deltas import DIRECTIONS, LiveDelta, measure_delta, residual_first
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import stats
 
-from tests.reference import Array, isoscore_star
+from tests.oracles.reference import Array, isoscore_star
 
 
 def energy(rows: Array, basis: Array) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch.nn.functional as F
 
-from tests import reference, reference_tangents
+from tests.oracles import reference, reference_tangents
 
 
 class NaiveCheckpoint:

@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 import torch
 
-from tests import naive_tangents as naive
-from tests import reference_tangents, tiny
+from tests import tiny
+from tests.oracles import naive_tangents as naive
+from tests.oracles import reference_tangents
 from tests.tiny_encoder import ENCODER_KINDS, MASK_TOKEN, encoder, hf_encoder
 from tl_asymmetry import TangentAnalysis, TangentProbe, analyze_tangents
 from tl_asymmetry.results.result import open_result

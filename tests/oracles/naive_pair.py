@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from scipy import stats
 
-from tests import reference
-from tests.reference import Array, float64
+from tests.oracles import reference
+from tests.oracles.reference import Array, float64
 
 READ_POINT = {"W_Q": "attn_in", "W_K": "attn_in", "W_V": "attn_in", "W_in": "mlp_in", "W_gate": "mlp_in"}
 Key = tuple[str, str, int, int | None, int]
