@@ -5,8 +5,8 @@
 
 Prints a table and writes benchmarks/results/scale-cpu.json. Every measurement runs in a process of its own. Memory is
 the peak resident set above what the loaded base holds, mapped pages of the shards included; "beyond the moments" is
-that less the moments of the layers of one pass. Exponents are slopes of log(seconds) on log(size), medians of three
-rounds; a fixed cost makes them smaller than 1.
+that less the moments of the layers of one pass. Growth of memory is that of what is held at once. Exponents are slopes
+of log(seconds) on log(size), medians of three rounds; a fixed cost makes them smaller than 1.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import apart, memory_meter
+from measure import apart, map_blocks, memory_meter
 from safetensors.torch import save_file
 
 RESULTS = Path(__file__).parent / "results"
@@ -141,8 +141,8 @@ def measure_large(folder: Path, layers_per_pass: int) -> dict[str, Any]:
     }
 
 
-def measure_growth(folder: Path, what: str, size: int) -> dict[str, Any]:
-    """Seconds of an analysis of medium width with one size changed."""
+def measure_growth(folder: Path, what: str, size: int, measured: str) -> dict[str, Any]:
+    """Seconds of an analysis of medium width with one size changed, or the peak of what it holds."""
     from tl_asymmetry import analyze_pair
     from tl_asymmetry.models.loading import open_model
 
@@ -156,10 +156,13 @@ def measure_growth(folder: Path, what: str, size: int) -> dict[str, Any]:
         return time.perf_counter() - start
 
     run(tokens[:8])
+    if measured == "seconds":
+        return {measured: statistics.median(run(tokens) for _ in range(3))}
+    map_blocks()
     reset, peak = memory_meter("cpu")
     before = reset()
-    seconds = statistics.median(run(tokens) for _ in range(3))
-    return {"seconds": seconds, "peak_bytes": peak() - before}
+    run(tokens)
+    return {measured: peak() - before}
 
 
 def measure_processes(folder: Path) -> dict[str, Any]:
@@ -184,13 +187,14 @@ def _growth_rows(folder: Path) -> tuple[list[tuple[str, float, str, float | None
     rows: list[tuple[str, float, str, float | None]] = []
     kept: dict[str, Any] = {}
     for what, sizes in GROWTH.items():
-        measured = []
+        seconds, peaks = [], []
         for size in sizes:
             pair = folder / f"layers{size if what == 'layers' else 8}"
             if not pair.exists():
                 write_pair(pair, {**MEDIUM, "num_hidden_layers": size if what == "layers" else 8})
-            measured.append(apart(__file__, "--only", "growth", str(pair), what, str(size)) or {})
-        seconds, peaks = ([m[name] for m in measured] for name in ("seconds", "peak_bytes"))
+            for found, measured in ((seconds, "seconds"), (peaks, "peak_bytes")):
+                answer = apart(__file__, "--only", "growth", str(pair), what, str(size), measured)
+                found.append((answer or {})[measured])
         exponent = float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
         kept[what] = {"sizes": sizes, "seconds": seconds, "peak_bytes": peaks, "exponent": exponent}
         rows.append((f"exponent of seconds in {what}", exponent, "<=", 1.1))
@@ -221,7 +225,7 @@ def main() -> None:
         if what == "large":
             measured = measure_large(Path(folder), int(rest[0]))
         elif what == "growth":
-            measured = measure_growth(Path(folder), rest[0], int(rest[1]))
+            measured = measure_growth(Path(folder), rest[0], int(rest[1]), rest[2])
         else:
             measured = measure_processes(Path(folder))
             if measured["rank"] == 0:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 
 import pandas as pd
 
-from tl_asymmetry.tangents.report import METHOD, SIGNIFICANT
+from tl_asymmetry.plots.tangents import METHOD
+from tl_asymmetry.tangents.report import SIGNIFICANT
 from tl_asymmetry.tangents.result import TangentAnalysis
 
 Runs = Mapping[tuple[str, int], TangentAnalysis]

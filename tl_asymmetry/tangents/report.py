@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from tl_asymmetry.plots.tangents import METHOD
 from tl_asymmetry.results.report import Definition, FigureSection, Report, TableSection
 
 if TYPE_CHECKING:
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from tl_asymmetry.tangents.result import TangentAnalysis
 
 SIGNIFICANT = 0.05
-METHOD = {"pca": "PCA", "semi_nmf": "semi-NMF"}
-"""What methods are called in words."""
 
 TANGENT_DEFINITIONS = (
     Definition(
