@@ -55,6 +55,15 @@ def test_numbers_equal_an_explicit_svd(matrix: str, dtype: torch.dtype, toleranc
     np.testing.assert_allclose(stretch, σ[:, :DIRECTIONS], rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("matrix", SHAPES)
+def test_numbers_hold_no_more_than_themselves(matrix: str, dtype: torch.dtype) -> None:
+    """They outlive the layer: five directions that were a view of all eigenvectors kept d² entries a matrix."""
+    for name, numbers in vars(measured(matrix, dtype)[0].numbers).items():
+        if isinstance(numbers, torch.Tensor):
+            assert numbers.untyped_storage().nbytes() == numbers.numel() * numbers.itemsize, name
+
+
 @pytest.mark.parametrize("matrix", SHAPES)
 def test_rounding_is_that_of_the_storage_format(matrix: str) -> None:
     base = gaussian(*SHAPES[matrix]).bfloat16()

@@ -145,7 +145,7 @@ def measure_delta(
         gram = ΔW @ ΔW.mT if wide else ΔW.mT @ ΔW
     # d_head × d_head in float64; d_model × d_model in the Gram's own precision, at half the time.
     λ, V = ordered_eigh(gram if wide else gram.double())
-    V = V[..., :DIRECTIONS].to(ΔW)
+    V = V[..., :DIRECTIONS].to(ΔW, copy=True)  # a view would keep all d² entries for as long as the result lives
     with exact_products(ΔW.device):
         other = (ΔW.mT @ V if wide else ΔW @ V).cpu()
     sides = V.cpu().float().mT, _orthonormal(other).float().mT
