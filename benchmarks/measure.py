@@ -42,14 +42,14 @@ def memory_meter(device: str) -> tuple[Callable[[], int], Callable[[], int]]:
 
 
 def map_blocks() -> None:
-    """From now on let glibc map every block of a megabyte or more by itself and unmap it when it is freed.
+    """From now on let glibc map every block of 64 KiB or more by itself and unmap it when it is freed.
 
     The resident peak is then what was held at once, the same from run to run; without this it also counts freed blocks
     that glibc keeps, which at a small shape is more than what is held. Slower, so not for times.
     """
     threshold = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if threshold is not None:
-        threshold(-3, 1 << 20)  # M_MMAP_THRESHOLD
+        threshold(-3, 1 << 16)  # M_MMAP_THRESHOLD
 
 
 def apart(*command: str) -> dict[str, Any] | None:

@@ -104,6 +104,14 @@ class NormJacobian:
         columns = torch.addcmul(columns, inner, x, value=-1).div_(self.scale[:, None, None])
         return columns if self.gain is None else columns * self.gain.unsqueeze(-1)
 
+    def push_into(self, W: Float[Tensor, "d e"], columns: Float[Tensor, "d c"]) -> Float[Tensor, "token e c"]:
+        """Wᵀ N[t] · columns for the same tangents at every token: one product, and a rank-one term for each token."""
+        constant = self.folded(W.mT) @ columns
+        along = self.weighted(self.unit) @ W
+        inner = self.unit @ columns / self.unit.shape[-1]
+        pushed = torch.addcmul(constant, along.unsqueeze(-1), inner.unsqueeze(-2), value=-1)
+        return pushed.div_(self.scale[:, None, None])
+
     def dense(self) -> Float[Tensor, "token d d"]:
         eye = torch.eye(self.unit.shape[-1], dtype=self.unit.dtype, device=self.unit.device)
         return self.pull(eye.expand(self.tokens, -1, -1))
@@ -369,6 +377,38 @@ def mean_of_dense(jacobian: TokenJacobian, chunk: int) -> Float[Tensor, "out in"
         total = part if total is None else total + part
     assert total is not None
     return (total / jacobian.tokens).to(dtype)
+
+
+def mean_mlp_push(
+    mlp: BranchJacobian,
+    columns: Float[Tensor, "d c"],
+    heads: Float[Tensor, "token inner c"],
+    W_O: Float[Tensor, "inner d"],
+) -> Float[Tensor, "d c"] | None:
+    """mean_t J_mlp[t] (columns + W_Oᵀ heads[t]): averaged before W_out, and W_O taken into W_in once for all tokens.
+
+    None where the branch is no plain or gated MLP with at most a norm before it.
+    """
+    part, norm = mlp.part, mlp.before
+    if not isinstance(part, MLPJacobian) or mlp.after is not None:
+        return None
+    s = _inverse_scale(part.slopes[0], norm)
+    inner = None if norm is None else (norm.unit @ columns + torch.einsum("ti,tic->tc", norm.unit @ W_O.mT, heads))
+    hidden = None
+    for slope, W in zip(part.slopes, part.reads, strict=True):
+        a = slope * s.unsqueeze(-1)
+        folded = _folded(W.mT, norm)
+        P = folded @ W_O.mT
+        term = (folded @ columns) * a.sum(0).unsqueeze(-1)
+        step = max(1, _ROWS_AT_ONCE // (len(P) * columns.shape[-1]))
+        for start in range(0, part.tokens, step):
+            some = slice(start, start + step)
+            term += torch.einsum("tm,tmc->mc", a[some], P @ heads[some])
+        if norm is not None and inner is not None:
+            term -= (a * (norm.weighted(norm.unit) @ W)).mT @ inner / norm.unit.shape[-1]
+        hidden = term if hidden is None else hidden + term
+    assert hidden is not None
+    return part.W_out.mT @ hidden / part.tokens
 
 
 # --- averages without forming anything --------------------------------------------------------------------------

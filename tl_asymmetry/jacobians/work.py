@@ -306,7 +306,9 @@ def _gigabytes(count: int) -> str:
 
 def mean_summed(jacobian: SummedAttention | SummedBlock | GraphJacobian, like: Tensor, chunk: int) -> Tensor:
     """The average over tokens of a Jacobian summed over sources, `chunk` columns at a time."""
-    return torch.cat([columns.mean(0) for columns in summed_columns(jacobian, like, chunk)], -1)
+    if isinstance(jacobian, GraphJacobian):
+        return torch.cat([columns.mean(0) for columns in summed_columns(jacobian, like, chunk)], -1)
+    return torch.cat([jacobian.mean_push(columns) for columns in like.split(chunk, -1)], -1)
 
 
 def summed_columns(

@@ -20,6 +20,7 @@ from tl_asymmetry.geometry.token_jacobians import (
     NormJacobian,
     TokenJacobian,
     Tokens,
+    mean_mlp_push,
     mean_of_dense,
 )
 from tl_asymmetry.models.graphs import Edit, Side, leaf, place, run_until
@@ -37,8 +38,8 @@ class NoClosedForm(ValueError):
 class SummedAttention:
     """What attention adds at t against the same change of the stream at every source: Σ_s ∂ out[t] / ∂ in[s].
 
-    Only `push` exists: a tangent goes through every source's own norm and projections, then through attention's core at
-    once.
+    Only tangents can be taken through: each goes through every source's own norm and projections, then through
+    attention's core at once.
     """
 
     before: NormJacobian | None
@@ -50,14 +51,32 @@ class SummedAttention:
 
     def push(self, columns: Float[Tensor, "d c"]) -> Float[Tensor, "token d c"]:
         """The same tangents at every source, taken through to the tokens asked for."""
-        core = self.core
-        x = columns.expand(core.n, -1, -1)
-        if self.before is not None:
-            x = self.before.push(x)
-        q, k, v = (torch.einsum("sdc,hde->cshe", x, core.W[name]) for name in ("W_Q", "W_K", "W_V"))
-        z = core.push(q, k, v)[:, self.where]
-        out = torch.einsum("cthe,hed->tdc", z, core.W["W_O"])
+        out = self.W_O.mT @ self.push_heads(columns)
         return out if self.after is None else self.after.at(self.where).push(out)
+
+    def mean_push(self, columns: Float[Tensor, "d c"]) -> Float[Tensor, "d c"]:
+        """The average of `push` over the tokens asked for."""
+        if self.after is not None:
+            return self.push(columns).mean(0)
+        return self.W_O.mT @ self.push_heads(columns).mean(0)
+
+    @property
+    def W_O(self) -> Float[Tensor, "inner d"]:
+        """Of all heads side by side."""
+        return self.core.W["W_O"].flatten(0, 1)
+
+    def push_heads(self, columns: Float[Tensor, "d c"]) -> Float[Tensor, "token inner c"]:
+        """What the heads' outputs, side by side, answer at the tokens asked for."""
+        core, tangents = self.core, []
+        for name in ("W_Q", "W_K", "W_V"):
+            W = core.W[name].transpose(0, 1).flatten(1)
+            if self.before is None:
+                projected = (W.mT @ columns).expand(core.n, -1, -1)
+            else:
+                projected = self.before.push_into(W, columns)
+            tangents.append(projected.unflatten(1, (-1, core.e)).permute(3, 0, 1, 2))
+        z = core.push(*tangents)[:, self.where]
+        return z.flatten(2).permute(1, 2, 0).contiguous()
 
 
 @dataclass(frozen=True)
@@ -75,6 +94,19 @@ class SummedBlock:
         if self.mlp is None:
             return attended
         return attended + self.mlp.push(columns.expand_as(attended) if self.parallel else attended)
+
+    def mean_push(self, columns: Float[Tensor, "d c"]) -> Float[Tensor, "d c"]:
+        """The average of `push` over the tokens asked for."""
+        attention = self.attention
+        if self.mlp is None:
+            return columns + attention.mean_push(columns)
+        if self.parallel or attention.after is not None:
+            return self.push(columns).mean(0)
+        heads = attention.push_heads(columns)
+        through = mean_mlp_push(self.mlp, columns, heads, attention.W_O)
+        if through is None:
+            return self.push(columns).mean(0)
+        return columns + attention.W_O.mT @ heads.mean(0) + through
 
 
 @dataclass(frozen=True)
