@@ -1,25 +1,27 @@
 """How cost grows: an aligned model of Llama-3.2-1B's shape streamed from shards, and growth with every size.
 
-    python benchmarks/scale.py             # generates 5 GB of random weights, measures, deletes them
-    python benchmarks/scale.py --small     # growth alone, minutes
+    python benchmarks/scale.py                       # generates 5 GB of random weights, measures, deletes them
+    python benchmarks/scale.py --small               # growth alone, minutes
+    python benchmarks/scale.py --small --growth ranks     # of one size; the others stay in the JSON as they are
 
-Prints a table and writes benchmarks/results/scale-cpu.json. Every measurement runs in a process of its own. Memory is
-the peak resident set above what the loaded base holds, mapped pages of the shards included; "beyond the moments" is
-that less the moments of the layers of one pass. Growth of memory is that of what is held at once. Exponents are slopes
-of log(seconds) on log(size), medians of three rounds; a fixed cost makes them smaller than 1.
+Prints tables and writes benchmarks/results/scale-large-cpu.json and scale-growth-cpu.json. Every measurement runs in a
+process of its own. Memory is the peak resident set above what the loaded base holds, mapped pages of the shards
+included; "beyond the moments" is that less the moments of the layers of one pass. Growth of memory is that of what is
+held at once. Exponents are slopes of log(seconds) on log(size), medians of three rounds; a fixed cost makes them
+smaller than 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import shutil
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,13 @@ SHARD = 500_000_000
 SEQUENCE = 128
 LARGE_TOKENS = 512
 RANKS = [1, 4, 16, 64, 128]
-GROWTH = {"layers": [4, 8, 16], "tokens": [2048, 4096, 8192, 16_384], "ranks": [1, 4, 16, 64]}
+GROWTH = {"layers": [4, 8, 16], "tokens": [2048, 4096, 8192, 16_384], "ranks": [1, 4, 16, 64],
+          "checkpoints": [2, 4, 8, 16]}  # fmt: skip
+FLAT = ("tokens", "checkpoints")
+"""What memory must not grow with."""
+
+Row = tuple[str, float, str, float | None]
+"""Name, value, sign and bound."""
 
 
 def write_pair(folder: Path, shape: dict[str, Any]) -> None:
@@ -143,16 +151,29 @@ def measure_large(folder: Path, layers_per_pass: int) -> dict[str, Any]:
 
 def measure_growth(folder: Path, what: str, size: int, measured: str) -> dict[str, Any]:
     """Seconds of an analysis of medium width with one size changed, or the peak of what it holds."""
-    from tl_asymmetry import analyze_pair
+    from tl_asymmetry import analyze_pair, analyze_trajectory
     from tl_asymmetry.models.loading import open_model
 
     base = open_model(folder / "base", device="cpu")
     tokens = tokens_of(size if what == "tokens" else 4096, MEDIUM["vocab_size"])
     ranks = list(range(1, 1 + size)) if what == "ranks" else [1, 16, 64]
 
+    def training() -> Iterator[tuple[int, Any]]:
+        """A model that walks at random."""
+        yield 0, base
+        model = open_model(folder / "aligned", device="cpu")
+        for step in range(1, size + 1):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(1e-3 * torch.randn_like(parameter))
+            yield step, model
+
     def run(sequences: torch.Tensor) -> float:
         start = time.perf_counter()
-        analyze_pair(base, folder / "aligned", tokens=sequences, ranks=ranks, groups=4, progress=False)
+        if what == "checkpoints":
+            analyze_trajectory(training(), tokens=sequences, ranks=ranks, groups=4, progress=False)
+        else:
+            analyze_pair(base, folder / "aligned", tokens=sequences, ranks=ranks, groups=4, progress=False)
         return time.perf_counter() - start
 
     run(tokens[:8])
@@ -187,31 +208,85 @@ def measure_processes(folder: Path) -> dict[str, Any]:
         return {"seconds": statistics.median(times[1:]), "rank": ranks.rank}
 
 
-def _growth_rows(folder: Path) -> tuple[list[tuple[str, float, str, float | None]], dict[str, Any]]:
-    rows: list[tuple[str, float, str, float | None]] = []
+def measure_all_growth(folder: Path, chosen: list[str]) -> dict[str, Any]:
+    """Sizes, seconds, peaks and exponent for each of what was chosen; with "processes", seconds of one and of two."""
     kept: dict[str, Any] = {}
-    for what, sizes in GROWTH.items():
-        seconds, peaks = [], []
+    for what in (name for name in GROWTH if name in chosen):
+        sizes, seconds, peaks = GROWTH[what], [], []
         for size in sizes:
-            pair = folder / f"layers{size if what == 'layers' else 8}"
-            if not pair.exists():
-                write_pair(pair, {**MEDIUM, "num_hidden_layers": size if what == "layers" else 8})
+            pair = _medium_pair(folder, size if what == "layers" else 8)
             for found, measured in ((seconds, "seconds"), (peaks, "peak_bytes")):
                 answer = apart(__file__, "--only", "growth", str(pair), what, str(size), measured)
                 found.append((answer or {})[measured])
         exponent = float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
         kept[what] = {"sizes": sizes, "seconds": seconds, "peak_bytes": peaks, "exponent": exponent}
-        rows.append((f"exponent of seconds in {what}", exponent, "<=", 1.1))
-        if what == "tokens":
-            rows.append(("peak at 8 x tokens / peak", peaks[-1] / peaks[0], "<=", 1.1))
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
-    for count in (1, 2):
-        part = folder / f"processes{count}"
-        os.environ["OMP_NUM_THREADS"] = "1"
-        apart(*launcher, str(count), __file__, "--only", "processes", str(folder / "layers8"), str(part))
-        kept[f"processes_{count}"] = json.loads(part.read_text())["seconds"]
-    rows.append(("seconds, 1 process / 2 processes", kept["processes_1"] / kept["processes_2"], "", None))
-    return rows, kept
+    if "processes" in chosen:
+        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+        kept["processes"] = {}
+        for count in (1, 2):
+            part = folder / f"processes{count}"
+            apart(*launcher, str(count), __file__, "--only", "processes", str(_medium_pair(folder, 8)), str(part))
+            kept["processes"][str(count)] = json.loads(part.read_text())["seconds"]
+    return kept
+
+
+def _medium_pair(folder: Path, layers: int) -> Path:
+    pair = folder / f"layers{layers}"
+    if not pair.exists():
+        write_pair(pair, {**MEDIUM, "num_hidden_layers": layers})
+    return pair
+
+
+def growth_rows(growth: dict[str, Any]) -> list[Row]:
+    """The table of what was measured."""
+    rows: list[Row] = []
+    for what in (name for name in GROWTH if name in growth):
+        measured = growth[what]
+        rows.append((f"exponent of seconds in {what}", measured["exponent"], "<=", 1.1))
+        if what in FLAT:
+            times = measured["sizes"][-1] // measured["sizes"][0]
+            peaks = measured["peak_bytes"]
+            rows.append((f"peak at {times} x {what} / peak", peaks[-1] / peaks[0], "<=", 1.1))
+    if "processes" in growth:
+        seconds = growth["processes"]
+        rows.append(("seconds, 1 process / 2 processes", seconds["1"] / seconds["2"], "", None))
+    return rows
+
+
+def large_rows(large: dict[str, Any], layers: int) -> list[Row]:
+    """The table of the large model."""
+    return [
+        ("layers of the large model", float(layers), "", None),
+        ("aligned weights, GB", large["gigabytes"], "", None),
+        ("base in memory, GB", large["base_bytes"] / 1e9, "", None),
+        ("peak above the base, GB", large["peak_bytes"] / 1e9, "", None),
+        ("moments of one pass, GB", large["moments_bytes"] / 1e9, "", None),
+        ("beyond the moments, GB", large["beyond_moments"] / 1e9, "<=", 1.0),
+        ("peak / estimate", large["peak_bytes"] / large["estimated_bytes"], "", None),
+        ("seconds", large["seconds"], "", None),
+        ("seconds / estimate", large["seconds"] / large["estimated_seconds"], "", None),
+        ("seconds to open", large["open_seconds"], "", None),
+        ("seconds per GB, read and checked", large["check_seconds_per_gb"], "", None),
+        ("seconds per GB, analysed", large["seconds_per_gb"], "", None),
+    ]
+
+
+def report(name: str, rows: list[Row], shape: dict[str, Any], measured: dict[str, Any]) -> None:
+    """Print a table and write it with what it was made of."""
+    for label, value, sign, bound in rows:
+        held = "" if bound is None else "held" if value <= bound else "MISSED"
+        limit = "" if bound is None else f"{sign} {bound:g}"
+        sys.stdout.write(f"{label:42} {value:10.3g}  {limit:8} {held}\n")
+    document = {
+        "device": f"{torch.get_num_threads()}-core CPU",
+        "machine": platform.machine(),
+        "versions": {package: version(package) for package in ("torch", "transformer-lens", "transformers")},
+        "shape": shape,
+        "rows": [{"name": n, "value": v, "bound": f"{s} {b:g}" if b is not None else None} for n, v, s, b in rows],
+        "measured": measured,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"scale-{name}-cpu.json").write_text(json.dumps(document, indent=1) + "\n")
 
 
 def main() -> None:
@@ -222,6 +297,7 @@ def main() -> None:
     parser.add_argument("--layers-per-pass", type=int, default=4)
     parser.add_argument("--layers", type=int, default=LLAMA["num_hidden_layers"], help="of the large model")
     parser.add_argument("--large-only", action="store_true", help="leave growth out")
+    parser.add_argument("--growth", nargs="+", choices=[*GROWTH, "processes"], help="measure growth of these alone")
     parser.add_argument("--only", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
@@ -240,42 +316,18 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        rows, growth = ([], {}) if options.large_only else _growth_rows(folder)
-        large: dict[str, Any] = {}
+        if not options.large_only:
+            held = RESULTS / "scale-growth-cpu.json"
+            before = json.loads(held.read_text())["measured"] if options.growth and held.is_file() else {}
+            growth = before | measure_all_growth(folder, options.growth or [*GROWTH, "processes"])
+            report("growth", growth_rows(growth), MEDIUM, growth)
         if not options.small:
             if shutil.disk_usage(folder).free < 12e9:
                 raise SystemExit(f"expected 12 GB of free disk in {folder}, pass --folder or --small")
-            write_pair(folder / "large", {**LLAMA, "num_hidden_layers": options.layers})
+            shape = {**LLAMA, "num_hidden_layers": options.layers}
+            write_pair(folder / "large", shape)
             large = apart(__file__, "--only", "large", str(folder / "large"), str(options.layers_per_pass)) or {}
-            rows += [
-                ("layers of the large model", float(options.layers), "", None),
-                ("aligned weights, GB", large["gigabytes"], "", None),
-                ("base in memory, GB", large["base_bytes"] / 1e9, "", None),
-                ("peak above the base, GB", large["peak_bytes"] / 1e9, "", None),
-                ("moments of one pass, GB", large["moments_bytes"] / 1e9, "", None),
-                ("beyond the moments, GB", large["beyond_moments"] / 1e9, "<=", 1.0),
-                ("peak / estimate", large["peak_bytes"] / large["estimated_bytes"], "", None),
-                ("seconds", large["seconds"], "", None),
-                ("seconds / estimate", large["seconds"] / large["estimated_seconds"], "", None),
-                ("seconds to open", large["open_seconds"], "", None),
-                ("seconds per GB, read and checked", large["check_seconds_per_gb"], "", None),
-                ("seconds per GB, analysed", large["seconds_per_gb"], "", None),
-            ]
-    for label, value, sign, bound in rows:
-        held = "" if bound is None else "held" if value <= bound else "MISSED"
-        limit = "" if bound is None else f"{sign} {bound:g}"
-        sys.stdout.write(f"{label:42} {value:10.3g}  {limit:8} {held}\n")
-    document = {
-        "device": f"{torch.get_num_threads()}-core CPU",
-        "machine": platform.machine(),
-        "versions": {package: version(package) for package in ("torch", "transformer-lens", "transformers")},
-        "shape": {**LLAMA, "num_hidden_layers": options.layers},
-        "rows": [{"name": n, "value": v, "bound": f"{s} {b:g}" if b is not None else None} for n, v, s, b in rows],
-        "growth": growth,
-        "large": large,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "scale-cpu.json").write_text(json.dumps(document, indent=1) + "\n")
+            report("large", large_rows(large, options.layers), shape, large)
 
 
 if __name__ == "__main__":
