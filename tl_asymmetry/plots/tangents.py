@@ -12,10 +12,9 @@ from plotly.subplots import make_subplots
 
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
+from tl_asymmetry.tangents.bases import METHOD
 
 SOURCE = "TangentAnalysis.table"
-METHOD = {"pca": "PCA", "semi_nmf": "semi-NMF"}
-"""What methods are called in words."""
 SITE = {"resid_post": "block output"}
 """What sites are called, where their names are not words."""
 

@@ -20,8 +20,11 @@ from tl_asymmetry.geometry.tangent import Control, control_subspaces, moment_ene
 from tl_asymmetry.models.capture import merged
 from tl_asymmetry.tangents.observation import Observation
 
-METHODS: tuple[str, ...] = ("pca", "semi_nmf")
-"""How a basis is extracted from activations."""
+METHOD = {"pca": "PCA", "semi_nmf": "semi-NMF"}
+"""How a basis is extracted from activations, and what that is called in words."""
+
+METHODS: tuple[str, ...] = tuple(METHOD)
+"""Their names."""
 
 Key = tuple[str, int, str, int]
 """Method, rank, point, layer."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import pandas as pd
 
-from tl_asymmetry.plots.tangents import METHOD
+from tl_asymmetry.tangents.bases import METHOD
 from tl_asymmetry.tangents.report import SIGNIFICANT
 from tl_asymmetry.tangents.result import TangentAnalysis
 

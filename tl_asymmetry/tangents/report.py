@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from tl_asymmetry.plots.tangents import METHOD
 from tl_asymmetry.results.report import Definition, FigureSection, Report, TableSection
+from tl_asymmetry.tangents.bases import METHOD
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
