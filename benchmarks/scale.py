@@ -44,7 +44,7 @@ SEQUENCE = 128
 LARGE_TOKENS = 512
 RANKS = [1, 4, 16, 64, 128]
 GROWTH = {"layers": [4, 8, 16], "tokens": [2048, 4096, 8192, 16_384], "ranks": [1, 4, 16, 64],
-          "checkpoints": [2, 4, 8, 16]}  # fmt: skip
+          "checkpoints": [2, 4, 8]}  # fmt: skip
 FLAT = ("tokens", "checkpoints")
 """What memory must not grow with."""
 
@@ -155,7 +155,8 @@ def measure_growth(folder: Path, what: str, size: int, measured: str) -> dict[st
     from tl_asymmetry.models.loading import open_model
 
     base = open_model(folder / "base", device="cpu")
-    tokens = tokens_of(size if what == "tokens" else 4096, MEDIUM["vocab_size"])
+    counts = {"tokens": size, "checkpoints": 1024}
+    tokens = tokens_of(counts.get(what, 4096), MEDIUM["vocab_size"])
     ranks = list(range(1, 1 + size)) if what == "ranks" else [1, 16, 64]
 
     def training() -> Iterator[tuple[int, Any]]:
