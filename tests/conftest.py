@@ -26,9 +26,10 @@ def unchecked_types():
 
     Also needed where Python's global random state is watched: the checker samples the items of long lists with it.
     """
+    before = jaxtyping.config.jaxtyping_disable  # JAXTYPING_DISABLE=1 switches the checker off throughout
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def pytest_collection_modifyitems(items):
