@@ -2,6 +2,7 @@
 
     python benchmarks/edits.py                  # prints the table, writes benchmarks/results/edits-<device>.json
     python benchmarks/edits.py --device cuda
+    python benchmarks/edits.py --edits-only     # minutes instead of twenty
 
 Ratios within one process, medians over the rounds. Random weights: cost does not depend on what was learned. Edits are
 measured on every kind of model this transformer-lens has, the study on the first of them. The naive study does what a
@@ -92,7 +93,7 @@ def sites() -> list[tuple[int, str, int]]:
     return [(layer, ("W_Q", "W_K", "W_V", "W_O")[layer % 4], layer) for layer in range(12)]
 
 
-def study(base: Any, aligned: Any, tokens: torch.Tensor) -> Any:
+def package_study(base: Any, aligned: Any, tokens: torch.Tensor) -> Any:
     """The whole of `rank_one_study`, checks and tables included."""
     import warnings
 
@@ -159,7 +160,7 @@ def both_studies(base: Any, aligned: Any, tokens: torch.Tensor, edits: list[Any]
                 theirs.running(lambda: next(steps))
 
     with patch.object(EditedRuns, "under", by_turns):
-        both.running(lambda: study(base, aligned, tokens))
+        both.running(lambda: package_study(base, aligned, tokens))
     left = sum(1 for _ in steps)
     if left:
         raise RuntimeError(f"expected the naive study to be over with ours, got {left} edits left")
@@ -198,24 +199,14 @@ def load_models(device: str) -> dict[str, tuple[Any, Any]]:
     return kinds
 
 
-def main() -> None:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens of the study")
-    options = parser.parse_args()
-    device = options.device
-    kinds = load_models(device)
-    edits = {kind: measure_edits(pair[1], device, max(7, options.rounds)) for kind, pair in kinds.items()}
+def measure_study(kinds: dict[str, tuple[Any, Any]], device: str, rounds_wanted: int, count: int) -> dict[str, Any]:
+    """Both studies by turns, on the first kind of model."""
+    from tl_asymmetry import head_delta, matched_controls, removal_edit
+
     studied = next(iter(kinds))
     base, aligned = kinds[studied]
     generator = torch.Generator().manual_seed(2)
-    rows = options.tokens // SEQUENCE
-    tokens = torch.randint(SHAPE["d_vocab"], (rows, SEQUENCE), generator=generator).to(device)
-    from tl_asymmetry import head_delta, matched_controls, removal_edit
-    from tl_asymmetry.results.provenance import versions
-
+    tokens = torch.randint(SHAPE["d_vocab"], (count // SEQUENCE, SEQUENCE), generator=generator).to(device)
     made = []
     for layer, matrix, head in sites():
         delta = head_delta(base, aligned, layer, matrix, head)
@@ -226,16 +217,24 @@ def main() -> None:
     with torch.no_grad():
         aligned(tokens[:1]), base(tokens[:1])
     forward, rounds = [], []
-    for _ in range(options.rounds):
+    for _ in range(rounds_wanted):
         with torch.no_grad():
             forward.append(seconds_of(lambda: aligned(tokens), 1, device))
         rounds.append(both_studies(base, aligned, tokens, made, device))
-    ours, plain = [mine.wall for mine, _ in rounds], [theirs.wall for _, theirs in rounds]
-    ratio = statistics.median(mine.wall / theirs.wall for mine, theirs in rounds)
-    busy = statistics.median(mine.processor / theirs.processor for mine, theirs in rounds)
-    per_edit = statistics.median(ours) / len(made)
+    ours = [mine.wall for mine, _ in rounds]
     all_edits = 4 * SHAPE["n_layers"] * SHAPE["n_heads"] * (1 + 20)
+    return {
+        "model": studied, "edits": len(made), "tokens": count,
+        "processor_ratio": statistics.median(mine.processor / theirs.processor for mine, theirs in rounds),
+        "seconds": ours, "naive_seconds": [theirs.wall for _, theirs in rounds],
+        "ratio": statistics.median(mine.wall / theirs.wall for mine, theirs in rounds),
+        "forward_seconds": forward, "all_heads_edits": all_edits,
+        "all_heads_hours": all_edits * statistics.median(ours) / len(made) / 3600,
+    }  # fmt: skip
 
+
+def show(edits: dict[str, dict[str, dict[str, float]]], study: dict[str, Any]) -> None:
+    """Print both tables."""
     for kind, matrix, times in ((kind, matrix, times) for kind, of in edits.items() for matrix, times in of.items()):
         held = "" if matrix == "W_in" else f"<= {EDIT_BOUND:g}  {'held' if times['ratio'] <= EDIT_BOUND else 'MISSED'}"
         sys.stdout.write(
@@ -243,27 +242,44 @@ def main() -> None:
             f"{times['ratio']:.2f}  {held}  (new view {times['with_a_new_view_us']:.0f} us)\n"
         )
     sys.stdout.write(
-        f"{studied}: study of {len(made)} edits on {options.tokens} tokens: {statistics.median(ours):.2f} s, naive "
-        f"{statistics.median(plain):.2f} s, ratio {ratio:.3f} <= {STUDY_BOUND}  "
-        f"{'held' if ratio <= STUDY_BOUND else 'MISSED'}; one forward {statistics.median(forward):.3f} s; "
-        f"ratio of processor time {busy:.3f}\n"
-        f"all {4 * SHAPE['n_layers'] * SHAPE['n_heads']} attention heads x 1 direction x 20 controls = {all_edits} "
-        f"edits: {all_edits * per_edit / 3600:.2f} h at this rate\n"
+        f"{study['model']}: study of {study['edits']} edits on {study['tokens']} tokens: "
+        f"{statistics.median(study['seconds']):.2f} s, naive {statistics.median(study['naive_seconds']):.2f} s, ratio "
+        f"{study['ratio']:.3f} <= {STUDY_BOUND}  {'held' if study['ratio'] <= STUDY_BOUND else 'MISSED'}; one forward "
+        f"{statistics.median(study['forward_seconds']):.3f} s; ratio of processor time {study['processor_ratio']:.3f}\n"
+        f"all attention heads x 1 direction x 20 controls = {study['all_heads_edits']} edits: "
+        f"{study['all_heads_hours']:.2f} h at this rate\n"
     )
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens of the study")
+    parser.add_argument("--edits-only", action="store_true", help="leave the study alone, in the JSON too")
+    options = parser.parse_args()
+    from tl_asymmetry.results.provenance import versions
+
+    device = options.device
     name = torch.cuda.get_device_name() if device != "cpu" else f"{torch.get_num_threads()}-core CPU"
+    target = RESULTS / f"edits-{'cpu' if device == 'cpu' else name.lower().replace(' ', '-')}.json"
+    kinds = load_models(device)
+    edits = {kind: measure_edits(pair[1], device, max(7, options.rounds)) for kind, pair in kinds.items()}
+    if options.edits_only:
+        study = json.loads(target.read_text())["study"]
+    else:
+        study = measure_study(kinds, device, options.rounds, options.tokens)
+    show(edits, study)
     document = {
         "device": name,
         "machine": platform.machine(),
         "versions": versions(),
         "shape": SHAPE,
         "edits": edits,
-        "study": {"model": studied, "edits": len(made), "tokens": options.tokens,
-                  "processor_ratio": busy, "seconds": ours, "naive_seconds": plain, "ratio": ratio,
-                  "forward_seconds": forward, "all_heads_edits": all_edits,
-                  "all_heads_hours": all_edits * per_edit / 3600},
-    }  # fmt: skip
+        "study": study,
+    }
     RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / f"edits-{'cpu' if device == 'cpu' else name.lower().replace(' ', '-')}.json"
     target.write_text(json.dumps(document, indent=1) + "\n")
     sys.stdout.write(f"written: {target}\n")
 

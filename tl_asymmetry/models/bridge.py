@@ -336,7 +336,7 @@ def _forget_pattern(attention: Any, *_: Any) -> None:
 
 
 def _layout(tensor: Tensor) -> Layout:
-    return tensor.shape, tensor.stride(), tensor.storage_offset()
+    return tensor.shape, tensor.stride(), int(tensor.storage_offset())
 
 
 def _child(module: Any, name: str) -> Any:
