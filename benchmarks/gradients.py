@@ -25,7 +25,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from measure import apart, memory_meter
+from measure import Row, apart, memory_meter, table
 from pair import BATCH, RESULTS, SEQUENCE, SHAPE, tokens_of
 
 PEER_LAYERS = 4
@@ -230,7 +230,7 @@ def main() -> None:
     if times is None or len(peaks) < len(asked):
         raise RuntimeError("expected the package to be installed")
     ratio = times["ratio"]
-    rows: list[tuple[str, float, str, float | None]] = [
+    rows: list[Row] = [
         ("time / bare forward and backward", ratio["no intervals"], "<=", 1.6),
         ("time with 8 groups / bare", ratio["8 groups"], "", None),
         ("collection alone / bare", ratio["collection"], "", None),
@@ -245,10 +245,6 @@ def main() -> None:
             ("collection / kronfluence", peer["ratio"]["collection"], "", None),
             ("whole measurement / kronfluence's collection", peer["ratio"]["whole"], "", None),
         ]
-    for name, value, sign, bound in rows:
-        held = "" if bound is None else "held" if value <= bound else "MISSED"
-        limit = "" if bound is None else f"{sign} {bound:g}"
-        sys.stdout.write(f"{name:50} {value:10.3g}  {limit:8} {held}\n")
     name = torch.cuda.get_device_name() if device != "cpu" else f"{torch.get_num_threads()}-core CPU"
     document = {
         "device": name,
@@ -256,7 +252,7 @@ def main() -> None:
         "versions": {package: _version(package) for package in ("torch", "transformer-lens", "kronfluence")},
         "shape": SHAPE,
         "tokens": count,
-        "rows": [{"name": n, "value": v, "bound": f"{s} {b:g}" if b is not None else None} for n, v, s, b in rows],
+        "rows": table(rows),
         "times": times,
         "memory": memory,
         "peer": None if peer is None else peer | {"layers": PEER_LAYERS, "tokens": count // 2},

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import memory_meter
+from measure import Row, memory_meter, table
 from pair import RESULTS
 
 SHAPE = {"n_embd": 768, "n_layer": 2, "n_head": 12, "n_positions": 1024, "vocab_size": 1024}
@@ -188,7 +188,7 @@ def main() -> None:
     closed_form(model, TOKENS)
     held = (peak() - before) / 1e9
 
-    rows: list[tuple[str, float, str, float | None]] = [
+    rows: list[Row] = [
         (f"jacrev / closed form, {length} tokens", median[f"jacrev, {length} tokens"]
          / median[f"closed form, {length} tokens"], "", None)
         for length in WHOLE
@@ -206,16 +206,13 @@ def main() -> None:
         if lenses:
             fastest = min(median[lens] for lens in lenses)
             rows.append((f"{name} / JacobianLens", median[name] / fastest, "<=", 1.0))
-    for name, value, sign, bound in rows:
-        verdict = "" if bound is None else "held" if (value <= bound if sign == "<=" else value >= bound) else "MISSED"
-        sys.stdout.write(f"{name:52} {value:10.3g}  {'' if bound is None else f'{sign} {bound:g}':8} {verdict}\n")
     name = torch.cuda.get_device_name() if device != "cpu" else f"{torch.get_num_threads()}-core CPU"
     document = {
         "device": name,
         "machine": platform.machine(),
         "versions": {package: version(package) for package in ("torch", "transformer-lens", "tl-asymmetry")},
         "shape": SHAPE,
-        "rows": [{"name": n, "value": v, "bound": None if b is None else f"{s} {b:g}"} for n, v, s, b in rows],
+        "rows": table(rows),
         "seconds": times,
     }
     RESULTS.mkdir(exist_ok=True)

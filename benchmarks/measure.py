@@ -1,4 +1,4 @@
-"""What the benchmarks share: peak memory of this process or a device, and measurements in processes of their own."""
+"""What the benchmarks share: tables with bounds, peak memory, and measurements in processes of their own."""
 
 from __future__ import annotations
 
@@ -7,13 +7,26 @@ import gc
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tl_asymmetry.geometry.memory import return_freed_memory
+
+Row = tuple[str, float, str, float | None]
+"""Name, value, sign ("<=" or ">=") and bound; "" and None where there is none."""
+
+
+def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Print what was measured and whether its bounds held; the same rows for the JSON."""
+    width = max(len(name) for name, *_ in rows)
+    for name, value, sign, bound in rows:
+        held = "" if bound is None else "held" if (value <= bound if sign == "<=" else value >= bound) else "MISSED"
+        limit = "" if bound is None else f"{sign} {bound:g}"
+        sys.stdout.write(f"{name:{width}} {value:10.3g}  {limit:8} {held}\n")
+    return [{"name": n, "value": v, "bound": None if b is None else f"{sign} {b:g}"} for n, v, sign, b in rows]
 
 
 def memory_meter(device: str) -> tuple[Callable[[], int], Callable[[], int]]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import apart, memory_meter
+from measure import Row, apart, memory_meter, table
 
 SHAPE = {"n_layers": 12, "d_model": 768, "n_heads": 12, "d_head": 64, "d_mlp": 3072, "d_vocab": 50_257, "n_ctx": 1024}
 SEQUENCE = 128
@@ -216,7 +216,7 @@ def main() -> None:
         measured = memory[what, count]
         return None if measured is None else measured["bytes"] / 1e9
 
-    rows: list[tuple[str, float | None, str, float | None]] = [
+    rows: list[Row] = [
         ("time / bare forward, no intervals", times["ratio"]["no intervals"], "<=", 1.25),
         ("time / bare forward, 8 groups", times["ratio"]["8 groups"], "<=", 2.0),
         ("bare forward, seconds", statistics.median(times["seconds"]["forward"]), "", None),
@@ -240,17 +240,13 @@ def main() -> None:
             ("moments error / concept-erasure",
              moments["relative_error"]["tl_asymmetry"] / moments["relative_error"]["concept_erasure"], "<=", 1.0),
         ]  # fmt: skip
-    for name, value, sign, bound in rows:
-        held = "" if bound is None else "held" if (value <= bound if sign == "<=" else value >= bound) else "MISSED"
-        limit = "" if bound is None else f"{sign} {bound:g}"
-        sys.stdout.write(f"{name:42} {value:10.3g}  {limit:8} {held}\n")
     name = torch.cuda.get_device_name() if device != "cpu" else f"{torch.get_num_threads()}-core CPU"
     document = {
         "device": name,
         "machine": platform.machine(),
         "versions": {package: version(package) for package in ("torch", "transformer-lens", "tl-asymmetry")},
         "shape": SHAPE,
-        "rows": [{"name": n, "value": v, "bound": f"{s} {b:g}" if b is not None else None} for n, v, s, b in rows],
+        "rows": table(rows),
         "times": times,
         "memory": [{"what": w, "tokens": c, **(m or {})} for (w, c), m in memory.items()],
         "moments": moments,

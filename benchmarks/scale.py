@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import apart, map_blocks, memory_meter
+from measure import Row, apart, map_blocks, memory_meter, table
 from safetensors.torch import save_file
 
 RESULTS = Path(__file__).parent / "results"
@@ -47,9 +47,6 @@ GROWTH = {"layers": [4, 8, 16], "tokens": [2048, 4096, 8192, 16_384], "ranks": [
           "checkpoints": [2, 4, 8]}  # fmt: skip
 FLAT = ("tokens", "checkpoints")
 """What memory must not grow with."""
-
-Row = tuple[str, float, str, float | None]
-"""Name, value, sign and bound."""
 
 
 def write_pair(folder: Path, shape: dict[str, Any]) -> None:
@@ -274,16 +271,12 @@ def large_rows(large: dict[str, Any], layers: int) -> list[Row]:
 
 def report(name: str, rows: list[Row], shape: dict[str, Any], measured: dict[str, Any]) -> None:
     """Print a table and write it with what it was made of."""
-    for label, value, sign, bound in rows:
-        held = "" if bound is None else "held" if value <= bound else "MISSED"
-        limit = "" if bound is None else f"{sign} {bound:g}"
-        sys.stdout.write(f"{label:42} {value:10.3g}  {limit:8} {held}\n")
     document = {
         "device": f"{torch.get_num_threads()}-core CPU",
         "machine": platform.machine(),
         "versions": {package: version(package) for package in ("torch", "transformer-lens", "transformers")},
         "shape": shape,
-        "rows": [{"name": n, "value": v, "bound": f"{s} {b:g}" if b is not None else None} for n, v, s, b in rows],
+        "rows": table(rows),
         "measured": measured,
     }
     RESULTS.mkdir(exist_ok=True)

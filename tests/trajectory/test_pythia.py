@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import http.server
@@ -141,14 +142,15 @@ def test_a_branch_of_the_end_is_refused_though_the_end_was_not_asked_for() -> No
 def test_a_hub_that_does_not_answer(tmp_path: Path) -> None:
     class Silent(FalseHub):
         broken = "files"
+        fault: Exception = TimeoutError("no route")
 
         def files(self, repository: str, revision: str) -> tuple[str, list[RemoteFile]]:
             if self.broken == "files":
-                raise TimeoutError("no route")
+                raise self.fault
             return super().files(repository, revision)
 
         def download(self, repository: str, commit: str, name: str, folder: Path) -> Path:
-            raise TimeoutError("no route")
+            raise self.fault
 
     hub = Silent(directories())
     with pytest.raises(ValueError, match="the hub to answer for step0 of EleutherAI/pythia-tiny, got TimeoutError: no"):
@@ -160,6 +162,13 @@ def test_a_hub_that_does_not_answer(tmp_path: Path) -> None:
         checkpoint.open(),
     ):
         pass
+    # what is not the hub's fault is not blamed on it
+    hub.fault = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match="No space left on device"), checkpoint.open():
+        pass
+    hub.broken, hub.fault = "files", ImportError("No module named 'huggingface_hub'")
+    with pytest.raises(ImportError, match="huggingface_hub"):
+        pythia_checkpoints("pythia-tiny", [0], hub=hub)
 
 
 def test_branches_that_share_tensors_only_are_refused_when_they_are_read(tmp_path: Path) -> None:

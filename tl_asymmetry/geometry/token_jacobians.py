@@ -9,7 +9,7 @@ factors; an MLP is its two matrices with the activation's slopes between them.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -351,7 +351,7 @@ class BlockJacobian:
         exact_forms = (
             isinstance(attention.part, AttentionJacobian)
             and attention.after is None
-            and (mlp is None or self.parallel or (isinstance(mlp.part, MLPJacobian) and mlp.after is None))
+            and (mlp is None or self.parallel or averages_exactly(mlp))
         )
         if not exact_forms:
             return mean_of_dense(self, chunk)
@@ -363,7 +363,9 @@ class BlockJacobian:
         return J if self.parallel else J + _mean_product(mlp, attention)
 
 
-JacobianT = TypeVar("JacobianT", bound=TokenJacobian)
+def averages_exactly(mlp: BranchJacobian) -> bool:
+    """Whether averages through an MLP need nothing formed: plain or gated, with at most a norm before it."""
+    return isinstance(mlp.part, MLPJacobian) and mlp.after is None
 
 
 def mean_of_dense(jacobian: TokenJacobian, chunk: int) -> Float[Tensor, "out in"]:
@@ -377,38 +379,6 @@ def mean_of_dense(jacobian: TokenJacobian, chunk: int) -> Float[Tensor, "out in"
         total = part if total is None else total + part
     assert total is not None
     return (total / jacobian.tokens).to(dtype)
-
-
-def mean_mlp_push(
-    mlp: BranchJacobian,
-    columns: Float[Tensor, "d c"],
-    heads: Float[Tensor, "token inner c"],
-    W_O: Float[Tensor, "inner d"],
-) -> Float[Tensor, "d c"] | None:
-    """mean_t J_mlp[t] (columns + W_Oᵀ heads[t]): averaged before W_out, and W_O taken into W_in once for all tokens.
-
-    None where the branch is no plain or gated MLP with at most a norm before it.
-    """
-    part, norm = mlp.part, mlp.before
-    if not isinstance(part, MLPJacobian) or mlp.after is not None:
-        return None
-    s = _inverse_scale(part.slopes[0], norm)
-    inner = None if norm is None else (norm.unit @ columns + torch.einsum("ti,tic->tc", norm.unit @ W_O.mT, heads))
-    hidden = None
-    for slope, W in zip(part.slopes, part.reads, strict=True):
-        a = slope * s.unsqueeze(-1)
-        folded = _folded(W.mT, norm)
-        P = folded @ W_O.mT
-        term = (folded @ columns) * a.sum(0).unsqueeze(-1)
-        step = max(1, _ROWS_AT_ONCE // (len(P) * columns.shape[-1]))
-        for start in range(0, part.tokens, step):
-            some = slice(start, start + step)
-            term += torch.einsum("tm,tmc->mc", a[some], P @ heads[some])
-        if norm is not None and inner is not None:
-            term -= (a * (norm.weighted(norm.unit) @ W)).mT @ inner / norm.unit.shape[-1]
-        hidden = term if hidden is None else hidden + term
-    assert hidden is not None
-    return part.W_out.mT @ hidden / part.tokens
 
 
 # --- averages without forming anything --------------------------------------------------------------------------
@@ -486,6 +456,37 @@ def _mean_product(mlp: BranchJacobian, attention: BranchJacobian) -> Float[Tenso
         inner = term if inner is None else inner + term
     assert inner is not None
     return hidden_part.W_out.mT @ inner / head_part.tokens
+
+
+def mean_mlp_push(
+    mlp: BranchJacobian,
+    columns: Float[Tensor, "d c"],
+    heads: Float[Tensor, "token inner c"],
+    W_O: Float[Tensor, "inner d"],
+) -> Float[Tensor, "d c"]:
+    """mean_t J_mlp[t] (columns + W_Oᵀ heads[t]): averaged before W_out, and W_O taken into W_in once for all tokens.
+
+    Of an MLP that `averages_exactly`.
+    """
+    part, norm = mlp.part, mlp.before
+    assert isinstance(part, MLPJacobian)
+    s = _inverse_scale(part.slopes[0], norm)
+    inner = None if norm is None else (norm.unit @ columns + torch.einsum("ti,tic->tc", norm.unit @ W_O.mT, heads))
+    hidden = None
+    for slope, W in zip(part.slopes, part.reads, strict=True):
+        a = slope * s.unsqueeze(-1)
+        folded = _folded(W.mT, norm)
+        P = folded @ W_O.mT
+        term = (folded @ columns) * a.sum(0).unsqueeze(-1)
+        step = max(1, _ROWS_AT_ONCE // (len(P) * columns.shape[-1]))
+        for start in range(0, part.tokens, step):
+            some = slice(start, start + step)
+            term += torch.einsum("tm,tmc->mc", a[some], P @ heads[some])
+        if norm is not None and inner is not None:
+            term -= (a * (norm.weighted(norm.unit) @ W)).mT @ inner / norm.unit.shape[-1]
+        hidden = term if hidden is None else hidden + term
+    assert hidden is not None
+    return part.W_out.mT @ hidden / part.tokens
 
 
 def _through_queries(

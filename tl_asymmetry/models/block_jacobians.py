@@ -20,6 +20,7 @@ from tl_asymmetry.geometry.token_jacobians import (
     NormJacobian,
     TokenJacobian,
     Tokens,
+    averages_exactly,
     mean_mlp_push,
     mean_of_dense,
 )
@@ -97,16 +98,14 @@ class SummedBlock:
 
     def mean_push(self, columns: Float[Tensor, "d c"]) -> Float[Tensor, "d c"]:
         """The average of `push` over the tokens asked for."""
-        attention = self.attention
-        if self.mlp is None:
+        attention, mlp = self.attention, self.mlp
+        if mlp is None:
             return columns + attention.mean_push(columns)
-        if self.parallel or attention.after is not None:
+        if self.parallel or attention.after is not None or not averages_exactly(mlp):
             return self.push(columns).mean(0)
         heads = attention.push_heads(columns)
-        through = mean_mlp_push(self.mlp, columns, heads, attention.W_O)
-        if through is None:
-            return self.push(columns).mean(0)
-        return columns + attention.W_O.mT @ heads.mean(0) + through
+        attended = columns + attention.W_O.mT @ heads.mean(0)
+        return attended + mean_mlp_push(mlp, columns, heads, attention.W_O)
 
 
 @dataclass(frozen=True)

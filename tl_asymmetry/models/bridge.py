@@ -111,8 +111,8 @@ class BridgeAdapter:
         return getattr(block.mlp, matrix)
 
     def _attention_matrix(self, layer: int, matrix: str) -> Tensor:
-        """The library's own view, whose making takes as long as a small edit; remade here as long as the parameter is
-        the one it was made of."""
+        """The library's own view. Its making takes most of the time of a small edit, so it is made again here for as
+        long as the parameter is the one it was made of."""
         attention = self.blocks[layer].attn
         component = _child(attention, _SUBMODULE[matrix])
         parameter = getattr(component, "weight", None)

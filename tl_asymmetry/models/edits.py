@@ -343,8 +343,6 @@ class _Place:
     edit: RankOneEdit
     weights: Tensor
     """A live view, outside autograd."""
-    matrix: Tensor
-    """The whole matrix that they are of."""
     slot: Slot
     """Where the model keeps the parameter it is a view of."""
     address: int
@@ -352,12 +350,11 @@ class _Place:
 
     def is_live(self) -> bool:
         """Whether these are still weights of the model."""
-        return self.slot.shares(self.matrix)
+        return self.slot.shares(self.weights)
 
 
 def _place(view: ModelView, edit: RankOneEdit) -> _Place:
-    matrix, slot = view.weight_and_slot(edit.layer, edit.matrix)
-    weight = matrix
+    weight, slot = view.weight_and_slot(edit.layer, edit.matrix)
     if weight.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(
             f"expected weights that can be edited, got inference tensors in blocks.{edit.layer} {edit.matrix}; pass a "
@@ -379,7 +376,7 @@ def _place(view: ModelView, edit: RankOneEdit) -> _Place:
             f"expected residual and other of {residual} and {other} entries for {edit.matrix}, got {given[0]} and "
             f"{given[1]}; pass vectors of these lengths"
         )
-    return _Place(edit, weight, matrix, slot, weight.data_ptr())
+    return _Place(edit, weight, slot, weight.data_ptr())
 
 
 def _add(live: Tensor, edit: RankOneEdit) -> None:

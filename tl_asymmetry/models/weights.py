@@ -41,8 +41,9 @@ def weights_from(
         revision: branch, tag or commit of a hub name.
 
     Raises:
-        ValueError: nothing there, files that are damaged, tensors that do not fit the architecture, adapters whose
-            change is not scale · B A (DoRA and others): saying which and what to pass instead.
+        ValueError: no source at all, a revision of something local, nothing there, files that are damaged, tensors that
+            do not fit the architecture, adapters whose change is not scale · B A (DoRA and others): saying which and
+            what to pass instead.
 
     Example:
         >>> from tl_asymmetry.demo import demo_gpt2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import shutil
 import tempfile
@@ -20,9 +21,11 @@ from tl_asymmetry.trajectory.checkpoints import Checkpoint, made_model
 
 _SETTINGS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
              "special_tokens_map.json")  # fmt: skip
-_ENDS = ("main", "step143000")
-"""Branches of the end of training: what wrong branches serve."""
 _LAST_STEP = 143_000
+_ENDS = ("main", f"step{_LAST_STEP}")
+"""Branches of the end of training: what wrong branches serve."""
+_OWN_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+"""Faults of this machine's disk, not of the hub."""
 _SPARE_BYTES = 1 << 30
 _CHUNK = 1 << 22
 
@@ -166,19 +169,27 @@ class _Revision:
 
 def _listed(hub: Hub, repository: str, revision: str) -> tuple[str, list[RemoteFile]] | None:
     """What `Hub.files` says, or None where there is no such revision or repository."""
+    with _answers(f"{revision} of {repository}"):
+        try:
+            return hub.files(repository, revision)
+        except Exception as error:
+            if type(error).__name__ in ("RevisionNotFoundError", "RepositoryNotFoundError"):
+                return None
+            raise
+
+
+@contextmanager
+def _answers(what: str) -> Iterator[None]:
+    """Put a client's own error, of another class in every version, into words; what is not the hub's fault stays."""
     try:
-        return hub.files(repository, revision)
-    except Exception as error:  # every version of the client has its own
-        if type(error).__name__ in ("RevisionNotFoundError", "RepositoryNotFoundError"):
-            return None
-        raise _unanswered(f"{revision} of {repository}", error) from error
-
-
-def _unanswered(what: str, error: Exception) -> ValueError:
-    return ValueError(
-        f"expected the hub to answer for {what}, got {type(error).__name__}: {error}; check the network, or pass "
-        "directories of checkpoints to analyze_trajectory"
-    )
+        yield
+    except Exception as error:
+        if isinstance(error, ImportError) or getattr(error, "errno", None) in _OWN_FAULTS:
+            raise
+        raise ValueError(
+            f"expected the hub to answer for {what}, got {type(error).__name__}: {error}; check the network, or pass "
+            "directories of checkpoints to analyze_trajectory"
+        ) from error
 
 
 def _revision(hub: Hub, repository: str, step: int) -> _Revision:
@@ -255,10 +266,8 @@ def _fetched(
                 f"{repository}, got {free / 1e9:.3g}; make room or pass another folder"
             )
         for file in missing:
-            try:
+            with _answers(f"{file.name} of step{step} of {repository}"):
                 path = hub.download(repository, revision.commit, file.name, folder)
-            except Exception as error:
-                raise _unanswered(f"{file.name} of step{step} of {repository}", error) from error
             if not path.resolve().is_relative_to(folder.resolve()) or not _is_whole(path, file):
                 path.unlink(missing_ok=True)
                 raise ValueError(
