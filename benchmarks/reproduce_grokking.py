@@ -26,8 +26,8 @@ import torch
 
 from tl_asymmetry import CouplingStudy, direction_coupling
 from tl_asymmetry.grokking import PUBLISHED_ARMS, GrokRun, ModularArithmetic, run_of
+from tl_asymmetry.grokking.loop import GrokLoop
 from tl_asymmetry.results.provenance import versions
-from tl_asymmetry.training.grok_loop import GrokLoop
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (42, 137, 2024)

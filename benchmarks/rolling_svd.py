@@ -51,7 +51,7 @@ def measure(size: int, rounds: int, with_svd: bool) -> dict[str, dict[str, float
 
     runs: dict[str, Callable[[], object]] = {
         "ours": step,
-        "right vectors": lambda: ours.right_vectors,
+        "right vectors": lambda: ours.right_singular_vectors,
         "gram": lambda: gram(torch.float64),
         "gram float32": lambda: gram(torch.float32),
     }

@@ -53,7 +53,7 @@ def write_pair(folder: Path, shape: dict[str, Any]) -> None:
     """Two model directories with random bf16 weights in shards, the aligned one a small step from the base."""
     from transformers import LlamaConfig
 
-    from tl_asymmetry.models.sources.blueprint import Blueprint
+    from tl_asymmetry.models.readers.blueprint import Blueprint
 
     config = LlamaConfig(**shape)
     shapes = Blueprint(config).shapes
@@ -192,10 +192,10 @@ def measure_processes(folder: Path) -> dict[str, Any]:
     """Seconds of the same analysis in this process and, under torchrun, in its neighbours."""
     from tl_asymmetry import analyze_pair
     from tl_asymmetry.models.loading import open_model
-    from tl_asymmetry.models.ranks import started_ranks
+    from tl_asymmetry.models.processes import started_processes
 
     torch.set_num_threads(1)
-    with started_ranks() as ranks:
+    with started_processes() as processes:
         base = open_model(folder / "base", device="cpu")
         tokens = tokens_of(8192, MEDIUM["vocab_size"])
         times = []
@@ -203,7 +203,7 @@ def measure_processes(folder: Path) -> dict[str, Any]:
             start = time.perf_counter()
             analyze_pair(base, folder / "aligned", tokens=tokens, ranks=[1, 16, 64], groups=4, progress=False)
             times.append(time.perf_counter() - start)
-        return {"seconds": statistics.median(times[1:]), "rank": ranks.rank}
+        return {"seconds": statistics.median(times[1:]), "rank": processes.rank}
 
 
 def measure_all_growth(folder: Path, chosen: list[str]) -> dict[str, Any]:

@@ -10,13 +10,13 @@ Neither TransformerLens nor plotly is imported until it is needed.
 """
 
 from tl_asymmetry import grokking
-from tl_asymmetry.comparison.compare import compare
+from tl_asymmetry.comparison.analysis import compare
 from tl_asymmetry.comparison.result import Comparison
+from tl_asymmetry.control.analysis import contrastive_control
 from tl_asymmetry.control.result import ControlStudy
-from tl_asymmetry.control.study import contrastive_control
+from tl_asymmetry.coupling.analysis import coupling_sensitivity, direction_coupling
 from tl_asymmetry.coupling.response import centroid_response
 from tl_asymmetry.coupling.result import CouplingStudy
-from tl_asymmetry.coupling.study import coupling_sensitivity, direction_coupling
 from tl_asymmetry.coupling.trajectories import BlockTrajectory, GrokTrajectory
 from tl_asymmetry.explore import explorer
 from tl_asymmetry.geometry.fraction import energy_profile, subspace_fraction
@@ -33,20 +33,20 @@ from tl_asymmetry.geometry.spectrum import (
     stable_rank,
 )
 from tl_asymmetry.geometry.subspace import Subspace, principal_subspace, random_subspace
-from tl_asymmetry.gradients.covariance import gradient_covariance
+from tl_asymmetry.gradients.analysis import gradient_covariance
 from tl_asymmetry.gradients.result import GradientCovariance
 from tl_asymmetry.grokking import GradientProjection, GrokRun, ModularArithmetic
+from tl_asymmetry.interventions.analysis import rank_one_study
 from tl_asymmetry.interventions.design import (
     MatchedControls,
     closed_form_edit,
     head_delta,
     input_at,
-    insert_edit,
+    insertion_edit,
     matched_controls,
     removal_edit,
 )
 from tl_asymmetry.interventions.result import RankOneStudy
-from tl_asymmetry.interventions.study import rank_one_study
 from tl_asymmetry.jacobians.centroids import centroids, local_centroids
 from tl_asymmetry.jacobians.layers import jacobian_sketch, layer_jacobians
 from tl_asymmetry.jacobians.pullback import prediction_pullback
@@ -132,7 +132,7 @@ __all__ = [
     "grokking",
     "head_delta",
     "input_at",
-    "insert_edit",
+    "insertion_edit",
     "isoscore",
     "isotropic_null",
     "jacobian_sketch",

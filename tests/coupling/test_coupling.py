@@ -18,7 +18,7 @@ from tl_asymmetry import (
     coupling_sensitivity,
     direction_coupling,
 )
-from tl_asymmetry.coupling.study import window_rows
+from tl_asymmetry.coupling.analysis import window_rows
 from tl_asymmetry.demo import demo_model
 from tl_asymmetry.grokking import Recipe, train
 from tl_asymmetry.results.result import open_result

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.grokking.test_model import FORMS, scrambled
 from tests.oracles.reference import float64
-from tests.training.test_grok_model import FORMS, scrambled
 from tl_asymmetry import centroid_response
 from tl_asymmetry.coupling.response import CentroidProblem, random_directions
 from tl_asymmetry.grokking import GrokShape, GrokTransformer, bridge_model, hooked_model

@@ -34,7 +34,7 @@ def test_equals_the_full_svd_over_a_thousand_steps():
         k = min(5, len(window))
         assert np.abs(float64(svd.singular_values) - σ[:k]).max() <= 1e-6 * σ[0]
         if i % 37 == 0 or i > 990:
-            V = float64(svd.right_vectors)
+            V = float64(svd.right_singular_vectors)
             # Vectors up to sign: what the window loses when projected is the same.
             mine, full = window - (window @ V.T) @ V, window - (window @ Vt[:k].T) @ Vt[:k]
             assert abs(np.linalg.norm(mine) - np.linalg.norm(full)) <= 1e-6 * σ[0]
@@ -64,7 +64,7 @@ def test_small_singular_values_keep_their_digits():
     for row in U @ (σ[:, None] * Q):
         svd.update(row)
     torch.testing.assert_close(svd.singular_values, σ, rtol=1e-5, atol=0)
-    V = svd.right_vectors
+    V = svd.right_singular_vectors
     torch.testing.assert_close(V @ V.T, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
@@ -78,7 +78,7 @@ def test_a_ring_of_half_the_bits_is_off_by_its_rounding_only():
     off = (rounded.gram - exact.gram).abs() / (norms[:, None] * norms)
     assert off.max() <= torch.finfo(torch.bfloat16).eps
     assert off.diagonal().max() == 0  # a row's own product is taken before it is rounded
-    V = rounded.right_vectors
+    V = rounded.right_singular_vectors
     torch.testing.assert_close(V @ V.T, torch.eye(len(V)), rtol=0, atol=1e-5)
 
 
@@ -87,8 +87,8 @@ def test_fewer_directions_where_the_rows_have_fewer():
     row = torch.arange(50.0)
     for factor in (1.0, -2.0, 3.0):
         svd.update(factor * row)
-    assert svd.right_vectors.shape == (1, 50)
-    torch.testing.assert_close(svd.right_vectors[0].abs(), row / row.norm())
+    assert svd.right_singular_vectors.shape == (1, 50)
+    torch.testing.assert_close(svd.right_singular_vectors[0].abs(), row / row.norm())
     svd.update(torch.ones(50))
     assert len(svd.singular_values) == 2
     assert RollingSVD(3, 2).singular_values.tolist() == []
@@ -100,7 +100,7 @@ def test_zero_rows_have_no_direction():
     svd = RollingSVD(2, 1)
     svd.update(torch.zeros(8))
     assert svd.singular_values.tolist() == []
-    assert svd.right_vectors.shape == (0, 8)
+    assert svd.right_singular_vectors.shape == (0, 8)
 
 
 @settings(max_examples=20, deadline=None)
@@ -126,7 +126,7 @@ def test_state_goes_on_bit_for_bit():
     for row in stream[7:]:
         through.update(row)
         second.update(row)
-    assert torch.equal(through.right_vectors, second.right_vectors)
+    assert torch.equal(through.right_singular_vectors, second.right_singular_vectors)
     assert torch.equal(through.gram, second.gram)
     with pytest.raises(ValueError, match="expected the state of a window of 4, got 5; pass the same window"):
         RollingSVD(4, 2).load_state_dict(first.state_dict())
@@ -178,7 +178,7 @@ def test_sketched_singular_values_are_near_and_vectors_refused():
     ratio = sketched.singular_values / exact.singular_values
     assert (ratio - 1).abs().max() < 5 * (2 / 4096) ** 0.5
     with pytest.raises(ValueError, match="expected a ring of rows for right vectors, got sketches"):
-        _ = sketched.right_vectors
+        _ = sketched.right_singular_vectors
 
 
 @pytest.mark.parametrize(
@@ -215,4 +215,4 @@ def test_on_a_gpu_as_on_the_cpu():
         here.update(row)
         there.update(row.cuda())
     torch.testing.assert_close(there.singular_values, here.singular_values, rtol=1e-9, atol=0)
-    assert there.right_vectors.is_cuda
+    assert there.right_singular_vectors.is_cuda

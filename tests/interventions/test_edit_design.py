@@ -18,7 +18,7 @@ from tl_asymmetry import (
     closed_form_edit,
     head_delta,
     input_at,
-    insert_edit,
+    insertion_edit,
     matched_controls,
     principal_subspace,
     removal_edit,
@@ -167,7 +167,7 @@ def test_removal_and_insertion_are_those_of_the_definition(kind):
         part = torch.outer(q̂, q̂) @ ΔW if read else ΔW @ torch.outer(q̂, q̂)
         expected_removed, expected_inserted = W_aligned - part, W + part
         removal = removal_edit(0, matrix, head, ΔW, 7 * q)
-        insertion = insert_edit(0, matrix, head, ΔW, q)
+        insertion = insertion_edit(0, matrix, head, ΔW, q)
         assert (removal.scale, insertion.scale) == (-1, 1)
         assert removal.residual.norm() == pytest.approx(1)
         with apply_edits(aligned, removal), apply_edits(base, insertion):

@@ -22,7 +22,7 @@ from tl_asymmetry import (
     removal_edit,
 )
 from tl_asymmetry.demo import demo_model
-from tl_asymmetry.interventions import study as module
+from tl_asymmetry.interventions import analysis as module
 from tl_asymmetry.interventions.tables import study_table
 from tl_asymmetry.models.resume import EditedRuns
 from tl_asymmetry.results.result import open_result

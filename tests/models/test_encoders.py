@@ -25,7 +25,7 @@ def test_view_of_an_encoder(kind):
     view = ModelView(encoder(kind), encoders=True)
     assert (view.encoder, view.causal, view.has_masked_lm_head, view.parallel) == (True, False, True, False)
     assert view.matrices == ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_out")
-    assert view.score_shift_invariant
+    assert view.key_shift_invariant
     assert not view.has_point("resid_mid")
     assert "post-norm encoder" in view.notes[0]
     assert view.self_check(encoder_tokens()) < 1e-5

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tl_asymmetry.models.sources.files import ADAPTER_FILES, TensorFiles, open_files, read_json
+from tl_asymmetry.models.readers.files import ADAPTER_FILES, TensorFiles, open_files, read_json
 
 
 @pytest.fixture(name="sharded")

@@ -207,7 +207,7 @@ def test_key_and_value_heads_are_not_expanded(kind: str) -> None:
 def test_both_kinds_of_one_model_show_the_same(name: str) -> None:
     hooked, bridge = (ModelView(shared(name, kind)) for kind in ("hooked", "bridge"))
     facts = "n_layers d_model n_heads n_kv_heads d_head d_mlp d_vocab n_ctx norm positional parallel causal"
-    facts += " score_shift_invariant matrices notes tied dtype"
+    facts += " key_shift_invariant matrices notes tied dtype"
     for field in facts.split():
         assert getattr(hooked, field) == getattr(bridge, field), field
     for layer, matrix in itertools.product(range(hooked.n_layers), hooked.matrices):
@@ -277,7 +277,7 @@ def test_architecture_facts() -> None:
     assert [of(n).parallel for n in ("gpt2", "neox", "neox_sequential", "gptj", "phi", "llama")] == [
         False, True, False, True, True, False,
     ]  # fmt: skip
-    assert [n for n in tiny.ARCHITECTURES if of(n).score_shift_invariant] == ["gpt2"]
+    assert [n for n in tiny.ARCHITECTURES if of(n).key_shift_invariant] == ["gpt2"]
     assert [n for n in tiny.ARCHITECTURES if of(n).tied] == ["gpt2", "gemma1", "gemma2", "gemma3"]
     assert of("mixtral").matrices == ("W_Q", "W_K", "W_V", "W_O")
     assert "2 of 2 layers are mixtures of experts" in of("mixtral").notes[0]
@@ -288,7 +288,7 @@ def test_architecture_facts() -> None:
     ]
     assert repr(of("gpt2")).startswith("ModelView(TransformerBridge ")
     if tiny.HOOKED_AVAILABLE:
-        assert ModelView(shared("alibi", "hooked")).score_shift_invariant
+        assert ModelView(shared("alibi", "hooked")).key_shift_invariant
         assert not ModelView(shared("attn_only", "hooked")).has_point("resid_mid")
 
 

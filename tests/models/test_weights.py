@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from tests import tiny
 from tl_asymmetry import analyze_pair, weights_from
 from tl_asymmetry.models.checks import check_pair
-from tl_asymmetry.models.sources.blueprint import Blueprint
+from tl_asymmetry.models.readers.blueprint import Blueprint
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.results.provenance import weights_hash
 

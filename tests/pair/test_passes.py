@@ -23,7 +23,7 @@ from tl_asymmetry import (
 )
 from tl_asymmetry.geometry.memory import free_memory
 from tl_asymmetry.models.capture import capture
-from tl_asymmetry.models.ranks import ALONE, Ranks, present_ranks
+from tl_asymmetry.models.processes import ALONE, Processes, present_processes
 from tl_asymmetry.models.view import POINTS, ModelView
 from tl_asymmetry.pair import memory_plan
 from tl_asymmetry.results.store import StoreReader
@@ -197,11 +197,11 @@ def test_weights_in_files_are_estimated_too() -> None:
 
 def test_shares_and_their_order() -> None:
     items = list(range(7))
-    shares = [Ranks(rank, 3).share(items) for rank in range(3)]
+    shares = [Processes(rank, 3).share(items) for rank in range(3)]
     assert shares == [[0, 3, 6], [1, 4], [2, 5]]
     assert ALONE.share(items) == items
     assert ALONE.gathered(items) == items
-    assert present_ranks() == ALONE
+    assert present_processes() == ALONE
 
 
 def test_moments_about_another_point_are_the_same_moments() -> None:
@@ -224,18 +224,18 @@ torch.set_num_threads(1)
 from tests import tiny
 from tl_asymmetry import analyze_pair, analyze_trajectory
 from tl_asymmetry.models.loading import open_model
-from tl_asymmetry.models.ranks import started_ranks
+from tl_asymmetry.models.processes import started_processes
 
 warnings.simplefilter("ignore")
 base_directory, aligned_directory, out = sys.argv[1:]
 tokens = tiny.tokens(9, 12)
 options = dict(ranks=[1, 4], groups=3, batch_size=2, progress=False)
-with started_ranks() as ranks:
-    assert ranks.count == 2
+with started_processes() as processes:
+    assert processes.count == 2
     base, aligned = (open_model(d, torch.float64, device="cpu") for d in (base_directory, aligned_directory))
 
     def run(name, other, **more):
-        analyze_pair(base, other, **{"tokens": tokens, **options, **more}).save(f"{out}/{name}-{ranks.rank}")
+        analyze_pair(base, other, **{"tokens": tokens, **options, **more}).save(f"{out}/{name}-{processes.rank}")
 
     run("loaded", aligned, sensitivity=True)
     run("files", aligned_directory, layers_per_pass=1)
@@ -246,7 +246,7 @@ with started_ranks() as ranks:
             yield step, tiny.perturbed(base, 0.02, seed)
 
     def sweep(name, checkpoints, **more):
-        analyze_trajectory(checkpoints, **{"tokens": tokens, **options, **more}).save(f"{out}/{name}-{ranks.rank}")
+        analyze_trajectory(checkpoints, **{"tokens": tokens, **options, **more}).save(f"{out}/{name}-{processes.rank}")
 
     sweep("sweep", random_walk(), reference="both", store=f"{out}/store")
     sweep("resumed", random_walk(), reference="both", store=f"{out}/store")
@@ -260,20 +260,20 @@ with started_ranks() as ranks:
         try:
             analyze_trajectory(checkpoints, tokens=tokens, store=f"{out}/store-{name}", **options)
         except ValueError as error:
-            open(f"{out}/{name}-{ranks.rank}", "w").write(str(error))
+            open(f"{out}/{name}-{processes.rank}", "w").write(str(error))
 
-    run("alone", aligned_directory, tokens=tokens[: 8 + ranks.rank], distributed=False)
+    run("alone", aligned_directory, tokens=tokens[: 8 + processes.rank], distributed=False)
     try:
-        run("differ", aligned_directory, tokens=tokens[ranks.rank :][:8])
+        run("differ", aligned_directory, tokens=tokens[processes.rank :][:8])
     except ValueError as error:
-        open(f"{out}/differ-{ranks.rank}", "w").write(str(error))
+        open(f"{out}/differ-{processes.rank}", "w").write(str(error))
 """
 
 
 @pytest.fixture(name="two_processes", scope="module")
 def two_processes_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes under torchrun's own launcher wrote, with gloo."""
-    folder = tmp_path_factory.mktemp("ranks")
+    folder = tmp_path_factory.mktemp("processes")
     (folder / "script.py").write_text(_SCRIPT)
     directories = (str(tiny.hf_directory("gpt2", delta=δ)) for δ in (0.0, 0.05))
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}

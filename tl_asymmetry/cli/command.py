@@ -95,10 +95,10 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _analyze(options: argparse.Namespace) -> None:
     from tl_asymmetry.models.loading import open_model
-    from tl_asymmetry.models.ranks import started_ranks
+    from tl_asymmetry.models.processes import started_processes
 
     texts = None if options.texts is None else _read_texts(options.texts)
-    with started_ranks() as together:  # under torchrun, the work is shared and the first process writes
+    with started_processes() as processes:  # under torchrun, the work is shared and the first process writes
         result = analyze_pair(
             open_model(options.base),
             options.aligned,
@@ -109,17 +109,19 @@ def _analyze(options: argparse.Namespace) -> None:
             groups=options.groups,
             seed=options.seed,
         )
-    if together.is_first:
+    if processes.is_first:
         _finish(result, options.out)
 
 
 def _trajectory(options: argparse.Namespace) -> None:
-    from tl_asymmetry.models.ranks import started_ranks
+    from tl_asymmetry.models.processes import started_processes
 
     texts = None if options.texts is None else _read_texts(options.texts)
-    with started_ranks() as together:  # under torchrun, the checkpoints are shared out and the first process writes
+    with (
+        started_processes() as processes
+    ):  # under torchrun, the checkpoints are shared out and the first process writes
         result = run_trajectory(options, texts)
-    if together.is_first:
+    if processes.is_first:
         _finish(result, options.out)
 
 

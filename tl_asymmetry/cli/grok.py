@@ -26,7 +26,7 @@ def add_grok(commands: Any) -> argparse.ArgumentParser:
 
 def run_grok(options: argparse.Namespace) -> CouplingStudy:
     """Train, or go on with the run in the folder, and measure it."""
-    from tl_asymmetry.coupling.study import direction_coupling
+    from tl_asymmetry.coupling.analysis import direction_coupling
     from tl_asymmetry.coupling.trajectories import GrokTrajectory
     from tl_asymmetry.grokking import Recipe, train
 

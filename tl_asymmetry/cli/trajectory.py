@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tl_asymmetry.comparison.compare import compare
+from tl_asymmetry.comparison.analysis import compare
 from tl_asymmetry.pair.result import PairAnalysis
 from tl_asymmetry.results.result import Result
 from tl_asymmetry.trajectory.analysis import analyze_trajectory

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from tl_asymmetry.geometry.lanczos import largest_eigenvalue
 from tl_asymmetry.geometry.precision import exact_products
+from tl_asymmetry.grokking.model import GrokTransformer
 from tl_asymmetry.models.parameters import ParameterVector, attention_weights
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.training.grok_model import GrokTransformer
 
 CENTROIDS = ("logit", "sum", "attention")
 """What is differentiated: one logit, the sum of all logits, or the sum of an attention block's outputs."""

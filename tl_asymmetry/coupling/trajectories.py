@@ -14,10 +14,10 @@ from torch import Tensor
 
 from tl_asymmetry.coupling.response import CentroidProblem
 from tl_asymmetry.grokking import GrokRun
+from tl_asymmetry.grokking.model import GrokTransformer
 from tl_asymmetry.models.loading import open_model
 from tl_asymmetry.models.parameters import ParameterVector
 from tl_asymmetry.results.provenance import model_record, shape_record, weights_hash
-from tl_asymmetry.training.grok_model import GrokTransformer
 from tl_asymmetry.training.objectives import CrossEntropy, TokenBatch
 
 

@@ -44,7 +44,7 @@ class RollingSVD:
         >>> svd = RollingSVD(window=4, rank=2)
         >>> for row in torch.eye(8)[:6] * torch.tensor([1.0, 1, 1, 5, 1, 7, 1, 1]):
         ...     svd.update(row)
-        >>> svd.singular_values.tolist(), svd.right_vectors.abs().argmax(1).tolist()
+        >>> svd.singular_values.tolist(), svd.right_singular_vectors.abs().argmax(1).tolist()
         ([7.0, 5.0], [5, 3])
     """
 
@@ -122,7 +122,7 @@ class RollingSVD:
         return self._decomposition()[1]
 
     @property
-    def right_vectors(self) -> Float[Tensor, "found parameters"]:
+    def right_singular_vectors(self) -> Float[Tensor, "found parameters"]:
         """Right singular vectors as orthonormal rows, on the device of the rows (float32; float64 for such a ring).
 
         Raises:

@@ -168,10 +168,10 @@ def removal_edit(
         >>> bool((left @ q.double()).abs().max() < 1e-7)
         True
     """
-    return insert_edit(layer, matrix, head, delta, direction).scaled(-1.0)
+    return insertion_edit(layer, matrix, head, delta, direction).scaled(-1.0)
 
 
-def insert_edit(
+def insertion_edit(
     layer: int,
     matrix: str,
     head: int | None,

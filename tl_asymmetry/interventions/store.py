@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tl_asymmetry.interventions.cells import EditSite
+from tl_asymmetry.interventions.planner import EditSite
 from tl_asymmetry.results.result import replace_file
 
 _SETTINGS = "study.json"

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from tl_asymmetry.geometry.memory import return_freed_memory
 from tl_asymmetry.geometry.moments import StreamingMoments
-from tl_asymmetry.models.ranks import ALONE, Ranks
+from tl_asymmetry.models.processes import ALONE, Processes
 from tl_asymmetry.models.texts import batches
 from tl_asymmetry.models.view import ModelView
 
@@ -102,7 +102,7 @@ def capture(
     sequence_means: bool = False,
     batch_size: int,
     progress: bool,
-    ranks: Ranks = ALONE,
+    processes: Processes = ALONE,
 ) -> Capture:
     """Moments at `sites` for each group of sequences; the groups never share a forward pass.
 
@@ -117,10 +117,12 @@ def capture(
         sequence_means: keep what `StreamingMoments.within_covariance` needs at "attn_in".
         batch_size: sequences per forward pass.
         progress: show a progress bar.
-        ranks: processes that share the sequences of each group; all get the moments of all.
+        processes: processes that share the sequences of each group; all get the moments of all.
     """
-    shares = [ranks.share(group) for group in groups]
-    bar = tqdm(total=sum(map(len, shares)), desc="activations", unit="seq", disable=not (progress and ranks.is_first))
+    shares = [processes.share(group) for group in groups]
+    bar = tqdm(
+        total=sum(map(len, shares)), desc="activations", unit="seq", disable=not (progress and processes.is_first)
+    )
     layers = 1 + max((layer for _, layer in sites), default=0)
     counted, firsts = [], []
     with bar, torch.no_grad(), view.evaluating():
@@ -136,8 +138,8 @@ def capture(
                     view.run(tokens.to(view.device), layers=layers)
                 bar.update(len(tokens))
             # A finished group leaves the device: only one group's moments are ever held there.
-            counted.append({site: ranks.summed(m.cpu()) for site, m in moments.items()})
-            firsts.append({site: ranks.summed(m.cpu()) for site, m in first.items()})
+            counted.append({site: processes.summed(m.cpu()) for site, m in moments.items()})
+            firsts.append({site: processes.summed(m.cpu()) for site, m in first.items()})
             return_freed_memory()
     lengths = [len(sequence) - exclude_first for group in groups for sequence in group]
     return Capture(tuple(counted), tuple(firsts) if first_positions else None, sum(lengths), len(lengths))

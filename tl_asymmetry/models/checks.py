@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_asymmetry.models.sources.base import Weights, WeightSource
+from tl_asymmetry.models.readers.base import Weights, WeightSource
 from tl_asymmetry.models.texts import vocabulary_fingerprint
 from tl_asymmetry.models.view import ModelView
 

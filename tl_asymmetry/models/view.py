@@ -131,7 +131,7 @@ class ModelView:
     """Whether a position sees only itself and earlier ones."""
     encoder: bool
     """Whether it is a BERT-style encoder: bidirectional, its norms behind each addition to the stream."""
-    score_shift_invariant: bool
+    key_shift_invariant: bool
     """Whether a shift of all keys by one vector leaves attention unchanged: no rotary embedding, query-key norm, score
     soft cap or attention sink."""
     matrices: tuple[str, ...]
@@ -157,7 +157,7 @@ class ModelView:
         self.causal = adapter.is_causal
         self.encoder = adapter.is_encoder
         cap = getattr(cfg, "attn_scores_soft_cap", None)
-        self.score_shift_invariant = not (
+        self.key_shift_invariant = not (
             self.positional == "rotary" or adapter.has_qk_norm or adapter.has_sinks or (cap is not None and cap > 0)
         )
         layers = range(self.n_layers)

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from tl_asymmetry.models.sources.base import Factors, Weights, WeightSource, as_weights
-from tl_asymmetry.models.sources.files import ADAPTER_FILES, TensorFiles, open_files, read_json
-from tl_asymmetry.models.sources.huggingface import HuggingFaceWeights, read_config
-from tl_asymmetry.models.sources.lora import LoraWeights
-from tl_asymmetry.models.sources.state import MARK, StateWeights
+from tl_asymmetry.models.readers.adapter import LoraWeights
+from tl_asymmetry.models.readers.base import Factors, Weights, WeightSource, as_weights
+from tl_asymmetry.models.readers.files import ADAPTER_FILES, TensorFiles, open_files, read_json
+from tl_asymmetry.models.readers.folder import HuggingFaceWeights, read_config
+from tl_asymmetry.models.readers.state_dict import MARK, StateWeights
 from tl_asymmetry.models.view import ModelView
 
 __all__ = ["Factors", "WeightSource", "Weights", "as_weights", "opened", "weights_from"]

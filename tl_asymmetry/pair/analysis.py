@@ -16,7 +16,7 @@ from tl_asymmetry.geometry.subspace import Subspace
 from tl_asymmetry.models.capture import balanced_groups, capture
 from tl_asymmetry.models.checks import check_pair, check_raw, check_token_count, finite_check
 from tl_asymmetry.models.prediction import prediction_subspace
-from tl_asymmetry.models.ranks import ALONE, Ranks, present_ranks
+from tl_asymmetry.models.processes import ALONE, Processes, present_processes
 from tl_asymmetry.models.side_by_side import side_by_side
 from tl_asymmetry.models.view import WRITE, ModelView
 from tl_asymmetry.models.weights import Weights, WeightSource, opened
@@ -24,8 +24,8 @@ from tl_asymmetry.pair.asymmetry import asymmetry_table
 from tl_asymmetry.pair.bases import LayerBases
 from tl_asymmetry.pair.circuits import layer_circuits
 from tl_asymmetry.pair.deltas import Delta, measure_change, stacked
-from tl_asymmetry.pair.headless import other_changes, unmatched_parameters
 from tl_asymmetry.pair.memory_plan import plan_memory
+from tl_asymmetry.pair.non_matrix_parameters import other_changes, unmatched_parameters
 from tl_asymmetry.pair.plan import Plan, Sources, make_plan, token_sequences
 from tl_asymmetry.pair.projections import GradientMoments, Projection, keys_reference_note, project
 from tl_asymmetry.pair.result import PairAnalysis
@@ -133,15 +133,15 @@ def analyze_pair(
         if held[0].rank < max(plan.ranks):
             notes.warn(f"ranks above {held[0].rank} are left out for {name!r}, which has no more directions", level=3)
     _check_architectures(base, aligned, notes)
-    together = present_ranks() if distributed else ALONE
+    processes = present_processes() if distributed else ALONE
     memory = plan_memory(
         base, plan, sequences,
         groups=groups, activations=activations, sensitivity=sensitivity, batch_size=batch_size,
-        layers_per_pass=layers_per_pass, ranks=together,
+        layers_per_pass=layers_per_pass, processes=processes,
     )  # fmt: skip
     hashes = _check_weights(base, aligned, sequences, notes)
     _check_gradient(gradient, base, hashes, plan, notes)
-    together.agree({"arguments": arguments, "weights": hashes, "tokens": sequences})
+    processes.agree({"arguments": arguments, "weights": hashes, "tokens": sequences})
     grouped = balanced_groups(sequences, groups)
     intervals = _has_intervals(grouped, groups, notes)
     with torch.no_grad():
@@ -151,7 +151,7 @@ def analyze_pair(
     def of_pass(few: range) -> list[_Layer]:
         """Capture the moments of a few layers, and analyse these layers; the moments go when this returns."""
         sources = _captured(
-            base, aligned, grouped, plan, few, together,
+            base, aligned, grouped, plan, few, processes,
             activations=activations, exclude_first=exclude_first, sensitivity=sensitivity, intervals=intervals,
             batch_size=batch_size, progress=progress,
         )  # fmt: skip
@@ -167,7 +167,7 @@ def analyze_pair(
                 for name in plan.subspaces
                 for projection in project(
                     [measured[matrix] for matrix in plan.matrices if name in plan.targets[matrix]], name, bases,
-                    plan.ranks, intervals=intervals, softmax_centres_keys=base.score_shift_invariant,
+                    plan.ranks, intervals=intervals, softmax_centres_keys=base.key_shift_invariant,
                     gradient=gradient,
                 )
             ]  # fmt: skip
@@ -179,8 +179,8 @@ def analyze_pair(
                 moments={} if profiles is None else profiles.moments_of_layer(layer),
             )
 
-        own = together.share(few)
-        bars = progress and together.is_first
+        own = processes.share(few)
+        bars = progress and processes.is_first
         done = side_by_side(
             lambda i: analyse(own[i]),
             len(own),
@@ -189,7 +189,7 @@ def analyze_pair(
             progress=bars,
             workers=memory.workload.workers,
         )
-        return together.gathered(done)
+        return processes.gathered(done)
 
     layers = [layer for few in memory.passes for layer in of_pass(few)]
     if len(memory.passes) > 1:
@@ -227,7 +227,7 @@ def analyze_pair(
             "tokens": sum(len(s) - exclude_first for s in sequences) * (2 if activations == "both" else 1),
             "sequences": len(sequences),
             "layers_per_pass": memory.layers_per_pass,
-            "processes": together.count,
+            "processes": processes.count,
         },
         notes=notes.lines,
         model_base=model_base,
@@ -271,7 +271,7 @@ def _check_architectures(base: ModelView, aligned: Weights, notes: Notes) -> Non
         notes.add(note)
     for name in unmatched_parameters(base, aligned):
         notes.add(f"{name} exists in one of the two models only and is left out")
-    notes.add(keys_reference_note(softmax_centres_keys=base.score_shift_invariant))
+    notes.add(keys_reference_note(softmax_centres_keys=base.key_shift_invariant))
 
 
 def _check_gradient(
@@ -322,7 +322,7 @@ def _captured(
     grouped: Sequence[Sequence[Tensor]],
     plan: Plan,
     layers: range,
-    together: Ranks,
+    processes: Processes,
     *,
     activations: str,
     exclude_first: bool,
@@ -339,7 +339,7 @@ def _captured(
             name: capture(
                 view, grouped, [(point, layer) for point in plan.points for layer in layers],
                 exclude_first=exclude_first, first_positions=sensitivity,
-                sequence_means=base.score_shift_invariant, batch_size=batch_size, progress=progress, ranks=together,
+                sequence_means=base.key_shift_invariant, batch_size=batch_size, progress=progress, processes=processes,
             )
             for name in wanted
             if isinstance(view := views[name], ModelView)

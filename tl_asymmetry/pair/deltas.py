@@ -15,7 +15,7 @@ from tl_asymmetry.geometry.fraction import gram_energy, inner_product, row_piece
 from tl_asymmetry.geometry.precision import exact_products, product_dtype
 from tl_asymmetry.geometry.rounding import coarser, rounding_share, storage_dtype
 from tl_asymmetry.geometry.subspace import ordered_eigh
-from tl_asymmetry.models.sources.base import Factors, Weights, WeightSource
+from tl_asymmetry.models.readers.base import Factors, Weights, WeightSource
 from tl_asymmetry.models.view import WRITE
 
 DIRECTIONS = 5

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tl_asymmetry.geometry.subspace import Subspace, ordered_eigh
 from tl_asymmetry.models.checks import check_pair, check_token_count
-from tl_asymmetry.models.ranks import ALONE, present_ranks
+from tl_asymmetry.models.processes import ALONE, present_processes
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.models.weights import WeightSource, opened
 from tl_asymmetry.pair.memory_plan import plan_memory
@@ -103,15 +103,15 @@ def estimate_pair(
     plan = make_plan(base, matrices, ranks, subspaces, groups=groups, activations=activations, batch_size=batch_size)
     sequences = token_sequences(base, texts, tokens, max_tokens, notes=lambda line: None)
     check_token_count(sum(len(s) - exclude_first for s in sequences), plan.ranks)
-    together = present_ranks() if distributed else ALONE
+    processes = present_processes() if distributed else ALONE
     memory = plan_memory(
         base, plan, sequences,
         groups=groups, activations=activations, sensitivity=sensitivity, batch_size=batch_size,
-        layers_per_pass=layers_per_pass, ranks=together,
+        layers_per_pass=layers_per_pass, processes=processes,
     )  # fmt: skip
     load, held = memory.workload, memory.layers_per_pass
     d, L, n = base.d_model, base.n_layers, sum(map(len, sequences))
-    processes = together.count
+    processes = processes.count
 
     noise = torch.randn(_PROBE, _PROBE, generator=torch.Generator().manual_seed(seed))
     flops = _rate(lambda x: x @ x, noise.to(base.device), 2.0 * _PROBE**3)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tl_asymmetry.geometry.memory import free_memory
 from tl_asymmetry.models.capture import balanced_groups
-from tl_asymmetry.models.ranks import ALONE, Ranks
+from tl_asymmetry.models.processes import ALONE, Processes
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair.plan import Plan
 
@@ -139,7 +139,7 @@ def plan_memory(
     sensitivity: bool,
     batch_size: int,
     layers_per_pass: int | None,
-    ranks: Ranks = ALONE,
+    processes: Processes = ALONE,
 ) -> MemoryPlan:
     """Choose how many layers' moments to hold at once, by what is free now.
 
@@ -152,7 +152,7 @@ def plan_memory(
         sensitivity: whether every variant is kept.
         batch_size: sequences per forward pass.
         layers_per_pass: None to choose; else this number, which must fit.
-        ranks: processes that share the work; they take what fits all of them.
+        processes: processes that share the work; they take what fits all of them.
 
     Raises:
         ValueError: where not even one layer a pass fits, saying what would; a number that is no number of layers.
@@ -165,9 +165,9 @@ def plan_memory(
     load = workload(
         base, plan, sequences, groups=groups, activations=activations, sensitivity=sensitivity, batch_size=batch_size
     )
-    room = _Room.now(base.device, ranks)
+    room = _Room.now(base.device, processes)
     single = replace(load, workers=1)
-    most = ranks.least(max((n for n in range(1, L + 1) if room.fits(single, n)), default=0))
+    most = processes.least(max((n for n in range(1, L + 1) if room.fits(single, n)), default=0))
     if not most:
         raise ValueError(_refusal(single, 1, room, list(_remedies(single, room))))
     if layers_per_pass is not None and layers_per_pass > most:
@@ -178,7 +178,7 @@ def plan_memory(
         fitting = max((n for n in range(1, L + 1) if room.fits(load, n)), default=0)
         if fitting >= (layers_per_pass or workers):
             break
-    layers = layers_per_pass or ranks.least(fitting)
+    layers = layers_per_pass or processes.least(fitting)
     return MemoryPlan(load, layers, load.peak_host(layers), load.peak_device(layers))
 
 
@@ -203,7 +203,7 @@ def workload(
         largest=max(sizes),
         attention=sum(n for n, matrix in zip(sizes, plan.matrices, strict=True) if base.heads(matrix) is not None),
         points=len(plan.points),
-        centred_points=int(base.score_shift_invariant and "attn_in" in plan.points),
+        centred_points=int(base.key_shift_invariant and "attn_in" in plan.points),
         heads=sum((base.heads(matrix) or 1) * len(plan.targets[matrix]) for matrix in plan.matrices),
         groups=len(balanced_groups(sequences, groups)),
         models=2 if sensitivity or activations == "both" else 1,
@@ -226,11 +226,11 @@ class _Room:
     device: int | None
 
     @classmethod
-    def now(cls, device: torch.device, ranks: Ranks) -> _Room:
+    def now(cls, device: torch.device, processes: Processes) -> _Room:
         host = free_memory(torch.device("cpu"))
         own = None if device.type == "cpu" else free_memory(device)
         return cls(
-            None if host is None else int(USED_OF_FREE * host / ranks.on_this_machine),
+            None if host is None else int(USED_OF_FREE * host / processes.on_this_machine),
             None if own is None else int(USED_OF_FREE * own),
         )
 

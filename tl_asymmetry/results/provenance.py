@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tl_asymmetry.geometry.precision import product_dtype
 from tl_asymmetry.geometry.rounding import coarser, storage_dtype
-from tl_asymmetry.models.sources.base import Weights, WeightSource
+from tl_asymmetry.models.readers.base import Weights, WeightSource
 from tl_asymmetry.models.view import ModelView
 
 _PACKAGES = ("tl-asymmetry", "torch", "transformer-lens", "transformers", "numpy", "scipy", "pandas")

@@ -134,7 +134,7 @@ def observe(
     points = [*dict.fromkeys(INPUT_POINT[matrix] for matrix in matrices), *([OUTPUT] if per_token else [])]
     sites = [(point, layer) for point in points for layer in layers]
     # softmax ignores what all keys of a sequence share, and so does the gradient of W_K
-    within = view.score_shift_invariant and "W_K" in matrices
+    within = view.key_shift_invariant and "W_K" in matrices
     activations = {site: StreamingMoments(view.d_model, sequences=within and site[0] == "attn_in") for site in sites}
     samples = {site: RowSample(sample_rows) for site in sites} if sample_rows else {}
     bar = tqdm(total=2 * len(data.sequences), desc=f"step {step}", unit="seq", disable=not progress, leave=False)

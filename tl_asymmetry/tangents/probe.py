@@ -259,7 +259,7 @@ class _Run:
         view.self_check(first)
         check_block_outputs(view, first)
         self.model = model_record(view, weights_hash(view))
-        self.centred_keys = view.score_shift_invariant
+        self.centred_keys = view.key_shift_invariant
         self.encoder = view.encoder
         self.bases: TangentBases | None = None
         self.last_step = -1
@@ -496,7 +496,7 @@ def _check_model(view: ModelView, options: TangentOptions, notes: Notes) -> None
             "p ≤ 0.05 in the share of cases that the column size gives, not in 0.05; "
             'pass control="haar" for an exact rank test'
         )
-    if view.score_shift_invariant and "weight" in options.gradients:
+    if view.key_shift_invariant and "weight" in options.gradients:
         notes.add(
             "spectrum_expected on W_K rows uses the input's covariance within sequences: softmax ignores what all keys "
             "of a sequence share"

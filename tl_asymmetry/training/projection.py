@@ -149,7 +149,7 @@ class GradientProjection:
     def basis(self) -> Float[Tensor, "rank parameters"]:
         """Orthonormal rows that span the space: of the window as it is now, or drawn now."""
         if self.space == "rolling":
-            return self._rolling.right_vectors
+            return self._rolling.right_singular_vectors
         first = self.parameters[0]
         size = sum(p.numel() for p in self.parameters)
         rows = torch.randn(self.rank, size, generator=self._generator)

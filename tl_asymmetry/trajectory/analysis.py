@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_asymmetry.geometry.subspace import Subspace
-from tl_asymmetry.models.ranks import ALONE, present_ranks
+from tl_asymmetry.models.processes import ALONE, present_processes
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair.projections import GradientMoments
 from tl_asymmetry.results.notes import Notes
@@ -106,7 +106,7 @@ def analyze_trajectory(
     )  # fmt: skip
     options.check()
     notes = Notes()
-    together = present_ranks() if distributed else ALONE
+    processes = present_processes() if distributed else ALONE
     rest = checkpoints_of(checkpoints)
     first = next(rest, None)
     if first is None:
@@ -114,13 +114,13 @@ def analyze_trajectory(
     with first.open() as model:
         run = TrajectoryRun(
             ModelView(model), first.step, first.name, options,
-            texts=texts, tokens=tokens, store=store, arguments=arguments, notes=notes, ranks=together,
+            texts=texts, tokens=tokens, store=store, arguments=arguments, notes=notes, processes=processes,
         )  # fmt: skip
         del model
     try:
         sweep = _Sweep(run, first)
         known = len(checkpoints) - 1 if isinstance(checkpoints, Sized) else None
-        for checkpoint in tqdm(rest, desc="checkpoints", total=known, disable=not (progress and together.is_first)):
+        for checkpoint in tqdm(rest, desc="checkpoints", total=known, disable=not (progress and processes.is_first)):
             sweep.take(checkpoint)
         sweep.commit()
         if not sweep.steps:
@@ -156,7 +156,7 @@ class _Sweep:
     """
 
     def __init__(self, run: TrajectoryRun, first: Checkpoint) -> None:
-        self.run, self.ranks = run, run.ranks
+        self.run, self.processes = run, run.processes
         self.steps: list[int] = []
         self.whole = run.found_whole()
         self.index = 0
@@ -175,9 +175,9 @@ class _Sweep:
             raise ValueError(
                 f"expected checkpoints in the order of their steps, got {step} after {self.last_step}; pass them sorted"
             )
-        turn = self.index % self.ranks.count
+        turn = self.index % self.processes.count
         self.index += 1
-        mine, next_is_mine = turn == self.ranks.rank, (turn + 1) % self.ranks.count == self.ranks.rank
+        mine, next_is_mine = turn == self.processes.rank, (turn + 1) % self.processes.count == self.processes.rank
         keep = next_is_mine and "previous" in self.run.references
         snapshot, known = None, None
         if mine:
@@ -189,13 +189,13 @@ class _Sweep:
             known = snapshot.hash
         self.last_step, self.last_hash = step, known
         self.snapshot, self.reopen = snapshot, checkpoint
-        if turn == self.ranks.count - 1:
+        if turn == self.processes.count - 1:
             self.commit()
 
     def commit(self) -> None:
         """Put what all processes have measured since the last time into the store, in order."""
         run = self.run
-        found, self.own = self.ranks.gathered(self.own), []
+        found, self.own = self.processes.gathered(self.own), []
         for outcome in found:
             if outcome.error is not None:
                 raise outcome.error
@@ -214,7 +214,7 @@ class _Sweep:
         try:
             return self._measured(checkpoint, keep)
         except (ValueError, OSError) as error:
-            if self.ranks.count == 1:
+            if self.processes.count == 1:
                 raise
             return _Outcome((checkpoint.step, checkpoint.name), error=error), None
 
@@ -231,7 +231,7 @@ class _Sweep:
         with checkpoint.open() as model:
             view = ModelView(model)
             weights = run.checked(view, step)
-            if self.ranks.count == 1 and run.options.duplicates == "refuse":
+            if self.processes.count == 1 and run.options.duplicates == "refuse":
                 run.refuse_duplicate(step, checkpoint.name, weights)  # before the work is done
             numbers = None
             if entry is None or not run.is_that(entry, step, weights, (before.step, before.hash)):

@@ -16,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from tl_asymmetry.models.loading import open_model
-from tl_asymmetry.models.ranks import present_ranks
+from tl_asymmetry.models.processes import present_processes
 from tl_asymmetry.trajectory.checkpoints import Checkpoint, made_model
 
 _SETTINGS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -253,8 +253,10 @@ def _fetched(
     with tempfile.TemporaryDirectory(prefix="tl_asymmetry_") if place is None else _made(place) as root:
         # No part of the path comes from the hub.
         label = hashlib.sha256(f"{repository}@{revision.commit}".encode()).hexdigest()[:16]
-        ranks = present_ranks()
-        label += "" if ranks.count == 1 else f"-{ranks.rank}"  # another process may remove its own while this one reads
+        processes = present_processes()
+        label += (
+            "" if processes.count == 1 else f"-{processes.rank}"
+        )  # another process may remove its own while this one reads
         folder = Path(root) / f"step{step}-{label}"
         folder.mkdir(exist_ok=True)
         missing = [file for file in revision.files if not _is_whole(folder / file.name, file)]

@@ -17,7 +17,7 @@ from tl_asymmetry.models.capture import balanced_groups, capture
 from tl_asymmetry.models.checks import check_finite, check_raw, check_token_count
 from tl_asymmetry.models.loading import open_model
 from tl_asymmetry.models.prediction import prediction_subspace
-from tl_asymmetry.models.ranks import ALONE, Ranks
+from tl_asymmetry.models.processes import ALONE, Processes
 from tl_asymmetry.models.side_by_side import side_by_side
 from tl_asymmetry.models.texts import vocabulary_fingerprint
 from tl_asymmetry.models.view import ModelView
@@ -103,7 +103,7 @@ class TrajectoryRun:
         notes: collects what the result must say.
         recorder: whether weights and bases go into the store too, so that a later process can go on without the first
             checkpoint's model.
-        ranks: processes that share the checkpoints out; all make the same one of these.
+        processes: processes that share the checkpoints out; all make the same one of these.
 
     Raises:
         ValueError: what `analyze_trajectory` refuses of the first checkpoint, the texts and the store.
@@ -122,10 +122,10 @@ class TrajectoryRun:
         arguments: Mapping[str, Any],
         notes: Notes,
         recorder: bool = False,
-        ranks: Ranks = ALONE,
+        processes: Processes = ALONE,
     ) -> None:
         options.check()
-        self.options, self.notes, self.recorder, self.ranks = options, notes, recorder, ranks
+        self.options, self.notes, self.recorder, self.processes = options, notes, recorder, processes
         self.references = REFERENCES[options.reference]
         self.plan = plan = make_plan(
             view, options.matrices, options.ranks, options.subspaces,
@@ -145,7 +145,7 @@ class TrajectoryRun:
         self.measuring = Measuring(
             plan=plan,
             intervals=intervals,
-            softmax_centres_keys=view.score_shift_invariant,
+            softmax_centres_keys=view.key_shift_invariant,
             d=view.d_model,
             n_layers=view.n_layers,
             n_heads=view.n_heads,
@@ -200,7 +200,7 @@ class TrajectoryRun:
             )
         for note in view.notes:
             notes.add(note)
-        notes.add(keys_reference_note(softmax_centres_keys=view.score_shift_invariant))
+        notes.add(keys_reference_note(softmax_centres_keys=view.key_shift_invariant))
         about = {
             "arguments": dict(arguments),
             "versions": versions(),
@@ -213,13 +213,13 @@ class TrajectoryRun:
             "notes": list(notes.lines),
         }
         self.settings, self.about = settings, about
-        ranks.agree({"arguments": dict(arguments), "first checkpoint, texts and settings": settings})
+        processes.agree({"arguments": dict(arguments), "first checkpoint, texts and settings": settings})
 
         def make() -> CheckpointStore | MemoryStore:
             return MemoryStore() if store is None else CheckpointStore(store, KIND, settings, about)
 
         self.store: CheckpointStore | MemoryStore | SharedStore
-        self.store = make() if ranks.count == 1 else SharedStore(ranks, make)
+        self.store = make() if processes.count == 1 else SharedStore(processes, make)
         try:
             self.first_step: int = start["step"]
             self.seen: dict[str, int] = {start["weights_xxh3"]: self.first_step}
@@ -355,8 +355,8 @@ class TrajectoryRun:
             return
         self.start = WeightsSnapshot.of(view, self.plan.matrices, step, weights)
         if self.options.subspaces_from != "each":
-            bases = self._hold(view if fixed is None else fixed, self.ranks)
-            shown = self.options.progress and self.ranks.is_first
+            bases = self._hold(view if fixed is None else fixed, self.processes)
+            shown = self.options.progress and self.processes.is_first
             with torch.no_grad():
                 self.bases = side_by_side(
                     bases, view.n_layers, device=view.device, description="subspaces", progress=shown
@@ -399,14 +399,14 @@ class TrajectoryRun:
         view.self_check(self._probe)
         return view, weights_hash(view)
 
-    def _hold(self, view: ModelView, ranks: Ranks = ALONE) -> Callable[[int], HeldBases]:
-        """The bases of a model, a layer at a time: its activations are captured now, by all `ranks` together."""
+    def _hold(self, view: ModelView, processes: Processes = ALONE) -> Callable[[int], HeldBases]:
+        """The bases of a model, a layer at a time: its activations are captured now, by all `processes` together."""
         plan, options, measuring = self.plan, self.options, self.measuring
         sites = [(point, layer) for point in plan.points for layer in range(view.n_layers)]
         captured = capture(
             view, self._grouped, sites, exclude_first=options.exclude_first,
-            sequence_means=view.score_shift_invariant, batch_size=options.batch_size,
-            progress=options.progress and self.ranks.is_first, ranks=ranks,
+            sequence_means=view.key_shift_invariant, batch_size=options.batch_size,
+            progress=options.progress and self.processes.is_first, processes=processes,
         )  # fmt: skip
         given = dict(plan.given)
         if "prediction" in plan.subspaces and "prediction" not in given:

@@ -14,7 +14,7 @@ from tl_asymmetry.geometry.precision import exact_products
 from tl_asymmetry.geometry.spectrum import effective_rank, stable_rank
 
 if TYPE_CHECKING:
-    from tl_asymmetry.models.sources.base import Weights, WeightSource
+    from tl_asymmetry.models.readers.base import Weights, WeightSource
 
 DELTA_COLUMNS = (
     "layer", "matrix", "head", "delta_norm", "delta_relative_norm", "stable_rank", "effective_rank",

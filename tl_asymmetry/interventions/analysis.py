@@ -13,11 +13,11 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_asymmetry.gradients.covariance import data_fingerprint
-from tl_asymmetry.interventions.cells import (
+from tl_asymmetry.gradients.analysis import data_fingerprint
+from tl_asymmetry.interventions.planner import (
     Cell,
-    CellMaker,
     Directions,
+    EditPlanner,
     EditSite,
     check_choices,
     chosen_sites,
@@ -166,7 +166,7 @@ def rank_one_study(
         base, sequences, placed, directions, controls,
         exclude_first=exclude_first, batch_size=batch_size, progress=progress,
     )  # fmt: skip
-    maker = CellMaker(
+    maker = EditPlanner(
         base, aligned, moments, directions, n_directions=n_directions, controls=controls, draws=draws, seed=seed
     )
     rows: list[dict[str, Any]] = []
@@ -196,7 +196,7 @@ class _Study:
 
     view: ModelView
     other: ModelView
-    maker: CellMaker
+    maker: EditPlanner
     evaluated: Sequence[EvaluationBatch]
     d_vocab: int
     scales: tuple[float, ...]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tl_asymmetry.geometry.fraction import total
 from tl_asymmetry.geometry.precision import product_dtype
-from tl_asymmetry.models.sources.base import Weights, WeightSource
+from tl_asymmetry.models.readers.base import Weights, WeightSource
 from tl_asymmetry.models.view import ModelView
 
 OTHER_COLUMNS = ("layer", "parameter", "base_norm", "delta_norm", "delta_relative_norm", "delta_shrink")

@@ -17,10 +17,10 @@ from torch import Tensor
 from tl_asymmetry.geometry.factored import factored_svd
 from tl_asymmetry.geometry.precision import product_dtype
 from tl_asymmetry.geometry.spectrum import effective_rank, stable_rank
-from tl_asymmetry.models.sources.base import Factors, Weights, WeightSource
-from tl_asymmetry.models.sources.blueprint import Blueprint
-from tl_asymmetry.models.sources.files import TensorFiles
-from tl_asymmetry.models.sources.huggingface import StoredParameters, refuse_quantised, take_dimensions
+from tl_asymmetry.models.readers.base import Factors, Weights, WeightSource
+from tl_asymmetry.models.readers.blueprint import Blueprint
+from tl_asymmetry.models.readers.files import TensorFiles
+from tl_asymmetry.models.readers.folder import StoredParameters, refuse_quantised, take_dimensions
 from tl_asymmetry.models.view import Parameters
 
 _PREFIX = "base_model.model."

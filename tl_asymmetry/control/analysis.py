@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from tl_asymmetry.control.result import ControlStudy
 from tl_asymmetry.control.store import Store
-from tl_asymmetry.gradients.covariance import data_fingerprint, gradient_covariance
+from tl_asymmetry.gradients.analysis import data_fingerprint, gradient_covariance
 from tl_asymmetry.gradients.result import GradientCovariance
 from tl_asymmetry.models.backward import check_differentiable
 from tl_asymmetry.models.view import ModelView

@@ -17,32 +17,15 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from tl_asymmetry.grokking.loop import GrokLoop, Progress, Recipe
+from tl_asymmetry.grokking.model import GrokShape, GrokTransformer
+from tl_asymmetry.grokking.modular import ModularArithmetic
 from tl_asymmetry.results.provenance import versions
 from tl_asymmetry.results.report import FigureSection, Report, TableSection
 from tl_asymmetry.results.result import Result
-from tl_asymmetry.training.grok_loop import GrokLoop, Progress, Recipe
-from tl_asymmetry.training.grok_model import GrokShape, GrokTransformer, bridge_model, hooked_model
-from tl_asymmetry.training.lockstep import run_together
-from tl_asymmetry.training.modular import ModularArithmetic
-from tl_asymmetry.training.projection import ARMS, GradientProjection
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-
-__all__ = [
-    "ARMS",
-    "GradientProjection",
-    "GrokRun",
-    "GrokShape",
-    "GrokTransformer",
-    "ModularArithmetic",
-    "PUBLISHED_ARMS",
-    "Recipe",
-    "arms",
-    "bridge_model",
-    "hooked_model",
-    "train",
-]
 
 
 def train(
@@ -246,7 +229,6 @@ def arms(
     folder: str | Path | None = None,
     recipe: Recipe | None = None,
     device: str | torch.device = "cpu",
-    together: bool | None = None,
     progress: bool = False,
     **keywords: Any,
 ) -> pd.DataFrame:
@@ -257,15 +239,13 @@ def arms(
         seeds: one run each.
         which: arms by name, keywords of `GradientProjection` or None for plain training; default `PUBLISHED_ARMS`.
         folder: each run lives in a subfolder `{task}-{seed}-{arm}` and is continued there.
-        together: make the gradients of all runs in one batched pass (`training.lockstep.run_together`); None: on a
-            GPU. Weights then agree with those of single runs to rounding, which training amplifies.
 
     Returns:
         `train`'s table of every run, with columns `arm` and `seed` in front.
 
     Example:
         >>> short = Recipe(steps=20, every=10, batch_size=16)
-        >>> table = arms("add", p=7, seeds=(1,), recipe=short, sizes={"d_model": 16, "d_mlp": 32}, together=True)
+        >>> table = arms("add", p=7, seeds=(1,), recipe=short, sizes={"d_model": 16, "d_mlp": 32})
         >>> table.groupby("arm", sort=False)["step"].max().to_dict()["frozen"]
         20
     """
@@ -282,11 +262,8 @@ def arms(
     loops = [loop(*name) for name in names]
     most = sum(each.recipe.steps for each in loops)
     with tqdm(total=most, desc="training", unit="step", disable=not progress) as bar:
-        if torch.device(device).type == "cuda" if together is None else together:
-            run_together(loops, report=lambda each: bar.update(each.recipe.every))
-        else:
-            for each in loops:
-                each.run(report=lambda _: bar.update(loops[0].recipe.every))
+        for each in loops:
+            each.run(report=lambda _: bar.update(loops[0].recipe.every))
     tables = [
         pd.DataFrame(each.progress.rows).assign(arm=arm, seed=seed)
         for each, (arm, seed) in zip(loops, names, strict=True)

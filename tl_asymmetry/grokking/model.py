@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_asymmetry.training.modular import ModularArithmetic
+from tl_asymmetry.grokking.modular import ModularArithmetic
 
 _EPS = 1e-5
 POSITIONS = 2

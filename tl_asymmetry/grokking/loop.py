@@ -15,8 +15,8 @@ from jaxtyping import Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tl_asymmetry.training.grok_model import GrokTransformer, shape_of
-from tl_asymmetry.training.modular import ModularArithmetic, legacy_stream
+from tl_asymmetry.grokking.model import GrokTransformer, shape_of
+from tl_asymmetry.grokking.modular import ModularArithmetic, legacy_stream
 from tl_asymmetry.training.projection import GradientProjection
 
 _STATE, _RECORD = "state.safetensors", "run.json"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tl_asymmetry.geometry.precision import product_dtype
-from tl_asymmetry.models.sources.base import Weights, WeightSource
+from tl_asymmetry.models.readers.base import Weights, WeightSource
 from tl_asymmetry.models.view import MATRICES, Parameters
 
 MARK = re.compile(r"blocks\.(\d+)\.attn\._?W_Q")

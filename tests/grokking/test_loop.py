@@ -10,8 +10,8 @@ import torch
 from tests.oracles.reference_grokking import lens_weights, seeded
 from tests.oracles.reference_grokking import train as naive_train
 from tl_asymmetry.grokking import GrokRun, ModularArithmetic, Recipe, arms, train
+from tl_asymmetry.grokking.loop import GrokLoop
 from tl_asymmetry.results.result import open_result
-from tl_asymmetry.training.grok_loop import GrokLoop
 
 SMALL = {"d_model": 16, "d_mlp": 32}
 ARMS = {
@@ -94,7 +94,7 @@ def test_stops_after_enough_evaluations_in_all(monkeypatch):
         calls["n"] += 1
         return [next(tests)] if calls["n"] % 2 else [1.0]  # test first, then train
 
-    monkeypatch.setattr("tl_asymmetry.training.grok_loop.accuracy", fake)
+    monkeypatch.setattr("tl_asymmetry.grokking.loop.accuracy", fake)
     run = train("add", p=7, seed=0, recipe=Recipe(steps=100, every=1, stop_count=3), sizes=SMALL)
     assert run.config["step"] == 5  # 0.99, 0.985 and 0.98 count, in spite of what lies between
     assert run.grok_step(count=3) == 5

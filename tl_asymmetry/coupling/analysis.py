@@ -244,7 +244,7 @@ def _candidates(
                 for row in held:
                     svd.update(row)
                 yield _Candidate(
-                    estimator, window, alignment, len(held), svd.right_vectors.float(), svd.singular_values
+                    estimator, window, alignment, len(held), svd.right_singular_vectors.float(), svd.singular_values
                 )
 
 

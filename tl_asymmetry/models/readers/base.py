@@ -148,7 +148,7 @@ class WeightSource:
             `delta_norm, delta_relative_norm, stable_rank, effective_rank` (of the eigenvalues of ΔW ΔWᵀ; NaN for a
             matrix that did not change).
         """
-        from tl_asymmetry.models.sources.spectra import delta_table
+        from tl_asymmetry.models.readers.spectra import delta_table
 
         return delta_table(self, None if base is None else as_weights(base))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.seeds import seeded
 from tl_asymmetry.geometry.subspace import Subspace, ordered_eigh, principal_subspace
-from tl_asymmetry.interventions.design import CONTROL_KINDS, head_delta, insert_edit, matched_controls, removal_edit
+from tl_asymmetry.interventions.design import CONTROL_KINDS, head_delta, insertion_edit, matched_controls, removal_edit
 from tl_asymmetry.models.capture import capture
 from tl_asymmetry.models.edits import RankOneEdit
 from tl_asymmetry.models.prediction import prediction_subspace
@@ -64,7 +64,7 @@ class Cell:
     """Number of controls of each kind, also where there is nothing to control for."""
 
 
-class CellMaker:
+class EditPlanner:
     """Makes the cells of a site, with what they need of moments and subspaces computed once.
 
     Args:
@@ -102,7 +102,7 @@ class CellMaker:
         layer, matrix, head = site
         ΔW = head_delta(self.base, self.aligned, layer, matrix, head).double()
         energy = ΔW.square().sum()
-        make = removal_edit if intervention == "removal" else insert_edit
+        make = removal_edit if intervention == "removal" else insertion_edit
         for name in self.names:
             columns = self.directions(name, site, ΔW)
             for index, q in enumerate(columns.mT, start=1):

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from tl_asymmetry.geometry.precision import product_dtype
-from tl_asymmetry.models.sources.base import WeightSource
-from tl_asymmetry.models.sources.blueprint import Blueprint
-from tl_asymmetry.models.sources.files import TensorFiles
+from tl_asymmetry.models.readers.base import WeightSource
+from tl_asymmetry.models.readers.blueprint import Blueprint
+from tl_asymmetry.models.readers.files import TensorFiles
 from tl_asymmetry.models.view import Parameters
 
 _DIMENSIONS = (

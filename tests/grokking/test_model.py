@@ -10,7 +10,7 @@ from tests import tiny
 from tests.oracles.reference_grokking import lens_weights, seeded
 from tl_asymmetry import ModelView
 from tl_asymmetry.grokking import GrokShape, GrokTransformer, ModularArithmetic, bridge_model, hooked_model
-from tl_asymmetry.training.grok_model import shape_of
+from tl_asymmetry.grokking.model import shape_of
 
 PAIRS = torch.tensor([[3, 90], [0, 0], [96, 1], [5, 5]])
 FORMS = [

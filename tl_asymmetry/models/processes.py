@@ -24,7 +24,7 @@ Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Processes:
     """This process among those that work on one analysis."""
 
     rank: int = 0
@@ -126,28 +126,28 @@ def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, Tensor) else str(value)
 
 
-ALONE = Ranks()
+ALONE = Processes()
 """One process by itself."""
 
 
-def present_ranks() -> Ranks:
+def present_processes() -> Processes:
     """The processes of torch.distributed's default group; one process by itself where none was set up."""
     if not (dist.is_available() and dist.is_initialized()):
         return ALONE
-    return Ranks(dist.get_rank(), dist.get_world_size())
+    return Processes(dist.get_rank(), dist.get_world_size())
 
 
 @contextmanager
-def started_ranks() -> Iterator[Ranks]:
+def started_processes() -> Iterator[Processes]:
     """What torchrun has started, joined for as long as the context lasts; else one process by itself."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        yield present_ranks()
+        yield present_processes()
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     # gloo for what lies on the CPU, which is where moments are summed
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
-        yield present_ranks()
+        yield present_processes()
     finally:
         dist.destroy_process_group()
