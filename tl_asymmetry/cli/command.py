@@ -117,9 +117,8 @@ def _trajectory(options: argparse.Namespace) -> None:
     from tl_asymmetry.models.processes import started_processes
 
     texts = None if options.texts is None else _read_texts(options.texts)
-    with (
-        started_processes() as processes
-    ):  # under torchrun, the checkpoints are shared out and the first process writes
+    # Under torchrun the checkpoints are shared out and the first process writes.
+    with started_processes() as processes:
         result = run_trajectory(options, texts)
     if processes.is_first:
         _finish(result, options.out)
