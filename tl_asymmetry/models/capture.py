@@ -120,9 +120,8 @@ def capture(
         processes: processes that share the sequences of each group; all get the moments of all.
     """
     shares = [processes.share(group) for group in groups]
-    bar = tqdm(
-        total=sum(map(len, shares)), desc="activations", unit="seq", disable=not (progress and processes.is_first)
-    )
+    shown = progress and processes.is_first
+    bar = tqdm(total=sum(map(len, shares)), desc="activations", unit="seq", disable=not shown)
     layers = 1 + max((layer for _, layer in sites), default=0)
     counted, firsts = [], []
     with bar, torch.no_grad(), view.evaluating():

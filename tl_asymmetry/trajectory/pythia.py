@@ -254,9 +254,8 @@ def _fetched(
         # No part of the path comes from the hub.
         label = hashlib.sha256(f"{repository}@{revision.commit}".encode()).hexdigest()[:16]
         processes = present_processes()
-        label += (
-            "" if processes.count == 1 else f"-{processes.rank}"
-        )  # another process may remove its own while this one reads
+        # A folder for each process: another may remove its own while this one reads.
+        label += "" if processes.count == 1 else f"-{processes.rank}"
         folder = Path(root) / f"step{step}-{label}"
         folder.mkdir(exist_ok=True)
         missing = [file for file in revision.files if not _is_whole(folder / file.name, file)]
