@@ -28,7 +28,7 @@ import torch
 
 from tl_asymmetry import ModelView, semi_nmf
 from tl_asymmetry.demo import demo_model, demo_texts
-from tl_asymmetry.models.texts import batches, tokenize
+from tl_asymmetry.models.texts import batches, token_sequences
 
 RESULTS = Path(__file__).parent / "results"
 SPEED_UP = 3.0
@@ -50,7 +50,7 @@ def overcomplete() -> Any:
 def activations(rows: int) -> torch.Tensor:
     """Block outputs of the demonstration model's layer 2."""
     view, seen = ModelView(demo_model("base")), []
-    sequences = tokenize(view, demo_texts(rows // 40 + 8, seed=0))
+    sequences = token_sequences(view, demo_texts(rows // 40 + 8, seed=0), notes=print)
     with torch.no_grad():
         for tokens, mask in batches(sequences, 32):
             with view.hooks({("resid_post", 2): lambda x, mask=mask: seen.append(x[mask])}):

@@ -231,7 +231,7 @@ def test_preferences_may_be_rows_of_a_dataset():
         {"prompt": "Mira lost", "chosen": " the cup.", "rejected": " a song."},
         {"prompt": "Leo went to the garden.", "chosen": " He found it.", "rejected": " He was sad."},
     ]
-    read = as_batches(ModelView(base), rows, PreferenceBatch, note=pytest.fail)
+    read = as_batches(ModelView(base), rows, PreferenceBatch, note=pytest.fail, warn=pytest.fail)
     options = dict(tokens=torch.arange(16).view(2, 8), sites=[(1, "W_V", 0)], draws=2, progress=False)
     found = rank_one_study(base, aligned, preferences=rows, **options)
     expected = rank_one_study(base, aligned, preferences=read[0], **options)

@@ -20,7 +20,7 @@ from tl_asymmetry import (
     prediction_pullback,
     random_subspace,
 )
-from tl_asymmetry.models.checks import check_tokens
+from tl_asymmetry.models.texts import check_tokens
 from tl_asymmetry.results.result import open_result
 
 T = 5

@@ -1,4 +1,4 @@
-"""What is refused before anything heavy runs, and how texts become tokens. Every message is asserted."""
+"""What is refused before anything heavy runs. Every message is asserted."""
 
 from __future__ import annotations
 
@@ -17,11 +17,9 @@ from tl_asymmetry.models.checks import (
     check_raw,
     check_token_count,
     check_tokenizers,
-    check_tokens,
     processing_flags,
 )
 from tl_asymmetry.models.loading import open_model
-from tl_asymmetry.models.texts import batches, tokenize, vocabulary_fingerprint
 from tl_asymmetry.models.view import ModelView
 
 needs_hooked = pytest.mark.skipif(not tiny.HOOKED_AVAILABLE, reason="transformer-lens 4 has no HookedTransformer")
@@ -258,29 +256,7 @@ def test_a_missing_tokenizer_is_a_warning() -> None:
     assert check_tokenizers(aligned, aligned) == []
 
 
-# --- tokens and ranks ----------------------------------------------------------------------------------------------
-
-
-def test_tokens_out_of_range_and_of_wrong_form_are_refused() -> None:
-    view = with_tokenizer(None)
-    check_tokens(view, tiny.tokens())
-    for tokens, text in (
-        (
-            torch.tensor([[3, 96]]),
-            "expected token ids from 0 to 95, got 96; pass tokens made by this model",
-        ),
-        (torch.tensor([[3, -1]]), "expected token ids from 0 to 95, got -1; pass"),
-        (
-            torch.zeros(1, 65, dtype=torch.long),
-            "expected sequences of at most 64 tokens .*, got 65; pass them cut",
-        ),
-        (torch.zeros(0, 5, dtype=torch.long), r"expected at least one token, got a tensor \[0, 5\]; pass"),
-        (torch.zeros(2, 5), r"expected tokens as an integer tensor \[batch, pos\], got torch.float32 \[2, 5\]; pass"),
-        (torch.zeros(5, dtype=torch.long), r"expected tokens .*, got torch.int64 \[5\]; pass"),
-        ([[1, 2]], r"expected tokens as an integer tensor \[batch, pos\], got list; pass a tensor of token ids"),
-    ):
-        with pytest.raises(ValueError, match=text):
-            check_tokens(view, tokens)
+# --- ranks ----------------------------------------------------------------------------------------------
 
 
 def test_ranks() -> None:
@@ -302,80 +278,6 @@ def test_fewer_tokens_than_the_largest_rank_are_refused() -> None:
         ValueError, match=r"at least as many tokens as the largest rank \(16\), got 15 .*; pass more texts"
     ):
         check_token_count(15, (1, 16))
-
-
-# --- texts ---------------------------------------------------------------------------------------------------------
-
-
-def test_texts_are_the_same_tokens_on_both_kinds() -> None:
-    texts = ["w0 w1 w2", "w5"]
-    expected = [[0, 3, 4, 5], [0, 8]]
-    for kind in tiny.KINDS:
-        got = tokenize(ModelView(tiny.build("llama", kind)), texts)
-        assert [s.tolist() for s in got] == expected
-        assert all(s.dtype == torch.int64 for s in got)
-
-
-def test_long_texts_continue_in_the_next_window() -> None:
-    view, text = with_tokenizer(tiny.tokenizer()), " ".join(f"w{i}" for i in range(10))
-    windows = [s.tolist() for s in tokenize(view, [text], window=5)]
-    assert windows == [[0, 3, 4, 5, 6], [0, 7, 8, 9, 10], [0, 11, 12]]
-    assert max(len(s) for s in tokenize(view, [" ".join(["w1"] * 200)])) == view.n_ctx
-    without = with_tokenizer(tiny.tokenizer(bos=False))
-    assert [s.tolist() for s in tokenize(without, [text], window=5)] == [[3, 4, 5, 6, 7], [8, 9, 10, 11, 12]]
-
-
-def test_chat_messages_go_through_the_chat_template() -> None:
-    words = (*tiny.WORDS[:-2], "user", "assistant")
-    view = with_tokenizer(tiny.tokenizer(words, chat_template=CHAT_TEMPLATE, name="chat"))
-    chat = [{"role": "user", "content": "w0 w1"}, {"role": "assistant", "content": "w2"}]
-    assert [s.tolist() for s in tokenize(view, [chat, "w3"])] == [[0, 94, 3, 4, 1, 95, 5, 1], [0, 6]]
-    # one begin token, again at the head of the next window
-    assert [s.tolist() for s in tokenize(view, [chat], window=5)] == [[0, 94, 3, 4, 1], [0, 95, 5, 1]]
-    with pytest.raises(
-        ValueError, match="expected a tokenizer with a chat template .* index 1, got one without; pass str"
-    ):
-        tokenize(with_tokenizer(tiny.tokenizer()), ["w1", chat])
-
-
-def test_unusable_texts_are_refused() -> None:
-    view = with_tokenizer(tiny.tokenizer())
-    for texts, text in (
-        ([], "expected at least one text, got none; pass texts or tokens="),
-        (["w1", ""], "expected texts with a token or more, got an empty text at index 1; leave it out"),
-        (["   "], "got an empty text at index 0"),
-        ([[]], "got an empty text at index 0"),
-        ("w1 w2", r"expected a list of texts, got a single string; pass texts=\[text\]"),
-        ([3], "expected texts to be strings or lists of .* messages, got int at index 0; pass strings"),
-        ([[{"text": "w1"}]], "expected texts to be strings or lists of .* messages, got list at index 0"),
-    ):
-        with pytest.raises(ValueError, match=text):
-            tokenize(view, texts)
-    with pytest.raises(ValueError, match="expected a model with a tokenizer to read texts, .* has none; pass tokens="):
-        tokenize(with_tokenizer(None), ["w1"])
-    for window in (1, 65):
-        with pytest.raises(
-            ValueError, match=rf"expected a window from 2 to 64 tokens \(the context\), got {window}; pass"
-        ):
-            tokenize(view, ["w1"], window=window)
-
-
-def test_batches_pad_on_the_right_and_lose_nothing() -> None:
-    sequences = [torch.arange(1, n + 1) for n in (3, 5, 2, 4, 1)]
-    got = list(batches(sequences, 2))
-    assert [tuple(t.shape) for t, _ in got] == [(2, 5), (2, 4), (1, 1)]
-    assert got[0][0].tolist() == [[1, 2, 3, 0, 0], [1, 2, 3, 4, 5]]
-    assert got[0][1].tolist() == [[True] * 3 + [False] * 2, [True] * 5]
-    read = [t[i][m[i]] for t, m in got for i in range(len(t))]
-    assert all(torch.equal(a, b) for a, b in zip(read, sequences, strict=True))
-    with pytest.raises(ValueError, match="expected a batch_size of at least 1, got 0; pass batch_size=8"):
-        next(batches(sequences, 0))
-
-
-def test_fingerprint_depends_on_the_vocabulary_alone() -> None:
-    assert vocabulary_fingerprint(tiny.tokenizer()) == vocabulary_fingerprint(tiny.tokenizer(bos=False))
-    other = tiny.tokenizer((*tiny.WORDS[:-1], "other"), name="other")
-    assert vocabulary_fingerprint(tiny.tokenizer()) != vocabulary_fingerprint(other)
 
 
 # --- loading -------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import torch
 from tests import tiny
 from tests.tiny_encoder import ENCODER_KINDS, encoder, encoder_tokens, hf_encoder
 from tl_asymmetry import ModelView, analyze_pair
-from tl_asymmetry.models.texts import batches, tokenize
+from tl_asymmetry.models.texts import batches, token_sequences
 from tl_asymmetry.tangents.probe import check_block_outputs
 
 POINTS = ("attn_in", "resid_pre", "resid_post", "z", "mlp_in", "mlp_post")
@@ -68,7 +68,7 @@ def test_refused_where_a_decoder_is_meant(kind):
 def test_texts_stand_between_cls_and_sep():
     view = ModelView(encoder("bridge", tokenizer=True), encoders=True)
     tokenizer = view.tokenizer
-    sequences = tokenize(view, ["w1 w2 w3", "w4"], window=4)
+    sequences = token_sequences(view, ["w1 w2 w3", "[CLS] w4 [SEP]"], window=4, notes=lambda line: None)
     cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
     ids = {w: tokenizer.convert_tokens_to_ids(w) for w in ("w1", "w2", "w3", "w4")}
     assert [s.tolist() for s in sequences] == [

@@ -21,7 +21,9 @@ def rows():
 
 
 def ours():
-    (batch,) = as_batches(ModelView(demo_model("base")), rows(), PreferenceBatch, batch_size=ROWS, note=pytest.fail)
+    (batch,) = as_batches(
+        ModelView(demo_model("base")), rows(), PreferenceBatch, batch_size=ROWS, note=pytest.fail, warn=pytest.fail
+    )
     return batch
 
 

@@ -27,7 +27,7 @@ def words(n, start=0):
 
 
 def read(data, kind=PreferenceBatch, of=None, **options):
-    return as_batches(of or view(), data, kind, note=pytest.fail, **options)
+    return as_batches(of or view(), data, kind, **{"note": pytest.fail, "warn": pytest.fail, **options})
 
 
 def spoken(batch, tokenizer):
@@ -75,10 +75,14 @@ def test_conversations(form):
     row = {"prompt": question, "chosen": answers[0], "rejected": answers[1]}
     if form == "implicit":
         row = {"chosen": question + answers[0], "rejected": question + answers[1]}
-    (batch,) = read([row], of=of)
+    notes = []
+    (batch,) = read([row], of=of, note=notes.append)
     assert spoken(batch.chosen, of.tokenizer) == ["w10 w11 </s>"]
     assert spoken(batch.rejected, of.tokenizer) == ["w20 w21 </s>"]
-    (texts,) = read([{"messages": question + answers[0]}], TokenBatch, of=of)
+    (texts,) = read([{"messages": question + answers[0]}], TokenBatch, of=of, note=notes.append)
+    assert {int(batch.chosen.tokens[0, 0]), int(texts.tokens[0, 0])} == {of.tokenizer.bos_token_id}
+    assert len(notes) == 2
+    assert all("the chat template sets no begin-of-sequence token" in note for note in notes)
     assert texts.tokens.shape == batch.chosen.tokens.shape
 
 
@@ -101,7 +105,7 @@ def test_what_is_too_long_is_cut_or_left_out_and_said():
         {"prompt": words(20), "chosen": f" {words(2, 30)}", "rejected": f" {words(2, 40)}"},
     ]
     of = view()
-    (batch,) = as_batches(of, rows, PreferenceBatch, max_length=8, note=notes.append)
+    (batch,) = as_batches(of, rows, PreferenceBatch, max_length=8, note=pytest.fail, warn=notes.append)
     assert len(batch) == 1
     assert spoken(batch.chosen, of.tokenizer) == ["w10 w11 w12 w13"]
     assert any("were cut at 8 tokens" in note for note in notes)

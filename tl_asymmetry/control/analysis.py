@@ -108,9 +108,9 @@ def contrastive_control(
     chosen = chosen_matrices(view, matrices)
     wanted = [objective.batch_type for objective in named.values()]
     kind = PreferenceBatch if PreferenceBatch in wanted else TokenBatch
-    held = as_batches(view, data, kind, batch_size=batch_size, note=notes.warn)
+    held = as_batches(view, data, kind, batch_size=batch_size, note=notes.add, warn=notes.warn)
     by_type: dict[type[Any], list[Batch]] = {
-        wants: as_batches(view, held, wants, note=notes.warn) for wants in dict.fromkeys(wanted)
+        wants: as_batches(view, held, wants, note=notes.add, warn=notes.warn) for wants in dict.fromkeys(wanted)
     }
     sequences = None if texts is not None else _sequences(by_type.get(TokenBatch, [_chosen(b) for b in held]))
     next(shuffled(held, batch_size, seed=0))  # refuses too few rows

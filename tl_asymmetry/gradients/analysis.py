@@ -13,9 +13,10 @@ from tl_asymmetry.gradients.capture import capture_gradients
 from tl_asymmetry.gradients.result import GradientCovariance
 from tl_asymmetry.gradients.table import cross_table, gradient_table, layer_sides
 from tl_asymmetry.models.backward import check_differentiable
-from tl_asymmetry.models.checks import check_finite, check_tokens
+from tl_asymmetry.models.checks import check_finite
 from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.side_by_side import side_by_side
+from tl_asymmetry.models.texts import check_tokens
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair.plan import chosen_matrices
 from tl_asymmetry.results.notes import Notes
@@ -104,7 +105,7 @@ def gradient_covariance(
         )
     check_differentiable(view)
     chosen = chosen_matrices(view, matrices)
-    held = as_batches(view, batches, objective.batch_type, batch_size=batch_size, note=notes.warn)
+    held = as_batches(view, batches, objective.batch_type, batch_size=batch_size, note=notes.add, warn=notes.warn)
     for batch in held:
         for tokens in _tokens(batch):
             check_tokens(view, tokens)

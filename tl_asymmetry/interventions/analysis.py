@@ -28,11 +28,11 @@ from tl_asymmetry.interventions.result import RankOneStudy
 from tl_asymmetry.interventions.runs import MEASURED, Baseline, EvaluationBatch, evaluation_batches, measure
 from tl_asymmetry.interventions.store import StudyStore
 from tl_asymmetry.interventions.tables import LEVEL, OUTCOMES, baseline_row, edit_table, outcomes_of, study_table
-from tl_asymmetry.models.checks import check_finite, check_pair, check_raw, check_tokens
+from tl_asymmetry.models.checks import check_finite, check_pair, check_raw
 from tl_asymmetry.models.loading import open_model
 from tl_asymmetry.models.resume import resumes
+from tl_asymmetry.models.texts import check_tokens, token_sequences
 from tl_asymmetry.models.view import READ, ModelView
-from tl_asymmetry.pair.plan import token_sequences
 from tl_asymmetry.results.notes import Notes
 from tl_asymmetry.results.provenance import described_arguments, model_record, shape_record, versions, weights_hash
 from tl_asymmetry.training.batches import PreferenceBatch
@@ -130,7 +130,7 @@ def rank_one_study(
     given = given_directions(directions, base, n_directions)
     pairs = _preference_pairs(base, preferences, notes)
     wanted = _outcomes(outcomes, pairs)
-    sequences = token_sequences(base, texts, tokens, max_tokens, notes=notes.add)
+    sequences = token_sequences(base, texts, tokens, max_tokens=max_tokens, notes=notes.add)
     sequences = _predictable(sequences, notes)
     for half in () if pairs is None else (pairs.chosen, pairs.rejected):
         check_tokens(base, half.tokens)
@@ -299,7 +299,7 @@ def _preference_pairs(view: ModelView, preferences: Any, notes: Notes) -> Prefer
     """All pairs as one batch, whatever holds them."""
     if preferences is None or isinstance(preferences, PreferenceBatch):
         return preferences
-    read = as_batches(view, preferences, PreferenceBatch, note=notes.warn)
+    read = as_batches(view, preferences, PreferenceBatch, note=notes.add, warn=notes.warn)
     (whole,) = rebatched(read, sum(map(len, read)))
     assert isinstance(whole, PreferenceBatch)
     return whole

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tl_asymmetry.geometry.precision import exact_products
 from tl_asymmetry.models.block_jacobians import part_ends
-from tl_asymmetry.models.checks import check_tokens
 from tl_asymmetry.models.graphs import Edit, Side, frozen, place, run_edited
+from tl_asymmetry.models.texts import check_tokens
 from tl_asymmetry.models.view import ModelView
 
 KINDS = ("full", "logit")

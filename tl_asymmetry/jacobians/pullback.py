@@ -26,8 +26,9 @@ from tl_asymmetry.jacobians.work import (
     working_dtype,
 )
 from tl_asymmetry.models.block_jacobians import NoClosedForm, stream_graph
-from tl_asymmetry.models.checks import check_finite, check_tokens
+from tl_asymmetry.models.checks import check_finite
 from tl_asymmetry.models.prediction import prediction_gram
+from tl_asymmetry.models.texts import check_tokens
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.results.notes import Notes
 from tl_asymmetry.results.provenance import described_arguments, model_record, shape_record, versions, weights_hash

@@ -27,7 +27,8 @@ from tl_asymmetry.models.block_jacobians import (
     part_graph,
     traced_blocks,
 )
-from tl_asymmetry.models.checks import check_finite, check_tokens
+from tl_asymmetry.models.checks import check_finite
+from tl_asymmetry.models.texts import check_tokens
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.results.notes import Notes
 

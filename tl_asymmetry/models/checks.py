@@ -280,27 +280,7 @@ def check_tokenizers(base: ModelView, aligned: Weights) -> list[str]:
     return warnings
 
 
-# --- tokens and ranks -----------------------------------------------------------------------------
-
-
-def check_tokens(view: ModelView, tokens: Any) -> None:
-    """Refuse what is no batch of token ids of this model."""
-    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
-        got = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise ValueError(f"expected tokens as an integer tensor [batch, pos], got {got}; pass a tensor of token ids")
-    if tokens.numel() == 0:
-        raise ValueError(f"expected at least one token, got a tensor {list(tokens.shape)}; pass tokens=[batch, pos]")
-    if tokens.shape[1] > view.n_ctx:
-        raise ValueError(
-            f"expected sequences of at most {view.n_ctx} tokens (the model's context), got {tokens.shape[1]}; "
-            "pass them cut into windows"
-        )
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= view.d_vocab:
-        raise ValueError(
-            f"expected token ids from 0 to {view.d_vocab - 1}, got {low if low < 0 else high}; pass tokens made by "
-            "this model's tokenizer"
-        )
+# --- ranks -----------------------------------------------------------------------------
 
 
 def check_ranks(ranks: Any, d: int) -> tuple[int, ...]:

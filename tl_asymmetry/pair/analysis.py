@@ -18,6 +18,7 @@ from tl_asymmetry.models.checks import check_pair, check_raw, check_token_count,
 from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.processes import ALONE, Processes, present_processes
 from tl_asymmetry.models.side_by_side import side_by_side
+from tl_asymmetry.models.texts import token_sequences
 from tl_asymmetry.models.view import WRITE, ModelView
 from tl_asymmetry.models.weights import Weights, WeightSource, opened
 from tl_asymmetry.pair.asymmetry import asymmetry_table
@@ -26,7 +27,7 @@ from tl_asymmetry.pair.circuits import layer_circuits
 from tl_asymmetry.pair.deltas import Delta, measure_change, stacked
 from tl_asymmetry.pair.memory_plan import plan_memory
 from tl_asymmetry.pair.non_matrix_parameters import other_changes, unmatched_parameters
-from tl_asymmetry.pair.plan import Plan, Sources, make_plan, token_sequences
+from tl_asymmetry.pair.plan import Plan, Sources, make_plan
 from tl_asymmetry.pair.projections import GradientMoments, Projection, keys_reference_note, project
 from tl_asymmetry.pair.result import PairAnalysis
 from tl_asymmetry.pair.sensitivity import SensitivityProfiles, prediction_variants, stacked_variants
@@ -126,7 +127,7 @@ def analyze_pair(
             "pass a gradient covariance"
         )
     plan = make_plan(base, matrices, ranks, subspaces, groups=groups, activations=activations, batch_size=batch_size)
-    sequences = token_sequences(base, texts, tokens, max_tokens, notes=notes.add)
+    sequences = token_sequences(base, texts, tokens, max_tokens=max_tokens, notes=notes.add)
     check_token_count(sum(len(s) - exclude_first for s in sequences), plan.ranks)
     aligned = opened(model_aligned, base, runs=sensitivity or activations != "base")
     for name, held in plan.given.items():

@@ -15,10 +15,11 @@ from torch import Tensor
 from tl_asymmetry.geometry.subspace import Subspace, ordered_eigh
 from tl_asymmetry.models.checks import check_pair, check_token_count
 from tl_asymmetry.models.processes import ALONE, present_processes
+from tl_asymmetry.models.texts import token_sequences
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.models.weights import WeightSource, opened
 from tl_asymmetry.pair.memory_plan import plan_memory
-from tl_asymmetry.pair.plan import STREAM_SUBSPACES, make_plan, token_sequences
+from tl_asymmetry.pair.plan import STREAM_SUBSPACES, make_plan
 
 _PROBE = 512
 
@@ -101,7 +102,7 @@ def estimate_pair(
     aligned = opened(model_aligned, base, runs=sensitivity or activations != "base")
     check_pair(base, aligned)
     plan = make_plan(base, matrices, ranks, subspaces, groups=groups, activations=activations, batch_size=batch_size)
-    sequences = token_sequences(base, texts, tokens, max_tokens, notes=lambda line: None)
+    sequences = token_sequences(base, texts, tokens, max_tokens=max_tokens, notes=lambda line: None)
     check_token_count(sum(len(s) - exclude_first for s in sequences), plan.ranks)
     processes = present_processes() if distributed else ALONE
     memory = plan_memory(

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from jaxtyping import Int
-from torch import Tensor
-
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.subspace import Subspace
 from tl_asymmetry.models.capture import Capture, Site, merged
-from tl_asymmetry.models.checks import check_ranks, check_tokens
-from tl_asymmetry.models.texts import tokenize
+from tl_asymmetry.models.checks import check_ranks
 from tl_asymmetry.models.view import INPUT_POINT, READ, ModelView
 
 STREAM_SUBSPACES = ("attn_in", "mlp_in", "resid_pre", "resid_mid", "resid_post")
 """Subspaces that come from activations, named as their hook points."""
-
-LONGEST_WINDOW = 1024
-"""Texts are cut into windows of at most this many tokens, however long the model's context."""
 
 
 @dataclass(frozen=True)
@@ -148,55 +141,6 @@ def default_ranks(d: int) -> tuple[int, ...]:
         (1, 4, 16, 48, 64, 192)
     """
     return tuple(sorted({k for k in (1, 4, 16, 64, d // 16, d // 4) if 0 < k < d}))
-
-
-def token_sequences(
-    view: ModelView,
-    texts: Sequence[str | Sequence[Mapping[str, Any]]] | None,
-    tokens: Int[Tensor, "batch pos"] | Sequence[Int[Tensor, " _pos"]] | None,
-    max_tokens: int | None,
-    *,
-    notes: Callable[[str], None],
-) -> list[Int[Tensor, " _pos"]]:
-    """The token ids to run, as sequences on CPU, at most `max_tokens` of them.
-
-    Raises:
-        ValueError: both texts and tokens, or what `tokenize` and `check_tokens` refuse.
-    """
-    if texts is not None and tokens is not None:
-        raise ValueError("expected texts or tokens, got both; pass one of them")
-    if tokens is not None:
-        if isinstance(tokens, Tensor):
-            check_tokens(view, tokens)
-        else:
-            if not len(tokens):
-                raise ValueError("expected at least one sequence of tokens, got none; pass texts or tokens=")
-            for sequence in tokens:
-                check_tokens(view, sequence.unsqueeze(0) if isinstance(sequence, Tensor) else sequence)
-        sequences = [sequence.cpu() for sequence in tokens]
-    else:
-        if texts is None:
-            from tl_asymmetry.demo import calibration_texts
-
-            texts = calibration_texts()
-            notes(
-                "activations come from the package's calibration texts; texts like those the model is used on "
-                "(chat-templated for a chat model) are better: pass texts="
-            )
-        sequences = tokenize(view, texts, min(view.n_ctx, LONGEST_WINDOW))
-    if max_tokens is None:
-        return sequences
-    if max_tokens < 1:
-        raise ValueError(f"expected max_tokens >= 1, got {max_tokens}; pass None to use every token")
-    kept, room = [], max_tokens
-    for sequence in sequences:
-        if room > 0:
-            kept.append(sequence[:room])
-            room -= len(sequence)
-    total = sum(map(len, sequences))
-    if max_tokens < total:
-        notes(f"only the first {max_tokens} of {total} tokens were used (max_tokens)")
-    return kept
 
 
 def chosen_matrices(view: ModelView, matrices: Sequence[str] | None) -> tuple[str, ...]:

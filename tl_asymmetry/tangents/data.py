@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tl_asymmetry.geometry.strata import frequency_strata
 from tl_asymmetry.models.capture import balanced_groups
+from tl_asymmetry.models.texts import token_sequences
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.pair.plan import token_sequences
 from tl_asymmetry.training.masking import mask_tokens
 
 INPUT, ORIGINAL, TARGET, COUNTED, STRATUM, GROUP = range(6)
@@ -63,7 +63,7 @@ def tangent_data(
     Raises:
         ValueError: an encoder without a mask token, texts too short for the strata, or what `token_sequences` refuses.
     """
-    originals = token_sequences(view, texts, tokens, max_tokens, notes=notes)
+    originals = token_sequences(view, texts, tokens, max_tokens=max_tokens, notes=notes)
     special = _special(view, mask_token) if view.encoder else frozenset()
     kept = [s for s in originals if (any(int(t) not in special for t in s) if view.encoder else len(s) > 1)]
     if len(kept) < len(originals):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_asymmetry.models.texts import tokenize
+from tl_asymmetry.models.texts import TextReader
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.training.batches import Batch, PreferenceBatch, TokenBatch
 
@@ -23,6 +23,7 @@ def as_batches(
     batch_size: int = 8,
     max_length: int | None = None,
     note: Callable[[str], None],
+    warn: Callable[[str], None],
 ) -> list[Batch]:
     """Batches of the kind an objective reads, from whatever holds the data.
 
@@ -36,8 +37,9 @@ def as_batches(
         batch_type: `TokenBatch` or `PreferenceBatch`.
         batch_size: rows of a batch that is made here; ready batches stay as they are.
         max_length: longest row in tokens; by default the model's context. A longer continuation is cut there, and a
-            prompt that leaves it no room is left out: both with a note.
-        note: told what degrades the data.
+            prompt that leaves it no room is left out: both with a warning.
+        note: told how texts were read, such as a begin-of-sequence token that was not doubled.
+        warn: told what degrades the data.
 
     Returns:
         Batches on CPU, in the order of the data.
@@ -47,7 +49,7 @@ def as_batches(
 
     Example:
         >>> rows = [{"prompt": "Mira lost", "chosen": " the cup.", "rejected": " a song."}]
-        >>> batch, = as_batches(view, rows, PreferenceBatch, note=print)
+        >>> batch, = as_batches(view, rows, PreferenceBatch, note=print, warn=print)
         >>> view.tokenizer.decode(batch.chosen.tokens[0][batch.chosen.mask[0]])
         'the cup. <eos>'
     """
@@ -73,13 +75,13 @@ def as_batches(
     encode = _Encoder(view, length)
     if batch_type is PreferenceBatch:
         pairs = [p for i, row in enumerate(rows) if (p := encode.pair(row, i)) is not None]
-        encode.report(len(rows), note)
+        encode.report(len(rows), note, warn)
         return [
             PreferenceBatch(_padded([c for c, _ in part]), _padded([r for _, r in part]))
             for part in _chunks(_some(pairs), batch_size)
         ]
     encoded = [row for i, row in enumerate(rows) for row in encode.text(row, i)]
-    encode.report(len(rows), note)
+    encode.report(len(rows), note, warn)
     return [_padded(part) for part in _chunks(_some(encoded), batch_size)]
 
 
@@ -97,12 +99,8 @@ class _Encoder:
     """Reads rows with the model's tokenizer, and remembers what had to be cut or left out."""
 
     def __init__(self, view: ModelView, length: int) -> None:
-        if view.tokenizer is None:
-            raise ValueError(
-                f"expected a model with a tokenizer to read texts, {view.name!r} has none; pass TokenBatch or "
-                "PreferenceBatch objects"
-            )
-        self.view, self.tokenizer, self.length = view, view.tokenizer, length
+        self.reader = TextReader(view, instead="TokenBatch or PreferenceBatch objects")
+        self.tokenizer, self.length = view.tokenizer, length
         self.cut, self.left_out = 0, 0
 
     def pair(self, row: Any, index: int) -> tuple[Row, Row] | None:
@@ -133,7 +131,7 @@ class _Encoder:
                     f"expected a column text, messages, completion or chosen, got {', '.join(columns)} in row {index}; "
                     "rename the column that holds the text"
                 )
-            windows = tokenize(self.view, [content], self.length)
+            windows = list(self.reader.windows(content, index, self.length))
             bos = self.tokenizer.bos_token_id
             starts = [1 if bos is not None and int(w[0]) == bos else 0 for w in windows]
             # a window of one token, without one before it, has nothing to predict
@@ -147,10 +145,10 @@ class _Encoder:
         if isinstance(answer, str) and isinstance(prompt, str):
             eos = self.tokenizer.eos_token
             ended = answer if eos is None or answer.endswith(eos) else answer + eos
-            whole, head = self._encode(prompt + ended), self._encode(prompt)
+            whole, head = self._ids(prompt + ended, index), self._ids(prompt, index)
         elif not isinstance(answer, str) and not isinstance(prompt, str):
-            whole = self._render(list(prompt) + list(answer), index, answered=True)
-            head = self._render(list(prompt), index, answered=False) if prompt else []
+            whole = self._ids([*prompt, *answer], index)
+            head = self._ids(list(prompt), index, generation_prompt=True) if prompt else []
         else:
             raise ValueError(
                 f"expected prompt and continuation of one form, got {type(prompt).__name__} and "
@@ -161,29 +159,16 @@ class _Encoder:
         whole = whole[: self.length]
         return (whole, start) if len(whole) > start else None
 
-    def _encode(self, text: str) -> list[int]:
-        bos = self.tokenizer.bos_token_id
-        return ([] if bos is None else [bos]) + list(
-            self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
-        )
+    def _ids(self, text: Any, index: int, *, generation_prompt: bool = False) -> list[int]:
+        head, body, tail = self.reader.parts(text, index, generation_prompt=generation_prompt)
+        return head + body + tail
 
-    def _render(self, messages: list[Any], index: int, *, answered: bool) -> list[int]:
-        if getattr(self.tokenizer, "chat_template", None) is None:
-            raise ValueError(
-                f"expected a tokenizer with a chat template for the messages of row {index}, got one without; pass "
-                "strings, or set tokenizer.chat_template"
-            )
-        return list(
-            self.tokenizer.apply_chat_template(
-                messages, tokenize=True, return_dict=False, add_generation_prompt=not answered
-            )
-        )
-
-    def report(self, rows: int, note: Callable[[str], None]) -> None:
+    def report(self, rows: int, note: Callable[[str], None], warn: Callable[[str], None]) -> None:
+        self.reader.report(note)
         if self.cut:
-            note(f"{self.cut} continuations were cut at {self.length} tokens (of {rows} rows)")
+            warn(f"{self.cut} continuations were cut at {self.length} tokens (of {rows} rows)")
         if self.left_out:
-            note(f"{self.left_out} of {rows} rows were left out: the prompt leaves no room for a token to predict")
+            warn(f"{self.left_out} of {rows} rows were left out: the prompt leaves no room for a token to predict")
 
 
 def _ready(batch: Any, batch_type: type[Any], index: int) -> Batch:

@@ -19,10 +19,10 @@ from tl_asymmetry.models.loading import open_model
 from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.processes import ALONE, Processes
 from tl_asymmetry.models.side_by_side import side_by_side
-from tl_asymmetry.models.texts import vocabulary_fingerprint
+from tl_asymmetry.models.texts import token_sequences, vocabulary_fingerprint
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair.bases import LayerBases
-from tl_asymmetry.pair.plan import make_plan, token_sequences
+from tl_asymmetry.pair.plan import make_plan
 from tl_asymmetry.pair.projections import GradientMoments, keys_reference_note
 from tl_asymmetry.results.notes import Notes
 from tl_asymmetry.results.provenance import described_arguments, model_record, shape_record, versions, weights_hash
@@ -131,7 +131,7 @@ class TrajectoryRun:
             view, options.matrices, options.ranks, options.subspaces,
             groups=options.groups, activations="base", batch_size=options.batch_size,
         )  # fmt: skip
-        sequences = token_sequences(view, texts, tokens, options.max_tokens, notes=notes.add)
+        sequences = token_sequences(view, texts, tokens, max_tokens=options.max_tokens, notes=notes.add)
         counted = sum(len(s) - options.exclude_first for s in sequences)
         check_token_count(counted, plan.ranks)
         self._probe = sequences[0][:_SELF_CHECK_TOKENS].unsqueeze(0)
