@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tl_asymmetry.demo.tokenizer import BOS, EOS, SPECIALS, read_tokenizer
+from tl_asymmetry.models.loading import bridge_around, has_hooked_transformer, hooked_transformer
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -206,32 +206,18 @@ def lens_model(
     """
     if kind not in ("auto", "hooked", "bridge"):
         raise ValueError(f"expected kind 'auto', 'hooked' or 'bridge', got {kind!r}; pass one of the three")
-    if kind != "bridge":
-        try:
-            from transformer_lens import HookedTransformer
-        except ImportError as error:
-            # Both "removed in 4.0" and "TransformerLens cannot be imported" arrive as ImportError.
-            import transformer_lens  # noqa: F401  raises by itself in the second case
-
-            if kind == "hooked":
-                raise ValueError(
-                    "expected a TransformerLens with HookedTransformer (3.x) for kind='hooked', got "
-                    f"{_lens_version()}; pass kind='bridge' or 'auto'"
-                ) from error
-        else:
-            return _hooked(HookedTransformer, config, tensors, tokenizer, device)
+    if kind != "bridge" and has_hooked_transformer():
+        return _hooked(config, tensors, tokenizer, device)
+    if kind == "hooked":
+        raise ValueError(
+            "expected a TransformerLens with HookedTransformer (3.x) for kind='hooked', got "
+            f"{_lens_version()}; pass kind='bridge' or 'auto'"
+        )
     return _bridge(config, tensors, tokenizer, device)
 
 
-def _hooked(
-    hooked_class: Any, config: Mapping[str, Any], tensors: Tensors, tokenizer: Any, device: str | torch.device
-) -> Any:
-    from transformer_lens import HookedTransformerConfig
-
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        # The notice that HookedTransformer goes away is for those who write its name; here it was asked by kind.
-        warnings.filterwarnings("ignore", message="HookedTransformer is deprecated", category=DeprecationWarning)
-        model = hooked_class(HookedTransformerConfig(**config, device=str(device)), tokenizer=tokenizer)
+def _hooked(config: Mapping[str, Any], tensors: Tensors, tokenizer: Any, device: str | torch.device) -> Any:
+    model = hooked_transformer({**config, "device": str(device)}, tokenizer)
     loaded = model.load_state_dict(dict(tensors), strict=False)
     # Not strict, for the attention masks are in the state but not in the file; every parameter must be.
     parameters = {name for name, _ in model.named_parameters()}
@@ -242,15 +228,9 @@ def _hooked(
 
 
 def _bridge(config: Mapping[str, Any], tensors: Tensors, tokenizer: Any, device: str | torch.device) -> Any:
-    from transformer_lens.model_bridge import TransformerBridge
-
     hf_model: Any = gpt2_model(config, tensors)
     hf_model.to(device)
-    with torch.random.fork_rng(devices=[]):
-        model = TransformerBridge.boot_transformers(
-            config["model_name"], hf_model=hf_model, tokenizer=tokenizer, device=str(device), dtype=torch.float32
-        )
-    return model.eval()
+    return bridge_around(hf_model, config["model_name"], tokenizer=tokenizer, device=device).eval()
 
 
 def _lens_version() -> str:

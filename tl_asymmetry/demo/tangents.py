@@ -24,6 +24,7 @@ from tl_asymmetry.demo.models import gpt2_model, initial_tensors, lens_model, mo
 from tl_asymmetry.demo.stories import Split, stories
 from tl_asymmetry.demo.tokenizer import EOS
 from tl_asymmetry.geometry.seeds import seeded
+from tl_asymmetry.models.loading import bridge_around
 from tl_asymmetry.training.masking import mask_tokens
 
 if TYPE_CHECKING:
@@ -250,15 +251,9 @@ class _Encoder:
         state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
 
         def make() -> Any:
-            from transformer_lens.model_bridge import TransformerBridge
-
             hf_model = self._fresh(0)
             hf_model.load_state_dict(state)
-            with torch.random.fork_rng(devices=[]):
-                return TransformerBridge.boot_transformers(
-                    f"demo-encoder-{self.seed}", hf_model=hf_model.eval(), tokenizer=_tokenizer(), device="cpu",
-                    dtype=torch.float32,
-                )  # fmt: skip
+            return bridge_around(hf_model.eval(), f"demo-encoder-{self.seed}", tokenizer=_tokenizer())
 
         return make
 

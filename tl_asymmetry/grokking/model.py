@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_asymmetry.grokking.modular import ModularArithmetic
+from tl_asymmetry.models.loading import hooked_transformer, native_bridge
 
 _EPS = 1e-5
 POSITIONS = 2
@@ -149,10 +150,7 @@ def hooked_model(model: GrokTransformer) -> Any:
     Raises:
         ImportError: transformer-lens 4 and later has no HookedTransformer; use `bridge_model`.
     """
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-
-    with torch.random.fork_rng(devices=[]):  # its constructor draws weights that are replaced at once
-        hooked = HookedTransformer(HookedTransformerConfig(**_settings(model.shape), use_attn_result=False))
+    hooked = hooked_transformer(_settings(model.shape) | {"use_attn_result": False})
     missing, unexpected = hooked.load_state_dict(model.state_dict(), strict=False)
     left = [name for name in missing if not name.endswith(("mask", "IGNORE"))]
     if left or unexpected:
@@ -162,13 +160,7 @@ def hooked_model(model: GrokTransformer) -> Any:
 
 def bridge_model(model: GrokTransformer) -> Any:
     """The same function as a native TransformerBridge, float32, on CPU; logits as in `hooked_model`."""
-    from transformer_lens.config import TransformerBridgeConfig
-    from transformer_lens.model_bridge import TransformerBridge
-
-    native: Any = TransformerBridge  # gets `boot_native` only when its package is imported
-    config = TransformerBridgeConfig(**_settings(model.shape), architecture="TransformerLensNative")
-    with torch.random.fork_rng(devices=[]):
-        bridge = native.boot_native(config)
+    bridge = native_bridge(_settings(model.shape))
     tensors = model.state_dict()
     with torch.no_grad():
         bridge.embed.weight.copy_(tensors["embed.W_E"])

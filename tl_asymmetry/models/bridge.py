@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -64,10 +64,18 @@ class BridgeAdapter:
             return None
         return kind.removesuffix("Pre")
 
+    tells_folded_norms = False
+    """Whether the configuration does; else the weights must, see checks.check_raw."""
+    norms_are_folded = False
+
     @property
-    def norms_are_folded(self) -> bool:
-        # the configuration does not tell; the weights do, see checks.check_raw
-        return False
+    def may_be_processed(self) -> bool:
+        """Whether its weights may have gone through TransformerLens's processing."""
+        return bool(getattr(self.model, "_weights_processed", True))
+
+    def raw_instead(self, flags: Sequence[str]) -> str:
+        """How to load it without some flags of processing."""
+        return "a TransformerBridge.boot_transformers(...) without enable_compatibility_mode or process_weights"
 
     @property
     def has_post_norms(self) -> bool:

@@ -50,13 +50,8 @@ def check_raw(view: Weights) -> list[str]:
         return warnings
     if isinstance(view, WeightSource):
         instead = "the state dict of a model loaded with from_pretrained_no_processing"
-    elif view.kind == "HookedTransformer":
-        instead = (
-            "HookedTransformer.from_pretrained_no_processing(...), or load_and_process_state_dict with "
-            + ", ".join(f"{flag}=False" for flag in flags)
-        )
     else:
-        instead = "a TransformerBridge.boot_transformers(...) without enable_compatibility_mode or process_weights"
+        instead = view._adapter.raw_instead(flags)
     raise ValueError(
         f"expected raw weights, got {view.kind} {view.name!r} with processed weights ({', '.join(flags)}); "
         f"pass {instead}"
@@ -90,11 +85,10 @@ def processing_flags(view: ModelView) -> tuple[list[str], list[str]]:
         return torch.cat([view._weight(i, matrix).double().flatten(0, -3) for i in layers])
 
     flags, warnings = [], []
-    marked = view.kind == "HookedTransformer" or bool(getattr(view.model, "_weights_processed", True))
-    if not marked:
+    if not adapter.may_be_processed:
         return [], []
 
-    if view.kind == "HookedTransformer":
+    if adapter.tells_folded_norms:
         if adapter.norms_are_folded and view.norm == "LN":
             # Folding a LayerNorm also centres what reads from it; a model trained without gains is not
             # centred.

@@ -70,6 +70,7 @@ class HookedEncoderAdapter(HookedAdapter):
     kind = "HookedEncoder"
     is_encoder = True
     has_masked_lm_head = True
+    may_be_processed = False
 
     @property
     def has_post_norms(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,17 @@ class HookedAdapter:
         """ "LN", "RMS" or None; the folded forms LNPre and RMSPre count as what they are folded from."""
         kind = self.cfg.normalization_type
         return None if kind is None else kind.removesuffix("Pre")
+
+    tells_folded_norms = True
+    """Whether the configuration does; else the weights must, see checks.check_raw."""
+    may_be_processed = True
+    """Whether its weights may have gone through TransformerLens's processing."""
+
+    def raw_instead(self, flags: Sequence[str]) -> str:
+        """How to load it without some flags of processing."""
+        return "HookedTransformer.from_pretrained_no_processing(...), or load_and_process_state_dict with " + ", ".join(
+            f"{flag}=False" for flag in flags
+        )
 
     @property
     def norms_are_folded(self) -> bool:

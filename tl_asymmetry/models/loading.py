@@ -1,14 +1,19 @@
-"""Opening a model by name or directory, with raw weights, on every supported version of TransformerLens."""
+"""All that imports TransformerLens: opening models with raw weights, on every supported version of it."""
 
 from __future__ import annotations
 
-import re
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+from tl_asymmetry.models.readers.hub import local_or_hub
+
+_ANSWERS_OF_TRANSFORMER_LENS = (
+    OSError, ValueError, KeyError, NotImplementedError, AttributeError, RuntimeError, TypeError, ImportError,
+)  # fmt: skip
 
 
 def open_model(
@@ -22,7 +27,8 @@ def open_model(
         device: where to put it; CUDA if there is one, else the CPU.
 
     Raises:
-        ValueError: no such directory, a directory that holds no model, a name that cannot be loaded.
+        ValueError: no such directory, a directory that holds no model, a name that cannot be loaded; a multimodal model
+            where torchvision is missing.
 
     Example:
         >>> from tl_asymmetry.demo import demo_gpt2
@@ -30,25 +36,125 @@ def open_model(
         >>> open_model("checkpoint").cfg.n_layers
         4
     """
-    path = Path(name_or_path)
-    if path.exists():
-        if not (path / "config.json").is_file():
-            raise ValueError(
-                f"expected a Hugging Face model directory with config.json, got {str(path)!r}; pass a directory "
-                "written by save_pretrained, or a name on the Hub"
-            )
-    elif isinstance(name_or_path, Path) or not _HUB_NAME.fullmatch(str(name_or_path)):
+    path = local_or_hub(name_or_path)
+    if path is not None and not (path / "config.json").is_file():
         raise ValueError(
-            f"expected an existing directory or a name on the Hub, got {str(name_or_path)!r}; pass the path of a "
-            "directory written by save_pretrained, or a name like 'EleutherAI/pythia-160m'"
+            f"expected a Hugging Face model directory with config.json, got {str(path)!r}; pass a directory "
+            "written by save_pretrained, or a name on the Hub"
         )
     from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoConfig
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        _refuse_to_install(AutoConfig.from_pretrained(str(name_or_path), trust_remote_code=False), str(name_or_path))
         return TransformerBridge.boot_transformers(str(name_or_path), device=device, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"expected a causal language model that TransformerLens can load, got {str(name_or_path)!r}: {error}; pass "
             "a directory written by save_pretrained, or the name of a supported model"
+        ) from error
+
+
+def bridge_around(
+    hf_model: Any,
+    name: str,
+    *,
+    tokenizer: Any = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """A TransformerBridge around a transformers model, which is wrapped in place; nothing is looked up anywhere.
+
+    Args:
+        hf_model: the model, with attn_implementation="eager".
+        name: what to call it.
+        tokenizer: of the texts; a stand-in of one word where there is none.
+        device: where the model is.
+        dtype: of its weights.
+
+    Raises:
+        ValueError: an architecture that TransformerLens does not know; a multimodal model where torchvision is missing.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+
+    _refuse_to_install(hf_model.config, name)
+    tokenizer = stand_in_tokenizer() if tokenizer is None else tokenizer
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # split projections draw weights
+        try:
+            return TransformerBridge.boot_transformers(
+                name, hf_model=hf_model, tokenizer=tokenizer, device=str(device), dtype=dtype
+            )
+        except _ANSWERS_OF_TRANSFORMER_LENS as error:
+            raise ValueError(
+                f"expected an architecture that TransformerLens knows, got {type(hf_model).__name__}: {error}; pass a "
+                "model of a supported one"
+            ) from error
+
+
+def native_bridge(settings: Mapping[str, Any]) -> Any:
+    """An untrained TransformerBridge of TransformerLens's own architecture, by fields of its configuration."""
+    from transformer_lens.config import TransformerBridgeConfig
+    from transformer_lens.model_bridge import TransformerBridge
+
+    native: Any = TransformerBridge  # gets `boot_native` only when its package is imported
+    with torch.random.fork_rng(devices=[]):  # its constructor draws weights
+        return native.boot_native(TransformerBridgeConfig(**settings, architecture="TransformerLensNative"))
+
+
+def has_hooked_transformer() -> bool:
+    """Whether the installed TransformerLens has HookedTransformer (3.x).
+
+    Raises:
+        ImportError: TransformerLens itself cannot be imported.
+    """
+    try:
+        from transformer_lens import HookedTransformer  # noqa: F401
+    except ImportError:  # "removed in 4.0" and "cannot be imported" arrive alike
+        import transformer_lens  # noqa: F401
+
+        return False
+    return True
+
+
+def hooked_transformer(settings: Mapping[str, Any], tokenizer: Any = None) -> Any:
+    """An untrained HookedTransformer by fields of its configuration.
+
+    Raises:
+        ImportError: TransformerLens 4 and later have none.
+    """
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # its constructor draws weights
+        # The notice that HookedTransformer goes away is for those who write its name.
+        warnings.filterwarnings("ignore", message="HookedTransformer is deprecated", category=DeprecationWarning)
+        return HookedTransformer(HookedTransformerConfig(**settings), tokenizer=tokenizer)
+
+
+def stand_in_tokenizer() -> Any:
+    """A tokenizer of one word, that TransformerLens accepts without asking the Hub for another."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="a", eos_token="a", unk_token="a", pad_token="a"
+    )
+    tokenizer.init_kwargs |= {"add_bos_token": True, "name_or_path": ""}
+    return tokenizer
+
+
+def _refuse_to_install(config: Any, name: str) -> None:
+    """Refuse what would make TransformerLens install torchvision by itself, which may replace torch while it runs."""
+    if config.get_text_config() is config:
+        return
+    try:
+        import torchvision  # noqa: F401
+    except Exception as error:  # a build for another torch fails in its own ways
+        raise ValueError(
+            f"expected torchvision for the multimodal model {name!r}, got {type(error).__name__}: {error}; install the "
+            f"one made for torch {torch.__version__} (pip install torchvision, with the same index as torch) and start "
+            "Python again, or pass the model's text part (AutoModelForCausalLM.from_config of get_text_config())"
         ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,12 @@ from tl_asymmetry.models.readers.adapter import LoraWeights
 from tl_asymmetry.models.readers.base import Factors, Weights, WeightSource, as_weights
 from tl_asymmetry.models.readers.files import ADAPTER_FILES, TensorFiles, open_files, read_json
 from tl_asymmetry.models.readers.folder import HuggingFaceWeights, read_config
+from tl_asymmetry.models.readers.hub import local_or_hub
 from tl_asymmetry.models.readers.state_dict import MARK, StateWeights
 from tl_asymmetry.models.view import ModelView
 
 __all__ = ["Factors", "WeightSource", "Weights", "as_weights", "opened", "weights_from"]
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _ADAPTER = "adapter_config.json"
 _DOWNLOADED = ["*.json", "*.safetensors", "tokenizer.model", "*.txt"]
 
@@ -106,19 +105,14 @@ def _found(source: str | Path, revision: str | None) -> Path:
             f"expected a path, a name on the Hub, a state dict or a WeightSource, got {type(source).__name__}; pass "
             "one of these, or a loaded model to analyze_pair itself"
         )
-    path = Path(source)
-    if path.exists():
+    path = local_or_hub(source)
+    if path is not None:
         if revision is not None:
             raise ValueError(
                 f"expected a name on the Hub for revision={revision!r}, got the local {str(source)!r}; leave revision "
                 "out, or pass the directory of that revision"
             )
         return path
-    if isinstance(source, Path) or not _HUB_NAME.fullmatch(source) or source.endswith(".safetensors"):
-        raise ValueError(
-            f"expected an existing directory or a name on the Hub, got {str(source)!r}; pass the path of a model "
-            "directory, a weights file or an adapter, or a name like 'EleutherAI/pythia-160m'"
-        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

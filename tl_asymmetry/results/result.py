@@ -223,7 +223,6 @@ def _document(path: str | Path) -> dict[str, Any]:
 
 
 def replace_file(target: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside `target`, then put it in its place in one step: no reader ever meets half of it."""
     """Write a file in one step: whoever reads meanwhile, or after a crash, meets the old one or the new one."""
     part = target.with_name(target.name + ".part")
     try:

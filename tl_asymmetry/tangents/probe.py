@@ -482,9 +482,8 @@ def _check_model(view: ModelView, options: TangentOptions, notes: Notes) -> None
             "positions see what they would have to predict; pass a causal model, a BERT or a RoBERTa"
         )
     check_finite(view)
-    if view.kind != "HookedEncoder":  # which knows no processing
-        for warning in check_raw(view):
-            notes.warn(warning, level=6)
+    for warning in check_raw(view):
+        notes.warn(warning, level=6)
     for note in view.notes:
         notes.add(note)
     if view.dtype in (torch.float16, torch.bfloat16):

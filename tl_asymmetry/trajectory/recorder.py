@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
 from tl_asymmetry.geometry.subspace import Subspace
+from tl_asymmetry.models.loading import bridge_around
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair.projections import GradientMoments
 from tl_asymmetry.results.notes import Notes
@@ -314,32 +314,13 @@ def _bridge(model: Any, tokenizer: Any) -> Any:
             "expected a HookedTransformer, a TransformerBridge or a transformers model, got "
             f"{type(model).__name__}; pass the model that is being trained"
         )
-    from transformer_lens.model_bridge import TransformerBridge
-
-    device = next(model.parameters()).device
     config: Any = model.config
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        twin: Any = copy.deepcopy(model)  # without the gradients, which a copied parameter does not have
-        if hasattr(twin, "set_attn_implementation"):
-            twin.set_attn_implementation("eager")
-        bridge = TransformerBridge.boot_transformers(
-            str(getattr(config, "_name_or_path", "") or config.model_type), hf_model=twin, tokenizer=_stand_in(),
-            device=str(device), dtype=next(model.parameters()).dtype,
-        )  # fmt: skip
-    # only now: TransformerLens would look for one on the hub, or set up the user's own
+    twin: Any = copy.deepcopy(model)  # without the gradients, which a copied parameter does not have
+    if hasattr(twin, "set_attn_implementation"):
+        twin.set_attn_implementation("eager")
+    first = next(model.parameters())
+    name = str(getattr(config, "_name_or_path", "") or config.model_type)
+    bridge = bridge_around(twin, name, device=first.device, dtype=first.dtype)
+    # only now: TransformerLens would set up the user's own
     bridge.tokenizer = tokenizer
     return bridge.eval()
-
-
-def _stand_in() -> Any:
-    """A tokenizer that TransformerLens accepts without asking the hub."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    inner = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
-    stand_in = PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="a", eos_token="a", unk_token="a", pad_token="a"
-    )
-    stand_in.init_kwargs |= {"add_bos_token": True, "name_or_path": ""}
-    return stand_in

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tl_asymmetry.models.loading import bridge_around
 from tl_asymmetry.models.view import READ, ModelView
 
 # Between the numbers of two parameters: Gemma's gains show 1 more than they hold.
@@ -237,26 +238,8 @@ def _extra(name: str, maker: Callable[[], Tensor], rows: _Probe) -> Extra:
 
 
 def _wrapped(model: Any) -> Any:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformer_lens.model_bridge import TransformerBridge
-    from transformers import PreTrainedTokenizerFast
-
-    # The wrapper wants a tokenizer and would look for one on the Hub.
-    words = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="a", eos_token="a", pad_token="a")
-    tokenizer.init_kwargs["add_bos_token"] = True
-    tokenizer.init_kwargs.setdefault("name_or_path", "")
-    with _quiet(), torch.random.fork_rng(devices=[]):  # split projections are made with random weights first
-        try:
-            return TransformerBridge.boot_transformers(
-                "skeleton", hf_model=model, tokenizer=tokenizer, device="cpu", dtype=torch.float32
-            )
-        except (ValueError, KeyError, NotImplementedError, AttributeError, RuntimeError, TypeError) as error:
-            raise ValueError(
-                f"expected an architecture that TransformerLens knows, got {type(model).__name__}: {error}; pass a "
-                "loaded model of a supported one"
-            ) from error
+    with _quiet():
+        return bridge_around(model, "skeleton")
 
 
 def _on_meta(config: Any) -> Any:
