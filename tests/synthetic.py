@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from tl_asymmetry.names import kind_of
+
 D_MODEL = 64
 LAYERS = 4
 HEADS = 4
@@ -13,7 +15,6 @@ SUBSPACES = {
     "W_Q": ("attn_in", "prediction"), "W_K": ("attn_in", "prediction"), "W_V": ("attn_in", "prediction"),
     "W_O": ("resid_mid", "prediction"), "W_in": ("mlp_in", "prediction"), "W_out": ("resid_post", "prediction"),
 }  # fmt: skip
-WRITE = ("W_O", "W_out")
 
 
 def make_table(
@@ -34,12 +35,12 @@ def make_table(
                     share = 0.2
                 norm = float(10 ** rng.uniform(-4, -2.5))
                 for subspace in subspaces:
-                    strength = rng.normal(1.5 if matrix not in WRITE and subspace != "prediction" else 0.1, 0.8)
+                    strength = rng.normal(1.5 if kind_of(matrix).reads and subspace != "prediction" else 0.1, 0.8)
                     for k in ranks:
                         relative = float(np.clip(2 ** (strength * (1 - np.log(k) / np.log(d))), 0.05, d / k))
                         fraction = relative * k / d
                         matched = np.nan
-                        if matrix not in WRITE:
+                        if kind_of(matrix).reads:
                             matched = min(0.9, fraction * float(2 ** rng.normal(0.2, 0.5)))
                         z = float((relative - 1) * np.sqrt(k) * 3)
                         by_weights = subspace == "prediction"
@@ -47,11 +48,13 @@ def make_table(
                         gap = float(rng.uniform(0.01, 0.5))
                         flags = ["eigengap"] if gap < 0.05 else []
                         flags += ["rounding_dominated"] if share >= 0.5 else ["rounding"] if share >= 0.1 else []
-                        matched_write = float(rng.uniform(1, 3)) * k / d if gradients and matrix in WRITE else np.nan
+                        matched_write = (
+                            float(rng.uniform(1, 3)) * k / d if gradients and kind_of(matrix).writes else np.nan
+                        )
                         rows.append(
                             {
                                 "layer": layer, "head": head, "matrix": matrix,
-                                "pathway": "write" if matrix in WRITE else "read", "subspace": subspace, "rank": k,
+                                "pathway": kind_of(matrix).side, "subspace": subspace, "rank": k,
                                 "fraction": fraction, "relative": relative, "isotropic_z": z,
                                 "isotropic_p": float(np.exp(-max(z, 0))), "p_method": "imhof" if k == 1 else "beta",
                                 "isotropic_q": float(min(1, 2 * np.exp(-max(z, 0)))), "activation_matched": matched,

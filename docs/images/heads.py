@@ -15,6 +15,7 @@ import numpy as np
 
 from tl_asymmetry import PairAnalysis, analyze_pair
 from tl_asymmetry.demo import demo_pair, demo_texts
+from tl_asymmetry.names import SIGNIFICANT
 from tl_asymmetry.plots import style
 
 CELL, GAP, LEFT, TOP = 52, 34, 44, 66
@@ -69,7 +70,7 @@ def draw(result: PairAnalysis) -> str:
             parts.append(
                 f'<rect x="{x}" y="{y}" width="{CELL - 2}" height="{CELL - 2}" class="{name}"/>'
                 f'<text x="{x + CELL / 2 - 1}" y="{y + 25}" class="c {name}t">{value:.2g}</text>'
-                + (dot if row["isotropic_q"] < style.Q_LEVEL else "")
+                + (dot if row["isotropic_q"] < SIGNIFICANT else "")
             )
         parts += [
             f'<text x="{x0 + h * CELL + CELL / 2 - 1}" y="{TOP + high + 14}" class="s c">{h}</text>'
@@ -84,7 +85,7 @@ def draw(result: PairAnalysis) -> str:
     parts += [
         f'<text x="{LEFT}" y="{bottom - 26}" class="s">{foot}</text>',
         f'<text x="{LEFT}" y="{bottom - 9}" class="s">Orange: more than chance. Blue: less. '
-        f"Dot: q &lt; {style.Q_LEVEL} against a random subspace.</text>",
+        f"Dot: q &lt; {SIGNIFICANT} against a random subspace.</text>",
     ]
 
     def sheet(theme: str) -> str:

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from tl_asymmetry import analyze_pair, stable_rank, weights_from
-from tl_asymmetry.models.view import MATRICES, ModelView
+from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.names import MATRICES
 from tl_asymmetry.pair.deltas import FactoredDelta, measure_change, measure_delta
 from tl_asymmetry.results.provenance import weights_hash
 

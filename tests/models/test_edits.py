@@ -16,7 +16,7 @@ import torch
 from tests import tiny
 from tl_asymmetry import ModelView, RankOneEdit, apply_edits
 from tl_asymmetry.models import interrupts
-from tl_asymmetry.models.view import MATRICES
+from tl_asymmetry.names import MATRICES
 from tl_asymmetry.results.provenance import weights_hash
 
 ROOT = Path(__file__).parents[2]

@@ -6,8 +6,8 @@ import torch
 from tests import tiny
 from tests.tiny_encoder import ENCODER_KINDS, encoder, encoder_tokens
 from tl_asymmetry import ModelView
-from tl_asymmetry.models.view import INPUT_POINT
 from tl_asymmetry.models.weight_gradients import WeightGradients
+from tl_asymmetry.names import kind_of
 
 CASES = [(a, kind, False) for kind in tiny.KINDS for a in tiny.ARCHITECTURES]
 CASES += [(a, kind, True) for kind in tiny.KINDS for a in ("gpt2", "llama")]  # a fused and a split projection
@@ -36,7 +36,7 @@ def test_gradient_is_the_sum_of_outer_products(architecture, kind, frozen):
             outputs[site] = output[0] if isinstance(output, tuple) else output
 
         handles.append(module.register_forward_hook(keep))
-    points = {(INPUT_POINT[matrix], layer) for layer, matrix in sites}
+    points = {(kind_of(matrix).point, layer) for layer, matrix in sites}
     gradients = WeightGradients(view, sites)
     readers = {point: (lambda x, point=point: inputs.__setitem__(point, x.detach())) for point in points}
     with gradients.tracked(), view.evaluating(), view.hooks(readers):
@@ -45,7 +45,7 @@ def test_gradient_is_the_sum_of_outer_products(architecture, kind, frozen):
     for handle in handles:
         handle.remove()
     for (layer, matrix), δ in zip(sites, upstream, strict=True):
-        a, W = inputs[INPUT_POINT[matrix], layer], view.weight(layer, matrix)
+        a, W = inputs[kind_of(matrix).point, layer], view.weight(layer, matrix)
         if matrix in ("W_Q", "W_K", "W_V"):
             expected = torch.einsum("bpd,bphe->hde", a, δ.reshape(*δ.shape[:2], W.shape[0], W.shape[2]))
         elif matrix == "W_O":

@@ -22,7 +22,8 @@ from tests import tiny
 from tests.oracles import reference
 from tl_asymmetry import PairAnalysis, analyze_pair, capture_moments, estimate_pair
 from tl_asymmetry.geometry import moments as moments_module
-from tl_asymmetry.models.view import POINTS, ModelView
+from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.names import POINTS
 from tl_asymmetry.results.result import save_result
 
 TOKENS = tiny.tokens(9, 12)

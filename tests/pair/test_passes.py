@@ -24,7 +24,8 @@ from tl_asymmetry import (
 from tl_asymmetry.geometry.memory import free_memory
 from tl_asymmetry.models.capture import capture
 from tl_asymmetry.models.processes import ALONE, Processes, present_processes
-from tl_asymmetry.models.view import POINTS, ModelView
+from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.names import POINTS
 from tl_asymmetry.pair import memory_plan
 from tl_asymmetry.results.store import StoreReader
 

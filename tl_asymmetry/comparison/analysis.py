@@ -16,6 +16,7 @@ from torch import Tensor
 from tl_asymmetry.comparison.result import ASYMMETRY_COLUMNS, OVERLAP_COLUMNS, TABLE_COLUMNS, Comparison
 from tl_asymmetry.geometry.jackknife import MINIMUM_GROUPS
 from tl_asymmetry.geometry.nulls import IsotropicNull, adjusted_p, isotropic_variance
+from tl_asymmetry.names import SMALLEST_EIGENVALUE
 from tl_asymmetry.pair.asymmetry import READ_SIDE
 from tl_asymmetry.pair.result import PairAnalysis
 from tl_asymmetry.results.provenance import versions
@@ -23,7 +24,6 @@ from tl_asymmetry.results.provenance import versions
 _KEYS = ["layer", "head", "matrix", "subspace", "rank"]
 _SAME_SETTINGS = ("exclude_first", "centered", "groups", "activations")
 # Of ΔW ΔWᵀ in float32: a direction weaker than this beside the first one is rounding, not the delta's.
-_SMALLEST_EIGENVALUE = 1e-6
 
 
 def compare(
@@ -311,7 +311,7 @@ def _overlap(
     layers, heads = λ[0].shape[:2]
     λ = [part.double() for part in λ]
     # as many as both deltas have
-    counts = [(part[..., :most] > _SMALLEST_EIGENVALUE * part[..., :1]).sum(-1) for part in λ]
+    counts = [(part[..., :most] > SMALLEST_EIGENVALUE * part[..., :1]).sum(-1) for part in λ]
     n = torch.minimum(*counts)
     kept = torch.arange(U[0].shape[-2]) < n.unsqueeze(-1)  # [layer, head, direction]
     first, second = (part.double() * kept.unsqueeze(-1) for part in U)

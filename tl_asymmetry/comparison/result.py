@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from tl_asymmetry.models.view import INPUT_POINT
+from tl_asymmetry.names import SIGNIFICANT, kind_of
 from tl_asymmetry.results.report import DEFINITIONS, Definition, FigureSection, Report, TableSection
 from tl_asymmetry.results.result import Result
 
@@ -92,8 +92,6 @@ COMPARISON_DEFINITIONS = (
 )  # fmt: skip
 """What the words of a comparison mean, besides those of a pair."""
 
-_SIGNIFICANT = 0.05
-
 
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
 class Comparison(Result):
@@ -158,7 +156,7 @@ class Comparison(Result):
                     "a<b": f"{int((block['ci_high'] < 0).sum())}/{int(told.sum())}" if told.any() else "–",
                     "overlap": o["overlap"].median(),
                     "chance": o["chance"].median(),
-                    "overlap q<0.05": f"{int((o['q'] < _SIGNIFICANT).sum())}/{len(o)}",
+                    "overlap q<0.05": f"{int((o['q'] < SIGNIFICANT).sum())}/{len(o)}",
                     "cosine": o["cosine"].median(),
                 }
             )
@@ -168,7 +166,10 @@ class Comparison(Result):
         k = self.config["shown_rank"]
         sentences = []
         for (a, b), rows in self.table[self.table["rank"] == k].groupby(["a", "b"], sort=False):
-            own = rows[(rows["pathway"] == "read") & (rows["subspace"] == rows["matrix"].map(INPUT_POINT))]
+            own = rows[
+                (rows["pathway"] == "read")
+                & (rows["subspace"] == rows["matrix"].map(lambda matrix: kind_of(matrix).point))
+            ]
             write = rows[(rows["pathway"] == "write") & (rows["subspace"] == "prediction")]
             if len(own) and own["log2_ratio"].notna().any():
                 told = own["ci_low"].notna()
@@ -187,7 +188,7 @@ class Comparison(Result):
                 sentences.append(
                     f"Directions: the leading {int(o['directions'].max())} residual directions of {a} and {b} overlap "
                     f"by {o['overlap'].median():.2f} at the median, {o['chance'].median():.2f} by chance; "
-                    f"{int((o['q'] < _SIGNIFICANT).sum())} of {len(o)} beyond chance (q < {_SIGNIFICANT})."
+                    f"{int((o['q'] < SIGNIFICANT).sum())} of {len(o)} beyond chance (q < {SIGNIFICANT})."
                 )
         sentences.append("One trained model of each kind: intervals cover texts, not training runs.")
         return sentences
@@ -242,5 +243,5 @@ class Comparison(Result):
 
     def _options(self, matrix: str) -> dict[str, Any]:
         shape = self.config["shape"]
-        kv = matrix in ("W_K", "W_V") and shape["n_kv_heads"] < shape["n_heads"]
+        kv = kind_of(matrix).heads == "kv" and shape["n_kv_heads"] < shape["n_heads"]
         return {"default_rank": self.config["shown_rank"], "kv": kv}

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 
 from tl_asymmetry.geometry.rank_correlation import grouped_spearman
+from tl_asymmetry.names import SIGNIFICANT
 from tl_asymmetry.pair.result import PairAnalysis
 from tl_asymmetry.training.runs import Run
 
@@ -86,7 +87,7 @@ def control_table(heads: pd.DataFrame, d: int) -> pd.DataFrame:
                 "relative": fraction * d / entry["rank"],
                 "median_relative": block["relative"].median(),
                 "median_isotropic_z": block["isotropic_z"].median(),
-                "significant": float((block["isotropic_q"] < 0.05).mean()),
+                "significant": float((block["isotropic_q"] < SIGNIFICANT).mean()),
                 "activation_matched": activation,
                 "excess": fraction / activation,
                 "gradient_matched": gradient,

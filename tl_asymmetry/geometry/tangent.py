@@ -10,13 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_asymmetry.names import SIGNIFICANT
+
 Control = Literal["complement", "haar"]
 """How control subspaces are drawn: orthogonal to the basis, or anywhere."""
 
 CONTROLS: tuple[str, ...] = ("complement", "haar")
-
-LEVEL = 0.05
-"""Nominal level at which the size of the rank test is measured."""
 
 _GAUSSIANS = 20_000_000
 _MOST_SIMULATIONS = 2000
@@ -165,7 +164,7 @@ def control_size(
     draws: int,
     *,
     control: Control = "complement",
-    level: float = LEVEL,
+    level: float = SIGNIFICANT,
     seed: int = 0,
     simulations: int | None = None,
 ) -> tuple[Float[np.ndarray, " item"], int]:

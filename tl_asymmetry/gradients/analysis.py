@@ -18,6 +18,7 @@ from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.side_by_side import side_by_side
 from tl_asymmetry.models.texts import check_tokens
 from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.names import kind_of
 from tl_asymmetry.pair.plan import chosen_matrices
 from tl_asymmetry.results.notes import Notes
 from tl_asymmetry.results.provenance import described_arguments, model_record, shape_record, versions, weights_hash
@@ -170,7 +171,7 @@ def _describe(
             f"{objective_name(objective)} depends on how the data are batched: the batches passed are part of what was "
             "measured"
         )
-    if not full_mlp and any(matrix in ("W_in", "W_gate", "W_out") for matrix in matrices):
+    if not full_mlp and any(kind_of(matrix).part == "mlp" for matrix in matrices):
         notes.add(
             "on the d_mlp axis the trace is exact, norms and leading eigenvalues are estimated from a random sketch, "
             "and there is no effective rank and no interval (full_mlp=True keeps the whole moments)"

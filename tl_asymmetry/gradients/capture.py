@@ -17,7 +17,8 @@ from tl_asymmetry.geometry.precision import exact_products, product_dtype
 from tl_asymmetry.geometry.side_moments import HeadMoments, SketchedMoments, sketch_matrix
 from tl_asymmetry.models.backward import Outer, outer_products
 from tl_asymmetry.models.capture import balanced_groups
-from tl_asymmetry.models.view import INPUT_POINT, READ, ModelView
+from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.names import MATRICES, kind_of
 from tl_asymmetry.training.batches import Batch
 from tl_asymmetry.training.objectives import Objective
 
@@ -27,12 +28,8 @@ Input = tuple[str, int]
 Part = tuple[int, str]
 """A group of sequences and the name of a forward pass ("" where passes are not told apart)."""
 
-INPUT_AXIS = {"attn_in": "residual", "z": "head", "mlp_in": "residual", "mlp_post": "mlp"}
+INPUT_AXIS = {kind.point: kind.input_axis for kind in MATRICES.values()}
 """On which axis the inputs at a point lie."""
-GRADIENT_AXIS = {
-    "W_Q": "head", "W_K": "head", "W_V": "head", "W_O": "residual", "W_in": "mlp", "W_gate": "mlp", "W_out": "residual",
-}  # fmt: skip
-"""On which axis a matrix's upstream gradients lie."""
 
 
 @dataclass
@@ -127,7 +124,7 @@ class _Collector:
     ) -> None:
         sketched = not full_mlp and view.d_mlp is not None
         self._test = sketch_matrix(view.d_mlp or 0, seed).to(view.device) if sketched else None
-        self._readers = {point: sum(INPUT_POINT[m] == point for m in matrices) for point in INPUT_AXIS}
+        self._readers = {point: sum(kind_of(m).point == point for m in matrices) for point in INPUT_AXIS}
         self._parts: dict[Part, PartMoments] = {}
         self._cross: dict[Outer, Tensor] = {}
         self._products: dict[Outer, Tensor] = {}
@@ -146,15 +143,15 @@ class _Collector:
         layer, matrix = site
         a, δ = a.to(product_dtype(a)), δ.to(product_dtype(δ))
         counted = (δ != 0).flatten(2).any(-1)
-        narrow = self._narrowed(δ, GRADIENT_AXIS[matrix])
+        narrow = self._narrowed(δ, kind_of(matrix).output_axis)
         for group, rows in self._segments:
             held = self._part(group, index).gradients
             if site not in held:
-                held[site] = self._empty(GRADIENT_AXIS[matrix], δ)
+                held[site] = self._empty(kind_of(matrix).output_axis, δ)
             _update(held[site], δ[rows], counted[rows], narrow[rows])
-        narrow_a = self._narrowed(a, INPUT_AXIS[INPUT_POINT[matrix]])
+        narrow_a = self._narrowed(a, INPUT_AXIS[kind_of(matrix).point])
         self._multiply(site, index, a, δ, narrow_a, narrow, counted)
-        self._wait(index, (INPUT_POINT[matrix], layer), a, counted)
+        self._wait(index, (kind_of(matrix).point, layer), a, counted)
 
     def end(self, number: int) -> None:
         """Close a batch: take the inputs of which not every reader had a gradient, and see that all was finite."""
@@ -231,7 +228,7 @@ class _Collector:
 
     def _columns(self, matrix: str) -> int:
         """By how much the squared norm of a sketched cross moment is too large."""
-        axes = (GRADIENT_AXIS[matrix], INPUT_AXIS[INPUT_POINT[matrix]])
+        axes = (kind_of(matrix).output_axis, INPUT_AXIS[kind_of(matrix).point])
         return self._test.shape[1] if self._test is not None and "mlp" in axes else 1
 
     def _multiply(
@@ -241,7 +238,7 @@ class _Collector:
         sizes = _squares(a) * _squares(δ)
         self._add(self._cross, site, product)
         self._add(self._products, site, sizes.sum((0, 1), dtype=torch.float64).reshape(-1))
-        if self._permutations and site[1] in READ:
+        if self._permutations and kind_of(site[1]).reads:
             orders = self._orders(index, counted)
             self._add(self._permuted, site, torch.stack([_product(a, _reordered(narrow, order)) for order in orders]))
 

@@ -16,7 +16,7 @@ from tl_asymmetry.geometry.fraction import energy_profile
 from tl_asymmetry.gradients.capture import Captured
 from tl_asymmetry.gradients.report import gradient_report, headline, summary_table
 from tl_asymmetry.gradients.table import Side
-from tl_asymmetry.models.view import INPUT_POINT, READ
+from tl_asymmetry.names import kind_of
 from tl_asymmetry.results.report import Report
 from tl_asymmetry.results.result import Result
 
@@ -55,7 +55,8 @@ class GradientCovariance(Result):
             ValueError: what was not captured, or a moment on the d_mlp axis without `full_mlp=True`.
         """
         self._require(layer, matrix)
-        return self._moment(f"input/{INPUT_POINT[matrix]}", layer, matrix, head if matrix == "W_O" else None, half)
+        point = kind_of(matrix).point
+        return self._moment(f"input/{point}", layer, matrix, head if point == "z" else None, half)
 
     def gradient_moment(
         self, layer: int, matrix: str, head: int | None = None, *, half: str = "all"
@@ -74,7 +75,7 @@ class GradientCovariance(Result):
             ValueError: what was not captured, or a moment on the d_mlp axis without `full_mlp=True`.
         """
         self._require(layer, matrix)
-        own = matrix in ("W_Q", "W_K", "W_V")
+        own = kind_of(matrix).output_axis == "head"
         return self._moment(f"gradient/{matrix}", layer, matrix, head if own else None, half)
 
     def spectrum(self, matrix: str, side: str = "gradient", *, half: str = "all") -> Float[np.ndarray, "layer head r"]:
@@ -86,7 +87,7 @@ class GradientCovariance(Result):
         self._require(0, matrix)
         if side not in ("input", "gradient"):
             raise ValueError(f'expected side "input" or "gradient", got {side!r}; pass one of the two')
-        key = f"gradient/{matrix}" if side == "gradient" else f"input/{INPUT_POINT[matrix]}"
+        key = f"gradient/{matrix}" if side == "gradient" else f"input/{kind_of(matrix).point}"
         return self._array("spectrum", half, key).numpy()
 
     def permuted_fractions(
@@ -98,7 +99,7 @@ class GradientCovariance(Result):
             None for a write matrix, or when captured without `permutations`.
         """
         name = f"permuted/{matrix}"
-        if matrix not in READ or name not in self.arrays:
+        if not kind_of(matrix).reads or name not in self.arrays:
             return None
         drawn = self.arrays[name][:, layer]
         return energy_profile(drawn, basis.to(drawn)).cumsum(-1)

@@ -15,8 +15,8 @@ from tl_asymmetry.geometry.jackknife import MINIMUM_GROUPS, log_jackknife_interv
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.side_moments import HeadMoments, SketchedMoments
 from tl_asymmetry.geometry.spectrum import effective_rank, marchenko_pastur_edge, participation_ratio, stable_rank
-from tl_asymmetry.gradients.capture import GRADIENT_AXIS, INPUT_AXIS, Captured, Moments
-from tl_asymmetry.models.view import INPUT_POINT, WRITE
+from tl_asymmetry.gradients.capture import INPUT_AXIS, Captured, Moments
+from tl_asymmetry.names import kind_of
 
 GRADIENT_COLUMNS = {
     "layer": "layer, from 0",
@@ -105,7 +105,7 @@ def layer_sides(
     groups = sorted({group for group, _ in captured.parts})
     sides: dict[tuple[str, str, str], Side] = {}
     for half, wanted in halves.items():
-        for point in dict.fromkeys(INPUT_POINT[matrix] for matrix in matrices):
+        for point in dict.fromkeys(kind_of(matrix).point for matrix in matrices):
             held = [
                 _merged(captured.parts[g, n].inputs.get((point, layer)) for n in wanted if (g, n) in captured.parts)
                 for g in groups
@@ -116,8 +116,8 @@ def layer_sides(
                 _merged(captured.parts[g, n].gradients.get((layer, matrix)) for n in wanted if (g, n) in captured.parts)
                 for g in groups
             ]
-            P = prediction if matrix in WRITE else None
-            sides[half, "gradient", matrix] = _side(held, GRADIENT_AXIS[matrix], P, exact=exact)
+            P = prediction if kind_of(matrix).writes else None
+            sides[half, "gradient", matrix] = _side(held, kind_of(matrix).output_axis, P, exact=exact)
     return sides
 
 
@@ -134,7 +134,7 @@ def gradient_table(
     for layer, sides in enumerate(layers):
         for half in dict.fromkeys(half for half, _, _ in sides):
             for matrix in matrices:
-                for kind, key in (("input", INPUT_POINT[matrix]), ("gradient", matrix)):
+                for kind, key in (("input", kind_of(matrix).point), ("gradient", matrix)):
                     side = sides[half, kind, key]
                     shared = heads[matrix] is not None and side.axis == "residual"
                     for head in range(heads[matrix] or 1):
@@ -144,7 +144,7 @@ def gradient_table(
                                 "layer": layer,
                                 "head": None if heads[matrix] is None else head,
                                 "matrix": matrix,
-                                "pathway": "write" if matrix in WRITE else "read",
+                                "pathway": kind_of(matrix).side,
                                 "side": kind,
                                 "half": half,
                                 "axis": side.axis,
@@ -176,7 +176,7 @@ def cross_table(
         for matrix in matrices:
             traces = [
                 sides["all", kind, key].numbers["trace"]
-                for kind, key in (("input", INPUT_POINT[matrix]), ("gradient", matrix))
+                for kind, key in (("input", kind_of(matrix).point), ("gradient", matrix))
             ]
             count = heads[matrix] or 1
             nan = torch.full((count,), torch.nan, dtype=torch.float64)
@@ -188,7 +188,7 @@ def cross_table(
                         "layer": layer,
                         "head": None if heads[matrix] is None else head,
                         "matrix": matrix,
-                        "pathway": "write" if matrix in WRITE else "read",
+                        "pathway": kind_of(matrix).side,
                         "input_trace": float(traces[0][head if len(traces[0]) > 1 else 0]),
                         "gradient_trace": float(traces[1][head if len(traces[1]) > 1 else 0]),
                         "gradient_norm": float(squared[head]) ** 0.5,

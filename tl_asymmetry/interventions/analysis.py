@@ -27,12 +27,13 @@ from tl_asymmetry.interventions.planner import (
 from tl_asymmetry.interventions.result import RankOneStudy
 from tl_asymmetry.interventions.runs import MEASURED, Baseline, EvaluationBatch, evaluation_batches, measure
 from tl_asymmetry.interventions.store import StudyStore
-from tl_asymmetry.interventions.tables import LEVEL, OUTCOMES, baseline_row, edit_table, outcomes_of, study_table
+from tl_asymmetry.interventions.tables import OUTCOMES, baseline_row, edit_table, outcomes_of, study_table
 from tl_asymmetry.models.checks import check_finite, check_pair, check_raw
 from tl_asymmetry.models.loading import open_model
 from tl_asymmetry.models.resume import resumes
 from tl_asymmetry.models.texts import check_tokens, token_sequences
-from tl_asymmetry.models.view import READ, ModelView
+from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.names import SIGNIFICANT, kind_of
 from tl_asymmetry.results.notes import Notes
 from tl_asymmetry.results.provenance import described_arguments, model_record, shape_record, versions, weights_hash
 from tl_asymmetry.training.batches import PreferenceBatch
@@ -183,7 +184,7 @@ def rank_one_study(
     if lacking:
         notes.warn(
             f"q is NaN: with {draws} draws p cannot get below {1 / (draws + 1):.3g}, too much for {len(placed)} sites "
-            f"at {LEVEL}; pass draws={lacking}, or fewer sites, for q",
+            f"at {SIGNIFICANT}; pass draws={lacking}, or fewer sites, for q",
             level=3,
         )
     _note_controls(edits, notes)
@@ -282,7 +283,7 @@ class _Study:
 def _identity(cell: Cell) -> dict[str, Any]:
     layer, matrix, head = cell.site
     return {
-        "layer": layer, "head": head, "matrix": matrix, "pathway": "read" if matrix in READ else "write",
+        "layer": layer, "head": head, "matrix": matrix, "pathway": kind_of(matrix).side,
         "intervention": cell.intervention, "direction": cell.direction, "index": cell.index,
         "delta_share": cell.delta_share,
     }  # fmt: skip
@@ -383,7 +384,7 @@ def _settings(
 def _describe(sites: Sequence[EditSite], controls: Sequence[str], view: ModelView, notes: Notes) -> None:
     if "permuted_heads" in controls and any(view.heads(matrix) in (None, 1) for _, matrix, _ in sites):
         notes.add("matrices without other heads have no permuted_heads controls")
-    if view.n_kv_heads < view.n_heads and any(matrix in ("W_K", "W_V") for _, matrix, _ in sites):
+    if view.n_kv_heads < view.n_heads and any(kind_of(matrix).heads == "kv" for _, matrix, _ in sites):
         notes.add("heads of W_K and W_V are key-value heads, each of which serves several query heads")
 
 

@@ -20,7 +20,8 @@ from tl_asymmetry.geometry.precision import exact_products, product_dtype
 from tl_asymmetry.geometry.seeds import seeded
 from tl_asymmetry.geometry.subspace import Subspace, principal_subspace
 from tl_asymmetry.models.edits import RankOneEdit
-from tl_asymmetry.models.view import INPUT_POINT, READ, WRITE, ModelView
+from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.names import kind_of
 
 CONTROL_KINDS = ("random", "complement", "low_variance", "equal_variance", "permuted_heads")
 """What `matched_controls` can make."""
@@ -79,7 +80,7 @@ def closed_form_edit(
     # Scaled before the product: C may be tiny or huge.
     x = x / x.norm()
     k_hat = x / (k @ x)
-    residual, other = (k_hat, u) if matrix in READ else (u, k_hat)
+    residual, other = (k_hat, u) if kind_of(matrix).reads else (u, k_hat)
     return RankOneEdit(layer, matrix, head, residual, other)
 
 
@@ -116,7 +117,7 @@ def input_at(
     if matrix == "W_O" and (head is None or not 0 <= head < view.n_heads):
         raise ValueError(f"expected a head from 0 to {view.n_heads - 1} for W_O, got {head}; pass one of these")
     seen: list[Tensor] = []
-    with torch.no_grad(), view.evaluating(), view.hooks({(INPUT_POINT[matrix], layer): seen.append}):
+    with torch.no_grad(), view.evaluating(), view.hooks({(kind_of(matrix).point, layer): seen.append}):
         view.run(prompt.unsqueeze(0))
     x = seen[0][0, position]
     return (x[head] if matrix == "W_O" else x).clone()
@@ -183,9 +184,9 @@ def insertion_edit(
     ΔW = delta.detach().to(product_dtype(delta))
     if not bool(ΔW.isfinite().all()):
         raise ValueError("expected a finite delta, got NaN or infinite entries; pass weights of sound models")
-    ΔW = ΔW.mT if matrix in WRITE else ΔW
+    ΔW = ΔW.mT if kind_of(matrix).writes else ΔW
     if ΔW.ndim != 2 or len(ΔW) != len(q):
-        axis = "last" if matrix in WRITE else "first"
+        axis = "last" if kind_of(matrix).writes else "first"
         raise ValueError(
             f"expected a direction as long as the delta's {axis} axis, got {len(q)} and shape {tuple(delta.shape)}; "
             "pass the delta of one head in TransformerLens orientation and a direction [d_model]"

@@ -19,6 +19,7 @@ from tl_asymmetry.models.capture import capture
 from tl_asymmetry.models.edits import RankOneEdit
 from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.names import ATTENTION
 from tl_asymmetry.pair.deltas import residual_first
 
 EditSite: TypeAlias = tuple[int, str, int | None]
@@ -31,7 +32,6 @@ DIRECTIONS = ("delta", "activation", "prediction")
 """Directions a study can find by itself."""
 INTERVENTIONS = ("removal", "insertion")
 """What it can do along them."""
-ATTENTION = ("W_Q", "W_K", "W_V", "W_O")
 """Matrices whose heads are the sites by default."""
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pandas as pd
 
 from tl_asymmetry.interventions.tables import BASELINE_COLUMNS, CELL, OUTCOMES
+from tl_asymmetry.names import SIGNIFICANT
 from tl_asymmetry.results.report import CITATIONS, Definition, FigureSection, Report, TableSection
 from tl_asymmetry.results.result import Result
 
@@ -183,7 +184,9 @@ def _headline(study: RankOneStudy) -> Sequence[str]:
         )
     q = table.loc[table["outcome"] == outcome, "q"]
     if q.notna().any():
-        sentences.append(f"q < 0.05 in {int((q < 0.05).sum())} of {int(q.notna().sum())} comparisons on {outcome}.")
+        sentences.append(
+            f"q < 0.05 in {int((q < SIGNIFICANT).sum())} of {int(q.notna().sum())} comparisons on {outcome}."
+        )
     return sentences
 
 

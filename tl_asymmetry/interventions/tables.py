@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from tl_asymmetry.geometry.nulls import adjusted_p
+from tl_asymmetry.names import SIGNIFICANT
 
 CELL = ("layer", "head", "matrix", "pathway", "intervention", "direction", "index")
 
@@ -65,9 +66,6 @@ BASELINE_COLUMNS = (
     "places", "pairs",
 )  # fmt: skip
 """Columns of the table of unedited models, in this order."""
-
-LEVEL = 0.05
-"""q is given where it can reach this level."""
 
 
 def outcomes_of(sums: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,7 +145,7 @@ def study_table(edits: pd.DataFrame, outcomes: Sequence[str]) -> tuple[pd.DataFr
     lacking = 0
     for _, family in table.groupby(["intervention", "direction", "index", "outcome", "control"], sort=False):
         p = family["p"].to_numpy(float)
-        needed = math.ceil(np.isfinite(p).sum() / LEVEL) - 1
+        needed = math.ceil(np.isfinite(p).sum() / SIGNIFICANT) - 1
         if len(family) and family["draws"].min() >= needed:
             table.loc[family.index, "q"] = adjusted_p(p)
         else:

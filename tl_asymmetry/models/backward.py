@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tl_asymmetry.models.graphs import frozen
-from tl_asymmetry.models.view import INPUT_POINT, ModelView, Reader
+from tl_asymmetry.models.view import ModelView, Reader
+from tl_asymmetry.names import kind_of
 
 Outer = tuple[int, str]
 """A layer and a matrix."""
@@ -88,7 +89,7 @@ def outer_products(view: ModelView, sites: Sequence[Outer], reader: OuterReader)
     backward = Backward()
     inputs: dict[tuple[str, int], Tensor] = {}
     points: dict[tuple[str, int], Reader] = {
-        (INPUT_POINT[matrix], layer): partial(_keep, inputs, (INPUT_POINT[matrix], layer)) for layer, matrix in sites
+        point: partial(_keep, inputs, point) for point in ((kind_of(matrix).point, layer) for layer, matrix in sites)
     }
     handles: list[Any] = []
     try:
@@ -168,11 +169,11 @@ def _watch(
     if not (torch.is_grad_enabled() and y.requires_grad):
         return
     layer, matrix = site
-    a, index = inputs[INPUT_POINT[matrix], layer], backward.passes - 1
+    a, index = inputs[kind_of(matrix).point, layer], backward.passes - 1
 
     def show(δ: Tensor) -> None:
         δ = δ.detach()
-        if matrix in ("W_Q", "W_K", "W_V"):
+        if kind_of(matrix).output_axis == "head":
             heads = view.heads(matrix) or 1
             # a HookedTransformer may repeat key-value heads before the hook (ungroup_grouped_query_attention)
             δ = δ.reshape(*δ.shape[:2], heads, -1, view.d_head).sum(3)

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Size, Tensor, nn
 
+from tl_asymmetry.names import kind_of
+
 _SUBMODULE = {"W_Q": "q", "W_K": "k", "W_V": "v", "W_O": "o", "W_in": "in", "W_gate": "gate", "W_out": "out"}
 
 
@@ -112,7 +114,7 @@ class BridgeAdapter:
 
     def matrix(self, layer: int, matrix: str) -> Tensor | None:
         block = self.blocks[layer]
-        if matrix in ("W_Q", "W_K", "W_V", "W_O"):
+        if kind_of(matrix).part == "attn":
             return self._attention_matrix(layer, matrix)
         if not self.has_mlp(layer) or self.is_moe(layer) or _child(block.mlp, _SUBMODULE[matrix]) is None:
             return None
@@ -194,7 +196,7 @@ class BridgeAdapter:
     def projection(self, layer: int, matrix: str) -> nn.Module | None:
         """The module whose output is `input @ matrix + bias`, for the self-check."""
         block = self.blocks[layer]
-        parent = block.attn if matrix in ("W_Q", "W_K", "W_V", "W_O") else block.mlp
+        parent = block.attn if kind_of(matrix).part == "attn" else block.mlp
         component = _child(parent, _SUBMODULE[matrix])
         return None if component is None else component.hook_out
 
@@ -312,7 +314,7 @@ class BridgeAdapter:
         bias = self.bias(layer, "b" + matrix[1:])
         if bias is not None:
             return bias
-        shape = (weight.shape[0], weight.shape[2]) if matrix in ("W_Q", "W_K", "W_V") else (weight.shape[-1],)
+        shape = (weight.shape[0], weight.shape[2]) if kind_of(matrix).output_axis == "head" else (weight.shape[-1],)
         return weight.new_zeros(shape)
 
     def _copied_from(self) -> Iterator[Tensor]:

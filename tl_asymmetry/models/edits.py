@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_asymmetry.models.interrupts import critical, held, hold_interrupts, interrupt, release_interrupts
-from tl_asymmetry.models.view import MATRICES, READ, WRITE, ModelView, Slot
+from tl_asymmetry.models.view import ModelView, Slot
+from tl_asymmetry.names import MATRICES, kind_of
 
 _EMBEDDINGS = ("W_E", "W_U", "W_pos")
 
@@ -60,7 +61,7 @@ class RankOneEdit:
                 f"expected a matrix among {', '.join(MATRICES)}, got {self.matrix!r}"
                 f"{why if self.matrix in _EMBEDDINGS else ''}; pass one of these"
             )
-        headed = self.matrix in ("W_Q", "W_K", "W_V", "W_O")
+        headed = kind_of(self.matrix).heads is not None
         if headed != (self.head is not None):
             wanted = "the index of a head" if headed else "head=None (a matrix of the MLP)"
             raise ValueError(f"expected {wanted} for {self.matrix}, got {self.head}; pass that")
@@ -82,7 +83,7 @@ class RankOneEdit:
     @property
     def pathway(self) -> str:
         """ "read" or "write": whether d_model is the matrix's input or its output axis."""
-        return "read" if self.matrix in READ else "write"
+        return kind_of(self.matrix).side
 
     @property
     def norm(self) -> float:
@@ -149,7 +150,7 @@ class RankOneEdit:
     def _axes(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """The two vectors in the order of the matrix's axes."""
         residual, other = self.residual.to(device, dtype), self.other.to(device, dtype)
-        return (other, residual) if self.matrix in WRITE else (residual, other)
+        return (other, residual) if kind_of(self.matrix).writes else (residual, other)
 
 
 def apply_edits(model: Any, edits: RankOneEdit | Sequence[RankOneEdit], *, commit: bool = False) -> AppliedEdits:
@@ -369,7 +370,7 @@ def _place(view: ModelView, edit: RankOneEdit) -> _Place:
                 "of these"
             )
         weight = weight[edit.head]
-    residual, other = weight.shape if edit.matrix in READ else weight.shape[::-1]
+    residual, other = weight.shape if kind_of(edit.matrix).reads else weight.shape[::-1]
     given = edit.residual.numel(), edit.other.numel()
     if given != (residual, other):
         raise ValueError(

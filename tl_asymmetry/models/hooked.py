@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tl_asymmetry.names import MATRICES, kind_of
+
 _SHARED_NORM_ARCHITECTURES = frozenset({"GPTJForCausalLM", "PhiForCausalLM"})
 """Architectures with one norm per block, of which HookedTransformer keeps a second copy as ln2."""
 
@@ -85,7 +87,7 @@ class HookedAdapter:
     def matrix(self, layer: int, matrix: str) -> Tensor | None:
         """The parameter itself; under grouped-query attention the un-expanded one."""
         block = self.blocks[layer]
-        if matrix in ("W_Q", "W_K", "W_V", "W_O"):
+        if kind_of(matrix).part == "attn":
             return _unexpanded(block.attn, matrix)
         if not self.has_mlp(layer) or self.is_moe(layer):
             return None
@@ -216,7 +218,7 @@ class HookedAdapter:
         for name, parameter in self.model.named_parameters():
             leaf = name.rsplit(".", 1)[-1].removeprefix("_")
             owner = name.rsplit(".", 1)[0]
-            if leaf in ("W_Q", "W_K", "W_V", "W_O") or (leaf in ("W_in", "W_gate", "W_out") and owner.endswith(".mlp")):
+            if leaf in MATRICES and (kind_of(leaf).part == "attn" or owner.endswith(".mlp")):
                 continue
             if shared_norm and ".ln2." in name:
                 continue

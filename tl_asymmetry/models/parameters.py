@@ -11,9 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_asymmetry.models.view import ModelView
-
-ATTENTION = ("W_Q", "W_K", "W_V", "W_O")
-"""Matrices of an attention block."""
+from tl_asymmetry.names import ATTENTION
 
 
 class ParameterVector:

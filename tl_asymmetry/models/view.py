@@ -19,24 +19,7 @@ from tl_asymmetry.geometry.precision import exact_products, product_dtype
 from tl_asymmetry.models.bridge import BridgeAdapter
 from tl_asymmetry.models.encoders import EncoderBridgeAdapter, HookedEncoderAdapter, encoder_adapter, is_encoder
 from tl_asymmetry.models.hooked import HookedAdapter
-
-READ: tuple[str, ...] = ("W_Q", "W_K", "W_V", "W_in", "W_gate")
-"""Matrices that read from the residual stream: d_model is their input axis."""
-
-WRITE: tuple[str, ...] = ("W_O", "W_out")
-"""Matrices that write into the residual stream: d_model is their output axis."""
-
-MATRICES: tuple[str, ...] = ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out")
-"""All matrices this package knows, in the order in which results list them."""
-
-POINTS: tuple[str, ...] = ("attn_in", "mlp_in", "resid_pre", "resid_mid", "resid_post", "z", "mlp_post")
-"""Places in a block whose tensors `ModelView.hooks` gives to readers."""
-
-INPUT_POINT: dict[str, str] = {
-    "W_Q": "attn_in", "W_K": "attn_in", "W_V": "attn_in", "W_O": "z",
-    "W_in": "mlp_in", "W_gate": "mlp_in", "W_out": "mlp_post",
-}  # fmt: skip
-"""The point at which the exact input of each matrix is seen."""
+from tl_asymmetry.names import MATRICES, POINTS, kind_of
 
 Reader = Callable[[Tensor], None]
 
@@ -164,12 +147,13 @@ class ModelView:
         self.matrices = tuple(m for m in MATRICES if all(adapter.matrix(i, m) is not None for i in layers))
         W_in = adapter.matrix(0, "W_in") if "W_in" in self.matrices else None
         self.d_mlp = None if W_in is None else W_in.shape[1]
-        self._heads = {"W_Q": self.n_heads, "W_K": self.n_kv_heads, "W_V": self.n_kv_heads, "W_O": self.n_heads}
-        d, e, m = self.d_model, self.d_head, self.d_mlp
-        reads = {matrix: (self._heads[matrix], d, e) for matrix in ("W_Q", "W_K", "W_V")}
+        heads = {"query": self.n_heads, "kv": self.n_kv_heads}
+        self._heads = {matrix: heads[kind.heads] for matrix, kind in MATRICES.items() if kind.heads}
+        widths = {"residual": self.d_model, "head": self.d_head, "mlp": self.d_mlp}
         self._shapes: dict[str, tuple[int | None, ...]] = {
-            **reads, "W_O": (self.n_heads, e, d), "W_in": (d, m), "W_gate": (d, m), "W_out": (m, d)
-        }  # fmt: skip
+            matrix: (*([self._heads[matrix]] if kind.heads else []), widths[kind.input_axis], widths[kind.output_axis])
+            for matrix, kind in MATRICES.items()
+        }
         self.notes = self._notes()
         if self.positional == "shortformer":
             raise ValueError(
@@ -365,8 +349,7 @@ class ModelView:
             for matrix in MATRICES:
                 weight = self._adapter.matrix(layer, matrix)
                 if weight is not None:
-                    part = "attn" if matrix in ("W_Q", "W_K", "W_V", "W_O") else "mlp"
-                    yield f"blocks.{layer}.{part}.{matrix}", weight.detach()
+                    yield f"blocks.{layer}.{kind_of(matrix).part}.{matrix}", weight.detach()
         yield from self.headless().items()
 
     # -- running -----------------------------------------------------------------------------------
@@ -380,9 +363,9 @@ class ModelView:
     def residual_point(self, matrix: str) -> str:
         """Where a matrix's residual side is seen: its input, or the stream it writes into (W_O: after attention, or
         after the block where attention and MLP are parallel)."""
-        if matrix in READ:
-            return INPUT_POINT[matrix]
-        return "resid_mid" if matrix == "W_O" and self.has_point("resid_mid") else "resid_post"
+        if kind_of(matrix).reads:
+            return kind_of(matrix).point
+        return "resid_mid" if kind_of(matrix).part == "attn" and self.has_point("resid_mid") else "resid_post"
 
     @contextmanager
     def hooks(self, readers: Mapping[tuple[str, int], Reader]) -> Iterator[None]:
@@ -546,7 +529,7 @@ class ModelView:
 
             return see
 
-        points = {(INPUT_POINT[matrix], layer) for layer, matrix in sites}
+        points = {(kind_of(matrix).point, layer) for layer, matrix in sites}
         with self.hooks({point: keep(inputs, point) for point in points}):
             try:
                 for site, module in sites.items():
@@ -556,12 +539,12 @@ class ModelView:
                 for handle in handles:
                     handle.remove()
         for layer, matrix in sites:
-            x, y = inputs[INPUT_POINT[matrix], layer], outputs[layer, matrix]
+            x, y = inputs[kind_of(matrix).point, layer], outputs[layer, matrix]
             W = self._weight(layer, matrix).to(x.dtype)
             with exact_products(x.device):
-                if matrix in ("W_Q", "W_K", "W_V"):
+                if kind_of(matrix).output_axis == "head":
                     expected, y = torch.einsum("bpd,hde->bphe", x, W), y.reshape(*y.shape[:2], *W.shape[::2])
-                elif matrix == "W_O":
+                elif kind_of(matrix).heads:
                     expected = torch.einsum("bphe,hed->bpd", x, W)
                 else:
                     expected = x @ W

@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 
 from tl_asymmetry.geometry.precision import exact_products
 from tl_asymmetry.models.texts import batches
-from tl_asymmetry.models.view import INPUT_POINT, READ, ModelView, Reader
+from tl_asymmetry.models.view import ModelView, Reader
+from tl_asymmetry.names import kind_of
 from tl_asymmetry.pair.directions import require_base
 
 _BATCH = 8
@@ -69,7 +70,7 @@ def all_directions(
     if not 1 <= n <= kept:
         raise ValueError(f"expected directions from 1 to {kept}, got {n}; pass a number in between")
     directions = {m: arrays[f"directions/{m}"][:, :, :n] for m in matrices}
-    probes = {m: directions[m] if m in READ else arrays[f"partners/{m}"][:, :, :n] for m in matrices}
+    probes = {m: directions[m] if kind_of(m).reads else arrays[f"partners/{m}"][:, :, :n] for m in matrices}
     excited = _contexts(view, arrays, probes, contexts, progress)
     spaces = {"embedding": view.embedding(), "unembedding": view.unembedding()[0].mT}
     near = {name: {m: _nearest(vectors, d, tokens) for m, d in directions.items()} for name, vectors in spaces.items()}
@@ -125,7 +126,7 @@ def _contexts(
     now: dict[str, Tensor] = {}
 
     def reader(point: str, layer: int) -> Reader:
-        at_work = [leaders[m, layer] for m in probes if INPUT_POINT[m] == point]
+        at_work = [leaders[m, layer] for m in probes if kind_of(m).point == point]
 
         def read(x: Tensor) -> None:
             for each in at_work:
@@ -133,7 +134,7 @@ def _contexts(
 
         return read
 
-    readers = {(INPUT_POINT[m], layer): reader(INPUT_POINT[m], layer) for m, layer in leaders}
+    readers = {(kind_of(m).point, layer): reader(kind_of(m).point, layer) for m, layer in leaders}
     begin = 0
     bar = tqdm(total=len(sequences), desc="contexts of all directions", disable=not progress)
     with torch.no_grad(), view.evaluating(), view.hooks(readers), bar:

@@ -19,8 +19,9 @@ from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.processes import ALONE, Processes, present_processes
 from tl_asymmetry.models.side_by_side import side_by_side
 from tl_asymmetry.models.texts import token_sequences
-from tl_asymmetry.models.view import WRITE, ModelView
+from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.models.weights import Weights, WeightSource, opened
+from tl_asymmetry.names import kind_of
 from tl_asymmetry.pair.asymmetry import asymmetry_table
 from tl_asymmetry.pair.bases import LayerBases
 from tl_asymmetry.pair.circuits import layer_circuits
@@ -290,7 +291,7 @@ def _check_gradient(
             f"({config['model']['name']!r}) against {ours[different]} ({base.name!r}); pass "
             "gradient_covariance(base, ...)"
         )
-    missing = [matrix for matrix in plan.matrices if matrix in WRITE and matrix not in config["matrices"]]
+    missing = [matrix for matrix in plan.matrices if kind_of(matrix).writes and matrix not in config["matrices"]]
     if missing:
         raise ValueError(
             f"expected gradients of {', '.join(missing)}, got only {', '.join(config['matrices'])}; pass "

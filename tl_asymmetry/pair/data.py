@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 
 from tl_asymmetry.geometry.spectrum import marchenko_pastur_edge
-from tl_asymmetry.models.view import POINTS
+from tl_asymmetry.names import POINTS, kind_of
 from tl_asymmetry.pair.sensitivity import sensitivity_table
 from tl_asymmetry.pair.stability import stability_table
 from tl_asymmetry.results.result import Result
@@ -173,7 +173,7 @@ class PairData(Result):
 
     def _kv(self, matrix: str) -> dict[str, bool]:
         shape = self.config["shape"]
-        return {"kv": matrix in ("W_K", "W_V") and shape["n_kv_heads"] < shape["n_heads"]}
+        return {"kv": kind_of(matrix).heads == "kv" and shape["n_kv_heads"] < shape["n_heads"]}
 
     def _array(self, kind: str, *keys: str) -> np.ndarray:
         name = "/".join((kind, *keys))

@@ -16,7 +16,7 @@ from tl_asymmetry.geometry.precision import exact_products, product_dtype
 from tl_asymmetry.geometry.rounding import coarser, rounding_share, storage_dtype
 from tl_asymmetry.geometry.subspace import ordered_eigh
 from tl_asymmetry.models.readers.base import Factors, Weights, WeightSource
-from tl_asymmetry.models.view import WRITE
+from tl_asymmetry.names import kind_of
 
 DIRECTIONS = 5
 """Leading residual directions kept of each head's delta."""
@@ -244,5 +244,5 @@ def stacked(layers: Sequence[object], name: str) -> Tensor:
 def residual_first(matrix: str, weight: Float[Tensor, "*head rows columns"]) -> Float[Tensor, "head d_model other"]:
     """A matrix with its residual axis second to last and a head axis in front, of length 1 for the MLP; a view."""
     weight = weight.detach()
-    weight = weight.mT if matrix in WRITE else weight
+    weight = weight.mT if kind_of(matrix).writes else weight
     return weight.unsqueeze(0) if weight.ndim == 2 else weight

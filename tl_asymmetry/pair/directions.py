@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_asymmetry.models.texts import batches
-from tl_asymmetry.models.view import INPUT_POINT, READ, ModelView
+from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.names import kind_of
 from tl_asymmetry.results.provenance import weights_hash
 
 DIRECTION_COLUMNS = ("direction", "sign", "energy", "embedding_tokens", "unembedding_tokens", "contexts")
@@ -38,7 +39,7 @@ def describe_directions(
     if not 1 <= n <= len(directions):
         raise ValueError(f"expected n from 1 to {len(directions)}, got {n}; pass a smaller n")
     require_base(view, config)
-    probes = directions if matrix in READ else partners
+    probes = directions if kind_of(matrix).reads else partners
     excited = _exciting_contexts(view, arrays, layer, head, matrix, probes[:n], contexts)
     W_U = view.unembedding()[0]
     near = {"embedding_tokens": view.embedding(), "unembedding_tokens": W_U.mT}
@@ -78,7 +79,7 @@ def _chosen(arrays: Mapping[str, Tensor], layer: int, head: int | None, matrix: 
     layers, heads = arrays[f"directions/{matrix}"].shape[:2]
     if not 0 <= layer < layers:
         raise ValueError(f"expected a layer from 0 to {layers - 1}, got {layer}; pass one of these")
-    headless = matrix in ("W_in", "W_gate", "W_out")
+    headless = kind_of(matrix).heads is None
     if headless != (head is None) or (head is not None and not 0 <= head < heads):
         wanted = "head=None (an MLP matrix)" if headless else f"a head from 0 to {heads - 1}"
         raise ValueError(f"expected {wanted} for {matrix}, got {head}; pass that")
@@ -97,7 +98,7 @@ def _exciting_contexts(
 ) -> dict[tuple[int, int], list[tuple[str, float]]]:
     """For each direction and sign, the contexts whose last token projects most on it, with the projection."""
     sequences = arrays["tokens"].split(arrays["lengths"].tolist())
-    point = INPUT_POINT[matrix]
+    point = kind_of(matrix).point
     scores: list[Tensor] = []
 
     def read(x: Tensor) -> None:

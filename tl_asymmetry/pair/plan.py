@@ -11,7 +11,8 @@ from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.subspace import Subspace
 from tl_asymmetry.models.capture import Capture, Site, merged
 from tl_asymmetry.models.checks import check_ranks
-from tl_asymmetry.models.view import INPUT_POINT, READ, ModelView
+from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.names import kind_of
 
 STREAM_SUBSPACES = ("attn_in", "mlp_in", "resid_pre", "resid_mid", "resid_post")
 """Subspaces that come from activations, named as their hook points."""
@@ -119,7 +120,7 @@ def make_plan(
     names = _subspace_names(view, subspaces)
     targets = {m: _default_targets(m, view) if subspaces is None else names for m in chosen}
     used = tuple(dict.fromkeys(name for matrix in chosen for name in targets[matrix]))
-    inputs = [INPUT_POINT[m] for m in chosen if m in READ]
+    inputs = [kind_of(m).point for m in chosen if kind_of(m).reads]
     points = dict.fromkeys([*inputs, *(name for name in used if name in STREAM_SUBSPACES and name not in given)])
     everywhere = [k for k in checked_ranks if all(k <= layers[0].rank for layers in given.values())]
     return Plan(

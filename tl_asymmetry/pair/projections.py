@@ -11,7 +11,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from tl_asymmetry.geometry.fraction import gram_energy
-from tl_asymmetry.models.view import INPUT_POINT, READ, WRITE
+from tl_asymmetry.names import kind_of
 from tl_asymmetry.pair.bases import LayerBases
 from tl_asymmetry.pair.deltas import AnyDelta
 
@@ -92,16 +92,16 @@ def project(
     projections = []
     for delta in deltas:
         activation_reference = nan[:top]
-        if delta.matrix in READ:
+        if kind_of(delta.matrix).reads:
             centred = delta.matrix == "W_K" and softmax_centres_keys
-            activation_reference = bases.reference(INPUT_POINT[delta.matrix], name, top, within_sequences=centred)
+            activation_reference = bases.reference(kind_of(delta.matrix).point, name, top, within_sequences=centred)
         energies = delta.energies(subspace.basis)
         gradient_reference = nan[:top].expand(len(energies), -1)
-        if gradient is not None and delta.matrix in WRITE:
+        if gradient is not None and kind_of(delta.matrix).writes:
             basis = subspace.basis[:, :top]
             gradient_reference = _gradient_reference(gradient, bases.layer, delta.matrix, basis, len(energies))
         permuted = nan[:top].expand(2, len(energies), -1)
-        if delta.matrix in READ and isinstance(gradient, PermutedGradients):
+        if kind_of(delta.matrix).reads and isinstance(gradient, PermutedGradients):
             drawn = gradient.permuted_fractions(bases.layer, delta.matrix, subspace.basis[:, :top])
             if drawn is not None:
                 ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
@@ -136,7 +136,7 @@ def keys_reference_note(*, softmax_centres_keys: bool) -> str:
 
 def _gradient_reference(gradient: GradientMoments, layer: int, matrix: str, basis: Tensor, heads: int) -> Tensor:
     rows = []
-    for head in range(heads) if matrix == "W_O" else [None]:
+    for head in range(heads) if kind_of(matrix).point == "z" else [None]:
         Σ = gradient.gradient_moment(layer, matrix, head).double()
         rows.append(gram_energy(Σ, basis).cumsum(0) / Σ.trace())
     return torch.stack(rows)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 
 from tl_asymmetry.geometry.nulls import IsotropicNull, adjusted_p
+from tl_asymmetry.names import SIGNIFICANT
 
 STABILITY_COLUMNS = {
     "layer": "layer, from 0",
@@ -30,7 +31,6 @@ STABILITY_COLUMNS = {
 }
 """Columns of `PairAnalysis.stability()`, in this order, and what they mean."""
 
-SIGNIFICANT = 0.05
 _CHOICES = ("activations", "centered", "first_position", "fold_norm")
 _KEYS = ["layer", "head"]
 

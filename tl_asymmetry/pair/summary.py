@@ -5,10 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from tl_asymmetry.models.view import INPUT_POINT
+from tl_asymmetry.names import ROUNDING_DOMINATED, SIGNIFICANT, kind_of
 from tl_asymmetry.pair.data import PairData
-
-SIGNIFICANT = 0.05
 
 
 def summary_table(result: PairData) -> pd.DataFrame:
@@ -41,7 +39,10 @@ def headline(result: PairData) -> list[str]:
     if at_rank["fraction"].isna().all():
         return ["No matrix differs between the two models: nothing to be located."]
     sentences = []
-    own = at_rank[(at_rank["pathway"] == "read") & (at_rank["subspace"] == at_rank["matrix"].map(INPUT_POINT))]
+    own = at_rank[
+        (at_rank["pathway"] == "read")
+        & (at_rank["subspace"] == at_rank["matrix"].map(lambda matrix: kind_of(matrix).point))
+    ]
     if len(own):
         sentences.append(
             f"Reading: at rank {k} the median relative fraction in the inputs' own leading directions is "
@@ -67,7 +68,7 @@ def headline(result: PairData) -> list[str]:
             else f"{expected:+.2f} is what plain gradients would give"
         )
         sentences.append(f"Asymmetry: mean log2(read / write) over layers is {mean:+.2f}; {chance}.")
-    rounded = (at_rank["rounding_share"] >= 0.5).mean()
+    rounded = (at_rank["rounding_share"] >= ROUNDING_DOMINATED).mean()
     if rounded > 0:
         sentences.append(
             f"Rounding explains half or more of the change in {rounded:.0%} of the rows: noise, not signal."

@@ -12,7 +12,7 @@ from torch import Tensor
 from tl_asymmetry.geometry.jackknife import log_jackknife_interval
 from tl_asymmetry.geometry.nulls import IsotropicNull, adjusted_p, isotropic_variance
 from tl_asymmetry.geometry.spectrum import effective_rank
-from tl_asymmetry.models.view import WRITE
+from tl_asymmetry.names import ROUNDING_DOMINATED, ROUNDING_FLAGGED, SMALL_EIGENGAP, kind_of
 from tl_asymmetry.pair.deltas import Delta, stacked
 from tl_asymmetry.pair.projections import Projection
 
@@ -49,9 +49,6 @@ PAIR_COLUMNS = {
 }
 """Columns of a pair's table, in this order, and what they mean."""
 
-SMALL_EIGENGAP = 0.05
-ROUNDING_FLAGGED = 0.1
-ROUNDING_DOMINATED = 0.5
 ROUNDING_HOPELESS = 0.9
 
 
@@ -141,7 +138,7 @@ def _block(
     frame["layer"] = pd.array(np.repeat(np.arange(layers), heads), dtype="Int64")
     frame["head"] = pd.array(np.tile(np.arange(heads), layers) if headed else [pd.NA] * layers, dtype="Int64")
     frame["matrix"] = first.matrix
-    frame["pathway"] = "write" if first.matrix in WRITE else "read"
+    frame["pathway"] = kind_of(first.matrix).side
     frame["subspace"] = first.subspace
     frame["rank"] = k
     frame["isotropic_p"] = p

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from tl_asymmetry.names import ROUNDING_FLAGGED, SIGNIFICANT
 from tl_asymmetry.plots import heads as one
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
@@ -60,7 +61,8 @@ def differences_figure(
         >>> differences_figure(comparison.table, "W_Q", rank=4).write_html("differences.html")
     """
     pick.require(
-        table, ("a", "b", *pick.KEYS, "log2_ratio", "ci_low", "ci_high", "rounding_share_a", "rounding_share_b"),
+        table,
+        ("a", "b", *pick.KEYS, "pathway", "log2_ratio", "ci_low", "ci_high", "rounding_share_a", "rounding_share_b"),
         "Comparison.table",
     )  # fmt: skip
     a, b = _one_pair(table)
@@ -141,11 +143,11 @@ def overlap_figure(
     words = style.heading(
         style.text(title) if title is not None else f"{style.text(matrix)}: directions shared",
         f"Overlap of the leading residual directions of {style.text(a)} and {style.text(b)}, over that of random "
-        f"spaces. Dot: q &lt; {style.Q_LEVEL}.",
+        f"spaces. Dot: q &lt; {SIGNIFICANT}.",
     )
     return _map(
-        [(rows, value, rows["q"] < style.Q_LEVEL)], [0], 0, matrix, hover, OVERLAP_HOVER, words, "× chance",
-        f"q &lt; {style.Q_LEVEL}", rounding=None, shared=shared, group=group, template=template, width=width,
+        [(rows, value, rows["q"] < SIGNIFICANT)], [0], 0, matrix, hover, OVERLAP_HOVER, words, "× chance",
+        f"q &lt; {SIGNIFICANT}", rounding=None, shared=shared, group=group, template=template, width=width,
         height=height,
     )  # fmt: skip
 
@@ -227,7 +229,7 @@ def _map(
             change = {"z": [z, None], "customdata": [cells, None], "x": [x, dots["x"]], "y": [layers, dots["y"]]}
             steps.append([change, [0, 1]])
         figure.update_layout(sliders=[style.rank_slider(ranks, start, steps)])
-    if rounding is not None and bool((rounding >= style.ROUNDING_FLAG).any()):
+    if rounding is not None and bool((rounding >= ROUNDING_FLAGGED).any()):
         laid_out = pick.grid(frames[0][0], rounding, layers, heads)
         figure.add_traces(one.rounding_marks(laid_out, layers, one.mark_size(layers, heads)))
     if not np.isfinite(every).any():

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from tl_asymmetry.names import kind_of
 from tl_asymmetry.plots import style
 
 HOVER = (
@@ -54,8 +55,8 @@ def grades_figure(
     there = [c for c in ("norm", "steps") if (table["compared"] == c).any()]
     first = there[0] if compared is None else style.one_of("compared", compared, there, "compared")
     rows = table[table["rank"] == rank]
-    own = {"W_Q": "attn_in", "W_K": "attn_in", "W_V": "attn_in", "W_in": "mlp_in", "W_gate": "mlp_in"}
-    shown = rows[rows["subspace"] == rows["matrix"].map(own).fillna("prediction")]
+    own = [kind_of(matrix, side).subspace for matrix, side in zip(rows["matrix"], rows["pathway"], strict=True)]
+    shown = rows[rows["subspace"] == own]
     order = shown.drop_duplicates("objective").sort_values("grade", kind="stable")
     places = {name: i for i, name in enumerate(order["objective"])}
     figure = go.Figure()

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from tl_asymmetry.names import ROUNDING_DOMINATED, ROUNDING_FLAGGED, SIGNIFICANT
 from tl_asymmetry.plots import heads as one
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
@@ -101,11 +102,11 @@ def head_maps_figure(
     size = float(np.clip(180 / max(len(layers), columns), 5, 11))
     for mark in (
         one.marks(*_places(blocks, columns, "dominated"), "x", 1.5 * size,
-                  f"rounding share ≥ {style.ROUNDING_DOMINATED} (mostly storage)"),
+                  f"rounding share ≥ {ROUNDING_DOMINATED} (mostly storage)"),
         one.marks(*_places(blocks, columns, "rounded", 0.28), "diamond", 0.9 * size,
-                  f"rounding share ≥ {style.ROUNDING_FLAG}", light=True),
+                  f"rounding share ≥ {ROUNDING_FLAGGED}", light=True),
         one.marks(*_places(blocks, columns, "significant"), "circle", 0.75 * size,
-                  f"q < {style.Q_LEVEL} (isotropic null)"),
+                  f"q < {SIGNIFICANT} (isotropic null)"),
     ):  # fmt: skip
         figure.add_trace(mark.update(marker={"maxdisplayed": MOST_MARKS}))
     for block in blocks:
@@ -224,9 +225,9 @@ def _block(
         hovertemplate=one.HOVER.replace("{matrix}", name),
         grids={v: [pick.grid(r, one.column(r, v, d), layers, heads) for r in by_rank] for v in one.VALUES},
         masks={
-            "dominated": [g >= style.ROUNDING_DOMINATED for g in rounding],
-            "rounded": [(g >= style.ROUNDING_FLAG) & (g < style.ROUNDING_DOMINATED) for g in rounding],
-            "significant": [pick.grid(r, r["isotropic_q"], layers, heads) < style.Q_LEVEL for r in by_rank],
+            "dominated": [g >= ROUNDING_DOMINATED for g in rounding],
+            "rounded": [(g >= ROUNDING_FLAGGED) & (g < ROUNDING_DOMINATED) for g in rounding],
+            "significant": [pick.grid(r, r["isotropic_q"], layers, heads) < SIGNIFICANT for r in by_rank],
         },
         hovers=[one.hover_cells(r, space, layers, heads, d, shared, group) for r in by_rank],
     )

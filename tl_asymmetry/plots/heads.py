@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from tl_asymmetry.names import ROUNDING_DOMINATED, ROUNDING_FLAGGED, SIGNIFICANT, SMALL_EIGENGAP
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
 
@@ -146,7 +147,7 @@ def heads_figure(
     rounding = pick.grid(by_rank[start], by_rank[start]["rounding_share"], layers, heads)
     figure.add_traces(rounding_marks(rounding, layers, size))
     dots = [_where(_significant(r, layers, heads), layers) for r in by_rank]
-    figure.add_trace(marks(*dots[start], "circle", 0.75 * size, f"q < {style.Q_LEVEL} (isotropic null)"))
+    figure.add_trace(marks(*dots[start], "circle", 0.75 * size, f"q < {SIGNIFICANT} (isotropic null)"))
     q_trace = len(figure.data) - 1
     hovers = [hover_cells(r, space, layers, heads, d, shared, group) for r in by_rank]
     # One transparent map on top carries every hover, so that the texts are stored once and not once per value.
@@ -266,7 +267,7 @@ def _where(mask: np.ndarray, layers: list[int], offset: float = 0.0) -> tuple[li
 
 
 def _significant(rows: pd.DataFrame, layers: list[int], heads: list[int | None]) -> np.ndarray:
-    return pick.grid(rows, rows["isotropic_q"], layers, heads) < style.Q_LEVEL
+    return pick.grid(rows, rows["isotropic_q"], layers, heads) < SIGNIFICANT
 
 
 def mark_size(layers: list[int], heads: list[int | None]) -> float:
@@ -282,18 +283,18 @@ def rounding_marks(rounding: np.ndarray, layers: list[int], size: float) -> list
         layers: the map's.
         size: of a mark, pixels.
     """
-    dominated = rounding >= style.ROUNDING_DOMINATED
+    dominated = rounding >= ROUNDING_DOMINATED
     grey = go.Heatmap(
         x=list(range(rounding.shape[1])), y=layers, z=lists(np.where(dominated, 1.0, np.nan)), zmin=0, zmax=1,
         showscale=False, opacity=0.85, colorscale=[(0, "#8d949c"), (1, "#8d949c")], xgap=1, ygap=1, hoverinfo="skip",
         name="greyed",
     )  # fmt: skip
     crossed = _where(dominated, layers)
-    partly = _where((rounding >= style.ROUNDING_FLAG) & ~dominated, layers, offset=0.28)
+    partly = _where((rounding >= ROUNDING_FLAGGED) & ~dominated, layers, offset=0.28)
     return [
         grey,
-        marks(*crossed, "x", 1.5 * size, f"rounding share ≥ {style.ROUNDING_DOMINATED} (mostly storage)"),
-        marks(*partly, "diamond", 0.9 * size, f"rounding share ≥ {style.ROUNDING_FLAG}", light=True),
+        marks(*crossed, "x", 1.5 * size, f"rounding share ≥ {ROUNDING_DOMINATED} (mostly storage)"),
+        marks(*partly, "diamond", 0.9 * size, f"rounding share ≥ {ROUNDING_FLAGGED}", light=True),
     ]
 
 
@@ -339,9 +340,9 @@ def hover_cells(
             if math.isnan(by_gradient[n])
             else f"<br>gradient-matched: {style.number(by_gradient[n])}, "
             f"excess {style.number(row.get('gradient_excess'))}",
-            style.number(share) + (", mostly storage" if share >= style.ROUNDING_DOMINATED else ""),
+            style.number(share) + (", mostly storage" if share >= ROUNDING_DOMINATED else ""),
             style.number(unrounded[n]),
-            style.number(gap) + (", too small to trust the edge" if gap < style.EIGENGAP_FLAG else ""),
+            style.number(gap) + (", too small to trust the edge" if gap < SMALL_EIGENGAP else ""),
             style.number(row["delta_relative_norm"]),
         ]
     return cells

@@ -10,6 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from tl_asymmetry.names import SIGNIFICANT, MatrixKind, kind_of
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
 
@@ -17,7 +18,7 @@ HOVER = (
     "<b>%{customdata[0]}</b><br>median %{customdata[1]}<br>middle half %{customdata[2]}<br>range %{customdata[3]}"
     "<br>isotropic null: 1, q < 0.05 in %{customdata[4]}<br>%{customdata[5]}"
     "<br>rounding share %{customdata[6]} (median)<extra></extra>"
-).replace("q < 0.05", f"q &lt; {style.Q_LEVEL}")
+).replace("q < 0.05", f"q &lt; {SIGNIFICANT}")
 
 
 def layers_figure(
@@ -70,16 +71,19 @@ def layers_figure(
     ranks, start = pick.pick_ranks(
         pd.concat([rows for rows, _ in picked.values()]), rank, default_rank, d
     )  # fmt: skip
-    sides = [s for s in ("read", "write") if any((m in pick.WRITE) == (s == "write") for m in wanted)]
+    kinds = {m: kind_of(m, rows["pathway"].iloc[0]) for m, (rows, _) in picked.items()}
+    sides = [s for s in ("read", "write") if any(kind.side == s for kind in kinds.values())]
     figure = make_subplots(rows=len(sides), cols=1, shared_xaxes=True, vertical_spacing=0.09)
 
     drawn: list[tuple[str, str]] = []  # (matrix, part) of each trace
-    frames = {m: [_summary(rows[rows["rank"] == k], m, space, d) for k in ranks] for m, (rows, space) in picked.items()}
+    frames = {
+        m: [_summary(rows[rows["rank"] == k], kinds[m], space, d) for k in ranks] for m, (rows, space) in picked.items()
+    }
     for matrix, (_, space) in picked.items():
-        at = sides.index("write" if matrix in pick.WRITE else "read") + 1
+        at = sides.index(kinds[matrix].side) + 1
         look = style.MATRIX_STYLE.get(matrix, style.OTHER_STYLE)
         shown = frames[matrix][start]
-        if len(shown["high"]) and matrix not in pick.MLP:
+        if len(shown["high"]) and kinds[matrix].heads:
             figure.add_trace(
                 go.Scatter(
                     x=shown["band_x"], y=shown["band_y"], fill="toself", mode="none", opacity=0.18,
@@ -140,7 +144,7 @@ def layers_figure(
         style.note(figure, "No value: the delta is zero, so its fractions are undefined.")
 
     at_rank = f" at rank {ranks[0]}" if len(ranks) == 1 else ""
-    gradients = any(v is not None for m in wanted if m in pick.WRITE for f in frames[m] for v in f["reference"])
+    gradients = any(v is not None for m in wanted if kinds[m].writes for f in frames[m] for v in f["reference"])
     writes = "" if "write" not in sides or gradients else " Writes have none without gradients."
     first = style.text(title) if title is not None else "Read and write over layers"
     words = style.heading(
@@ -153,10 +157,10 @@ def layers_figure(
     )
 
 
-def _summary(rows: pd.DataFrame, matrix: str, space: str, d: int | None) -> dict[str, Any]:
+def _summary(rows: pd.DataFrame, matrix: MatrixKind, space: str, d: int | None) -> dict[str, Any]:
     """What one matrix draws at one rank: lists over layers (None for NaN)."""
-    reference = pick.in_relative_units(rows, "gradient_matched" if matrix in pick.WRITE else "activation_matched", d)
-    kind = "gradient-matched" if matrix in pick.WRITE else "activation-matched"
+    reference = pick.in_relative_units(rows, "gradient_matched" if matrix.writes else "activation_matched", d)
+    kind = "gradient-matched" if matrix.writes else "activation-matched"
     out: dict[str, Any] = {k: [] for k in ("x", "y", "low", "high", "reference", "hover")}
     for label, here in rows.assign(_reference=reference).groupby("layer", sort=True):
         layer = int(str(label))
@@ -173,11 +177,11 @@ def _summary(rows: pd.DataFrame, matrix: str, space: str, d: int | None) -> dict
         q = here["isotropic_q"].to_numpy(float, na_value=np.nan)
         out["hover"].append(
             [
-                f"L{layer} · {style.text(matrix)} against {style.text(space)}",
+                f"L{layer} · {style.text(matrix.name)} against {style.text(space)}",
                 style.number(middle),
                 f"{style.number(low)} to {style.number(high)}" if spread else style.MISSING,
                 f"{style.number(values.min())} to {style.number(values.max())}" if spread else style.MISSING,
-                f"{int((q < style.Q_LEVEL).sum())} of {len(here)}",
+                f"{int((q < SIGNIFICANT).sum())} of {len(here)}",
                 f"{kind}: {style.number(known.median() if len(known) else None)}",
                 style.number(here["rounding_share"].median()),
             ]

@@ -19,6 +19,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from tl_asymmetry.names import thresholds
 from tl_asymmetry.plots import style
 
 PACK_ABOVE = 100_000
@@ -122,11 +123,12 @@ def _kaleido_installed() -> bool:
 
 
 def page_settings() -> str:
-    """The script element of what the scripts need once: both templates and both diverging scales."""
-    settings = {
+    """The script element of what the scripts need once: both templates and diverging scales, and the thresholds."""
+    settings: dict[str, Any] = {
         name: {"template": style.template(name).to_plotly_json(), "diverging": style.DIVERGING[name]}
         for name in style.PAPER
     }
+    settings["thresholds"] = thresholds()
     return f'<script type="application/json" id="page-settings">{_json(settings)}</script>'
 
 

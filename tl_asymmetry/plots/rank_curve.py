@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from tl_asymmetry.names import SIGNIFICANT
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
 
@@ -112,7 +113,7 @@ def rank_curve_figure(
         colour = style.SERIES[0] if single else others[n % len(others)]
         matched = pick.in_relative_units(rows, "activation_matched", d)
         name = pick.head_name(layer, h, kv=shared, group=group)
-        significant = rows["isotropic_q"].to_numpy(float, na_value=np.nan) < style.Q_LEVEL
+        significant = rows["isotropic_q"].to_numpy(float, na_value=np.nan) < SIGNIFICANT
         symbol = "circle" if single else style.SYMBOLS[n % len(style.SYMBOLS)]
         relative = rows["relative"].to_numpy(float, na_value=np.nan)
         seen += relative.tolist()
@@ -150,7 +151,7 @@ def rank_curve_figure(
     who = pick.head_name(layer, heads[0], kv=shared, group=group) if single else f"L{layer}, all heads"
     words = style.heading(
         style.text(title) if title is not None else f"{who} · {style.text(matrix)}: concentration by rank",
-        f"Against {style.text(space)}. Dashed grey: 1 = chance (isotropic null). Filled point: q &lt; {style.Q_LEVEL}."
+        f"Against {style.text(space)}. Dashed grey: 1 = chance (isotropic null). Filled point: q &lt; {SIGNIFICANT}."
         + (" Hover names the head." if many else ""),
     )
     return style.finish(figure, title=words, template_name=template, width=width, height=height, plot_height=330)

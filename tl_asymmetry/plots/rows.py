@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tl_asymmetry.names import MATRICES, kind_of
 from tl_asymmetry.plots.style import as_float, integer_ticks, number, one_of, text
 
-WRITE = ("W_O", "W_out")
-MLP = ("W_in", "W_gate", "W_out")
-OWN_INPUT = {**{m: "attn_in" for m in ("W_Q", "W_K", "W_V")}, **{m: "mlp_in" for m in ("W_in", "W_gate")}}
 KEYS = ("layer", "head", "matrix", "subspace", "rank")
 COLUMNS = (
-    *KEYS, "fraction", "relative", "isotropic_z", "isotropic_p", "p_method", "isotropic_q", "activation_matched",
-    "excess", "ci_low", "ci_high", "eigengap", "delta_relative_norm", "rounding_share", "fraction_unrounded",
+    *KEYS, "pathway", "fraction", "relative", "isotropic_z", "isotropic_p", "p_method", "isotropic_q",
+    "activation_matched", "excess", "ci_low", "ci_high", "eigengap", "delta_relative_norm", "rounding_share",
+    "fraction_unrounded",
 )  # fmt: skip
 
 
@@ -40,8 +39,9 @@ def require(table: pd.DataFrame, columns: Sequence[str], source: str = "PairAnal
 
 def default_subspace(table: pd.DataFrame, matrix: str) -> str:
     """The subspace a matrix is first held against: its own input (read), the prediction subspace (write)."""
-    there = [str(s) for s in dict.fromkeys(table.loc[table["matrix"] == matrix, "subspace"])]
-    wanted = "prediction" if matrix in WRITE else OWN_INPUT.get(matrix, "")
+    rows = table[table["matrix"] == matrix]
+    there = [str(s) for s in dict.fromkeys(rows["subspace"])]
+    wanted = kind_of(matrix, rows["pathway"].iloc[0]).subspace
     return wanted if wanted in there else there[0]
 
 
@@ -162,7 +162,7 @@ def kv_group(table: pd.DataFrame, matrix: str, kv: bool | None) -> tuple[bool, i
         matrix: "W_K" and "W_V" only can have KV heads.
         kv: None infers it: fewer heads than the queries have.
     """
-    if matrix not in ("W_K", "W_V"):
+    if matrix in MATRICES and MATRICES[matrix].heads != "kv":
         return False, None
     queries = query_heads(table)
     own = table.loc[table["matrix"] == matrix, "head"].dropna()

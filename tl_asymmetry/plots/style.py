@@ -17,14 +17,6 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-Q_LEVEL = 0.05
-"""Cells and points with an isotropic q below this are marked."""
-ROUNDING_FLAG = 0.1
-"""Rounding share from which a head is marked."""
-ROUNDING_DOMINATED = 0.5
-"""Rounding share from which a head is greyed: storage explains most of its delta."""
-EIGENGAP_FLAG = 0.05
-"""Eigengap under which the subspace's edge, and so the interval, is unreliable."""
 MISSING = "–"
 """Stands where a table holds NaN."""
 

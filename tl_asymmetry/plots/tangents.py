@@ -10,6 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from tl_asymmetry.names import SIGNIFICANT
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
 from tl_asymmetry.tangents.bases import METHOD
@@ -243,7 +244,7 @@ def _curves(
             "y": [_or_none(v) for v in here[value]],
             "null": [_or_none(v) for v in here[null]],
             "hover": [_hover(row) for row in here.to_dict("records")],
-            "symbol": ["circle" if style.as_float(v) <= style.Q_LEVEL else "circle-open" for v in here[p]],
+            "symbol": ["circle" if style.as_float(v) <= SIGNIFICANT else "circle-open" for v in here[p]],
         }
 
     for layer, colour in zip(layers, colours, strict=True):

@@ -11,6 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from tl_asymmetry.names import ROUNDING_DOMINATED, ROUNDING_FLAGGED, SIGNIFICANT
 from tl_asymmetry.plots import heads as one
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
@@ -229,7 +230,7 @@ def head_curves_figure(
     words = style.heading(
         style.text(title) if title is not None else f"L{layer} · {style.text(matrix)} over training",
         f"Relative fraction in {style.text(space)} of the change {WORDS.get(reference, style.text(reference))}. Bars: "
-        f"95 % interval over texts. Dashed: 1 = chance. Filled point: q &lt; {style.Q_LEVEL}.",
+        f"95 % interval over texts. Dashed: 1 = chance. Filled point: q &lt; {SIGNIFICANT}.",
     )
     return style.finish(figure, title=words, template_name=template, width=width, height=height, plot_height=330)
 
@@ -281,13 +282,13 @@ def animation_figure(
         logs = np.log2(rows["relative"].to_numpy(float, na_value=np.nan))
     limit = float(max(1, math.ceil(np.abs(logs[np.isfinite(logs)]).max(initial=0.0))))
     exponents, labels = style.ratio_ticks(-limit, limit)
-    rounded = bool((rows["rounding_share"] >= style.ROUNDING_FLAG).any())
+    rounded = bool((rows["rounding_share"] >= ROUNDING_FLAGGED).any())
 
     def heading(step: int) -> str:
         return style.heading(
             style.text(title) if title is not None else f"{style.text(matrix)} at step {step}",
             f"Relative fraction in {style.text(space)} at rank {ranks[start]} of the change "
-            f"{WORDS.get(reference, style.text(reference))}; 1 = chance. Dot: q &lt; {style.Q_LEVEL}. One scale for "
+            f"{WORDS.get(reference, style.text(reference))}; 1 = chance. Dot: q &lt; {SIGNIFICANT}. One scale for "
             "all steps.",
         )
 
@@ -295,7 +296,7 @@ def animation_figure(
         here = rows[rows["step"] == step]
         with np.errstate(divide="ignore", invalid="ignore"):
             z = np.log2(pick.grid(here, here["relative"], layers, heads)).clip(-limit, limit)
-        below = pick.grid(here, here["isotropic_q"], layers, heads) < style.Q_LEVEL
+        below = pick.grid(here, here["isotropic_q"], layers, heads) < SIGNIFICANT
         hover = [[[""] * 11 for _ in heads] for _ in layers]
         for row, cell in _head_hover(here, space, d, matrix, shared, group):
             head = None if pd.isna(row["head"]) else int(row["head"])
@@ -317,7 +318,7 @@ def animation_figure(
             go.Scatter(
                 **dots, mode="markers",
                 marker={"symbol": "circle", "size": 6, "color": "#14181f", "line": {"width": 1.4, "color": "#ffffff"}},
-                name=f"q &lt; {style.Q_LEVEL}", hoverinfo="skip", showlegend=True,
+                name=f"q &lt; {SIGNIFICANT}", hoverinfo="skip", showlegend=True,
             ),
             *(one.rounding_marks(rounding, layers, one.mark_size(layers, heads)) if rounded else []),
         ]  # fmt: skip
@@ -369,7 +370,7 @@ def emergence_figure(
     reference: str | None = None,
     rank: int | None = None,
     default_rank: int | None = None,
-    level: float = style.Q_LEVEL,
+    level: float = SIGNIFICANT,
     kv: bool | None = None,
     title: str | None = None,
     template: Any = None,
@@ -527,7 +528,7 @@ def _head_curve(rows: pd.DataFrame, n: int, space: str, d: int | None, name: str
     relative, low, high = (rows[c].to_numpy(float, na_value=np.nan) for c in ("relative", "ci_low", "ci_high"))
     colour = style.SERIES[0] if single else style.SERIES[n % len(style.SERIES)]
     symbol = "circle" if single else style.SYMBOLS[n % len(style.SYMBOLS)]
-    significant = rows["isotropic_q"].to_numpy(float, na_value=np.nan) < style.Q_LEVEL
+    significant = rows["isotropic_q"].to_numpy(float, na_value=np.nan) < SIGNIFICANT
     matched = pick.in_relative_units(rows, "activation_matched", d)
     return {
         "x": [int(s) for s in rows["step"]],
@@ -569,7 +570,7 @@ def _hover(row: Any, name: str, space: str, d: int | None, matched: float) -> li
         name, str(int(row["step"])), style.number(row["relative"]),
         f"{style.number(row['fraction'])} at k = {row['rank']}", pick.interval(row["ci_low"], row["ci_high"], space),
         pick.isotropic(row), style.number(matched), style.number(row["excess"]), by_gradient,
-        style.number(share) + (", mostly storage" if share >= style.ROUNDING_DOMINATED else ""),
+        style.number(share) + (", mostly storage" if share >= ROUNDING_DOMINATED else ""),
         style.number(row["delta_relative_norm"]),
     ]  # fmt: skip
 

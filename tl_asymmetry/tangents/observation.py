@@ -14,8 +14,9 @@ from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.sample import RowSample
 from tl_asymmetry.models.capture import Site
 from tl_asymmetry.models.texts import batches
-from tl_asymmetry.models.view import INPUT_POINT, MATRICES, POINTS, ModelView
+from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.models.weight_gradients import WeightGradients, WeightSite
+from tl_asymmetry.names import MATRICES, POINTS, kind_of
 from tl_asymmetry.tangents.data import COUNTED, GROUP, INPUT, ORIGINAL, STRATUM, TARGET, TangentData
 from tl_asymmetry.training.masking import sequence_generator
 from tl_asymmetry.training.objectives import TokenBatch, sequence_log_probs
@@ -96,7 +97,7 @@ class Observation:
             # in the order in which `observe` makes them: a file forgets it
             activations={site: activations[site] for site in sorted(activations, key=_place)},
             samples={site: samples[site] for site in sorted(samples, key=_place)},
-            weights={site: weights[site] for site in sorted(weights, key=lambda s: (s[0], MATRICES.index(s[1])))},
+            weights={site: weights[site] for site in sorted(weights, key=lambda s: (s[0], list(MATRICES).index(s[1])))},
             tokens={key: tokens[key] for key in sorted(tokens)},
             distances=arrays["distances"],
             correlation=arrays["correlation"],
@@ -131,7 +132,7 @@ def observe(
         progress: show a progress bar.
     """
     layers = range(view.n_layers)
-    points = [*dict.fromkeys(INPUT_POINT[matrix] for matrix in matrices), *([OUTPUT] if per_token else [])]
+    points = [*dict.fromkeys(kind_of(matrix).point for matrix in matrices), *([OUTPUT] if per_token else [])]
     sites = [(point, layer) for point in points for layer in layers]
     # softmax ignores what all keys of a sequence share, and so does the gradient of W_K
     within = view.key_shift_invariant and "W_K" in matrices

@@ -16,7 +16,8 @@ from torch import Tensor
 from tl_asymmetry.geometry.memory import return_freed_memory
 from tl_asymmetry.geometry.tangent import Control, check_controls
 from tl_asymmetry.models.checks import check_finite, check_raw, check_token_count
-from tl_asymmetry.models.view import READ, ModelView
+from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.names import kind_of
 from tl_asymmetry.results.notes import Notes
 from tl_asymmetry.results.provenance import described_arguments, model_record, shape_record, versions, weights_hash
 from tl_asymmetry.results.store import CheckpointStore, MemoryStore
@@ -243,7 +244,7 @@ class _Run:
         self.notes = probe._notes
         self.total_steps = probe.total_steps
         self.shape = shape_record(view)
-        self.matrices = tuple(m for m in view.matrices if m in READ) if "weight" in options.gradients else ()
+        self.matrices = tuple(m for m in view.matrices if kind_of(m).reads) if "weight" in options.gradients else ()
         self.per_token = "activation" in options.gradients
         _check_model(view, options, self.notes)
         tokenizer = view.tokenizer

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 
 import pandas as pd
 
+from tl_asymmetry.names import SIGNIFICANT
 from tl_asymmetry.tangents.bases import METHOD
-from tl_asymmetry.tangents.report import SIGNIFICANT
 from tl_asymmetry.tangents.result import TangentAnalysis
 
 Runs = Mapping[tuple[str, int], TangentAnalysis]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from tl_asymmetry.names import SIGNIFICANT
 from tl_asymmetry.results.report import Definition, FigureSection, Report, TableSection
 from tl_asymmetry.tangents.bases import METHOD
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
     from tl_asymmetry.tangents.result import TangentAnalysis
 
-SIGNIFICANT = 0.05
 
 TANGENT_DEFINITIONS = (
     Definition(

@@ -26,7 +26,7 @@ from tl_asymmetry.geometry.tangent import (
     rank_p,
 )
 from tl_asymmetry.models.capture import merged
-from tl_asymmetry.models.view import INPUT_POINT
+from tl_asymmetry.names import kind_of
 from tl_asymmetry.tangents.bases import TangentBases
 from tl_asymmetry.tangents.observation import OUTPUT, Observation
 
@@ -100,7 +100,7 @@ def frame(rows: Sequence[dict[str, Any]], layout: dict[str, str]) -> pd.DataFram
 
 def _weight_rows(observation: Observation, held: Held) -> Iterator[dict[str, Any]]:
     for (layer, matrix), gradient in observation.weights.items():
-        point = INPUT_POINT[matrix]
+        point = kind_of(matrix).point
         moments = observation.activations[point, layer]
         reference = moments.within_covariance if matrix == "W_K" and held.centred_keys else moments.second_moment
         # rows are outputs, columns the residual axis

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from tl_asymmetry.names import SIGNIFICANT, kind_of
 from tl_asymmetry.results.result import Result
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class TrajectoryData(Result):
 
     # -- numbers -------------------------------------------------------------------------------------------------
 
-    def emergence(self, *, level: float = 0.05) -> pd.DataFrame:
+    def emergence(self, *, level: float = SIGNIFICANT) -> pd.DataFrame:
         """Since when a head's delta has been more concentrated than chance: the first step from which q stays below.
 
         Args:
@@ -122,7 +123,7 @@ class TrajectoryData(Result):
         options = {**self._figure_defaults(), **self._kv(matrix), **options}
         return animation_figure(self.table, matrix, **options)
 
-    def plot_emergence(self, matrix: str, *, level: float = 0.05, **options: Any) -> go.Figure:
+    def plot_emergence(self, matrix: str, *, level: float = SIGNIFICANT, **options: Any) -> go.Figure:
         """Since which step each head has been more concentrated than chance. See `plots.emergence_figure`."""
         from tl_asymmetry.plots import emergence_figure
 
@@ -138,7 +139,7 @@ class TrajectoryData(Result):
 
     def _kv(self, matrix: str) -> dict[str, bool]:
         shape = self.config["shape"]
-        return {"kv": matrix in ("W_K", "W_V") and shape["n_kv_heads"] < shape["n_heads"]}
+        return {"kv": kind_of(matrix).heads == "kv" and shape["n_kv_heads"] < shape["n_heads"]}
 
     def _array(self, kind: str, matrix: str, reference: str | None) -> np.ndarray:
         name = f"{kind}/{matrix}/{self._references[0] if reference is None else reference}"

@@ -9,7 +9,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from tl_asymmetry.geometry.subspace import Subspace
-from tl_asymmetry.models.view import INPUT_POINT, READ
+from tl_asymmetry.names import kind_of
 from tl_asymmetry.pair.bases import LayerBases
 from tl_asymmetry.pair.plan import Plan
 
@@ -66,10 +66,10 @@ def hold(bases: LayerBases, plan: Plan, *, intervals: bool, softmax_centres_keys
         if intervals and bases.is_captured(name):
             tensors[f"{name}/replicates"] = torch.stack(list(bases.replicates(name, top)))
         for matrix in plan.matrices:
-            if matrix in READ and name in plan.targets[matrix]:
+            if kind_of(matrix).reads and name in plan.targets[matrix]:
                 within = matrix == "W_K" and softmax_centres_keys
-                key = _reference(INPUT_POINT[matrix], name, within)
-                tensors[key] = bases.reference(INPUT_POINT[matrix], name, top, within_sequences=within)
+                key = _reference(kind_of(matrix).point, name, within)
+                tensors[key] = bases.reference(kind_of(matrix).point, name, top, within_sequences=within)
     return HeldBases(bases.layer, tensors)
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from tl_asymmetry.geometry.jackknife import log_jackknife_interval
 from tl_asymmetry.geometry.nulls import adjusted_p
 from tl_asymmetry.models.side_by_side import side_by_side
-from tl_asymmetry.models.view import READ, WRITE, ModelView
+from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.names import kind_of
 from tl_asymmetry.pair.asymmetry import READ_SIDE, WRITE_SIDE, asymmetry_table
 from tl_asymmetry.pair.deltas import Delta, LiveDelta, measure_delta
 from tl_asymmetry.pair.plan import Plan
@@ -163,7 +164,7 @@ def _gradient_spectra(layer: int, measuring: Measuring, gradient: GradientMoment
     """Eigenvalues of the upstream gradient's second moment of each write matrix `[head, d]`, descending."""
     numbers = {}
     for matrix in measuring.plan.matrices:
-        if matrix in WRITE:
+        if kind_of(matrix).writes:
             heads = range(measuring.n_heads) if measuring.headed[matrix] else [None]
             moments = torch.stack([gradient.gradient_moment(layer, matrix, head).double().cpu() for head in heads])
             numbers[f"gradients/{matrix}"] = torch.linalg.eigvalsh(moments).flip(-1).clamp(min=0)
@@ -187,7 +188,7 @@ def _layer_numbers(
             at = torch.tensor(measuring.ranks_of(projection.energies.shape[-1])) - 1
             here = f"{projection.matrix}/{subspace}"
             numbers[f"{here}/inside"] = projection.energies.cumsum(-1)[:, at]
-            if projection.matrix in READ:
+            if kind_of(projection.matrix).reads:
                 numbers[f"{here}/activation"] = projection.activation_reference[at]
                 if isinstance(gradient, PermutedGradients):
                     numbers[f"{here}/permuted"] = projection.permuted[..., at]
@@ -380,7 +381,7 @@ def _pooled(one: Measured, matrices: Sequence[str], subspace: str, measuring: Me
     return [
         {
             "matrix": "+".join(matrices),
-            "pathway": "write" if matrices[0] in WRITE else "read",
+            "pathway": kind_of(matrices[0]).side,
             "subspace": subspace,
             "rank": k,
             "relative": relative[i].item(),

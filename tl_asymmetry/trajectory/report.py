@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from tl_asymmetry.models.view import INPUT_POINT
+from tl_asymmetry.names import SIGNIFICANT, kind_of
 from tl_asymmetry.results.report import DEFINITIONS, Definition, FigureSection, Report, TableSection
 from tl_asymmetry.trajectory.data import TrajectoryData
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 _MOST_ROWS = 16
-_SIGNIFICANT = 0.05
 
 TRAJECTORY_DEFINITIONS = (
     Definition(
@@ -58,7 +57,7 @@ def summary_table(result: TrajectoryData) -> pd.DataFrame:
             for pathway in ("read", "write"):
                 block = heads[heads["pathway"] == pathway]
                 if len(block):
-                    row[f"{pathway} q<0.05"] = f"{int((block['isotropic_q'] < _SIGNIFICANT).sum())}/{len(block)}"
+                    row[f"{pathway} q<0.05"] = f"{int((block['isotropic_q'] < SIGNIFICANT).sum())}/{len(block)}"
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -102,7 +101,7 @@ def headline(result: TrajectoryData) -> list[str]:
             when = f", half of them by step {there[(len(there) - 1) // 2]}" if len(there) else ""
             sentences.append(
                 f"{len(there)} of {len(block)} {pathway} heads and matrices are more concentrated than a random "
-                f"subspace (q < {_SIGNIFICANT}) from some checkpoint to the last one{when}."
+                f"subspace (q < {SIGNIFICANT}) from some checkpoint to the last one{when}."
             )
     return sentences
 
@@ -204,7 +203,10 @@ def _sides(curves: pd.DataFrame) -> dict[str, tuple[str, str]]:
 def _own(table: pd.DataFrame) -> pd.DataFrame:
     """Rows of reads against their own input and of writes against the prediction subspace; all, if there are none."""
     own = table[
-        ((table["pathway"] == "read") & (table["subspace"] == table["matrix"].map(INPUT_POINT)))
+        (
+            (table["pathway"] == "read")
+            & (table["subspace"] == table["matrix"].map(lambda matrix: kind_of(matrix).point))
+        )
         | ((table["pathway"] == "write") & (table["subspace"] == "prediction"))
     ]
     return own if len(own) else table

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from tl_asymmetry.names import kind_of
 from tl_asymmetry.pair.plan import Plan
 from tl_asymmetry.results.report import Report
 from tl_asymmetry.results.store import CheckpointStore, MemoryStore, StoreReader
@@ -90,7 +91,7 @@ class TrajectoryAnalysis(TrajectoryData):
             d=shape["d_model"],
             n_layers=shape["n_layers"],
             n_heads=shape["n_heads"],
-            headed={matrix: matrix not in ("W_in", "W_gate", "W_out") for matrix in targets},
+            headed={matrix: kind_of(matrix).heads is not None for matrix in targets},
             seed=settings["seed"],
         )
         return cls.assemble(

@@ -77,11 +77,11 @@ function card(item) {
     [
       "rounding share",
       number(rounding) +
-        (rounding >= DOMINATED ? ", mostly storage" : "") +
+        (rounding >= ROUNDING_DOMINATED ? ", mostly storage" : "") +
         "; without it " +
         number(inRelative(get("fraction_unrounded"), r)),
     ],
-    ["eigengap", number(gap) + (gap < 0.05 ? ", too small to trust the edge" : "")],
+    ["eigengap", number(gap) + (gap < SMALL_EIGENGAP ? ", too small to trust the edge" : "")],
     ["‖ΔW‖/‖W‖", number(get("delta_relative_norm")) + "; effective rank " + number(get("delta_effective_rank"))],
   ];
   const list = element("dl", {className: "facts"});

@@ -76,11 +76,11 @@ function drawCurve(box, item, range) {
     x: points.map((p) => p.k),
     y: points.map((p) => p.relative),
     mode: "markers",
-    name: "filled: q < 0.05".replace("<", "&lt;"),
+    name: `filled: q &lt; ${SIGNIFICANT}`,
     marker: {
       size: 9,
       color: blue,
-      symbol: points.map((p) => (p.q < LEVEL ? "circle" : "circle-open")),
+      symbol: points.map((p) => (p.q < SIGNIFICANT ? "circle" : "circle-open")),
       line: {color: blue, width: 1.5},
     },
     customdata: points.map((p) => [

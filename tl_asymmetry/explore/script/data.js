@@ -4,10 +4,13 @@ const $ = (id) => document.getElementById(id);
 const settings = JSON.parse($("page-settings").textContent);
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const data = await read($("explorer-data"));
-const LEVEL = 0.05,
-  FLAG = 0.1,
-  DOMINATED = 0.5,
-  FIRST_ROWS = 200;
+const {
+  significant: SIGNIFICANT,
+  small_eigengap: SMALL_EIGENGAP,
+  rounding_flagged: ROUNDING_FLAGGED,
+  rounding_dominated: ROUNDING_DOMINATED,
+} = settings.thresholds;
+const FIRST_ROWS = 200;
 
 async function read(element) {
   const buffer = await unpacked(element).arrayBuffer();

@@ -31,15 +31,16 @@ function drawMap() {
       const q = at(map, "isotropic_q", l, h, state.rank),
         rounding = at(map, "rounding_share", l, h, state.rank);
       const where = place(value, kind, limit);
-      const marks = (rounding >= DOMINATED ? "✕" : rounding >= FLAG ? "◆" : "") + (q < LEVEL ? "●" : "");
+      const stored = rounding >= ROUNDING_DOMINATED ? "✕" : rounding >= ROUNDING_FLAGGED ? "◆" : "";
+      const marks = stored + (q < SIGNIFICANT ? "●" : "");
       const words =
         headName(map, l, h) +
         ": " +
         number(value) +
-        (q < LEVEL ? ", q below 0.05" : "") +
-        (rounding >= DOMINATED
+        (q < SIGNIFICANT ? `, q below ${SIGNIFICANT}` : "") +
+        (rounding >= ROUNDING_DOMINATED
           ? ", mostly rounding"
-          : rounding >= FLAG
+          : rounding >= ROUNDING_FLAGGED
             ? ", rounding share " + number(rounding, 2)
             : "");
       const cell = element(
@@ -62,7 +63,7 @@ function drawMap() {
       } else {
         cell.style.backgroundColor = mix(stops, where);
       }
-      if (rounding >= DOMINATED) {
+      if (rounding >= ROUNDING_DOMINATED) {
         cell.classList.add("dominated");
       }
       if (state.search && !hits.test(map, l, h, state.rank)) {

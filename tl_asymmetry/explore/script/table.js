@@ -33,10 +33,10 @@ function tableRows() {
         if (!hits.test(map, layer, head, state.rank)) {
           continue;
         }
-        if ($("only-q").checked && !(at(map, "isotropic_q", layer, head, state.rank) < LEVEL)) {
+        if ($("only-q").checked && !(at(map, "isotropic_q", layer, head, state.rank) < SIGNIFICANT)) {
           continue;
         }
-        if ($("no-rounding").checked && at(map, "rounding_share", layer, head, state.rank) >= DOMINATED) {
+        if ($("no-rounding").checked && at(map, "rounding_share", layer, head, state.rank) >= ROUNDING_DOMINATED) {
           continue;
         }
         rows.push({map, layer, head});

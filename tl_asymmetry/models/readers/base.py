@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_asymmetry.geometry.precision import product_dtype
-from tl_asymmetry.models.view import MATRICES, WRITE, ModelView
+from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.names import MATRICES, kind_of
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Factors:
 
     def product(self, matrix: str) -> Float[Tensor, "*head rows columns"]:
         """ΔW in TransformerLens orientation."""
-        change = self.other @ self.residual.mT if matrix in WRITE else self.residual @ self.other.mT
-        return change if matrix in ("W_Q", "W_K", "W_V", "W_O") else change.squeeze(0)
+        change = self.other @ self.residual.mT if kind_of(matrix).writes else self.residual @ self.other.mT
+        return change if kind_of(matrix).heads else change.squeeze(0)
 
 
 class WeightSource:
@@ -133,8 +134,7 @@ class WeightSource:
         """Every tensor once, the matrices first, named as `ModelView.named_weights` names them."""
         for layer in range(self.n_layers):
             for matrix in self.matrices:
-                part = "attn" if matrix in ("W_Q", "W_K", "W_V", "W_O") else "mlp"
-                yield f"blocks.{layer}.{part}.{matrix}", self.weight(layer, matrix)
+                yield f"blocks.{layer}.{kind_of(matrix).part}.{matrix}", self.weight(layer, matrix)
         yield from self.headless().items()
 
     def table(self, base: Any = None) -> pd.DataFrame:

@@ -22,7 +22,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_asymmetry.models.loading import bridge_around
-from tl_asymmetry.models.view import READ, ModelView
+from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.names import kind_of
 
 # Between the numbers of two parameters: Gemma's gains show 1 more than they hold.
 _GAP = 4
@@ -45,7 +46,7 @@ class Layout:
     def take(self, parameter: Float[Tensor, "rows columns"]) -> Float[Tensor, "*head first second"]:
         """The matrix in TransformerLens orientation, out of its parameter; a view where the rows are contiguous."""
         rows = self.rows(parameter if self.residual_axis == 1 else parameter.mT)
-        return rows.mT if self.matrix in READ else rows
+        return rows.mT if kind_of(self.matrix).reads else rows
 
     def rows(self, other_first: Float[Tensor, "other width"]) -> Float[Tensor, "*place width"]:
         """The chosen rows of anything whose first axis is the parameter's other one (a factor of its change)."""
@@ -212,7 +213,7 @@ def _layout(matrix: str, rows: _Probe, columns: _Probe) -> Layout:
     name = rows.source(row_values)
     if name is not None:
         r, c = rows.numbers(row_values, name), columns.numbers(column_values, name)
-        if matrix in READ:
+        if kind_of(matrix).reads:
             r, c = r.mT, c.mT  # d_model last
         along = torch.arange(r.shape[-1])
         for residual_axis, (near, far) in ((1, (c, r)), (0, (r, c))):

@@ -12,6 +12,7 @@ from torch import Tensor
 from tl_asymmetry.geometry.factored import factored_svd
 from tl_asymmetry.geometry.precision import exact_products
 from tl_asymmetry.geometry.spectrum import effective_rank, stable_rank
+from tl_asymmetry.names import kind_of
 
 if TYPE_CHECKING:
     from tl_asymmetry.models.readers.base import Weights, WeightSource
@@ -47,7 +48,7 @@ def _of_heads(
     if base is not None:
         W = base.weight(layer, matrix).detach()
         relative = norm / (W.unsqueeze(0) if W.ndim == 2 else W).double().flatten(1).norm(dim=-1).cpu()
-    headed = matrix in ("W_Q", "W_K", "W_V", "W_O")
+    headed = kind_of(matrix).heads is not None
     columns = torch.stack([norm, relative, stable_rank(λ), effective_rank(λ)], -1).tolist()
     return [(head if headed else None, tuple(numbers)) for head, numbers in enumerate(columns)]
 

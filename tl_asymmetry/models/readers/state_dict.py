@@ -12,12 +12,12 @@ from torch import Tensor
 
 from tl_asymmetry.geometry.precision import product_dtype
 from tl_asymmetry.models.readers.base import Weights, WeightSource
-from tl_asymmetry.models.view import MATRICES, Parameters
+from tl_asymmetry.models.view import Parameters
+from tl_asymmetry.names import ATTENTION, MATRICES, kind_of
 
 MARK = re.compile(r"blocks\.(\d+)\.attn\._?W_Q")
 """A name that only a TransformerLens state dict has."""
 
-_PART = {"W_Q": "attn", "W_K": "attn", "W_V": "attn", "W_O": "attn", "W_in": "mlp", "W_gate": "mlp", "W_out": "mlp"}
 _BUFFERS = ("mask", "IGNORE", "rotary_sin", "rotary_cos", "alibi")
 
 
@@ -47,7 +47,7 @@ class StateWeights(WeightSource):
         layers = {int(found[1]) for key in tensors if (found := re.match(r"blocks\.(\d+)\.", key))}
         self.n_layers = len(layers)
         self.matrices = tuple(m for m in MATRICES if all(self._key(i, m) in tensors for i in range(self.n_layers)))
-        if not layers or layers != set(range(self.n_layers)) or not {"W_Q", "W_K", "W_V", "W_O"} <= set(self.matrices):
+        if not layers or layers != set(range(self.n_layers)) or not set(ATTENTION) <= set(self.matrices):
             raise ValueError(
                 f"expected the attention matrices of every layer in {name!r}, got layers {sorted(layers)} with "
                 f"{', '.join(self.matrices) or 'none'}; pass the whole state dict"
@@ -77,8 +77,8 @@ class StateWeights(WeightSource):
         self.n_ctx = int(config.get("n_ctx", positions))
 
     def _key(self, layer: int, matrix: str) -> str:
-        plain = f"blocks.{layer}.{_PART[matrix]}.{matrix}"
-        unexpanded = f"blocks.{layer}.{_PART[matrix]}._{matrix}"  # keys and values under grouped-query attention
+        plain = f"blocks.{layer}.{kind_of(matrix).part}.{matrix}"
+        unexpanded = f"blocks.{layer}.{kind_of(matrix).part}._{matrix}"  # keys and values under grouped-query attention
         return unexpanded if unexpanded in self._tensors else plain
 
     def _read(self, key: str) -> Tensor:

@@ -1,0 +1,54 @@
+"""The ground floor: kinds of matrices and their thresholds, written down once."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import tl_asymmetry
+from tl_asymmetry import names
+from tl_asymmetry.names import MATRICES, POINTS, kind_of
+
+PACKAGE = Path(tl_asymmetry.__file__).parent
+
+
+def test_results_list_matrices_in_this_order() -> None:
+    assert list(MATRICES) == ["W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out"]
+    assert names.ATTENTION == ("W_Q", "W_K", "W_V", "W_O")
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_each_kind_is_whole(name: str) -> None:
+    kind = kind_of(name)
+    assert kind.name == name
+    assert kind.point in POINTS
+    assert kind.reads != kind.writes
+    assert kind.subspace == (kind.point if kind.reads else "prediction")
+    assert {kind.input_axis, kind.output_axis} == {"residual", "head" if kind.part == "attn" else "mlp"}
+    assert (kind.input_axis if kind.reads else kind.output_axis) == "residual"
+    assert (kind.heads is not None) == (kind.part == "attn")
+
+
+def test_a_further_map_has_the_side_it_is_given() -> None:
+    out = kind_of("linear_attn.out_proj", "write")
+    assert (out.part, out.subspace, out.output_axis, out.heads) == ("linear_attn", "prediction", "residual", None)
+    assert kind_of("mixer.in_proj", "read").input_axis == "residual"
+    assert kind_of("W_O", "read").side == "write"  # its own
+    with pytest.raises(ValueError, match="expected a matrix among W_Q, .*, got 'WQ'; pass one of these, or the side"):
+        kind_of("WQ")
+
+
+def test_a_threshold_is_written_down_once() -> None:
+    """No module assigns a level of its own under a name that means one of these."""
+    word = re.compile(r"SIGNIFICANT|LEVEL|EIGENGAP|ROUNDING_(FLAG|DOM)|SMALLEST_EIGENVALUE")
+    again = [
+        f"{path.name}: {target.id}"
+        for path in PACKAGE.rglob("*.py")
+        if path.name != "names.py"
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+        for target in node.targets
+        if isinstance(target, ast.Name) and word.search(target.id)
+    ]
+    assert not again

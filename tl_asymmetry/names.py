@@ -1,0 +1,141 @@
+"""The ground floor: the kinds of weight matrix, the points of a block, and the thresholds, each written down once.
+
+A matrix is known by its name: "W_Q", or the path of its module inside the block where TransformerLens has no name for
+it. `kind_of` says what is true of it wherever it stands: which of its axes is the residual one, where its exact input
+is seen, whose heads it has. The experts of a mixture are of the kind of the dense matrix of that name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+SIGNIFICANT = 0.05
+"""Level of every test: what p, or q where there are several tests, must stay below."""
+
+SMALL_EIGENGAP = 0.05
+"""Relative eigengap at a subspace's edge under which that edge is arbitrary."""
+
+ROUNDING_FLAGGED = 0.1
+"""Rounding share from which a head is marked."""
+
+ROUNDING_DOMINATED = 0.5
+"""Rounding share from which storage explains more of a delta than training does, so that a head is greyed out."""
+
+SMALLEST_EIGENVALUE = 1e-6
+"""Share of the leading eigenvalue under which a direction does not exist."""
+
+POINTS: tuple[str, ...] = ("attn_in", "mlp_in", "resid_pre", "resid_mid", "resid_post", "z", "mlp_post")
+"""Places in a block whose tensors `ModelView.hooks` gives to readers."""
+
+PREDICTION = "prediction"
+"""The subspace that the unembedding defines."""
+
+Side = Literal["read", "write"]
+
+
+@dataclass(frozen=True)
+class MatrixKind:
+    """What is true of a matrix in every layer of every model."""
+
+    name: str
+    """Its name: TransformerLens's, or its module's path inside the block."""
+    side: Side
+    """"read": the residual stream is its input axis; "write": its output axis."""
+    point: str
+    """Where its exact input is seen: one of `POINTS`, or for a further linear map its own name."""
+    part: str
+    """The module of the block that it belongs to: "attn", "mlp", or a further linear map's first path element."""
+    heads: Literal["query", "kv"] | None = None
+    """Whose heads it is split into; None for a matrix without heads."""
+
+    @property
+    def reads(self) -> bool:
+        """Whether it reads from the residual stream."""
+        return self.side == "read"
+
+    @property
+    def writes(self) -> bool:
+        """Whether it writes into the residual stream."""
+        return self.side == "write"
+
+    @property
+    def subspace(self) -> str:
+        """The subspace that it is first held against: its own input (read), what the model predicts with (write)."""
+        return self.point if self.reads else PREDICTION
+
+    @property
+    def input_axis(self) -> str:
+        """What its input axis is: "residual", or what a write matrix writes from, "head" or "mlp"."""
+        return "residual" if self.reads else self._inner_axis
+
+    @property
+    def output_axis(self) -> str:
+        """What its output axis is: "residual", or what a read matrix fills, "head" or "mlp"."""
+        return "residual" if self.writes else self._inner_axis
+
+    @property
+    def _inner_axis(self) -> str:
+        return "head" if self.heads else self.part
+
+
+MATRICES: MappingProxyType[str, MatrixKind] = MappingProxyType(
+    {
+        kind.name: kind
+        for kind in (
+            MatrixKind("W_Q", "read", "attn_in", "attn", "query"),
+            MatrixKind("W_K", "read", "attn_in", "attn", "kv"),
+            MatrixKind("W_V", "read", "attn_in", "attn", "kv"),
+            MatrixKind("W_O", "write", "z", "attn", "query"),
+            MatrixKind("W_in", "read", "mlp_in", "mlp"),
+            MatrixKind("W_gate", "read", "mlp_in", "mlp"),
+            MatrixKind("W_out", "write", "mlp_post", "mlp"),
+        )
+    }
+)
+"""The matrices that TransformerLens names, in the order in which results list them."""
+
+ATTENTION: tuple[str, ...] = tuple(name for name, kind in MATRICES.items() if kind.part == "attn")
+"""Names of the matrices of attention, in that order."""
+
+
+def kind_of(matrix: str, side: Side | None = None) -> MatrixKind:
+    """What is true of a matrix, by its name.
+
+    Args:
+        matrix: a name of `MATRICES`, or the module path of a further linear map.
+        side: of a further linear map, as the table's column `pathway` has it; a name of `MATRICES` has its own.
+
+    Raises:
+        ValueError: a name that is not in `MATRICES`, without its side.
+
+    Example:
+        >>> kind_of("W_O").side, kind_of("W_O").point
+        ('write', 'z')
+        >>> kind_of("linear_attn.in_proj_qkv", "read").subspace
+        'linear_attn.in_proj_qkv'
+    """
+    if matrix in MATRICES:
+        return MATRICES[matrix]
+    if side is None:
+        raise ValueError(
+            f"expected a matrix among {', '.join(MATRICES)}, got {matrix!r}; pass one of these, or the side of a "
+            "further linear map"
+        )
+    return MatrixKind(matrix, side, matrix, matrix.partition(".")[0])
+
+
+def thresholds() -> dict[str, float]:
+    """The thresholds by name, for a page's script.
+
+    Example:
+        >>> thresholds()["significant"]
+        0.05
+    """
+    return {
+        "significant": SIGNIFICANT,
+        "small_eigengap": SMALL_EIGENGAP,
+        "rounding_flagged": ROUNDING_FLAGGED,
+        "rounding_dominated": ROUNDING_DOMINATED,
+    }
