@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import tl_asymmetry
-from tl_asymmetry.results.definitions import Definition
+from tl_asymmetry.results.sections import Definition
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "reference").glob("*.md"))

@@ -13,7 +13,6 @@ from tests.oracles import reference, reference_gradients
 from tests.oracles.naive_pair import NaivePair
 from tests.oracles.reference import float64
 from tl_asymmetry import CrossEntropy, TokenBatch, analyze_pair, gradient_covariance
-from tl_asymmetry.pair.tables import PAIR_COLUMNS
 
 D, RANKS = tiny.D_MODEL, [1, 3, 12]
 
@@ -75,25 +74,30 @@ def test_write_rows_and_the_asymmetry_against_naive_gradients():
             )
 
 
+def permuted(result):
+    """Rows of the permutation null, with the fraction of the table."""
+    keys = ["layer", "head", "matrix", "subspace", "rank"]
+    return result.nulls[result.nulls["null"] == "permutation"].merge(result.table[[*keys, "fraction"]], on=keys)
+
+
 def test_permutation_range_on_read_rows():
     draws = 50
     captured = gradients(permutations=draws)
     result = analysed(captured)
-    assert list(result.table) == list(PAIR_COLUMNS)
-    ends = ["permuted_low", "permuted_high"]
-    assert result.table.loc[result.table["pathway"] == "write", ends].isna().all().all()
-    read = result.table[result.table["pathway"] == "read"]
-    assert (read["permuted_low"] < read["permuted_high"]).all()
+    held = permuted(result)
+    assert set(held["pathway"]) == {"read"}
+    assert len(held) == (result.table["pathway"] == "read").sum()
+    assert (held["low"] < held["high"]).all()
+    assert held[["expected", "excess", "p", "q"]].isna().all().all()
     oracle = NaivePair(*pair(), groups=[[s] for s in tiny.tokens(6, 12)], ranks=RANKS)
-    for row in read[(read["subspace"] != "prediction") & (read["layer"] == 1)].itertuples():
+    for row in held[(held["subspace"] != "prediction") & (held["layer"] == 1)].itertuples():
         Q = oracle.basis(row.subspace, 1)[:, : row.rank]
         head = int(row.head) if row.matrix != "W_in" else 0
         drawn = captured.arrays[f"permuted/{row.matrix}"][:, 1, head]
         fractions = sorted(reference.subspace_fraction(float64(g), Q) for g in drawn)
-        assert row.permuted_low == pytest.approx(np.quantile(fractions, 0.025), rel=1e-9)
-        assert row.permuted_high == pytest.approx(np.quantile(fractions, 0.975), rel=1e-9)
-    without = analysed(gradients())
-    assert without.table[ends].isna().all().all()
+        assert row.low == pytest.approx(row.fraction / np.quantile(fractions, 0.975), rel=1e-9)
+        assert row.high == pytest.approx(row.fraction / np.quantile(fractions, 0.025), rel=1e-9)
+    assert permuted(analysed(gradients())).empty
 
 
 def test_the_range_covers_a_gradient_whose_order_says_nothing():
@@ -103,13 +107,13 @@ def test_the_range_covers_a_gradient_whose_order_says_nothing():
     result = analysed(
         dataclasses.replace(captured, arrays={**captured.arrays, "permuted/W_V": drawn[:40]}), matrices=["W_V"]
     )
-    read = result.table[(result.table["subspace"] == "attn_in") & (result.table["rank"] == 3)]
+    held = permuted(result)
     inside = []
-    for row in read.itertuples():
+    for row in held[(held["subspace"] == "attn_in") & (held["rank"] == 3)].itertuples():
         Q = NaivePair(*pair(), groups=[[s] for s in tiny.tokens(6, 12)], ranks=RANKS).basis("attn_in", int(row.layer))
         for g in drawn[40:, row.layer, row.head]:
             f = reference.subspace_fraction(float64(g), Q[:, :3])
-            inside.append(row.permuted_low <= f <= row.permuted_high)
+            inside.append(row.fraction / row.high <= f <= row.fraction / row.low)
     assert 0.85 < np.mean(inside) < 0.99
 
 

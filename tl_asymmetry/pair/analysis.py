@@ -32,7 +32,7 @@ from tl_asymmetry.pair.plan import Plan, Sources, make_plan
 from tl_asymmetry.pair.projections import GradientMoments, Projection, keys_reference_note, project
 from tl_asymmetry.pair.result import PairAnalysis
 from tl_asymmetry.pair.sensitivity import SensitivityProfiles, prediction_variants, stacked_variants
-from tl_asymmetry.pair.tables import pair_table
+from tl_asymmetry.pair.tables import pair_tables
 from tl_asymmetry.results.notes import Notes
 from tl_asymmetry.results.provenance import described_arguments, model_record, shape_record, versions, weights_hash
 
@@ -202,11 +202,13 @@ def analyze_pair(
     deltas = {matrix: [layer.deltas[matrix] for layer in layers] for matrix in plan.matrices}
     projections = {key: [layer.projections[key] for layer in layers] for key in layers[0].projections}
     _note_deltas(deltas, aligned, hashes, notes)
+    tables = pair_tables(
+        deltas, projections, plan.ranks,
+        d=base.d_model, headed={m: base.heads(m) is not None for m in plan.matrices}, seed=seed,
+    )  # fmt: skip
     return PairAnalysis.assemble(
-        table=pair_table(
-            deltas, projections, plan.ranks,
-            d=base.d_model, headed={m: base.heads(m) is not None for m in plan.matrices}, seed=seed,
-        ),
+        table=tables.table,
+        nulls=tables.nulls,
         asymmetry=asymmetry_table(deltas, projections, plan.ranks, d=base.d_model, n_heads=base.n_heads),
         other_changes=other_changes(base, aligned),
         circuits=[layer.circuits for layer in layers],

@@ -118,6 +118,7 @@ class PairAnalysis(PairData):
         cls,
         *,
         table: pd.DataFrame,
+        nulls: pd.DataFrame,
         asymmetry: pd.DataFrame,
         other_changes: pd.DataFrame,
         circuits: Sequence[pd.DataFrame],
@@ -146,6 +147,7 @@ class PairAnalysis(PairData):
         arrays |= variants
         return cls(
             table=table,
+            nulls=nulls,
             asymmetry=asymmetry,
             other_changes=other_changes,
             circuits=pd.concat(circuits, ignore_index=True),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from tl_asymmetry.geometry.spectrum import effective_rank
 from tl_asymmetry.names import ROUNDING_DOMINATED, ROUNDING_FLAGGED, SMALL_EIGENGAP, kind_of
 from tl_asymmetry.pair.deltas import Delta, stacked
 from tl_asymmetry.pair.projections import Projection
+from tl_asymmetry.results.nulls import NULL_COLUMNS
 
 PAIR_COLUMNS = {
     "layer": "layer, from 0",
@@ -33,9 +35,6 @@ PAIR_COLUMNS = {
     "excess": "fraction / activation_matched",
     "gradient_matched": "write, with gradients: share of the output gradient's variance; else NaN",
     "gradient_excess": "fraction / gradient_matched",
-    "permuted_low": "read, with permuted gradients: lower end of the 95 % range of the fraction that the objective's "
-    "own gradient has once δ is permuted over the tokens of each sequence; else NaN",
-    "permuted_high": "upper end",
     "ci_low": "lower end of the 95 % interval of relative over texts; NaN where the subspace needs no texts",
     "ci_high": "upper end",
     "eigengap": "(λ_k − λ_{k+1}) / λ_k of the subspace's spectrum",
@@ -52,7 +51,16 @@ PAIR_COLUMNS = {
 ROUNDING_HOPELESS = 0.9
 
 
-def pair_table(
+class PairTables(NamedTuple):
+    """The two tables of a pair's fractions."""
+
+    table: pd.DataFrame
+    """`PairAnalysis.table`."""
+    nulls: pd.DataFrame
+    """`PairAnalysis.nulls`."""
+
+
+def pair_tables(
     deltas: Mapping[str, Sequence[Delta]],
     projections: Mapping[tuple[str, str], Sequence[Projection]],
     ranks: Sequence[int],
@@ -60,8 +68,8 @@ def pair_table(
     d: int,
     headed: Mapping[str, bool],
     seed: int,
-) -> pd.DataFrame:
-    """All rows of `PairAnalysis.table`.
+) -> PairTables:
+    """All rows of `PairAnalysis.table` and of `PairAnalysis.nulls`.
 
     Args:
         deltas: by matrix, one for each layer.
@@ -78,11 +86,19 @@ def pair_table(
         for column, k in enumerate(ranks)
         if k <= layers[0].energies.shape[-1]
     ]
-    table = pd.concat(blocks, ignore_index=True)
     order = {matrix: i for i, matrix in enumerate(deltas)}
-    by = ["matrix", "subspace", "layer", "head", "rank"]
-    table = table.sort_values(by, key=lambda c: c.map(order) if c.name == "matrix" else c, ignore_index=True)
-    return table[list(PAIR_COLUMNS)]
+
+    def ordered(parts: Iterable[pd.DataFrame], *further: str) -> pd.DataFrame:
+        return pd.concat(parts, ignore_index=True).sort_values(
+            ["matrix", "subspace", "layer", "head", "rank", *further],
+            key=lambda c: c.map(order) if c.name == "matrix" else c,
+            ignore_index=True,
+            kind="stable",
+        )
+
+    table = ordered(block.table for block in blocks)
+    nulls = ordered(block.nulls for block in blocks)
+    return PairTables(table[list(PAIR_COLUMNS)], nulls[list(NULL_COLUMNS)])
 
 
 def _block(
@@ -94,7 +110,7 @@ def _block(
     d: int,
     headed: bool,
     null: IsotropicNull,
-) -> pd.DataFrame:
+) -> PairTables:
     """The rows of one matrix, subspace and rank."""
     first = projections[0]
     energy = stacked(deltas, "energy")
@@ -107,7 +123,8 @@ def _block(
     p, method = null.tail(spectrum.flatten(0, 1), k, fraction.flatten())
     activation = _wide(stacked(projections, "activation_reference")[:, k - 1], heads)
     gradient = stacked(projections, "gradient_reference")[..., k - 1]
-    permuted = stacked(projections, "permuted")[..., k - 1].transpose(0, 1)  # [layer, end, head] → [end, layer, head]
+    # [layer, end, head] → [end, layer, head]
+    permuted = stacked(projections, "permuted")[..., k - 1].transpose(0, 1)
     low, high = _interval(projections, deltas, column, relative, d / k)
     eigengap = _wide(_eigengap(stacked(projections, "eigenvalues"), k), heads)
     ρ = stacked(deltas, "rounding")
@@ -122,8 +139,6 @@ def _block(
         "excess": fraction / activation,
         "gradient_matched": gradient,
         "gradient_excess": fraction / gradient,
-        "permuted_low": permuted[0],
-        "permuted_high": permuted[1],
         "ci_low": low,
         "ci_high": high,
         "eigengap": eigengap,
@@ -145,7 +160,35 @@ def _block(
     frame["p_method"] = method
     frame["isotropic_q"] = adjusted_p(p)
     frame["flags"] = _flags(frame)
-    return frame
+    nulls: dict[str, dict[str, Tensor | np.ndarray | pd.Series]] = {
+        "isotropic": {
+            "expected": torch.full_like(fraction, k / d), "low": low, "high": high,
+            "p": p, "q": frame["isotropic_q"],
+        },
+        "sgd": {"expected": activation},
+        "gradient": {"expected": gradient},
+        "permutation": {"low": fraction / permuted[1], "high": fraction / permuted[0]},
+    }  # fmt: skip
+    return PairTables(frame, _null_rows(frame, nulls))
+
+
+def _null_rows(frame: pd.DataFrame, nulls: Mapping[str, Mapping[str, Tensor | np.ndarray | pd.Series]]) -> pd.DataFrame:
+    """Rows of `PairAnalysis.nulls` for the rows of a block: where a null applies, which is where it expects something.
+
+    Args:
+        frame: rows of the table, one for each layer and head.
+        nulls: by null, what there is of `expected, low, high, p, q`, each of as many numbers as there are rows.
+    """
+    keys = ["layer", "head", "matrix", "pathway", "subspace", "rank"]
+    parts = []
+    for null, given in nulls.items():
+        part = frame[keys].assign(
+            null=null, **{name: np.ravel(given[name]) if name in given else np.nan
+                          for name in ("expected", "low", "high", "p", "q")},
+        )  # fmt: skip
+        part.insert(len(keys) + 2, "excess", frame["fraction"] / part["expected"])
+        parts.append(part[part[["expected", "low"]].notna().any(axis=1)])
+    return pd.concat(parts, ignore_index=True)
 
 
 def _interval(

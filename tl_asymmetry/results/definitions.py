@@ -4,24 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MARKS = {
-    "[paper]": "stated by the paper or its author's own code",
-    "[choice]": "our definition, because the paper's is not public",
-    "[ours]": "something we add",
-}
-"""Whose a definition is."""
-
-
-@dataclass(frozen=True)
-class Definition:
-    """What a word of the report means, and whose meaning it is."""
-
-    term: str
-    """The word, as the tables and figures use it."""
-    mark: str
-    """A key of `MARKS`."""
-    text: str
-    """The meaning, plain text."""
+from tl_asymmetry.results.nulls import NULLS
+from tl_asymmetry.results.sections import Definition
 
 
 @dataclass(frozen=True)
@@ -73,21 +57,7 @@ DEFINITIONS = (
         "The share of the delta's squared norm that lies in a k-dimensional subspace, divided by k/d. 1 is what an "
         "isotropic delta has; d/k is the most there can be.",
     ),
-    Definition(
-        "Isotropic null (z, p, q)", "[ours]",
-        "The same delta against a random subspace of the same rank. z counts its standard deviations; p is one-sided "
-        "(at least this concentrated), p_method says how it was computed; q corrects it over all layers and heads of "
-        "one matrix, subspace and rank. It cannot tell alignment from any other training, since any gradient "
-        "reads.",
-    ),
-    Definition(
-        "Activation-matched reference", "[ours]",
-        "What the fraction would be if the update were a plain sum of outer products of this matrix's own inputs with "
-        "independent upstream gradients. A reference, not an expectation: it has no p-value. For W_K in a "
-        "model without rotary positions it uses inputs centred within each sequence. It is undefined on write "
-        "matrices, whose residual side is their output; there the gradient-matched reference takes its place when "
-        "gradients were captured.",
-    ),
+    *(null.definition for null in NULLS.values()),
     Definition(
         "Excess", "[ours]",
         "Fraction divided by the reference. Near 1 the delta is as concentrated as its inputs alone explain, however "

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tl_asymmetry.results.definitions import MARKS, Citation, Definition
-from tl_asymmetry.results.sections import FigureSection, TableSection
+from tl_asymmetry.results.definitions import Citation
+from tl_asymmetry.results.sections import MARKS, Definition, FigureSection, TableSection
 
 LONG_TABLE = 12
 """Rows from which a table fills its box, so that the browser may put off what is off the screen."""

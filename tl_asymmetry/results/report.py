@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from tl_asymmetry.results.definitions import CITATIONS, DEFINITIONS, MARKS, Citation, Definition
+from tl_asymmetry.results.definitions import CITATIONS, DEFINITIONS, Citation
 from tl_asymmetry.results.markup import (
     Html,
     citations_list,
@@ -27,7 +27,7 @@ from tl_asymmetry.results.markup import (
     terms_list,
     write_page,
 )
-from tl_asymmetry.results.sections import FigureSection, TableSection
+from tl_asymmetry.results.sections import MARKS, Definition, FigureSection, TableSection
 
 __all__ = [
     "CITATIONS",

@@ -1,4 +1,4 @@
-"""The sections of a report: figures and tables under their headings."""
+"""The sections of a report: figures and tables under their headings, and what its words mean."""
 
 from __future__ import annotations
 
@@ -9,6 +9,25 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
+
+MARKS = {
+    "[paper]": "stated by the paper or its author's own code",
+    "[choice]": "our definition, because the paper's is not public",
+    "[ours]": "something we add",
+}
+"""Whose a definition is."""
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What a word of the report means, and whose meaning it is."""
+
+    term: str
+    """The word, as the tables and figures use it."""
+    mark: str
+    """A key of `MARKS`."""
+    text: str
+    """The meaning, plain text."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from tl_asymmetry.pair.asymmetry import READ_SIDE, WRITE_SIDE, asymmetry_table
 from tl_asymmetry.pair.deltas import Delta, LiveDelta, measure_delta
 from tl_asymmetry.pair.plan import Plan
 from tl_asymmetry.pair.projections import GradientMoments, PermutedGradients, Projection, project
-from tl_asymmetry.pair.tables import pair_table
+from tl_asymmetry.pair.tables import pair_tables
 from tl_asymmetry.trajectory.held_bases import HeldBases
 
 CURVE_COLUMNS = {
@@ -254,9 +254,7 @@ def checkpoint_tables(batch: Sequence[Measured], measuring: Measuring) -> Checkp
         for matrix in plan.matrices
         if subspace in plan.targets[matrix]
     }
-    table = pair_table(
-        deltas, projections, plan.ranks, d=measuring.d, headed=measuring.headed, seed=measuring.seed
-    )  # fmt: skip
+    table, _ = pair_tables(deltas, projections, plan.ranks, d=measuring.d, headed=measuring.headed, seed=measuring.seed)
     table = _apart(table, batch, measuring)
     tests = table.groupby(["step", "reference", "matrix", "subspace", "rank"], sort=False).indices.values()
     p, q = table["isotropic_p"].to_numpy(), table["isotropic_q"].to_numpy(copy=True)
