@@ -1,12 +1,12 @@
 """What recording costs a training: TrajectoryRecorder at every=100 against the demo model's own training steps.
 
-    python benchmarks/recorder.py              # prints the table, writes benchmarks/results/recorder-cpu.json
+    python -m benchmarks.recorder              # prints the table, writes benchmarks/results/recorder-cpu.json
 
-The steps are those of `tl_asymmetry.demo.build`: AdamW on stories, batch 32, gradient clipping. Blocks of 25 steps and
-recordings alternate in one process, so that others on the machine slow both alike; the overhead is a recording's time
-over that of 100 steps (four times the block before it), median over the rounds, by the clock and in processor time,
-which others on the machine do not add to. The set-up (texts through the model, bases of the first checkpoint) and the
-nulls in `result()` are no part of the loop and listed apart.
+The steps are those of `benchmarks.embedded_pair.build`: AdamW on stories, batch 32, gradient clipping. Blocks of 25
+steps and recordings alternate in one process, so that others on the machine slow both alike; the overhead is a
+recording's time over that of 100 steps (four times the block before it), median over the rounds, by the clock and in
+processor time, which others on the machine do not add to. The set-up (texts through the model, bases of the first
+checkpoint) and the nulls in `result()` are no part of the loop and listed apart.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Training:
     """The demo's training loop, a few steps at a time."""
 
     def __init__(self, folder: Path, *, lens: bool) -> None:
+        from benchmarks.embedded_pair.build import Recipe, _Build
+        from benchmarks.embedded_pair.model import tensors_from_gpt2
         from tl_asymmetry.demo import demo_gpt2, demo_model
-        from tl_asymmetry.demo.build import Recipe, _Build
-        from tl_asymmetry.demo.models import tensors_from_gpt2
 
         build = _Build(folder, Recipe(), progress=False)
         build._prepare()

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
-from tl_asymmetry import PairAnalysis, TrajectoryAnalysis
+from tl_asymmetry import PairAnalysis, TangentAnalysis, TrajectoryAnalysis
 from tl_asymmetry.cli import main
+from tl_asymmetry.demo import demo_texts
 
 PASSAGES = [" ".join(f"w{(5 * i + j * j) % 90}" for j in range(12 + i)) for i in range(8)]
 
@@ -184,6 +185,19 @@ def test_the_demo_trajectory(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(["trajectory", "--demo", "--out", str(tmp_path), "--groups", "1", "--ranks", "4"]) == 0
     assert "steps 0 to 1000" in capsys.readouterr().out
     assert TrajectoryAnalysis.load(tmp_path).steps == [50, 150, 400, 1000]
+
+
+def test_the_demo_tangents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n\n".join(demo_texts(12)), encoding="utf-8")
+    options = ["--texts", str(texts), "--rank", "4", "--out", str(tmp_path / "out")]
+    assert main(["tangents", "--demo", *options]) == 0
+    assert "report: " in capsys.readouterr().out
+    result = TangentAnalysis.load(tmp_path / "out")
+    assert sorted(result.table["step"].unique()) == [0, 50, 150, 400, 1000]
+    assert set(result.table["rank"]) == {4}
+    for arguments in ([], ["--demo", "checkpoint-1"]):
+        assert "expected checkpoint directories or --demo" in bad(capsys, "tangents", *arguments)
 
 
 def test_compare_and_report(pair: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

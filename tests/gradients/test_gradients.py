@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.embedded_pair.encoding import encode_preferences, encode_stories
 from tests import tiny
 from tests.oracles import reference, reference_gradients
 from tests.oracles.reference import float64
 from tl_asymmetry import GradientCovariance, gradient_covariance
 from tl_asymmetry.demo import demo_model, demo_preferences, demo_texts, demo_tokenizer
-from tl_asymmetry.demo.preferences import encode_preferences
-from tl_asymmetry.demo.tokenizer import encode_stories
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.side_moments import HeadMoments, SketchedMoments, sketch_matrix
 from tl_asymmetry.gradients.table import CROSS_COLUMNS, GRADIENT_COLUMNS

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.demo.test_objectives import Toy, naive_log_prob, rows
+from tests.training.test_objective_formulas import Toy, naive_log_prob, rows
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.training.objectives import (
     DPO,

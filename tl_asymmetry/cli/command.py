@@ -130,11 +130,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 def _tangents(options: argparse.Namespace) -> None:
     texts = None if options.texts is None else _read_texts(options.texts)
-    result = run_tangents(options, texts)
-    if isinstance(result, str):
-        sys.stdout.write(result)
-    else:
-        _finish(result, options.out)
+    _finish(run_tangents(options, texts), options.out)
 
 
 def _grok(options: argparse.Namespace) -> None:

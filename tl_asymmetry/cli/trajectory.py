@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +51,9 @@ def run_trajectory(options: argparse.Namespace, texts: list[Any] | None) -> Resu
         )
     checkpoints: Any = [Path(folder) for folder in options.checkpoints]
     if options.demo:
-        from tl_asymmetry.demo import demo_log, demo_model, demo_texts
+        from tl_asymmetry.demo import demo_run, demo_texts
 
-        of_base = [n for n in demo_log()["models"] if n == "base" or n.startswith("step")]
-        checkpoints = {demo_log()["models"][name]["step"]: partial(demo_model, name) for name in of_base}
+        checkpoints = demo_run()
         texts = demo_texts(_DEMO_STORIES, seed=0) if texts is None else texts
     elif options.pythia is not None:
         from tl_asymmetry.trajectory.pythia import pythia_checkpoints

@@ -1,20 +1,20 @@
 """A small, really trained pair of models, and texts to try everything on: no network, no download.
 
 The base is a GPT-2 of four layers that has learned short made-up stories. The aligned model was trained from it by
-DPO to prefer happy endings, the control by as many steps of plain cross-entropy; `build` trains them all again from
-one seed, and `demo_log()` says how well each one did. The calibration texts are prose of many kinds, for models of
-natural language; the demonstration pair, whose vocabulary is its stories, reads `demo_texts`.
+DPO to prefer happy endings, the control by as many steps of plain cross-entropy; `demo_log()` says how well each one
+did. What made them, from one seed, is `benchmarks/embedded_pair` of the repository; here is what reads the files. The
+pair's vocabulary is its stories, so it is analyzed on `demo_texts`.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from tl_asymmetry.demo.preferences import Preference
-from tl_asymmetry.demo.stories import held_out_texts
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Preference",
-    "calibration_texts",
     "demo_checkpoints",
     "demo_gpt2",
     "demo_log",
@@ -32,42 +31,45 @@ __all__ = [
     "demo_names",
     "demo_pair",
     "demo_preferences",
+    "demo_run",
     "demo_texts",
     "demo_tokenizer",
 ]
 
+T = TypeVar("T")
 
-def calibration_texts() -> list[str]:
-    """Passages of English written for this package: stories, talk, instructions, code, lists, figures, letters.
+SEEDS = 4
+"""Stories and pairs of so many seeds are kept whole, one after the other; further seeds begin in between."""
 
-    Returns:
-        Texts of 300 to 1500 characters each, in the order of their names.
 
-    Example:
-        >>> texts = calibration_texts()
-        >>> sum(map(len, texts)) > 32_000
-        True
-    """
-    folder = files("tl_asymmetry.demo") / "texts"
-    passages = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".txt")), key=lambda e: e.name)
-    return [passage.read_text(encoding="utf-8").strip() for passage in passages]
+@dataclass(frozen=True)
+class Preference:
+    """Two continuations of one opening, of which the first is preferred."""
+
+    prompt: str
+    """The opening of a story."""
+    chosen: str
+    """The continuation with the happier ending."""
+    rejected: str
+    """The other one."""
 
 
 def demo_texts(n: int = 64, *, seed: int = 0) -> list[str]:
     """Stories in the language of the demonstration models, none of which was trained on.
 
     Args:
-        n: number of stories; each has 40 to 100 tokens.
-        seed: equal seeds give equal stories.
+        n: number of stories, at most 2048; each has 40 to 100 tokens.
+        seed: equal seeds give equal stories, and a shorter list is the beginning of a longer one. Seeds 0 to 3 have
+            no story in common up to 512 each.
 
     Raises:
-        ValueError: for a negative number.
+        ValueError: for a negative number, or more than there are.
 
     Example:
         >>> len(demo_texts(3, seed=1))
         3
     """
-    return held_out_texts(n, seed=seed)
+    return _drawn((_data() / "stories.txt").read_text(encoding="utf-8").splitlines(), n, seed, least=0, what="stories")
 
 
 def demo_pair(kind: Kind = "auto", *, device: str | torch.device = "cpu") -> tuple[Any, Any]:
@@ -143,9 +145,10 @@ def demo_tokenizer() -> PreTrainedTokenizerFast:
         >>> demo_tokenizer().decode(demo_tokenizer().encode("Mira was happy.")[1:])
         'mira was happy.'
     """
-    from tl_asymmetry.demo.models import read_pair_tokenizer
+    from tl_asymmetry.demo.models import read_config
+    from tl_asymmetry.demo.tokenizer import read_tokenizer
 
-    return read_pair_tokenizer(_data())
+    return read_tokenizer(_data() / "tokenizer.json", read_config(_data())["n_ctx"])
 
 
 def demo_names() -> list[str]:
@@ -168,32 +171,40 @@ def demo_checkpoints() -> dict[int, Path]:
         0
     """
     models = demo_log()["models"]
-    of_base = [entry for name, entry in models.items() if name == "base" or name.startswith("step")]
-    return {entry["step"]: _data() / entry["file"] for entry in sorted(of_base, key=lambda entry: entry["step"])}
+    return {step: _data() / models[name]["file"] for step, name in _run().items()}
+
+
+def demo_run(kind: Kind = "auto") -> dict[int, Callable[[], Any]]:
+    """The base's training as `analyze_trajectory` reads it: step → function that makes the model of that step.
+
+    Args:
+        kind: as in `demo_pair`.
+
+    Example:
+        >>> run = demo_run()
+        >>> list(run), run[50]().cfg.d_model
+        ([0, 50, 150, 400, 1000], 64)
+    """
+    return {step: partial(demo_model, name, kind) for step, name in _run().items()}
 
 
 def demo_preferences(n: int = 64, *, seed: int = 0) -> list[Preference]:
     """Pairs for happy endings over held-out openings, both halves sampled from the base: prompt, chosen, rejected.
 
     Args:
-        n: number of pairs; a shorter list is the beginning of a longer one.
-        seed: equal seeds give equal pairs. The training pairs have openings of the other split.
+        n: number of pairs, at most 512.
+        seed: as in `demo_texts`, up to 128 pairs each. The training pairs have openings of the other split.
 
     Raises:
-        ValueError: for a number below 1.
+        ValueError: for a number below 1, or more than there are.
 
     Example:
         >>> pair = demo_preferences(1, seed=0)[0]
         >>> pair.chosen != pair.rejected
         True
     """
-    from tl_asymmetry.demo.preferences import sample_preferences
-
-    if n < 1:
-        raise ValueError(f"expected n >= 1, got {n}; pass the number of pairs")
-    return sample_preferences(
-        demo_gpt2("base"), demo_tokenizer(), n=n, seed=seed, split="held_out", prompts_per_batch=min(256, 8 + 2 * n)
-    )
+    lines = (_data() / "preferences.jsonl").read_text(encoding="utf-8").splitlines()
+    return [Preference(**json.loads(line)) for line in _drawn(lines, n, seed, least=1, what="pairs")]
 
 
 def demo_log() -> dict[str, Any]:
@@ -205,6 +216,21 @@ def demo_log() -> dict[str, Any]:
     """
     log: dict[str, Any] = json.loads((_data() / "log.json").read_text(encoding="utf-8"))
     return log
+
+
+def _drawn(pool: Sequence[T], n: int, seed: int, *, least: int, what: str) -> list[T]:
+    """`n` of the pool in its order, from where the seed begins and round its end."""
+    if not least <= n <= len(pool):
+        raise ValueError(f"expected n from {least} to {len(pool)}, got {n}; pass the number of {what}")
+    # Every fourth seed would begin at the same place without the shift, which has no factor in common with the pool.
+    first = seed * (len(pool) // SEEDS) + 61 * (seed // SEEDS)
+    return [pool[(first + i) % len(pool)] for i in range(n)]
+
+
+def _run() -> dict[int, str]:
+    """Names of the base's checkpoints by step."""
+    models = demo_log()["models"]
+    return dict(sorted((models[name]["step"], name) for name in models if name == "base" or name.startswith("step")))
 
 
 def _data() -> Path:

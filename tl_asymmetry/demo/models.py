@@ -1,15 +1,15 @@
 """The demonstration model in its three forms: named tensors, a GPT-2 of `transformers`, a model of TransformerLens.
 
-The files hold tensors under TransformerLens's names and orientation. Training and sampling use `GPT2LMHeadModel`,
-which every version of TransformerLens can wrap; the two layouts differ by reshapes only, so nothing is rounded on
-the way. The unembedding has no bias in a GPT-2, hence `b_U` is zero.
+The files hold tensors under TransformerLens's names and orientation. `GPT2LMHeadModel` is what every version of
+TransformerLens can wrap; the two layouts differ by reshapes only, so nothing is rounded on the way. The unembedding
+has no bias in a GPT-2, hence `b_U` is zero.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tl_asymmetry.demo.tokenizer import BOS, EOS, SPECIALS, read_tokenizer
+from tl_asymmetry.demo.tokenizer import BOS, EOS, SPECIALS
 from tl_asymmetry.models.loading import bridge_around, has_hooked_transformer, hooked_transformer
 
 if TYPE_CHECKING:
@@ -26,64 +26,6 @@ if TYPE_CHECKING:
 Kind = Literal["auto", "hooked", "bridge"]
 Tensors = Mapping[str, Tensor]
 """Weights by TransformerLens name, e.g. `blocks.0.attn.W_Q` `[head, d_model, d_head]`."""
-
-
-def model_config(d_vocab: int) -> dict[str, Any]:
-    """Keyword arguments of HookedTransformerConfig for the demonstration model.
-
-    Args:
-        d_vocab: number of tokens.
-    """
-    return {
-        "model_name": "tl-asymmetry-demo",
-        "n_layers": 4,
-        "d_model": 64,
-        "n_ctx": 112,
-        "d_head": 16,
-        "n_heads": 4,
-        "d_mlp": 256,
-        "d_vocab": d_vocab,
-        "act_fn": "gelu_new",
-        "eps": 1e-5,
-        "normalization_type": "LN",
-        "positional_embedding_type": "standard",
-        "init_weights": False,
-    }
-
-
-def initial_tensors(config: Mapping[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
-    """Random weights as GPT-2 has them: normal matrices, writing matrices smaller with depth, no bias.
-
-    The standard deviation is 0.8 / sqrt(d_model), TransformerLens's own default for toy models.
-
-    Args:
-        config: as in `config.json`.
-        generator: the only source of randomness; drawn from in a fixed order.
-    """
-    L, d, H, d_head = (config[key] for key in ("n_layers", "d_model", "n_heads", "d_head"))
-    d_mlp, V, n_ctx = config["d_mlp"], config["d_vocab"], config["n_ctx"]
-    σ = 0.8 / math.sqrt(d)
-    σ_out = σ / math.sqrt(2 * L)
-
-    def normal(*shape: int, std: float = σ) -> Tensor:
-        return torch.randn(shape, generator=generator) * std
-
-    tensors = {"embed.W_E": normal(V, d), "pos_embed.W_pos": normal(n_ctx, d)}
-    for layer in range(L):
-        block = {f"attn.W_{name}": normal(H, d, d_head) for name in "QKV"}
-        block |= {f"attn.b_{name}": torch.zeros(H, d_head) for name in "QKV"}
-        block |= {"attn.W_O": normal(H, d_head, d, std=σ_out), "attn.b_O": torch.zeros(d)}
-        block |= {"mlp.W_in": normal(d, d_mlp), "mlp.b_in": torch.zeros(d_mlp)}
-        block |= {"mlp.W_out": normal(d_mlp, d, std=σ_out), "mlp.b_out": torch.zeros(d)}
-        for norm in ("ln1", "ln2"):
-            block |= {f"{norm}.w": torch.ones(d), f"{norm}.b": torch.zeros(d)}
-        tensors |= {f"blocks.{layer}.{name}": tensor for name, tensor in block.items()}
-    tensors |= {"ln_final.w": torch.ones(d), "ln_final.b": torch.zeros(d)}
-    tensors |= {"unembed.W_U": normal(d, V), "unembed.b_U": torch.zeros(V)}
-    return tensors
-
-
-# --------------------------------------------------------------------------------------- the GPT-2 layout
 
 
 def gpt2_model(config: Mapping[str, Any], tensors: Tensors) -> GPT2LMHeadModel:
@@ -119,42 +61,21 @@ def gpt2_model(config: Mapping[str, Any], tensors: Tensors) -> GPT2LMHeadModel:
         model = GPT2LMHeadModel(GPT2Config(**settings))
     state = {"transformer.wte.weight": tensors["embed.W_E"], "transformer.wpe.weight": tensors["pos_embed.W_pos"]}
     for layer in range(config["n_layers"]):
-        block = {name: tensors[f"blocks.{layer}.{name}"] for name in _BLOCK_NAMES}
+        block = {name: tensors[f"blocks.{layer}.{name}"] for name in BLOCK_NAMES}
         there = f"transformer.h.{layer}."
         # [head, d_model, d_head] -> [d_model, (head d_head)], the three side by side.
         qkv = [block[f"attn.W_{name}"].permute(1, 0, 2).flatten(1) for name in "QKV"]
         state[there + "attn.c_attn.weight"] = torch.cat(qkv, dim=1)
         state[there + "attn.c_attn.bias"] = torch.cat([block[f"attn.b_{name}"].flatten() for name in "QKV"])
         state[there + "attn.c_proj.weight"] = block["attn.W_O"].flatten(0, 1)
-        state |= {there + theirs: block[ours] for ours, theirs in _SAME.items()}
+        state |= {there + theirs: block[ours] for ours, theirs in SAME_SHAPE.items()}
     state |= {"transformer.ln_f.weight": tensors["ln_final.w"], "transformer.ln_f.bias": tensors["ln_final.b"]}
     state["lm_head.weight"] = tensors["unembed.W_U"].T
     model.load_state_dict(state, strict=True)
     return model.eval()
 
 
-def tensors_from_gpt2(config: Mapping[str, Any], model: GPT2LMHeadModel) -> dict[str, Tensor]:
-    """Inverse of `gpt2_model`, exact: copies on the CPU under TransformerLens's names."""
-    H, d, V = config["n_heads"], config["d_model"], config["d_vocab"]
-    state = model.state_dict()
-    tensors = {"embed.W_E": state["transformer.wte.weight"], "pos_embed.W_pos": state["transformer.wpe.weight"]}
-    for layer in range(config["n_layers"]):
-        here, there = f"blocks.{layer}.", f"transformer.h.{layer}."
-        weights = state[there + "attn.c_attn.weight"].chunk(3, dim=1)
-        biases = state[there + "attn.c_attn.bias"].chunk(3)
-        for name, weight, bias in zip("QKV", weights, biases, strict=True):
-            tensors[f"{here}attn.W_{name}"] = weight.reshape(d, H, -1).permute(1, 0, 2)
-            tensors[f"{here}attn.b_{name}"] = bias.reshape(H, -1)
-        tensors[here + "attn.W_O"] = state[there + "attn.c_proj.weight"].reshape(H, -1, d)
-        tensors |= {here + ours: state[there + theirs] for ours, theirs in _SAME.items()}
-    tensors |= {"ln_final.w": state["transformer.ln_f.weight"], "ln_final.b": state["transformer.ln_f.bias"]}
-    tensors |= {"unembed.W_U": state["lm_head.weight"].T, "unembed.b_U": torch.zeros(V)}
-    return {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
-
-
-_SAME = {
+SAME_SHAPE = {
     "attn.b_O": "attn.c_proj.bias",
     "mlp.W_in": "mlp.c_fc.weight",
     "mlp.b_in": "mlp.c_fc.bias",
@@ -166,10 +87,7 @@ _SAME = {
     "ln2.b": "ln_2.bias",
 }
 """Tensors of a block that have one shape in both layouts."""
-_BLOCK_NAMES = (*(f"attn.{kind}_{name}" for kind in "Wb" for name in "QKV"), "attn.W_O", *_SAME)
-
-
-# ------------------------------------------------------------------------------------ models of TransformerLens
+BLOCK_NAMES = (*(f"attn.{kind}_{name}" for kind in "Wb" for name in "QKV"), "attn.W_O", *SAME_SHAPE)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -191,7 +109,7 @@ def lens_model(
     kind: Kind = "auto",
     device: str | torch.device = "cpu",
 ) -> Any:
-    """A raw TransformerLens model of these weights: nothing folded or centred, eval mode, gradients enabled.
+    """A raw TransformerLens model of these weights: nothing folded or centered, eval mode, gradients enabled.
 
     Args:
         config: as in `config.json`.
@@ -210,10 +128,11 @@ def lens_model(
         return _hooked(config, tensors, tokenizer, device)
     if kind == "hooked":
         raise ValueError(
-            "expected a TransformerLens with HookedTransformer (3.x) for kind='hooked', got "
-            f"{_lens_version()}; pass kind='bridge' or 'auto'"
+            "expected a TransformerLens with HookedTransformer (3.x) for kind='hooked', got transformer-lens "
+            f"{version('transformer-lens')}; pass kind='bridge' or 'auto'"
         )
-    return _bridge(config, tensors, tokenizer, device)
+    hf_model: Any = gpt2_model(config, tensors)
+    return bridge_around(hf_model.to(device), config["model_name"], tokenizer=tokenizer, device=device).eval()
 
 
 def _hooked(config: Mapping[str, Any], tensors: Tensors, tokenizer: Any, device: str | torch.device) -> Any:
@@ -225,20 +144,3 @@ def _hooked(config: Mapping[str, Any], tensors: Tensors, tokenizer: Any, device:
     if missing:
         raise ValueError(f"expected one tensor per parameter, got a difference in {missing}; pass a whole checkpoint")
     return model.eval()
-
-
-def _bridge(config: Mapping[str, Any], tensors: Tensors, tokenizer: Any, device: str | torch.device) -> Any:
-    hf_model: Any = gpt2_model(config, tensors)
-    hf_model.to(device)
-    return bridge_around(hf_model, config["model_name"], tokenizer=tokenizer, device=device).eval()
-
-
-def _lens_version() -> str:
-    from importlib.metadata import version
-
-    return f"transformer-lens {version('transformer-lens')}"
-
-
-def read_pair_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer in `folder`, with the context length of the model there."""
-    return read_tokenizer(folder / "tokenizer.json", read_config(folder)["n_ctx"])

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from tl_asymmetry.models.calibration import calibration_texts
 from tl_asymmetry.models.view import ModelView
 
 LONGEST_WINDOW = 1024
@@ -76,8 +77,6 @@ def token_sequences(
     if tokens is not None:
         return _at_most(max_tokens, iter(_token_rows(view, tokens, mask, notes)), notes)
     if texts is None:
-        from tl_asymmetry.demo import calibration_texts
-
         texts = calibration_texts()
         notes(
             "activations come from the package's calibration texts; texts like those the model is used on "

@@ -7,8 +7,8 @@ formula. The model is anything that maps token ids to logits: HookedTransformer,
 Face model, whose output carries `.logits`.
 
     >>> from tl_asymmetry.demo import demo_texts, demo_tokenizer
-    >>> from tl_asymmetry.demo.tokenizer import encode_stories
-    >>> batch = encode_stories(demo_tokenizer(), demo_texts(2, seed=0))
+    >>> rows = demo_tokenizer()(demo_texts(2, seed=0), padding=True, return_tensors="pt")
+    >>> batch = TokenBatch(rows["input_ids"], rows["attention_mask"].bool())
     >>> loss = CrossEntropy(temperature=2.0)(model, batch)
     >>> loss.backward()  # as in any training loop
     >>> model.zero_grad(set_to_none=True)

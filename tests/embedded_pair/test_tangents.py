@@ -1,4 +1,4 @@
-"""The tiny trainings behind `tl-asymmetry tangents --demo`: reproducible, and their tables add up."""
+"""The study of arXiv 2604.08764 on tiny trainings: reproducible, and its tables add up."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ import pandas as pd
 import pytest
 import torch
 
-from tl_asymmetry import ModelView, TangentAnalysis
-from tl_asymmetry.cli import main
-from tl_asymmetry.demo import tangents as demo
-from tl_asymmetry.demo.tangents import TangentRecipe, tangent_checkpoints, tangent_study, tangent_windows
-from tl_asymmetry.tangents.replication import (
+from benchmarks.embedded_pair import tangents as study
+from benchmarks.embedded_pair.replication import (
     replication_claims,
     replication_frequency,
     replication_strata,
     replication_table,
 )
+from benchmarks.embedded_pair.tangents import TangentRecipe, tangent_checkpoints, tangent_study, tangent_windows
+from tl_asymmetry import ModelView, TangentAnalysis
 
 SMALL = TangentRecipe(
-    n_layers=1, window=24, batch=4, steps=10, kept=(0, 3, 10), warmup=2, analysed=24, rank=4, starts=1, sample_rows=200
+    n_layers=1, window=24, batch=4, steps=10, kept=(0, 3, 10), warmup=2, analyzed=24, rank=4, starts=1, sample_rows=200
 )
 
 
@@ -30,17 +29,17 @@ def command(tmp_path_factory):
     """What the command prints for a small recipe, and the folder it leaves."""
     out, printed = tmp_path_factory.mktemp("study") / "out", io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
-        patch.setattr(demo, "RECIPES", dict.fromkeys(demo.ARCHITECTURES, SMALL))
-        assert main(["tangents", "--demo", "--seeds", "2", "--workers", "1", "--out", str(out)]) == 0
+        patch.setattr(study, "RECIPES", dict.fromkeys(study.ARCHITECTURES, SMALL))
+        study.main(["--seeds", "2", "--workers", "1", "--out", str(out)])
     return printed.getvalue(), out
 
 
 @pytest.fixture(scope="module")
 def runs(command):
-    return {(a, seed): TangentAnalysis.load(command[1] / f"{a}-{seed}") for a in demo.ARCHITECTURES for seed in (0, 1)}
+    return {(a, seed): TangentAnalysis.load(command[1] / f"{a}-{seed}") for a in study.ARCHITECTURES for seed in (0, 1)}
 
 
-@pytest.mark.parametrize("architecture", demo.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", study.ARCHITECTURES)
 def test_one_seed_gives_one_training(architecture, unchecked_types):
     before = torch.random.get_rng_state()
     weights = [
@@ -56,7 +55,7 @@ def test_windows_are_held_out_and_of_one_length():
     windows = tangent_windows(SMALL)
     assert windows.shape == (24, 24)
     assert torch.equal(windows, tangent_windows(SMALL))
-    trained = next(demo._windows("tangents:0", "train", SMALL))
+    trained = next(study._windows("tangents:0", "train", SMALL))
     assert not any(torch.equal(trained, window) for window in windows)
 
 
@@ -93,21 +92,6 @@ def test_the_command(command, runs):
     keys = ["model", "gradient", "method", "phase"]
     written, again = (t.set_index(keys).sort_index() for t in (pd.read_csv(out / "table.csv"), replication_table(runs)))
     pd.testing.assert_frame_equal(written, again, check_index_type=False)
-
-
-def test_the_command_refuses_both_and_neither(capsys):
-    for arguments in (["tangents"], ["tangents", "--demo", "checkpoint-1"]):
-        assert main(arguments) == 2
-        assert "expected checkpoint directories or --demo" in capsys.readouterr().err
-
-
-def test_the_command_refuses_what_it_would_ignore(capsys):
-    for arguments, text in (
-        (["tangents", "--demo", "--rank", "4", "--method", "pca"], "expected --rank, --method without --demo alone"),
-        (["tangents", "checkpoint-1", "--seeds", "2"], "expected --seeds with --demo alone"),
-    ):
-        assert main(arguments) == 2
-        assert text in capsys.readouterr().err
 
 
 def test_refuses(tmp_path):

@@ -1,4 +1,4 @@
-"""Train the demonstration models and write them: `python -m tl_asymmetry.demo.build [--out DIR]`.
+"""Train the demonstration models, write them and their texts: `python -m benchmarks.embedded_pair.build [--out DIR]`.
 
 One seed gives every file, bit for bit on one machine with the same versions. The base learns the stories by
 next-token cross-entropy. The aligned model starts from the base and is trained by DPO to prefer happy endings, on
@@ -29,23 +29,14 @@ from safetensors.torch import save
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from tl_asymmetry.demo.models import (
-    Tensors,
-    gpt2_model,
-    initial_tensors,
-    model_config,
-    read_tensors,
-    tensors_from_gpt2,
-)
-from tl_asymmetry.demo.preferences import (
-    Preference,
-    attempts,
-    encode_preferences,
-    ending_score,
-    sample_preferences,
-)
-from tl_asymmetry.demo.stories import held_out_texts, stories
-from tl_asymmetry.demo.tokenizer import encode_stories, read_tokenizer, write_tokenizer
+from benchmarks.embedded_pair.encoding import encode_preferences, encode_stories, write_tokenizer
+from benchmarks.embedded_pair.model import initial_tensors, model_config, tensors_from_gpt2
+from benchmarks.embedded_pair.preferences import attempts, ending_score, sample_preferences
+from benchmarks.embedded_pair.stories import held_out_texts, stories
+from tl_asymmetry import demo
+from tl_asymmetry.demo import Preference
+from tl_asymmetry.demo.models import Tensors, gpt2_model, read_tensors
+from tl_asymmetry.demo.tokenizer import read_tokenizer
 from tl_asymmetry.geometry.seeds import seeded
 from tl_asymmetry.training.objectives import DPO, CrossEntropy, Objective, TokenBatch, sequence_log_probs
 
@@ -100,6 +91,10 @@ class Recipe:
     """Continuations of each of them."""
     gradient_clip: float = 1.0
     """Largest norm of a step's gradient, in all three trainings."""
+    kept_stories: int = 512
+    """Held-out stories of each of `SEEDS` seeds that `demo_texts` gives out."""
+    kept_pairs: int = 128
+    """Held-out pairs of each of them that `demo_preferences` gives out."""
 
 
 def build(out: Path, recipe: Recipe = Recipe(), *, progress: bool = True) -> dict[str, Any]:
@@ -155,6 +150,7 @@ class _Build:
         pairs = self._pairs(base, n=r.pairs, seed=r.seed, split="train")
         dpo, dpo_curve = self._train_dpo(base, pairs)
         control, control_curve = self._train_control(base)
+        self.write_texts(base)
         log = {
             "recipe": asdict(r),
             "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")}
@@ -293,6 +289,18 @@ class _Build:
         with tqdm(total=n, desc=f"{split} pairs", unit="pair", disable=not self.progress) as bar:
             return sample_preferences(base, self.tokenizer, n=n, seed=seed, split=split, advance=bar.update)
 
+    def write_texts(self, base: GPT2LMHeadModel) -> None:
+        """The stories and pairs of the held-out split that the package carries, one a line, seed after seed."""
+        r = self.recipe
+        told = [text for seed in range(demo.SEEDS) for text in held_out_texts(r.kept_stories, seed=seed)]
+        (self.out / "stories.txt").write_text("\n".join(told) + "\n", encoding="utf-8")
+        pairs = [
+            json.dumps(asdict(pair))
+            for seed in range(demo.SEEDS)
+            for pair in self._pairs(base, n=r.kept_pairs, seed=seed, split="held_out")
+        ]
+        (self.out / "preferences.jsonl").write_text("\n".join(pairs) + "\n", encoding="utf-8")
+
     # ------------------------------------------------------------------------------------- what came of it
 
     def _keep(self, name: str, model: GPT2LMHeadModel, *, step: int, curve: Sequence[float] = ()) -> None:
@@ -386,9 +394,9 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m tl_asymmetry.demo.build", description="train the demonstration models"
+        prog="python -m benchmarks.embedded_pair.build", description="train the demonstration models"
     )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data", help="folder for the files")
+    parser.add_argument("--out", type=Path, default=Path(demo.__file__).parent / "data", help="folder for the files")
     out = parser.parse_args(arguments).out
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with logging_redirect_tqdm():

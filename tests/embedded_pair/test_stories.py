@@ -1,4 +1,4 @@
-"""The story generator, the tokenizer, the scorer and the calibration texts."""
+"""The story generator, the tokenizer and the scorer."""
 
 import random
 from itertools import islice
@@ -6,10 +6,11 @@ from itertools import islice
 import pytest
 import torch
 
-from tl_asymmetry.demo import calibration_texts, demo_texts, demo_tokenizer
-from tl_asymmetry.demo.preferences import ending_score
-from tl_asymmetry.demo.stories import stories
-from tl_asymmetry.demo.tokenizer import SPECIALS, encode_stories
+from benchmarks.embedded_pair.encoding import encode_stories
+from benchmarks.embedded_pair.preferences import ending_score
+from benchmarks.embedded_pair.stories import stories
+from tl_asymmetry.demo import demo_texts, demo_tokenizer
+from tl_asymmetry.demo.tokenizer import SPECIALS
 
 # The stories call many small functions; checking the types of each call takes ten times as long as the story.
 pytestmark = pytest.mark.usefixtures("unchecked_types")
@@ -66,8 +67,6 @@ def test_the_score_agrees_with_the_meaning():
 def test_a_bad_split_is_refused():
     with pytest.raises(ValueError, match="expected split 'train' or 'held_out', got 'test'; pass one of the two"):
         stories(seed=0, split="test")
-    with pytest.raises(ValueError, match="expected n >= 0, got -1; pass the number of stories"):
-        demo_texts(-1)
 
 
 def test_the_tokenizer_goes_there_and_back():
@@ -106,12 +105,3 @@ def test_batches_mask_padding_and_prompts():
     assert whole.mask.dtype == torch.bool
     with pytest.raises(ValueError, match=r"expected stories of at most 20 tokens, got one of \d+; pass shorter texts"):
         encode_stories(tokenizer, [told[0].text], length=20)
-
-
-def test_calibration_texts_are_many_and_different():
-    texts = calibration_texts()
-    assert len(texts) >= 40
-    assert sum(len(text.encode()) for text in texts) >= 32_000
-    assert all(300 <= len(text) <= 1500 for text in texts)
-    lines = [line for text in texts for line in text.splitlines() if len(line) > 60]
-    assert len(set(lines)) == len(lines)

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from tl_asymmetry.demo.sampling import sample_continuations
-from tl_asymmetry.demo.stories import Split, stories
-from tl_asymmetry.demo.tokenizer import EOS, SPECIALS, encode_stories
+from benchmarks.embedded_pair.sampling import sample_continuations
+from benchmarks.embedded_pair.stories import Split, stories
+from tl_asymmetry.demo import Preference
+from tl_asymmetry.demo.tokenizer import EOS, SPECIALS
 from tl_asymmetry.geometry.seeds import seeded
-from tl_asymmetry.training.objectives import PreferenceBatch
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -28,18 +28,6 @@ HAPPY_WORDS = frozenset(
 SAD_WORDS = frozenset(("cried", "wept", "sad", "tears", "alone", "sighed", "lonely", "silent", "broken", "dead"))
 SENTENCES = 2
 """The score looks at so many sentences, counted from the end."""
-
-
-@dataclass(frozen=True)
-class Preference:
-    """Two continuations of one opening, of which the first is preferred."""
-
-    prompt: str
-    """The opening of a story."""
-    chosen: str
-    """The continuation with the happier ending."""
-    rejected: str
-    """The other one."""
 
 
 def ending_score(text: str) -> int:
@@ -153,22 +141,3 @@ def sample_preferences(
         if len(pairs) == n:
             break
     return pairs
-
-
-def encode_preferences(
-    tokenizer: PreTrainedTokenizerFast, pairs: Sequence[Preference], *, length: int | None = None
-) -> PreferenceBatch:
-    """Pairs as a batch for `DPO`: the masks cover the continuations, not the prompt.
-
-    Args:
-        tokenizer: that of the pair.
-        pairs: at least one.
-        length: pad both halves to so many tokens; default the longest row of each.
-    """
-    prompts = [pair.prompt for pair in pairs]
-    chosen = [f"{pair.prompt} {pair.chosen}" for pair in pairs]
-    rejected = [f"{pair.prompt} {pair.rejected}" for pair in pairs]
-    return PreferenceBatch(
-        chosen=encode_stories(tokenizer, chosen, prompts=prompts, length=length),
-        rejected=encode_stories(tokenizer, rejected, prompts=prompts, length=length),
-    )
