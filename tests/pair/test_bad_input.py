@@ -185,10 +185,10 @@ def test_tokens(pair: tuple[Any, Any]) -> None:
         (torch.tensor([[3, 96]]), "expected token ids from 0 to 95, got 96; pass tokens made by this model"),
         (torch.tensor([[3, -100]]), "expected token ids from 0 to 95, got -100; pass"),
         (torch.zeros(1, 65, dtype=torch.long), "expected sequences of at most 64 tokens .*, got 65; pass them cut"),
-        (torch.zeros(0, 5, dtype=torch.long), r"expected at least one token, got a tensor \[0, 5\]; pass"),
-        (torch.zeros(2, 5), r"expected tokens as an integer tensor \[batch, pos\], got torch.float32 \[2, 5\]; pass"),
+        (torch.zeros(0, 5, dtype=torch.long), "expected at least one sequence of tokens, got none; pass"),
+        (torch.zeros(2, 5), r"expected tokens as an integer tensor \[batch, pos\], got torch.float32 \[1, 5\]; pass"),
         (torch.zeros(5, dtype=torch.long), r"expected tokens as an integer tensor .*, got torch.int64 \[5\]; pass"),
-        ([[1, 2]], r"expected tokens as an integer tensor \[batch, pos\], got list; pass"),
+        ([["w1"]], "expected sequences of numbers as tokens, got list as row 0; pass token ids"),
     ):
         refused(text, *pair, tokens=tokens)
 

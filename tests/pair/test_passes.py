@@ -27,7 +27,10 @@ from tl_asymmetry.models.processes import ALONE, Processes, present_processes
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import POINTS
 from tl_asymmetry.pair import memory_plan
+from tl_asymmetry.pair.plan import Plan, make_plan
+from tl_asymmetry.results.notes import Notes
 from tl_asymmetry.results.store import StoreReader
+from tl_asymmetry.settings import PairSettings
 
 TOKENS = tiny.tokens(9, 12)
 OPTIONS: dict[str, Any] = {"tokens": TOKENS, "ranks": [1, 4], "groups": 3, "batch_size": 2, "progress": False}
@@ -131,17 +134,12 @@ def test_as_many_layers_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not runs
     for bad in (0, 3):
         with pytest.raises(ValueError, match=f"expected layers_per_pass from 1 to 2, got {bad}; pass None"):
-            memory_plan.plan_memory(
-                ModelView(base), *_planned(base), groups=3, activations="base", sensitivity=False, batch_size=2,
-                layers_per_pass=bad,
-            )  # fmt: skip
+            memory_plan.plan_memory(ModelView(base), *_planned(base, layers_per_pass=bad))
 
 
-def _planned(base: Any) -> tuple[Any, Any]:
-    from tl_asymmetry.pair.plan import make_plan
-
-    plan = make_plan(ModelView(base), None, [1, 4], None, groups=3, activations="base", batch_size=2)
-    return plan, list(TOKENS)
+def _planned(base: Any, **over: Any) -> tuple[Plan, list[torch.Tensor], PairSettings]:
+    settings, sequences = PairSettings(ranks=[1, 4], groups=3, batch_size=2, **over), list(TOKENS)
+    return make_plan(ModelView(base), settings, sequences, Notes()), sequences, settings
 
 
 def test_layers_side_by_side_take_a_gigabyte_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,8 +148,7 @@ def test_layers_side_by_side_take_a_gigabyte_at_most(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
     def load() -> memory_plan.Workload:
-        options: dict[str, Any] = {"groups": 3, "activations": "base", "sensitivity": False, "batch_size": 2}
-        return memory_plan.workload(ModelView(base), *_planned(base), **options)
+        return memory_plan.workload(ModelView(base), *_planned(base))
 
     assert load().workers == 2
     alone = load().layers_host() // 2
@@ -165,8 +162,8 @@ def test_moments_are_counted_right() -> None:
     """What the plan says of moments is what they are."""
     base = tiny.bridge("gpt2")
     view = ModelView(base)
-    plan, sequences = _planned(base)
-    load = memory_plan.workload(view, plan, sequences, groups=3, activations="base", sensitivity=False, batch_size=2)
+    plan, sequences, settings = _planned(base)
+    load = memory_plan.workload(view, plan, sequences, settings)
     sites = [(point, layer) for point in plan.points for layer in range(2)]
     captured = capture(
         view, [sequences[:3], sequences[3:6], sequences[6:]], sites, exclude_first=True, sequence_means=True,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -19,6 +18,7 @@ from tl_asymmetry.geometry.nulls import IsotropicNull, adjusted_p, isotropic_var
 from tl_asymmetry.names import SMALLEST_EIGENVALUE
 from tl_asymmetry.pair.asymmetry import READ_SIDE
 from tl_asymmetry.pair.result import PairAnalysis
+from tl_asymmetry.results.notes import Notes
 from tl_asymmetry.results.provenance import versions
 
 _KEYS = ["layer", "head", "matrix", "subspace", "rank"]
@@ -151,31 +151,25 @@ def _check(named: Mapping[str, PairAnalysis]) -> list[str]:
                 f"expected analyses against the same given subspaces, got others in {first} than in {name}; pass the "
                 "same mapping to both"
             )
-    notes: list[str] = []
+    notes = Notes()
     hashes: dict[str, str] = {}
     for name, result in named.items():
         twin = hashes.setdefault(result.config["models"]["aligned"]["weights_xxh3"], name)
         if twin != name:
-            _warn(notes, f"{twin} and {name} are the same model, weight for weight")
+            notes.warn(f"{twin} and {name} are the same model, weight for weight")
     if ours.config["arguments"]["activations"] != "base":
-        _warn(
-            notes,
+        notes.warn(
             "the analyses' subspaces come from different activations (activations is not 'base'): a difference may be "
-            "one of subspaces rather than of deltas",
+            "one of subspaces rather than of deltas"
         )
     if not any(name.startswith("replicates/") for name in ours.arrays):
-        notes.append("the analyses were made without intervals (or by an earlier version), so differences have none")
-    return notes
+        notes.add("the analyses were made without intervals (or by an earlier version), so differences have none")
+    return notes.lines
 
 
 def _given(result: PairAnalysis) -> Any:
     subspaces = result.config["arguments"]["subspaces"]
     return subspaces if isinstance(subspaces, Mapping) else None
-
-
-def _warn(notes: list[str], line: str) -> None:
-    notes.append(line)
-    warnings.warn(line, UserWarning, stacklevel=4)
 
 
 # --- fractions ------------------------------------------------------------------------------------------------------

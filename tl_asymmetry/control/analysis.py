@@ -22,7 +22,7 @@ from tl_asymmetry.pair.analysis import analyze_pair
 from tl_asymmetry.pair.plan import chosen_matrices
 from tl_asymmetry.pair.result import PairAnalysis
 from tl_asymmetry.results.notes import Notes
-from tl_asymmetry.results.provenance import described_arguments, model_record, shape_record, versions, weights_hash
+from tl_asymmetry.results.provenance import described, model_record, shape_record, versions, weights_hash
 from tl_asymmetry.training.batches import Batch, PreferenceBatch, TokenBatch
 from tl_asymmetry.training.data import as_batches, rebatched, shuffled
 from tl_asymmetry.training.objectives import Objective, class_described, is_objective, objective_name
@@ -131,7 +131,7 @@ def contrastive_control(
         "matrices": list(chosen),
         "ranks": None if ranks is None else list(ranks),
         "gradient_rows": gradient_rows,
-        "texts": described_arguments({"texts": texts})["texts"],
+        **described(texts=texts),
     }
     kept = Store(store, config)
 

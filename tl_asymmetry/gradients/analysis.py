@@ -21,7 +21,7 @@ from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import kind_of
 from tl_asymmetry.pair.plan import chosen_matrices
 from tl_asymmetry.results.notes import Notes
-from tl_asymmetry.results.provenance import described_arguments, model_record, shape_record, versions, weights_hash
+from tl_asymmetry.results.provenance import described, model_record, shape_record, versions, weights_hash
 from tl_asymmetry.training.batches import Batch, PreferenceBatch
 from tl_asymmetry.training.data import as_batches
 from tl_asymmetry.training.objectives import Objective, class_described, is_objective, objective_name
@@ -88,7 +88,10 @@ def gradient_covariance(
         >>> bool(covariance.table.query("side == 'gradient' and layer == 0").effective_rank.iloc[0] > 1)
         True
     """
-    arguments = described_arguments({k: v for k, v in locals().items() if k not in ("model", "batches")})
+    arguments = described(
+        objective=objective, matrices=matrices, halves=halves, full_mlp=full_mlp, permutations=permutations,
+        groups=groups, batch_size=batch_size, seed=seed, progress=progress,
+    )  # fmt: skip
     view, notes = ModelView(model), Notes()
     if not is_objective(objective):
         raise ValueError(
@@ -177,7 +180,7 @@ def _describe(
             "and there is no effective rank and no interval (full_mlp=True keeps the whole moments)"
         )
     if view.dtype == torch.float16:
-        notes.warn("small gradients underflow to zero in float16; pass the model in float32 or bfloat16", level=5)
+        notes.warn("small gradients underflow to zero in float16; pass the model in float32 or bfloat16")
 
 
 def _mean_loss(objective: Objective[Any], batches: Sequence[Batch], losses: Sequence[float]) -> float:

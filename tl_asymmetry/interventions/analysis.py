@@ -35,7 +35,7 @@ from tl_asymmetry.models.texts import check_tokens, token_sequences
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import SIGNIFICANT, kind_of
 from tl_asymmetry.results.notes import Notes
-from tl_asymmetry.results.provenance import described_arguments, model_record, shape_record, versions, weights_hash
+from tl_asymmetry.results.provenance import described, model_record, shape_record, versions, weights_hash
 from tl_asymmetry.training.batches import PreferenceBatch
 from tl_asymmetry.training.data import as_batches, rebatched
 
@@ -124,7 +124,12 @@ def rank_one_study(
         >>> study.strongest(1)["matrix"].item(), bool((study.table["effect"] != 0).all())
         ('W_O', True)
     """
-    arguments = described_arguments(locals())
+    arguments = described(
+        texts=texts, tokens=tokens, preferences=preferences, sites=sites, matrices=matrices, directions=directions,
+        n_directions=n_directions, interventions=interventions, controls=controls, draws=draws, scales=scales,
+        outcomes=outcomes, exclude_first=exclude_first, batch_size=batch_size, max_tokens=max_tokens, store=store,
+        seed=seed, progress=progress,
+    )  # fmt: skip
     base, notes = ModelView(model_base), Notes()
     check_choices(controls, interventions, scales, draws)
     placed = chosen_sites(base, sites, matrices)
@@ -155,7 +160,7 @@ def rank_one_study(
     kept = StudyStore(
         store,
         _settings(
-            {**arguments, **described_arguments({"directions": given or list(directions)})},
+            {**arguments, **described(directions=given or list(directions))},
             hashes,
             sequences,
             pairs,
@@ -184,8 +189,7 @@ def rank_one_study(
     if lacking:
         notes.warn(
             f"q is NaN: with {draws} draws p cannot get below {1 / (draws + 1):.3g}, too much for {len(placed)} sites "
-            f"at {SIGNIFICANT}; pass draws={lacking}, or fewer sites, for q",
-            level=3,
+            f"at {SIGNIFICANT}; pass draws={lacking}, or fewer sites, for q"
         )
     _note_controls(edits, notes)
     return RankOneStudy.assemble(table, edits, baselines, config, notes.lines)
@@ -325,9 +329,7 @@ def _predictable(sequences: Sequence[Tensor], notes: Notes) -> list[Tensor]:
     if not kept:
         raise ValueError("expected sequences of two tokens or more, got none; pass longer texts")
     if len(kept) < len(sequences):
-        notes.warn(
-            f"{len(sequences) - len(kept)} sequences of a single token were left out: nothing follows it", level=4
-        )
+        notes.warn(f"{len(sequences) - len(kept)} sequences of a single token were left out: nothing follows it")
     return kept
 
 
@@ -360,8 +362,7 @@ def _whole_passes(view: ModelView, sequences: Sequence[Tensor], sites: Sequence[
     if not fine:
         notes.warn(
             f"{view.name} cannot be resumed above an edited block ({why}): every edit runs the whole model, which is "
-            "slower and as exact",
-            level=4,
+            "slower and as exact"
         )
     return not fine
 
@@ -376,8 +377,7 @@ def _settings(
     names = ("directions", "n_directions", "controls", "draws", "scales", "exclude_first", "seed")
     halves = () if preferences is None else (preferences.chosen, preferences.rejected)
     preferred = [part for half in halves for part in (half.tokens, half.mask)]
-    data = described_arguments({"texts": torch.cat(list(sequences)), "lengths": [len(s) for s in sequences],
-                                "preferences": preferred})  # fmt: skip
+    data = described(texts=torch.cat(list(sequences)), lengths=[len(s) for s in sequences], preferences=preferred)
     return {**{name: arguments[name] for name in names}, **data, "weights": dict(hashes)}
 
 

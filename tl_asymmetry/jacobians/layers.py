@@ -30,7 +30,7 @@ from tl_asymmetry.jacobians.work import (
 from tl_asymmetry.models.block_jacobians import GraphJacobian
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.results.notes import Notes
-from tl_asymmetry.results.provenance import described_arguments, model_record, shape_record, versions, weights_hash
+from tl_asymmetry.results.provenance import described, model_record, shape_record, versions, weights_hash
 
 
 @torch.inference_mode(False)
@@ -101,7 +101,10 @@ def layer_jacobians(
     """
     if reduce not in ("mean", None):
         raise ValueError(f'expected reduce "mean" or None, got {reduce!r}; pass reduce="mean"')
-    arguments = described_arguments({name: value for name, value in locals().items() if name != "model"})
+    arguments = described(
+        tokens=tokens, layers=layers, part=part, positions=positions, reduce=reduce, method=method, sources=sources,
+        per_head=per_head, chunk=chunk, seed=seed, progress=progress,
+    )  # fmt: skip
     request = make_request(model, tokens, layers, part, sources, positions)
     if per_head and (part not in ("attn", "block") or sources != "same"):
         raise ValueError(

@@ -31,7 +31,7 @@ from tl_asymmetry.models.prediction import prediction_gram
 from tl_asymmetry.models.texts import check_tokens
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.results.notes import Notes
-from tl_asymmetry.results.provenance import described_arguments, model_record, shape_record, versions, weights_hash
+from tl_asymmetry.results.provenance import described, model_record, shape_record, versions, weights_hash
 
 _MOST_BYTES = 1 << 29
 _CPU_ROWS = 8
@@ -98,7 +98,10 @@ def prediction_pullback(
         >>> pair.table["subspace"].unique().tolist()
         ['pullback']
     """
-    arguments = described_arguments({name: value for name, value in locals().items() if name != "model"})
+    arguments = described(
+        tokens=tokens, layers=layers, sources=sources, jacobians=jacobians, rank=rank, positions=positions,
+        method=method, d_vocab=d_vocab, chunk=chunk, seed=seed, progress=progress,
+    )  # fmt: skip
     view = model if isinstance(model, ModelView) else ModelView(model)
     chosen, notes, d = chosen_layers(view, layers), Notes(), view.d_model
     if rank is not None and not 1 <= rank <= d:
@@ -215,7 +218,7 @@ def _method(
         return "einsum"
     if method == "einsum":
         raise ValueError(f"expected a product of blocks in closed form, but {fault}; pass method='autograd'")
-    notes.warn(f"same-position Jacobians take autograd, `rank` backward passes per token, since {fault}", level=5)
+    notes.warn(f"same-position Jacobians take autograd, `rank` backward passes per token, since {fault}")
     return "autograd"
 
 

@@ -152,7 +152,7 @@ def chosen_method(request: Request, tokens: Int[Tensor, " pos"], method: str, no
         return "einsum"
     if method == "einsum":
         raise ValueError(f"expected a block with a closed form, but {fault}; pass method='autograd'")
-    notes.warn(f"Jacobians are computed by autograd, since the closed form does not hold here: {fault}", level=5)
+    notes.warn(f"Jacobians are computed by autograd, since the closed form does not hold here: {fault}")
     return "autograd"
 
 

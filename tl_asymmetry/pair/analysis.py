@@ -8,19 +8,16 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from tl_asymmetry.geometry.jackknife import MINIMUM_GROUPS
 from tl_asymmetry.geometry.subspace import Subspace
-from tl_asymmetry.models.capture import balanced_groups, capture
-from tl_asymmetry.models.checks import check_pair, check_raw, check_token_count, finite_check
+from tl_asymmetry.models.capture import capture
 from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.processes import ALONE, Processes, present_processes
 from tl_asymmetry.models.side_by_side import side_by_side
-from tl_asymmetry.models.texts import token_sequences
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.models.weights import Weights, WeightSource, opened
+from tl_asymmetry.models.weights import Weights, WeightSource
 from tl_asymmetry.names import kind_of
 from tl_asymmetry.pair.asymmetry import asymmetry_table
 from tl_asymmetry.pair.bases import LayerBases
@@ -28,15 +25,15 @@ from tl_asymmetry.pair.circuits import layer_circuits
 from tl_asymmetry.pair.deltas import Delta, measure_change, stacked
 from tl_asymmetry.pair.memory_plan import plan_memory
 from tl_asymmetry.pair.non_matrix_parameters import other_changes, unmatched_parameters
-from tl_asymmetry.pair.plan import Plan, Sources, make_plan
-from tl_asymmetry.pair.projections import GradientMoments, Projection, keys_reference_note, project
+from tl_asymmetry.pair.plan import Plan, Sources, counted_tokens, grouped_sequences, make_plan
+from tl_asymmetry.pair.projections import Projection, keys_reference_note, project
 from tl_asymmetry.pair.result import PairAnalysis
 from tl_asymmetry.pair.sensitivity import SensitivityProfiles, prediction_variants, stacked_variants
 from tl_asymmetry.pair.tables import pair_tables
 from tl_asymmetry.results.notes import Notes
-from tl_asymmetry.results.provenance import described_arguments, model_record, shape_record, versions, weights_hash
+from tl_asymmetry.results.provenance import described, model_record, shape_record, versions
+from tl_asymmetry.settings import GradientMoments, OpenPair, PairSettings, open_pair
 
-_SELF_CHECK_TOKENS = 16
 _UNRELATED = 0.3
 
 
@@ -46,9 +43,11 @@ def analyze_pair(
     texts: Sequence[str | Sequence[Mapping[str, Any]]] | None = None,
     *,
     tokens: Int[Tensor, "batch pos"] | Sequence[Int[Tensor, " _pos"]] | None = None,
+    mask: Bool[Tensor, "batch pos"] | None = None,
     matrices: Sequence[str] | None = None,
     ranks: Sequence[int] | None = None,
     subspaces: Sequence[str] | Mapping[str, Subspace | Sequence[Subspace]] | None = None,
+    optimizer: str = "adam",
     exclude_first: bool = True,
     centered: bool = False,
     batch_size: int = 8,
@@ -81,13 +80,15 @@ def analyze_pair(
             `.safetensors` file, shards, a LoRA adapter, a state dict of TransformerLens.
         texts: strings, or lists of chat messages, read with the base's tokenizer and cut into windows; without texts
             and tokens the package's calibration texts are used and the result says so.
-        tokens: token ids instead of texts, `[batch, pos]` or sequences of different lengths; every one counts, so no
-            padding.
+        tokens: token ids instead of texts, `[batch, pos]` or sequences of different lengths; every one counts, unless
+            a `mask` says otherwise.
+        mask: which of `tokens` are real, `[batch, pos]`; padding stands at the ends of rows.
         matrices: default all the model has of W_Q, W_K, W_V, W_O, W_in, W_gate, W_out.
         ranks: default the distinct values of 1, 4, 16, 64, d//16, d//4 below d.
         subspaces: names out of attn_in, mlp_in, resid_pre, resid_mid, resid_post, prediction, or a mapping from names
             to a `Subspace` (or one for each layer); every matrix is then held against each. Default: a read matrix
             against its own input, a write matrix against the stream it writes into, all against "prediction".
+        optimizer: the optimiser of the training in between, "sgd", "adam" or "muon": recorded with the result.
         exclude_first: leave the first position of each sequence out, whose attention-sink activations would dominate.
         centered: principal directions of the covariance instead of the uncentred second moment.
         batch_size: sequences per forward pass.
@@ -120,43 +121,35 @@ def analyze_pair(
         >>> bool(0 < row.fraction < 1)
         True
     """
-    arguments = described_arguments(locals())
-    base, notes = ModelView(model_base), Notes()
-    if gradient is not None and not isinstance(gradient, GradientMoments):
-        raise ValueError(
-            f"expected gradient with a method gradient_moment(layer, matrix, head), got {type(gradient).__name__}; "
-            "pass a gradient covariance"
-        )
-    plan = make_plan(base, matrices, ranks, subspaces, groups=groups, activations=activations, batch_size=batch_size)
-    sequences = token_sequences(base, texts, tokens, max_tokens=max_tokens, notes=notes.add)
-    check_token_count(sum(len(s) - exclude_first for s in sequences), plan.ranks)
-    aligned = opened(model_aligned, base, runs=sensitivity or activations != "base")
-    for name, held in plan.given.items():
-        if held[0].rank < max(plan.ranks):
-            notes.warn(f"ranks above {held[0].rank} are left out for {name!r}, which has no more directions", level=3)
-    _check_architectures(base, aligned, notes)
-    processes = present_processes() if distributed else ALONE
-    memory = plan_memory(
-        base, plan, sequences,
-        groups=groups, activations=activations, sensitivity=sensitivity, batch_size=batch_size,
-        layers_per_pass=layers_per_pass, processes=processes,
+    settings = PairSettings(
+        matrices=matrices, ranks=ranks, subspaces=subspaces, optimizer=optimizer, exclude_first=exclude_first,
+        centered=centered, batch_size=batch_size, max_tokens=max_tokens, groups=groups, activations=activations,
+        gradient=gradient, sensitivity=sensitivity, layers_per_pass=layers_per_pass, distributed=distributed,
+        seed=seed, progress=progress,
     )  # fmt: skip
-    hashes = _check_weights(base, aligned, sequences, notes)
+    arguments = described(texts=texts, tokens=tokens, mask=mask) | settings.described()
+    pair = open_pair(
+        model_base, model_aligned, texts, tokens, mask,
+        max_tokens=max_tokens, run_aligned="aligned" in settings.captured,
+    )  # fmt: skip
+    base, aligned, sequences, notes = pair.base, pair.aligned, pair.sequences, pair.notes
+    plan = make_plan(base, settings, sequences, notes)
+    for name in unmatched_parameters(base, aligned):
+        notes.add(f"{name} exists in one of the two models only and is left out")
+    notes.add(keys_reference_note(softmax_centres_keys=base.key_shift_invariant))
+    processes = present_processes() if distributed else ALONE
+    memory = plan_memory(base, plan, sequences, settings, processes)
+    hashes = pair.checked_hashes()
     _check_gradient(gradient, base, hashes, plan, notes)
     processes.agree({"arguments": arguments, "weights": hashes, "tokens": sequences})
-    grouped = balanced_groups(sequences, groups)
-    intervals = _has_intervals(grouped, groups, notes)
+    grouped, intervals = grouped_sequences(sequences, settings, notes)
     with torch.no_grad():
         given = {"prediction": [prediction_subspace(base)] * base.n_layers, **plan.given}
         predictions = prediction_variants(base, aligned) if sensitivity and isinstance(aligned, ModelView) else {}
 
     def of_pass(few: range) -> list[_Layer]:
         """Capture the moments of a few layers, and analyse these layers; the moments go when this returns."""
-        sources = _captured(
-            base, aligned, grouped, plan, few, processes,
-            activations=activations, exclude_first=exclude_first, sensitivity=sensitivity, intervals=intervals,
-            batch_size=batch_size, progress=progress,
-        )  # fmt: skip
+        sources = _captured(pair, grouped, plan, few, settings, processes, intervals=intervals)
         moments = sources.groups
         profiles = SensitivityProfiles(predictions, sources) if sensitivity else None
 
@@ -228,7 +221,7 @@ def analyze_pair(
             },
             "shape": shape_record(base),
             **plan.described(),
-            "tokens": sum(len(s) - exclude_first for s in sequences) * (2 if activations == "both" else 1),
+            "tokens": counted_tokens(sequences, settings) * (2 if activations == "both" else 1),
             "sequences": len(sequences),
             "layers_per_pass": memory.layers_per_pass,
             "processes": processes.count,
@@ -247,35 +240,6 @@ class _Layer:
     circuits: pd.DataFrame
     variants: dict[str, Tensor]
     moments: dict[str, Tensor]
-
-
-def _check_weights(base: ModelView, aligned: Weights, sequences: Sequence[Tensor], notes: Notes) -> dict[str, str]:
-    """Refuse weights that are not finite, raw and what the model computes with; return both hashes."""
-    hashes = {}
-    for name, weights in (("base", base), ("aligned", aligned)):
-        # One pass over the tensors: those in files are read from disk.
-        hashes[name] = weights_hash(weights, each=finite_check(weights, f"{name} model"))
-        for warning in check_raw(weights):
-            notes.warn(warning)
-    for weights in (base, aligned):
-        if isinstance(weights, ModelView):
-            weights.self_check(sequences[0][:_SELF_CHECK_TOKENS].unsqueeze(0))
-    if hashes["base"] == hashes["aligned"]:
-        notes.warn("the two models are identical, weight for weight: every delta is zero and every fraction NaN")
-    return hashes
-
-
-def _check_architectures(base: ModelView, aligned: Weights, notes: Notes) -> None:
-    """Refuse what cannot be compared and note what the reader must know of it."""
-    for warning in check_pair(base, aligned):
-        notes.warn(warning)
-    for note in base.notes:
-        notes.add(note)
-    for note in aligned.notes if isinstance(aligned, WeightSource) else ():
-        notes.add(note)
-    for name in unmatched_parameters(base, aligned):
-        notes.add(f"{name} exists in one of the two models only and is left out")
-    notes.add(keys_reference_note(softmax_centres_keys=base.key_shift_invariant))
 
 
 def _check_gradient(
@@ -305,50 +269,34 @@ def _check_gradient(
     elif weights != hashes["base"]:
         notes.warn(
             f"the gradients were measured on other weights ({name!r}) than those compared here: their references "
-            "describe that model",
-            level=4,
+            "describe that model"
         )
-
-
-def _has_intervals(grouped: Sequence[Sequence[Tensor]], groups: int, notes: Notes) -> bool:
-    enough = len(grouped) >= MINIMUM_GROUPS
-    if groups > 1 and not enough:
-        notes.warn(
-            f"intervals need at least {MINIMUM_GROUPS} groups of sequences, got {len(grouped)}: ci_low and ci_high are "
-            "NaN; pass more sequences or groups=8"
-        )
-    return groups > 1 and enough
 
 
 def _captured(
-    base: ModelView,
-    aligned: Weights,
+    pair: OpenPair,
     grouped: Sequence[Sequence[Tensor]],
     plan: Plan,
     layers: range,
+    settings: PairSettings,
     processes: Processes,
     *,
-    activations: str,
-    exclude_first: bool,
-    sensitivity: bool,
     intervals: bool,
-    batch_size: int,
-    progress: bool,
 ) -> Sources:
     """Run the texts through the model(s) whose activations are asked for, up to the last of these layers."""
-    wanted = ("base", "aligned") if sensitivity or activations == "both" else (activations,)
-    views = {"base": base, "aligned": aligned}
+    views = {"base": pair.base, "aligned": pair.aligned}
     with torch.no_grad():
         captures = {
             name: capture(
                 view, grouped, [(point, layer) for point in plan.points for layer in layers],
-                exclude_first=exclude_first, first_positions=sensitivity,
-                sequence_means=base.key_shift_invariant, batch_size=batch_size, progress=progress, processes=processes,
+                exclude_first=settings.exclude_first, first_positions=settings.sensitivity,
+                sequence_means=pair.base.key_shift_invariant, batch_size=settings.batch_size,
+                progress=settings.progress, processes=processes,
             )
-            for name in wanted
+            for name in settings.captured
             if isinstance(view := views[name], ModelView)
         }  # fmt: skip
-    return Sources(captures, activations, exclude_first=exclude_first, intervals=intervals)
+    return Sources(captures, settings.activations, exclude_first=settings.exclude_first, intervals=intervals)
 
 
 def _note_deltas(

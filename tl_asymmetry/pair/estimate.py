@@ -9,17 +9,15 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tl_asymmetry.geometry.subspace import Subspace, ordered_eigh
-from tl_asymmetry.models.checks import check_pair, check_token_count
 from tl_asymmetry.models.processes import ALONE, present_processes
-from tl_asymmetry.models.texts import token_sequences
-from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.models.weights import WeightSource, opened
+from tl_asymmetry.models.weights import WeightSource
 from tl_asymmetry.pair.memory_plan import plan_memory
 from tl_asymmetry.pair.plan import STREAM_SUBSPACES, make_plan
+from tl_asymmetry.settings import GradientMoments, PairSettings, open_pair
 
 _PROBE = 512
 
@@ -67,16 +65,18 @@ def estimate_pair(
     texts: Sequence[str | Sequence[Mapping[str, Any]]] | None = None,
     *,
     tokens: Int[Tensor, "batch pos"] | Sequence[Int[Tensor, " _pos"]] | None = None,
+    mask: Bool[Tensor, "batch pos"] | None = None,
     matrices: Sequence[str] | None = None,
     ranks: Sequence[int] | None = None,
     subspaces: Sequence[str] | Mapping[str, Subspace | Sequence[Subspace]] | None = None,
+    optimizer: str = "adam",
     exclude_first: bool = True,
     centered: bool = False,
     batch_size: int = 8,
     max_tokens: int | None = None,
     groups: int = 8,
     activations: str = "base",
-    gradient: Any = None,
+    gradient: GradientMoments | None = None,
     sensitivity: bool = False,
     layers_per_pass: int | None = None,
     distributed: bool = True,
@@ -98,21 +98,23 @@ def estimate_pair(
         >>> estimate_pair(*demo_pair(), demo_texts(4, seed=0), ranks=[4]).seconds < 60
         True
     """
-    base = ModelView(model_base)
-    aligned = opened(model_aligned, base, runs=sensitivity or activations != "base")
-    check_pair(base, aligned)
-    plan = make_plan(base, matrices, ranks, subspaces, groups=groups, activations=activations, batch_size=batch_size)
-    sequences = token_sequences(base, texts, tokens, max_tokens=max_tokens, notes=lambda line: None)
-    check_token_count(sum(len(s) - exclude_first for s in sequences), plan.ranks)
-    processes = present_processes() if distributed else ALONE
-    memory = plan_memory(
-        base, plan, sequences,
-        groups=groups, activations=activations, sensitivity=sensitivity, batch_size=batch_size,
-        layers_per_pass=layers_per_pass, processes=processes,
+    settings = PairSettings(
+        matrices=matrices, ranks=ranks, subspaces=subspaces, optimizer=optimizer, exclude_first=exclude_first,
+        centered=centered, batch_size=batch_size, max_tokens=max_tokens, groups=groups, activations=activations,
+        gradient=gradient, sensitivity=sensitivity, layers_per_pass=layers_per_pass, distributed=distributed,
+        seed=seed, progress=progress,
     )  # fmt: skip
+    pair = open_pair(
+        model_base, model_aligned, texts, tokens, mask,
+        max_tokens=max_tokens, run_aligned="aligned" in settings.captured,
+    )  # fmt: skip
+    base, aligned, sequences = pair.base, pair.aligned, pair.sequences
+    plan = make_plan(base, settings, sequences, pair.notes)
+    processes = present_processes() if distributed else ALONE
+    memory = plan_memory(base, plan, sequences, settings, processes)
     load, held = memory.workload, memory.layers_per_pass
     d, L, n = base.d_model, base.n_layers, sum(map(len, sequences))
-    processes = processes.count
+    sharers = processes.count
 
     noise = torch.randn(_PROBE, _PROBE, generator=torch.Generator().manual_seed(seed))
     flops = _rate(lambda x: x @ x, noise.to(base.device), 2.0 * _PROBE**3)
@@ -130,12 +132,12 @@ def estimate_pair(
     # Read once to be checked, once for the deltas, and again by the comparison of what has no head.
     stages = [
         ("weights", 2 * files / reading, 6 * load.largest if files else 0, 0),
-        ("forward", load.models * block * layers_run / flops / processes,
+        ("forward", load.models * block * layers_run / flops / sharers,
          load.capture_device(0), load.capture_device(held)),
-        ("moments", load.models * 2 * n * d * d * load.points * L / flops / processes, load.moments(held), 0),
+        ("moments", load.models * 2 * n * d * d * load.points * L / flops / sharers, load.moments(held), 0),
         ("eigensolves",
-         eigensolve * (L * len(streams) * (1 + replicates + variants) / processes + 1), 6 * 8 * d * d, 0),
-        ("projections", 2 * d * load.matrices * L * (2 + replicates / 4 + variants) / flops / processes,
+         eigensolve * (L * len(streams) * (1 + replicates + variants) / sharers + 1), 6 * 8 * d * d, 0),
+        ("projections", 2 * d * load.matrices * L * (2 + replicates / 4 + variants) / flops / sharers,
          load.layers_host(), load.layers_device()),
         ("prediction", 2 * d * d * base.d_vocab / flops, load.prediction(), 0),
     ]  # fmt: skip

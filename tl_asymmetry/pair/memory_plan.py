@@ -14,6 +14,7 @@ from tl_asymmetry.models.capture import balanced_groups
 from tl_asymmetry.models.processes import ALONE, Processes
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair.plan import Plan
+from tl_asymmetry.settings import PairSettings
 
 USED_OF_FREE = 0.8
 """Share of the free memory that an analysis may plan to use."""
@@ -133,12 +134,7 @@ def plan_memory(
     base: ModelView,
     plan: Plan,
     sequences: Sequence[Tensor],
-    *,
-    groups: int,
-    activations: str,
-    sensitivity: bool,
-    batch_size: int,
-    layers_per_pass: int | None,
+    settings: PairSettings,
     processes: Processes = ALONE,
 ) -> MemoryPlan:
     """Choose how many layers' moments to hold at once, by what is free now.
@@ -147,24 +143,18 @@ def plan_memory(
         base: the model.
         plan: what is held against what.
         sequences: what will be run.
-        groups: groups of sequences asked for.
-        activations: whose.
-        sensitivity: whether every variant is kept.
-        batch_size: sequences per forward pass.
-        layers_per_pass: None to choose; else this number, which must fit.
+        settings: of the analysis; `layers_per_pass`, where one is asked for, must fit.
         processes: processes that share the work; they take what fits all of them.
 
     Raises:
         ValueError: where not even one layer a pass fits, saying what would; a number that is no number of layers.
     """
-    L = base.n_layers
+    L, layers_per_pass = base.n_layers, settings.layers_per_pass
     if layers_per_pass is not None and not (layers_per_pass == int(layers_per_pass) and 1 <= layers_per_pass <= L):
         raise ValueError(
             f"expected layers_per_pass from 1 to {L}, got {layers_per_pass}; pass None to have it chosen by free memory"
         )
-    load = workload(
-        base, plan, sequences, groups=groups, activations=activations, sensitivity=sensitivity, batch_size=batch_size
-    )
+    load = workload(base, plan, sequences, settings)
     room = _Room.now(base.device, processes)
     single = replace(load, workers=1)
     most = processes.least(max((n for n in range(1, L + 1) if room.fits(single, n)), default=0))
@@ -182,16 +172,7 @@ def plan_memory(
     return MemoryPlan(load, layers, load.peak_host(layers), load.peak_device(layers))
 
 
-def workload(
-    base: ModelView,
-    plan: Plan,
-    sequences: Sequence[Tensor],
-    *,
-    groups: int,
-    activations: str,
-    sensitivity: bool,
-    batch_size: int,
-) -> Workload:
+def workload(base: ModelView, plan: Plan, sequences: Sequence[Tensor], settings: PairSettings) -> Workload:
     """The sizes of one analysis."""
     sizes = [base.weight(0, matrix).numel() for matrix in plan.matrices]
     longest = max(map(len, sequences))
@@ -205,11 +186,11 @@ def workload(
         points=len(plan.points),
         centred_points=int(base.key_shift_invariant and "attn_in" in plan.points),
         heads=sum((base.heads(matrix) or 1) * len(plan.targets[matrix]) for matrix in plan.matrices),
-        groups=len(balanced_groups(sequences, groups)),
-        models=2 if sensitivity or activations == "both" else 1,
-        sensitivity=sensitivity,
+        groups=len(balanced_groups(sequences, settings.groups)),
+        models=len(settings.captured),
+        sensitivity=settings.sensitivity,
         longest=longest,
-        rows=min(batch_size, len(sequences)),
+        rows=min(settings.batch_size, len(sequences)),
         width=6 * base.d_model + 2 * (base.d_mlp or 0) + 2 * base.n_heads * longest,
         workers=1,
         device=base.device,

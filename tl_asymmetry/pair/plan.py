@@ -7,12 +7,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from jaxtyping import Int
+from torch import Tensor
+
+from tl_asymmetry.geometry.jackknife import MINIMUM_GROUPS
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.subspace import Subspace
-from tl_asymmetry.models.capture import Capture, Site, merged
-from tl_asymmetry.models.checks import check_ranks
+from tl_asymmetry.models.capture import Capture, Site, balanced_groups, merged
+from tl_asymmetry.models.checks import check_ranks, check_token_count
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import kind_of
+from tl_asymmetry.results.notes import Notes
+from tl_asymmetry.settings import PairSettings
 
 STREAM_SUBSPACES = ("attn_in", "mlp_in", "resid_pre", "resid_mid", "resid_post")
 """Subspaces that come from activations, named as their hook points."""
@@ -91,31 +97,16 @@ def _models(activations: str) -> tuple[str, ...]:
     return ("base", "aligned") if activations == "both" else (activations,)
 
 
-def make_plan(
-    view: ModelView,
-    matrices: Sequence[str] | None,
-    ranks: Sequence[int] | None,
-    subspaces: Sequence[str] | Mapping[str, Subspace | Sequence[Subspace]] | None,
-    *,
-    groups: int,
-    activations: str,
-    batch_size: int,
-) -> Plan:
+def make_plan(view: ModelView, settings: PairSettings, sequences: Sequence[Tensor], notes: Notes) -> Plan:
     """Resolve the defaults and refuse what the model does not have.
 
     Raises:
-        ValueError: an unknown matrix, subspace or choice of activations, a rank out of range, a subspace of another
-            dimension or too small for every rank, groups < 1, batch_size < 1.
+        ValueError: an unknown matrix or subspace, a rank out of range or above the number of tokens, a subspace of
+            another dimension or too small for every rank.
     """
-    if activations not in ("base", "aligned", "both"):
-        raise ValueError(f'expected activations "base", "aligned" or "both", got {activations!r}; pass one of them')
-    if groups < 1:
-        raise ValueError(f"expected groups >= 1, got {groups}; pass groups=1 for no intervals, 8 by default")
-    if batch_size < 1:
-        raise ValueError(f"expected a batch_size of at least 1, got {batch_size}; pass batch_size=8")
-    d = view.d_model
-    checked_ranks = check_ranks(default_ranks(d) if ranks is None else ranks, d)
-    chosen = chosen_matrices(view, matrices)
+    d, subspaces = view.d_model, settings.subspaces
+    checked_ranks = check_ranks(default_ranks(d) if settings.ranks is None else settings.ranks, d)
+    chosen = chosen_matrices(view, settings.matrices)
     given = _given(subspaces, view, min(checked_ranks)) if isinstance(subspaces, Mapping) else {}
     names = _subspace_names(view, subspaces)
     targets = {m: _default_targets(m, view) if subspaces is None else names for m in chosen}
@@ -123,6 +114,10 @@ def make_plan(
     inputs = [kind_of(m).point for m in chosen if kind_of(m).reads]
     points = dict.fromkeys([*inputs, *(name for name in used if name in STREAM_SUBSPACES and name not in given)])
     everywhere = [k for k in checked_ranks if all(k <= layers[0].rank for layers in given.values())]
+    for name, layers in given.items():
+        if layers[0].rank < checked_ranks[-1]:
+            notes.warn(f"ranks above {layers[0].rank} are left out for {name!r}, which has no more directions")
+    check_token_count(counted_tokens(sequences, settings), checked_ranks)
     return Plan(
         matrices=chosen,
         ranks=checked_ranks,
@@ -132,6 +127,25 @@ def make_plan(
         points=tuple(points),
         shown_rank=min(everywhere, key=lambda k: (abs(k - max(d // 16, 1)), k)),
     )
+
+
+def counted_tokens(sequences: Sequence[Tensor], settings: PairSettings) -> int:
+    """Tokens that count towards the moments of one model."""
+    return sum(len(sequence) - settings.exclude_first for sequence in sequences)
+
+
+def grouped_sequences(
+    sequences: Sequence[Int[Tensor, " _pos"]], settings: PairSettings, notes: Notes
+) -> tuple[list[list[Int[Tensor, " _pos"]]], bool]:
+    """The sequences in groups to be left out one at a time, and whether these are wanted and enough for intervals."""
+    grouped = balanced_groups(sequences, settings.groups)
+    enough = len(grouped) >= MINIMUM_GROUPS
+    if settings.groups > 1 and not enough:
+        notes.warn(
+            f"intervals need at least {MINIMUM_GROUPS} groups of sequences, got {len(grouped)}: ci_low and ci_high are "
+            "NaN; pass more sequences or groups=8"
+        )
+    return grouped, settings.groups > 1 and enough
 
 
 def default_ranks(d: int) -> tuple[int, ...]:

@@ -4,34 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float64
 from torch import Tensor
 
 from tl_asymmetry.geometry.fraction import gram_energy
 from tl_asymmetry.names import kind_of
 from tl_asymmetry.pair.bases import LayerBases
 from tl_asymmetry.pair.deltas import AnyDelta
-
-
-@runtime_checkable
-class GradientMoments(Protocol):
-    """What a gradient covariance must offer to serve as a matched reference."""
-
-    def gradient_moment(self, layer: int, matrix: str, head: int | None = None) -> Tensor:
-        """Uncentred second moment of the upstream gradient δ, `[d, d]`, float64 on CPU."""
-        ...
-
-
-@runtime_checkable
-class PermutedGradients(Protocol):
-    """What a gradient covariance may offer besides: fractions of gradients with δ permuted over tokens."""
-
-    def permuted_fractions(self, layer: int, matrix: str, basis: Float[Tensor, "d_model k"]) -> Tensor | None:
-        """Fractions in the leading 1 … k directions, `[draw, head, k]`; None where there are no draws."""
-        ...
+from tl_asymmetry.settings import GradientMoments, PermutedGradients
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
+from pathlib import Path
+from types import FrameType
+
+import jaxtyping
+import torch
+
+_PACKAGE = str(Path(__file__).parents[1]) + os.sep
+_DECORATORS = tuple(str(Path(str(module.__file__)).parent) + os.sep for module in (torch, jaxtyping))
 
 
 class Notes:
@@ -15,7 +25,23 @@ class Notes:
         """A fact worth knowing: a line of the result."""
         self.lines.append(line)
 
-    def warn(self, line: str, *, level: int = 4) -> None:
-        """What degrades the answer: a line and a `UserWarning`, shown at the caller `level` frames up."""
+    def warn(self, line: str) -> None:
+        """What degrades the answer: a line and a `UserWarning` at the caller's own line."""
         self.lines.append(line)
-        warnings.warn(line, UserWarning, stacklevel=level)
+        warn(line)
+
+
+def warn(line: str) -> None:
+    """A `UserWarning` at the line that called this package, however deep in it this is said.
+
+    Frames of torch and jaxtyping around a public function are their decorators'. Python 3.12 has `skip_file_prefixes`
+    for all this.
+    """
+    files: list[str] = []
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        files.append(frame.f_code.co_filename)
+        frame = frame.f_back
+    public = max(i for i, file in enumerate(files) if file.startswith(_PACKAGE))
+    outside = (i for i, file in enumerate(files) if i > public and not file.startswith(_DECORATORS))
+    warnings.warn(line, UserWarning, stacklevel=1 + next(outside, public))

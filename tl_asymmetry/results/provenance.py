@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from tl_asymmetry.geometry.precision import product_dtype
 from tl_asymmetry.geometry.rounding import coarser, storage_dtype
+from tl_asymmetry.geometry.subspace import Subspace
 from tl_asymmetry.models.readers.base import Weights, WeightSource
 from tl_asymmetry.models.view import ModelView
 
@@ -52,16 +52,19 @@ def shape_record(view: ModelView) -> dict[str, Any]:
     }
 
 
-def described_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A call's arguments, models left out, as JSON can hold them: long ones by size and hash, objects by class."""
-    return {name: _described(value) for name, value in arguments.items() if not name.startswith("model_")}
+def described(**arguments: Any) -> dict[str, Any]:
+    """Arguments as JSON can hold them: long ones by size and hash (XXH3), objects by class."""
+    return {name: _described(value) for name, value in arguments.items()}
 
 
 def _described(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, Subspace):
+        return _described(value.basis)
     if isinstance(value, torch.Tensor):
-        return {"shape": list(value.shape), "sha256": hashlib.sha256(value.cpu().numpy().tobytes()).hexdigest()}
+        content = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+        return {"shape": list(value.shape), "xxh3": xxhash.xxh3_128_hexdigest(content)}
     if isinstance(value, Mapping):
         return {str(name): _described(entry) for name, entry in value.items()}
     if isinstance(value, Sequence):
@@ -69,7 +72,7 @@ def _described(value: Any) -> Any:
         text = json.dumps(plain, ensure_ascii=False)
         if len(text) <= _LONGEST_LISTED:
             return plain
-        return {"entries": len(plain), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        return {"entries": len(plain), "xxh3": xxhash.xxh3_128_hexdigest(text.encode())}
     return type(value).__name__
 
 

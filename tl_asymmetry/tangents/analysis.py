@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.results.provenance import described_arguments
 from tl_asymmetry.tangents.probe import TangentOptions, TangentProbe, early_until
 from tl_asymmetry.tangents.result import TangentAnalysis
 from tl_asymmetry.trajectory.checkpoints import Checkpoint, checkpoints_of
@@ -104,9 +103,6 @@ def analyze_tangents(
         >>> result.checkpoints[["step", "phase"]].to_numpy().tolist()
         [[0, 'early'], [50, 'late'], [150, 'late']]
     """
-    arguments = described_arguments(
-        {k: v for k, v in locals().items() if k not in ("checkpoints_or_model", "store", "progress")}
-    )
     options = TangentOptions(
         rank=rank, method=method, basis_from=basis_from, draws=draws, control=control, gradients=gradients,
         strata=strata, frequencies=frequencies, mask_token=mask_token, mask_share=mask_share,
@@ -120,9 +116,7 @@ def analyze_tangents(
         )
     else:
         plan = _plan(checkpoints_or_model, total_steps, basis_from)
-    with TangentProbe(
-        texts, tokens=tokens, total_steps=plan.total_steps, store=store, options=options, arguments=arguments
-    ) as probe:
+    with TangentProbe(texts, tokens=tokens, total_steps=plan.total_steps, store=store, options=options) as probe:
         for checkpoint in tqdm(plan.checkpoints, desc="checkpoints", total=plan.known, disable=not progress):
             probe.take(checkpoint)
         return probe.result()

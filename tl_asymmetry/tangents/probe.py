@@ -19,7 +19,7 @@ from tl_asymmetry.models.checks import check_finite, check_raw, check_token_coun
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import kind_of
 from tl_asymmetry.results.notes import Notes
-from tl_asymmetry.results.provenance import described_arguments, model_record, shape_record, versions, weights_hash
+from tl_asymmetry.results.provenance import described, model_record, shape_record, versions, weights_hash
 from tl_asymmetry.results.store import CheckpointStore, MemoryStore
 from tl_asymmetry.tangents.bases import METHODS, TangentBases, bases_from, fit_bases
 from tl_asymmetry.tangents.data import TangentData, tangent_data
@@ -120,7 +120,7 @@ class TangentOptions:
     def described(self) -> dict[str, Any]:
         """All that decides numbers, JSON-ready: what a store must have been made with."""
         settings = {k: v for k, v in vars(self).items() if k not in ("progress", "batch_size", "rank", "method")}
-        return described_arguments(settings) | {"ranks": list(self.ranks), "methods": list(self.methods)}
+        return described(**settings) | {"ranks": list(self.ranks), "methods": list(self.methods)}
 
 
 def early_until(basis_from: float, total_steps: int) -> float:
@@ -163,7 +163,6 @@ class TangentProbe:
         total_steps: int,
         store: str | Path | None = None,
         options: TangentOptions | None = None,
-        arguments: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
         if options is not None and settings:
@@ -176,9 +175,7 @@ class TangentProbe:
             raise ValueError(f"expected total_steps >= 0, got {total_steps}; pass the length of the training")
         self.total_steps = total_steps
         self._texts, self._tokens, self._folder = texts, tokens, store
-        self._arguments = dict(arguments) if arguments is not None else described_arguments(
-            {"texts": texts, "tokens": tokens, "total_steps": total_steps} | vars(self.options)
-        )  # fmt: skip
+        self._arguments = described(texts=texts, tokens=tokens, total_steps=total_steps, **vars(self.options))
         self._notes = Notes()
         self._run: _Run | None = None
 
@@ -484,11 +481,11 @@ def _check_model(view: ModelView, options: TangentOptions, notes: Notes) -> None
         )
     check_finite(view)
     for warning in check_raw(view):
-        notes.warn(warning, level=6)
+        notes.warn(warning)
     for note in view.notes:
         notes.add(note)
     if view.dtype in (torch.float16, torch.bfloat16):
-        notes.warn(f"gradients are computed in {view.dtype}, the model's dtype: small ones are rounded", level=6)
+        notes.warn(f"gradients are computed in {view.dtype}, the model's dtype: small ones are rounded")
     if options.control == "complement":
         notes.add(
             "controls come from the orthogonal complement of the basis: their mean energy is (1 − E) r / (d − r) "

@@ -7,33 +7,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_asymmetry.geometry.subspace import Subspace
 from tl_asymmetry.models.processes import ALONE, present_processes
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.pair.projections import GradientMoments
 from tl_asymmetry.results.notes import Notes
-from tl_asymmetry.results.provenance import described_arguments
+from tl_asymmetry.settings import GradientMoments, PairSettings
 from tl_asymmetry.trajectory.checkpoints import Checkpoint, checkpoints_of
 from tl_asymmetry.trajectory.measurements import WeightsSnapshot
 from tl_asymmetry.trajectory.result import TrajectoryAnalysis
-from tl_asymmetry.trajectory.run import RunOptions, TrajectoryRun
+from tl_asymmetry.trajectory.run import TrajectoryRun, TrajectorySettings
 
 
 def analyze_trajectory(
     checkpoints: Iterable[Any] | Mapping[int, Any],
     texts: Sequence[str | Sequence[Mapping[str, Any]]] | None = None,
     *,
-    tokens: Int[Tensor, "batch pos"] | None = None,
+    tokens: Int[Tensor, "batch pos"] | Sequence[Int[Tensor, " _pos"]] | None = None,
+    mask: Bool[Tensor, "batch pos"] | None = None,
     store: str | Path | None = None,
     reference: str = "first",
     subspaces_from: Any = "base",
     matrices: Sequence[str] | None = None,
     ranks: Sequence[int] | None = None,
     subspaces: Sequence[str] | Mapping[str, Subspace | Sequence[Subspace]] | None = None,
+    optimizer: str = "adam",
     exclude_first: bool = True,
     centered: bool = False,
     batch_size: int = 8,
@@ -66,14 +67,14 @@ def analyze_trajectory(
             `pythia_checkpoints` returns. A model is a HookedTransformer or TransformerBridge with raw weights, a
             directory, a name on the hub, or a function that makes one. The first is what all others are compared with.
         texts: as in `analyze_pair`.
-        tokens: as in `analyze_pair`.
+        tokens, mask: as in `analyze_pair`.
         store: folder for the finished checkpoints; made if need be. One process at a time may write to it; another
             run's store, or one made with other settings, is refused.
         reference: "first", "previous" or "both": what a checkpoint's weights are subtracted from.
         subspaces_from: "base" takes weights and activations of the first checkpoint; "each" those of the checkpoint at
             hand; a model, directory or hub name takes that model's for all checkpoints (the last one's, say).
-        matrices, ranks, subspaces, exclude_first, centered, batch_size, max_tokens, groups, seed, progress: as in
-            `analyze_pair`.
+        matrices, ranks, subspaces, optimizer, exclude_first, centered, batch_size, max_tokens, groups, seed, progress:
+            as in `analyze_pair`.
         gradient: a function of a model that returns its gradient covariance, for the matched reference of W_O and
             W_out; called once for each checkpoint.
         duplicates: "refuse" a checkpoint whose weights an earlier step has already shown (a wrong branch on the hub, a
@@ -96,15 +97,14 @@ def analyze_trajectory(
         >>> result.table["step"].unique().tolist()
         [50, 150]
     """
-    arguments = described_arguments(
-        {k: v for k, v in locals().items() if k not in ("checkpoints", "store", "progress")}
-    )
-    options = RunOptions(
-        reference=reference, subspaces_from=subspaces_from, matrices=matrices, ranks=ranks, subspaces=subspaces,
-        exclude_first=exclude_first, centered=centered, batch_size=batch_size, max_tokens=max_tokens, groups=groups,
-        gradient=gradient, duplicates=duplicates, seed=seed, progress=progress,
+    settings = TrajectorySettings(
+        pair=PairSettings(
+            matrices=matrices, ranks=ranks, subspaces=subspaces, optimizer=optimizer, exclude_first=exclude_first,
+            centered=centered, batch_size=batch_size, max_tokens=max_tokens, groups=groups, distributed=distributed,
+            seed=seed, progress=progress,
+        ),
+        reference=reference, subspaces_from=subspaces_from, gradient=gradient, duplicates=duplicates,
     )  # fmt: skip
-    options.check()
     notes = Notes()
     processes = present_processes() if distributed else ALONE
     rest = checkpoints_of(checkpoints)
@@ -113,8 +113,8 @@ def analyze_trajectory(
         raise ValueError("expected two checkpoints at least, got none; pass the first of the run and later ones")
     with first.open() as model:
         run = TrajectoryRun(
-            ModelView(model), first.step, first.name, options,
-            texts=texts, tokens=tokens, store=store, arguments=arguments, notes=notes, processes=processes,
+            ModelView(model), first.step, first.name, settings,
+            texts=texts, tokens=tokens, mask=mask, store=store, notes=notes, processes=processes,
         )  # fmt: skip
         del model
     try:

@@ -19,8 +19,9 @@ from tl_asymmetry.names import kind_of
 from tl_asymmetry.pair.asymmetry import READ_SIDE, WRITE_SIDE, asymmetry_table
 from tl_asymmetry.pair.deltas import Delta, LiveDelta, measure_delta
 from tl_asymmetry.pair.plan import Plan
-from tl_asymmetry.pair.projections import GradientMoments, PermutedGradients, Projection, project
+from tl_asymmetry.pair.projections import Projection, project
 from tl_asymmetry.pair.tables import pair_tables
+from tl_asymmetry.settings import GradientMoments, PermutedGradients
 from tl_asymmetry.trajectory.held_bases import HeldBases
 
 CURVE_COLUMNS = {

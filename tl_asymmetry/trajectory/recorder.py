@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from tl_asymmetry.geometry.subspace import Subspace
 from tl_asymmetry.models.loading import bridge_around
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.pair.projections import GradientMoments
 from tl_asymmetry.results.notes import Notes
-from tl_asymmetry.results.provenance import described_arguments
 from tl_asymmetry.results.store import CheckpointStore
+from tl_asymmetry.settings import GradientMoments, PairSettings
 from tl_asymmetry.trajectory.measurements import WeightsSnapshot
 from tl_asymmetry.trajectory.result import TrajectoryAnalysis
-from tl_asymmetry.trajectory.run import RunOptions, TrajectoryRun
+from tl_asymmetry.trajectory.run import TrajectoryRun, TrajectorySettings
 
 
 class TrajectoryRecorder:
@@ -42,12 +40,12 @@ class TrajectoryRecorder:
         every: record at steps that are multiples of this.
         store: folder to record into, one training at a time; None keeps everything in memory.
         texts: as in `analyze_pair`; they define the subspaces and are no training texts.
-        tokens: as in `analyze_pair`.
+        tokens, mask: as in `analyze_pair`.
         step: the step the model is at.
         tokenizer: for `texts`, where the model has none.
-        reference, subspaces_from, matrices, ranks, subspaces, exclude_first, centered, batch_size, max_tokens, groups,
-            seed: as in `analyze_trajectory`. With subspaces_from="base" or a model, texts go through a model once, at
-            the beginning; with "each" at every recording.
+        reference, subspaces_from, matrices, ranks, subspaces, optimizer, exclude_first, centered, batch_size,
+            max_tokens, groups, seed: as in `analyze_trajectory`. With subspaces_from="base" or a model, texts go
+            through a model once, at the beginning; with "each" at every recording.
         gradient: as in `analyze_trajectory`; called at every recording.
         probes: functions of step and model, a `TangentProbe` for one, called with the TransformerLens model at the
             beginning and at every recording.
@@ -80,7 +78,8 @@ class TrajectoryRecorder:
         store: str | Path | None = None,
         texts: Sequence[str | Sequence[Mapping[str, Any]]] | None = None,
         *,
-        tokens: Int[Tensor, "batch pos"] | None = None,
+        tokens: Int[Tensor, "batch pos"] | Sequence[Int[Tensor, " _pos"]] | None = None,
+        mask: Bool[Tensor, "batch pos"] | None = None,
         step: int = 0,
         tokenizer: Any = None,
         reference: str = "first",
@@ -88,6 +87,7 @@ class TrajectoryRecorder:
         matrices: Sequence[str] | None = None,
         ranks: Sequence[int] | None = None,
         subspaces: Sequence[str] | Mapping[str, Subspace | Sequence[Subspace]] | None = None,
+        optimizer: str = "adam",
         exclude_first: bool = True,
         centered: bool = False,
         batch_size: int = 8,
@@ -98,8 +98,6 @@ class TrajectoryRecorder:
         probes: Sequence[Callable[[int, Any], None]] = (),
         on_error: str = "raise",
     ) -> None:
-        left_out = ("self", "store", "probes", "step", "every", "on_error", "tokenizer", "__class__")
-        arguments = described_arguments({name: v for name, v in locals().items() if name not in left_out})
         if every < 1:
             raise ValueError(f"expected every >= 1, got {every}; pass the number of steps between recordings")
         if on_error not in ("raise", "warn"):
@@ -107,16 +105,19 @@ class TrajectoryRecorder:
         self.every, self._model, self._tokenizer, self._on_error = every, model, tokenizer, on_error
         self._probes = tuple(probes)
         self._notes, self._recorded, self._trusted, self._last = Notes(), set[int](), step, step
-        options = RunOptions(
-            reference=reference, subspaces_from=subspaces_from, matrices=matrices, ranks=ranks, subspaces=subspaces,
-            exclude_first=exclude_first, centered=centered, batch_size=batch_size, max_tokens=max_tokens,
-            groups=groups, gradient=gradient, duplicates="keep", seed=seed, progress=False,
+        settings = TrajectorySettings(
+            pair=PairSettings(
+                matrices=matrices, ranks=ranks, subspaces=subspaces, optimizer=optimizer, exclude_first=exclude_first,
+                centered=centered, batch_size=batch_size, max_tokens=max_tokens, groups=groups, seed=seed,
+                progress=False,
+            ),
+            reference=reference, subspaces_from=subspaces_from, gradient=gradient, duplicates="keep",
         )  # fmt: skip
         with self._lens() as lens:
             view = ModelView(lens)
             self._run = TrajectoryRun(
-                view, step, f"step {step}", options,
-                texts=texts, tokens=tokens, store=store, arguments=arguments, notes=self._notes, recorder=True,
+                view, step, f"step {step}", settings,
+                texts=texts, tokens=tokens, mask=mask, store=store, notes=self._notes, recorder=True,
             )  # fmt: skip
             try:
                 self._previous = self._run.start
@@ -172,8 +173,7 @@ class TrajectoryRecorder:
             if self._on_error == "raise":
                 raise
             line = f"step {step} was not recorded: {error}"
-            self._notes.lines.append(line)
-            warnings.warn(line, UserWarning, stacklevel=3)
+            self._notes.warn(line)
             return False
         return True
 

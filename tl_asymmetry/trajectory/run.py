@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,9 +11,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from tl_asymmetry.geometry.jackknife import MINIMUM_GROUPS
-from tl_asymmetry.models.capture import balanced_groups, capture
-from tl_asymmetry.models.checks import check_finite, check_raw, check_token_count
+from tl_asymmetry.models.capture import capture
+from tl_asymmetry.models.checks import finite_check
 from tl_asymmetry.models.loading import open_model
 from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.processes import ALONE, Processes
@@ -22,11 +20,12 @@ from tl_asymmetry.models.side_by_side import side_by_side
 from tl_asymmetry.models.texts import token_sequences, vocabulary_fingerprint
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair.bases import LayerBases
-from tl_asymmetry.pair.plan import make_plan
-from tl_asymmetry.pair.projections import GradientMoments, keys_reference_note
-from tl_asymmetry.results.notes import Notes
-from tl_asymmetry.results.provenance import described_arguments, model_record, shape_record, versions, weights_hash
+from tl_asymmetry.pair.plan import counted_tokens, grouped_sequences, make_plan
+from tl_asymmetry.pair.projections import keys_reference_note
+from tl_asymmetry.results.notes import Notes, warn
+from tl_asymmetry.results.provenance import described, model_record, shape_record, versions, weights_hash
 from tl_asymmetry.results.store import CheckpointStore, DamagedStore, MemoryStore, StoreReader
+from tl_asymmetry.settings import GradientMoments, PairSettings, check_products, checked_hash
 from tl_asymmetry.trajectory.held_bases import HeldBases, hold
 from tl_asymmetry.trajectory.measurements import Measuring, WeightsSnapshot, measure
 from tl_asymmetry.trajectory.shared_store import SharedStore
@@ -35,48 +34,27 @@ KIND = "trajectory"
 REFERENCES = {"first": ("first",), "previous": ("previous",), "both": ("first", "previous")}
 """What the argument `reference` stands for."""
 
-_SELF_CHECK_TOKENS = 16
 
+@dataclass(frozen=True, kw_only=True)
+class TrajectorySettings:
+    """What `analyze_trajectory` and `TrajectoryRecorder` are asked to do; see there.
 
-@dataclass(frozen=True)
-class RunOptions:
-    """Settings that `analyze_trajectory` and `TrajectoryRecorder` share; see there."""
+    Raises:
+        ValueError: what can be chosen for no run.
+    """
 
+    pair: PairSettings
+    """What is measured of every checkpoint; its `gradient` is made anew for each."""
     reference: str = "first"
     """ "first", "previous" or "both"."""
     subspaces_from: Any = "base"
     """ "base", "each", or a model, directory or hub name."""
-    matrices: Sequence[str] | None = None
-    """Which matrices; None: all."""
-    ranks: Sequence[int] | None = None
-    """Which ranks; None: the default."""
-    subspaces: Any = None
-    """Names, or a mapping from names to `Subspace`; None: the default."""
-    exclude_first: bool = True
-    """Leave the first position of each sequence out."""
-    centered: bool = False
-    """Covariance instead of the uncentred second moment."""
-    batch_size: int = 8
-    """Sequences per forward pass."""
-    max_tokens: int | None = None
-    """Use no more tokens."""
-    groups: int = 8
-    """Jackknife groups."""
     gradient: Callable[[Any], GradientMoments] | None = None
     """Makes output-gradient second moments of a model."""
     duplicates: str = "refuse"
     """ "refuse" or "keep" checkpoints that hold the same weights."""
-    seed: int = 0
-    """Of draws."""
-    progress: bool = True
-    """Show progress bars."""
 
-    def check(self) -> None:
-        """Refuse what cannot be chosen.
-
-        Raises:
-            ValueError: saying what can.
-        """
+    def __post_init__(self) -> None:
         for name, allowed in (("reference", tuple(REFERENCES)), ("duplicates", ("refuse", "keep"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -88,6 +66,14 @@ class RunOptions:
                 "gradient=lambda model: gradient_covariance(model, objective, batches)"
             )
 
+    def described(self) -> dict[str, Any]:
+        """Every setting, JSON-ready."""
+        own = described(
+            reference=self.reference, subspaces_from=self.subspaces_from, gradient=self.gradient,
+            duplicates=self.duplicates,
+        )  # fmt: skip
+        return self.pair.described() | own
+
 
 class TrajectoryRun:
     """One run over checkpoints, from the first one on.
@@ -96,10 +82,9 @@ class TrajectoryRun:
         view: the first checkpoint's model; for a recorder that goes on with an earlier store, the model as it is.
         step: its step.
         name: what to call it.
-        options: what to do.
-        texts, tokens: as in `analyze_pair`.
+        settings: what to do.
+        texts, tokens, mask: as in `analyze_pair`.
         store: folder of the store; None keeps everything in memory.
-        arguments: of the caller, described, for the result's config.
         notes: collects what the result must say.
         recorder: whether weights and bases go into the store too, so that a later process can go on without the first
             checkpoint's model.
@@ -114,34 +99,24 @@ class TrajectoryRun:
         view: ModelView,
         step: int,
         name: str,
-        options: RunOptions,
+        settings: TrajectorySettings,
         *,
         texts: Any,
-        tokens: Tensor | None,
+        tokens: Any,
+        mask: Tensor | None,
         store: str | Path | None,
-        arguments: Mapping[str, Any],
         notes: Notes,
         recorder: bool = False,
         processes: Processes = ALONE,
     ) -> None:
-        options.check()
-        self.options, self.notes, self.recorder, self.processes = options, notes, recorder, processes
-        self.references = REFERENCES[options.reference]
-        self.plan = plan = make_plan(
-            view, options.matrices, options.ranks, options.subspaces,
-            groups=options.groups, activations="base", batch_size=options.batch_size,
-        )  # fmt: skip
-        sequences = token_sequences(view, texts, tokens, max_tokens=options.max_tokens, notes=notes.add)
-        counted = sum(len(s) - options.exclude_first for s in sequences)
-        check_token_count(counted, plan.ranks)
-        self._probe = sequences[0][:_SELF_CHECK_TOKENS].unsqueeze(0)
-        self._grouped = balanced_groups(sequences, options.groups)
-        intervals = options.groups > 1 and len(self._grouped) >= MINIMUM_GROUPS
-        if options.groups > 1 and not intervals:
-            notes.warn(
-                f"intervals need at least {MINIMUM_GROUPS} groups of sequences, got {len(self._grouped)}: ci_low and "
-                "ci_high are NaN; pass more sequences or groups=8"
-            )
+        self.options, self.notes, self.recorder, self.processes = settings, notes, recorder, processes
+        self.references = REFERENCES[settings.reference]
+        arguments = described(texts=texts, tokens=tokens, mask=mask) | settings.described()
+        pair = settings.pair
+        sequences = token_sequences(view, texts, tokens, mask, max_tokens=pair.max_tokens, notes=notes.add)
+        self.plan = plan = make_plan(view, pair, sequences, notes)
+        self._probe = sequences[0]
+        self._grouped, intervals = grouped_sequences(sequences, pair, notes)
         self.measuring = Measuring(
             plan=plan,
             intervals=intervals,
@@ -150,11 +125,8 @@ class TrajectoryRun:
             n_layers=view.n_layers,
             n_heads=view.n_heads,
             headed={matrix: view.heads(matrix) is not None for matrix in plan.matrices},
-            seed=options.seed,
+            seed=pair.seed,
         )
-        for given, held in plan.given.items():
-            if held[0].rank < max(plan.ranks):
-                notes.warn(f"ranks above {held[0].rank} are left out for {given!r}, which has no more directions")
         self._outline = _outline(view)
         weights = self.checked(view, step, first=True)
         earlier = _earlier_run(store) if recorder and store is not None else None
@@ -173,27 +145,27 @@ class TrajectoryRun:
                 "step the model is at, or another folder"
             )
         fixed, fixed_hash = self._fixed_model()
-        settings = {
+        self.settings: dict[str, Any] = {
             "start": start,
             "shape": shape_record(view),
             "targets": {matrix: list(names) for matrix, names in plan.targets.items()},
             "ranks": list(plan.ranks),
-            "given": described_arguments({"given": _tensors(plan.given)})["given"] if plan.given else None,
+            **described(given=plan.given or None),
             "references": list(self.references),
-            "subspaces_from": options.subspaces_from if fixed is None else {"weights_xxh3": fixed_hash},
-            "exclude_first": options.exclude_first,
-            "centered": options.centered,
-            "groups": options.groups,
-            "seed": options.seed,
+            "subspaces_from": settings.subspaces_from if fixed is None else {"weights_xxh3": fixed_hash},
+            "exclude_first": pair.exclude_first,
+            "centered": pair.centered,
+            "groups": pair.groups,
+            "seed": pair.seed,
             "tokens": _tokens_hash(sequences),
-            "gradient": None if options.gradient is None else _callable_name(options.gradient),
+            "gradient": None if settings.gradient is None else _callable_name(settings.gradient),
         }
-        if options.subspaces_from == "base":
+        if settings.subspaces_from == "base":
             notes.add(
                 f"subspaces come from the first checkpoint ({name}), weights and activations alike; pass "
                 'subspaces_from="each" or a later model to see the change in other coordinates'
             )
-        elif options.subspaces_from == "each":
+        elif settings.subspaces_from == "each":
             notes.add(
                 "subspaces come from each checkpoint itself: its activations have already seen the change that is "
                 "held against them, and a curve mixes the change of the delta with that of the subspace"
@@ -201,22 +173,21 @@ class TrajectoryRun:
         for note in view.notes:
             notes.add(note)
         notes.add(keys_reference_note(softmax_centres_keys=view.key_shift_invariant))
-        about = {
-            "arguments": dict(arguments),
+        self.about: dict[str, Any] = {
+            "arguments": arguments,
             "versions": versions(),
             "model": record,
             "name": name,
             "shown_rank": plan.shown_rank,
             "intervals": intervals,
-            "tokens": counted,
+            "tokens": counted_tokens(sequences, pair),
             "sequences": len(sequences),
             "notes": list(notes.lines),
         }
-        self.settings, self.about = settings, about
-        processes.agree({"arguments": dict(arguments), "first checkpoint, texts and settings": settings})
+        processes.agree({"arguments": arguments, "first checkpoint, texts and settings": self.settings})
 
         def make() -> CheckpointStore | MemoryStore:
-            return MemoryStore() if store is None else CheckpointStore(store, KIND, settings, about)
+            return MemoryStore() if store is None else CheckpointStore(store, KIND, self.settings, self.about)
 
         self.store: CheckpointStore | MemoryStore | SharedStore
         self.store = make() if processes.count == 1 else SharedStore(processes, make)
@@ -255,13 +226,12 @@ class TrajectoryRun:
                         f"expected checkpoints of one run, got {field} {ours} (step {self.first_step}) and {theirs} "
                         f"(step {step}); pass checkpoints of one model"
                     )
-        check_finite(view, f"checkpoint at step {step}")
-        if not quick:
-            for warning in check_raw(view):
-                if first:
-                    self.notes.warn(warning, level=5)
-            view.self_check(self._probe)
-        return weights_hash(view)
+        role = f"checkpoint at step {step}"
+        if quick:
+            return weights_hash(view, each=finite_check(view, role))
+        weights = checked_hash(view, role, warn=self.notes.warn if first else lambda line: None)
+        check_products(view, self._probe)
+        return weights
 
     def found_whole(self) -> dict[int, dict[str, Any]]:
         """What the store says of each of its checkpoints, those left out whose file is damaged."""
@@ -271,7 +241,7 @@ class TrajectoryRun:
                 self.store.arrays(step)
             except DamagedStore as error:
                 # no line of the result: measured anew, the answer is the same
-                warnings.warn(f"{error}; it is being measured anew", UserWarning, stacklevel=5)
+                warn(f"{error}; it is being measured anew")
             else:
                 entries[step] = self.store.entry(step)
         return entries
@@ -309,7 +279,7 @@ class TrajectoryRun:
                 f"expected every checkpoint to hold weights of its own, got {name} with exactly those of step {other}; "
                 "one of the two is mislabelled: leave it out, or pass duplicates='keep'"
             )
-        self.notes.warn(f"step {step} holds exactly the weights of step {other}", level=5)
+        self.notes.warn(f"step {step} holds exactly the weights of step {other}")
 
     def measured(self, view: ModelView, previous: WeightsSnapshot) -> dict[str, Tensor]:
         """The numbers of one checkpoint."""
@@ -356,7 +326,7 @@ class TrajectoryRun:
         self.start = WeightsSnapshot.of(view, self.plan.matrices, step, weights)
         if self.options.subspaces_from != "each":
             bases = self._hold(view if fixed is None else fixed, self.processes)
-            shown = self.options.progress and self.processes.is_first
+            shown = self.options.pair.progress and self.processes.is_first
             with torch.no_grad():
                 self.bases = side_by_side(
                     bases, view.n_layers, device=view.device, description="subspaces", progress=shown
@@ -394,19 +364,18 @@ class TrajectoryRun:
                     f"expected subspaces_from as a model like the checkpoints, got {field} {theirs}, theirs is {ours}; "
                     'pass "base", "each", or a model of this run'
                 )
-        check_finite(view, "model of subspaces_from")
-        check_raw(view)
-        view.self_check(self._probe)
-        return view, weights_hash(view)
+        weights = checked_hash(view, "model of subspaces_from", warn=self.notes.warn)
+        check_products(view, self._probe)
+        return view, weights
 
     def _hold(self, view: ModelView, processes: Processes = ALONE) -> Callable[[int], HeldBases]:
         """The bases of a model, a layer at a time: its activations are captured now, by all `processes` together."""
-        plan, options, measuring = self.plan, self.options, self.measuring
+        plan, pair, measuring = self.plan, self.options.pair, self.measuring
         sites = [(point, layer) for point in plan.points for layer in range(view.n_layers)]
         captured = capture(
-            view, self._grouped, sites, exclude_first=options.exclude_first,
-            sequence_means=view.key_shift_invariant, batch_size=options.batch_size,
-            progress=options.progress and self.processes.is_first, processes=processes,
+            view, self._grouped, sites, exclude_first=pair.exclude_first,
+            sequence_means=view.key_shift_invariant, batch_size=pair.batch_size,
+            progress=pair.progress and self.processes.is_first, processes=processes,
         )  # fmt: skip
         given = dict(plan.given)
         if "prediction" in plan.subspaces and "prediction" not in given:
@@ -417,9 +386,7 @@ class TrajectoryRun:
             given["prediction"] = [prediction] * view.n_layers
 
         def of_layer(layer: int) -> HeldBases:
-            bases = LayerBases(
-                layer, captured.groups, given, centered=options.centered, exact=view.dtype == torch.float64
-            )
+            bases = LayerBases(layer, captured.groups, given, centered=pair.centered, exact=view.dtype == torch.float64)
             return hold(bases, plan, intervals=measuring.intervals, softmax_centres_keys=measuring.softmax_centres_keys)
 
         return of_layer
@@ -452,10 +419,6 @@ def _tokens_hash(sequences: Sequence[Tensor]) -> str:
         digest.update(f"{len(sequence)}\n".encode())
         digest.update(sequence.to(torch.int64).contiguous().numpy().data)
     return digest.hexdigest()
-
-
-def _tensors(given: Mapping[str, Sequence[Any]]) -> dict[str, list[Tensor]]:
-    return {name: [subspace.basis for subspace in layers] for name, layers in given.items()}
 
 
 def _callable_name(function: Any) -> str:
