@@ -53,7 +53,7 @@ from tl_asymmetry.jacobians.pullback import prediction_pullback
 from tl_asymmetry.jacobians.pullback_result import PredictionPullback
 from tl_asymmetry.jacobians.result import LayerJacobians
 from tl_asymmetry.models.capture import capture_moments
-from tl_asymmetry.models.edits import AppliedEdits, RankOneEdit, apply_edits
+from tl_asymmetry.models.edits import RankOneEdit, apply_edits
 from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.models.weights import WeightSource, weights_from
@@ -77,7 +77,6 @@ __version__ = "0.1.0"
 __all__ = [
     "DPO",
     "ORPO",
-    "AppliedEdits",
     "BlockTrajectory",
     "Comparison",
     "ControlStudy",

@@ -22,6 +22,7 @@ from tl_asymmetry import (
     removal_edit,
 )
 from tl_asymmetry.demo import demo_model
+from tl_asymmetry.edits import commit_edits
 from tl_asymmetry.interventions import analysis as module
 from tl_asymmetry.interventions.tables import study_table
 from tl_asymmetry.models.resume import EditedRuns
@@ -41,7 +42,7 @@ def planted(architecture, kind, matrix, head, dtype=torch.float32, layer=1):
     """A pair of which the aligned half is the base plus one rank-1 edit."""
     base, aligned = tiny.build(architecture, kind, dtype), tiny.build(architecture, kind, dtype)
     edit = make_edit(ModelView(aligned), layer, matrix, head, scale=0.1)
-    apply_edits(aligned, edit, commit=True)
+    commit_edits(aligned, edit)
     return base, aligned, edit
 
 

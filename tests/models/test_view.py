@@ -451,30 +451,3 @@ def test_half_precision_is_checked_as_well(kind: str) -> None:
     view = ModelView(tiny.build("llama", kind, torch.bfloat16))
     assert view.dtype == torch.bfloat16
     assert 0 < view.self_check(tiny.tokens()) < 5e-2
-
-
-@pytest.mark.parametrize("architecture", ["gpt2", "neox", "llama"])
-def test_a_bridges_matrices_are_the_librarys_own_views_whatever_became_of_the_model(architecture):
-    model = tiny.build(architecture, "bridge")
-    view = ModelView(model)
-
-    def check():
-        for matrix in ("W_Q", "W_K", "W_V", "W_O"):
-            theirs = getattr(model.blocks[1].attn, matrix)
-            for _ in range(2):
-                ours = view.weight(1, matrix)
-                assert (ours.dtype, ours.stride(), ours.data_ptr()) == (
-                    theirs.dtype,
-                    theirs.stride(),
-                    theirs.data_ptr(),
-                )
-                assert torch.equal(ours, theirs)
-
-    check()
-    model.to(torch.float64)
-    check()
-    component = model.blocks[1].attn.q.original_component
-    component.weight = torch.nn.Parameter(torch.randn_like(component.weight))
-    check()
-    component.weight.data = torch.randn_like(component.weight).mT.contiguous().mT  # another layout of the same shape
-    check()

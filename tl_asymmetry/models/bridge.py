@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 
 from tl_asymmetry.names import kind_of
 
@@ -18,28 +16,6 @@ _SUBMODULE = {"W_Q": "q", "W_K": "k", "W_V": "v", "W_O": "o", "W_in": "in", "W_g
 
 class _Stopped(Exception):
     """Raised after the last block wanted to leave out the unembedding, and caught again at once."""
-
-
-Layout = tuple[Size, tuple[int, ...], int]
-"""Shape, strides and offset in the storage."""
-
-
-@dataclass(frozen=True)
-class _View:
-    """How a matrix lies in the storage of a parameter."""
-
-    component: Any
-    """The library's module for it."""
-    parameter: weakref.ref[Tensor]
-    """What that module called its weight; not kept alive."""
-    source: Layout
-    """Of the parameter."""
-    layout: Layout
-    """Of the matrix."""
-
-    def is_of(self, component: Any, parameter: Tensor) -> bool:
-        """Whether the same module still holds the same parameter, laid out as it was (on whatever device)."""
-        return component is self.component and parameter is self.parameter() and _layout(parameter) == self.source
 
 
 class BridgeAdapter:
@@ -53,7 +29,6 @@ class BridgeAdapter:
         self.cfg = model.cfg
         self.blocks: list[Any] = list(model.blocks)
         forward = inspect.signature(model.original_model.forward).parameters.values()
-        self._views: dict[tuple[int, str], _View] = {}
         self._takes_use_cache = any(p.name == "use_cache" or p.kind is inspect.Parameter.VAR_KEYWORD for p in forward)
 
     # -- architecture ------------------------------------------------------------------------------
@@ -115,27 +90,10 @@ class BridgeAdapter:
     def matrix(self, layer: int, matrix: str) -> Tensor | None:
         block = self.blocks[layer]
         if kind_of(matrix).part == "attn":
-            return self._attention_matrix(layer, matrix)
+            return getattr(block.attn, matrix)
         if not self.has_mlp(layer) or self.is_moe(layer) or _child(block.mlp, _SUBMODULE[matrix]) is None:
             return None
         return getattr(block.mlp, matrix)
-
-    def _attention_matrix(self, layer: int, matrix: str) -> Tensor:
-        """The library's own view. Its making takes most of the time of a small edit, so it is made again here for as
-        long as the parameter is the one it was made of."""
-        attention = self.blocks[layer].attn
-        component = _child(attention, _SUBMODULE[matrix])
-        parameter = getattr(component, "weight", None)
-        if not isinstance(parameter, Tensor):
-            return getattr(attention, matrix)
-        known = self._views.get((layer, matrix))
-        if known is None or not known.is_of(component, parameter):
-            weight = getattr(attention, matrix)
-            if _storage(weight) != _storage(parameter) or _storage(weight) == 0:  # a copy, or nothing real
-                return weight
-            known = _View(component, weakref.ref(parameter), _layout(parameter), _layout(weight))
-            self._views[layer, matrix] = known
-        return parameter.detach().as_strided(*known.layout)
 
     def bias(self, layer: int, name: str) -> Tensor | None:
         """The bias in TransformerLens shape, or None where the model has none."""
@@ -343,10 +301,6 @@ def _forget_pattern(attention: Any, *_: Any) -> None:
     # uses it
     if getattr(attention, "_pattern", None) is not None:
         attention._pattern = None
-
-
-def _layout(tensor: Tensor) -> Layout:
-    return tensor.shape, tensor.stride(), int(tensor.storage_offset())
 
 
 def _child(module: Any, name: str) -> Any:

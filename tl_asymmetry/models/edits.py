@@ -1,25 +1,148 @@
-"""Rank-1 edits of live weights: put in on the model's own device, taken out again bit for bit."""
+"""Edits of live weights: put in on the model's own device, taken out again bit for bit."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_asymmetry.models.interrupts import critical, held, hold_interrupts, interrupt, release_interrupts
 from tl_asymmetry.models.view import ModelView, Slot
 from tl_asymmetry.names import MATRICES, kind_of
 
 _EMBEDDINGS = ("W_E", "W_U", "W_pos")
+_NUMBER_OF_AXES = {1: "a vector", 2: "a matrix"}
+
+FactoredT = TypeVar("FactoredT", bound="_FactoredEdit")
 
 
 @dataclass(frozen=True, eq=False)
-class RankOneEdit:
+class HeadEdit:
+    """A change of one head's matrix, or of a matrix of the MLP; its subclasses say which change.
+
+    Raises:
+        ValueError: an unknown matrix, a head where there is none or none where there is one.
+    """
+
+    layer: int
+    """Which block."""
+    matrix: str
+    """Which matrix, by its TransformerLens name, W_Q … W_out."""
+    head: int | None
+    """Which head: the key-value head for W_K and W_V, None for a matrix of the MLP."""
+
+    def __post_init__(self) -> None:
+        if self.matrix not in MATRICES:
+            why = "; embeddings are not edited (where W_U is tied to W_E, an edit of one would be an edit of both)"
+            raise ValueError(
+                f"expected a matrix among {', '.join(MATRICES)}, got {self.matrix!r}"
+                f"{why if self.matrix in _EMBEDDINGS else ''}; pass one of these"
+            )
+        headed = kind_of(self.matrix).heads is not None
+        if headed != (self.head is not None):
+            wanted = "the index of a head" if headed else "head=None (a matrix of the MLP)"
+            raise ValueError(f"expected {wanted} for {self.matrix}, got {self.head}; pass that")
+
+    @property
+    def pathway(self) -> str:
+        """ "read" or "write": whether d_model is the matrix's input or its output axis."""
+        return kind_of(self.matrix).side
+
+    def check_fits(self, weights: Tensor) -> None:
+        """Refuse weights of another shape than the edit's."""
+        raise NotImplementedError
+
+    def put_into(self, weights: Tensor) -> None:
+        """Change weights `[rows, columns]` in TransformerLens orientation, in place; 16 bits are rounded once."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class _FactoredEdit(HeadEdit):
+    """Adds `scale · Σ residual otherᵀ`, the residual factors on the d_model axis, whichever side that is."""
+
+    residual: Tensor
+    other: Tensor
+    scale: float | int = 1.0
+
+    _AXES: ClassVar[int]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("residual", "other"):
+            factor = getattr(self, name)
+            if not isinstance(factor, Tensor) or factor.ndim != self._AXES or factor.numel() == 0:
+                got = f"shape {tuple(factor.shape)}" if isinstance(factor, Tensor) else type(factor).__name__
+                raise ValueError(
+                    f"expected {name} as {_NUMBER_OF_AXES[self._AXES]}, got {got}; pass a "
+                    f"{'one' if self._AXES == 1 else 'two'}-dimensional tensor"
+                )
+            factor = factor.detach().to(torch.float64 if factor.dtype == torch.float64 else torch.float32, copy=True)
+            if not bool(factor.isfinite().all()):
+                raise ValueError(f"expected a finite {name}, got NaN or infinite entries; pass finite numbers")
+            object.__setattr__(self, name, factor)
+        object.__setattr__(self, "scale", float(self.scale))
+        if not math.isfinite(self.scale):
+            raise ValueError(f"expected a finite scale, got {self.scale}; pass a number")
+        if not bool(self.residual.any()):
+            raise ValueError("expected a residual direction, got a vector of zeros; pass a direction of some length")
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of what is added."""
+        R, others = (torch.atleast_2d(factor).double() for factor in (self.residual, self.other))
+        return abs(self.scale) * ((R @ R.mT) * (others @ others.mT)).sum().clamp(min=0).sqrt().item()
+
+    def change(self) -> Float[Tensor, "rows columns"]:
+        """What is added, as a matrix in TransformerLens orientation, float64."""
+        first, second = (torch.atleast_2d(f) for f in self._in_order(torch.float64, self.residual.device))
+        return self.scale * (first.mT @ second)
+
+    def scaled(self: FactoredT, factor: float | int) -> FactoredT:
+        """The same edit, `factor` times as strong."""
+        return replace(self, scale=self.scale * factor)
+
+    def to(self: FactoredT, device: torch.device | str) -> FactoredT:
+        """The same edit with its factors on another device."""
+        return replace(self, residual=self.residual.to(device), other=self.other.to(device))
+
+    def check_fits(self, weights: Tensor) -> None:
+        residual, other = weights.shape if kind_of(self.matrix).reads else weights.shape[::-1]
+        given = self.residual.shape[-1], self.other.shape[-1]
+        if given != (residual, other):
+            raise ValueError(
+                f"expected residual and other of {residual} and {other} entries for {self.matrix}, got {given[0]} and "
+                f"{given[1]}; pass vectors of these lengths"
+            )
+
+    def put_into(self, weights: Tensor) -> None:
+        if weights.dtype in (torch.float32, torch.float64):
+            self._add_to(weights)
+            return
+        wide = weights.float()
+        self._add_to(wide)
+        _narrow_into(weights, wide, self)
+
+    def _add_to(self, weights: Tensor) -> None:
+        first, second = self._in_order(weights.dtype, weights.device)
+        if self._AXES == 1:
+            weights.addr_(first, second, alpha=self.scale)
+        else:
+            weights.addmm_(first.mT, second, alpha=self.scale)
+
+    def _in_order(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The two factors in the order of the matrix's axes."""
+        residual, other = self.residual.to(device, dtype), self.other.to(device, dtype)
+        return (other, residual) if kind_of(self.matrix).writes else (residual, other)
+
+
+@dataclass(frozen=True, eq=False)
+class RankOneEdit(_FactoredEdit):
     """Adds `scale · residual otherᵀ` to one head's matrix, `residual` on its d_model axis, whichever side that is.
 
     With y = x W: a read matrix (W_Q, W_K, W_V, W_in, W_gate) then adds `scale · (x · residual)` times `other` to its
@@ -41,12 +164,6 @@ class RankOneEdit:
         True
     """
 
-    layer: int
-    """Which block."""
-    matrix: str
-    """Which matrix, by its TransformerLens name, W_Q … W_out."""
-    head: int | None
-    """Which head: the key-value head for W_K and W_V, None for a matrix of the MLP."""
     residual: Float[Tensor, " d_model"]
     """The vector on the d_model axis."""
     other: Float[Tensor, " other"]
@@ -54,58 +171,11 @@ class RankOneEdit:
     scale: float | int = 1.0
     """What the outer product is multiplied by; −1 takes out, 0.5 is half a dose."""
 
-    def __post_init__(self) -> None:
-        if self.matrix not in MATRICES:
-            why = "; embeddings are not edited (where W_U is tied to W_E, an edit of one would be an edit of both)"
-            raise ValueError(
-                f"expected a matrix among {', '.join(MATRICES)}, got {self.matrix!r}"
-                f"{why if self.matrix in _EMBEDDINGS else ''}; pass one of these"
-            )
-        headed = kind_of(self.matrix).heads is not None
-        if headed != (self.head is not None):
-            wanted = "the index of a head" if headed else "head=None (a matrix of the MLP)"
-            raise ValueError(f"expected {wanted} for {self.matrix}, got {self.head}; pass that")
-        for name in ("residual", "other"):
-            vector = getattr(self, name)
-            if not isinstance(vector, Tensor) or vector.ndim != 1 or vector.numel() == 0:
-                got = f"shape {tuple(vector.shape)}" if isinstance(vector, Tensor) else type(vector).__name__
-                raise ValueError(f"expected {name} as a vector, got {got}; pass a one-dimensional tensor")
-            vector = vector.detach().to(torch.float64 if vector.dtype == torch.float64 else torch.float32, copy=True)
-            if not bool(vector.isfinite().all()):
-                raise ValueError(f"expected a finite {name}, got NaN or infinite entries; pass a finite vector")
-            object.__setattr__(self, name, vector)
-        object.__setattr__(self, "scale", float(self.scale))
-        if not math.isfinite(self.scale):
-            raise ValueError(f"expected a finite scale, got {self.scale}; pass a number")
-        if not bool(self.residual.any()):
-            raise ValueError("expected a residual direction, got a vector of zeros; pass a direction of some length")
-
-    @property
-    def pathway(self) -> str:
-        """ "read" or "write": whether d_model is the matrix's input or its output axis."""
-        return kind_of(self.matrix).side
-
-    @property
-    def norm(self) -> float:
-        """Frobenius norm of what is added."""
-        return abs(self.scale) * (self.residual.double().norm() * self.other.double().norm()).item()
-
-    def change(self) -> Float[Tensor, "rows columns"]:
-        """What is added, as a matrix in TransformerLens orientation, float64."""
-        first, second = self._axes(torch.float64, self.residual.device)
-        return self.scale * torch.outer(first, second)
+    _AXES: ClassVar[int] = 1
 
     def with_residual(self, residual: Float[Tensor, " d_model"]) -> RankOneEdit:
         """The same edit along another direction of the residual stream."""
         return replace(self, residual=residual)
-
-    def scaled(self, factor: float | int) -> RankOneEdit:
-        """The same edit, `factor` times as strong."""
-        return replace(self, scale=self.scale * factor)
-
-    def to(self, device: torch.device | str) -> RankOneEdit:
-        """The same edit with its vectors on another device."""
-        return replace(self, residual=self.residual.to(device), other=self.other.to(device))
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON can hold it; `from_dict` gives back the same numbers, bit for bit."""
@@ -147,33 +217,84 @@ class RankOneEdit:
         head = "" if self.head is None else f" head {self.head}"
         return f"RankOneEdit(layer {self.layer} {self.matrix}{head}, norm {self.norm:.4g}, scale {self.scale:g})"
 
-    def _axes(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The two vectors in the order of the matrix's axes."""
-        residual, other = self.residual.to(device, dtype), self.other.to(device, dtype)
-        return (other, residual) if kind_of(self.matrix).writes else (residual, other)
+
+@dataclass(frozen=True, eq=False)
+class SubspaceEdit(_FactoredEdit):
+    """Adds `scale · Σ_i residual_i other_iᵀ` to one head's matrix: several rank-1 edits at once, rounded once.
+
+    Raises:
+        ValueError: what `RankOneEdit` refuses, for matrices `[direction, d_model]` and `[direction, other]`.
+
+    Example:
+        >>> edit = SubspaceEdit(0, "W_Q", 1, torch.eye(64)[:3], torch.ones(3, 16), scale=-1.0)
+        >>> edit.change().abs().sum().item()
+        48.0
+    """
+
+    residual: Float[Tensor, "direction d_model"]
+    """Directions on the d_model axis."""
+    other: Float[Tensor, "direction other"]
+    """What each is multiplied with on the other axis."""
+    scale: float | int = 1.0
+    """What the sum is multiplied by."""
+
+    _AXES: ClassVar[int] = 2
 
 
-def apply_edits(model: Any, edits: RankOneEdit | Sequence[RankOneEdit], *, commit: bool = False) -> AppliedEdits:
+@dataclass(frozen=True, eq=False)
+class Rewind(HeadEdit):
+    """Moves one head's matrix `share` of the way to given weights: W + share · (target − W); 1 sets it to them exactly.
+
+    Example:
+        >>> target = base.blocks[0].attn.W_Q[1].detach()
+        >>> with apply_edits(aligned, Rewind(0, "W_Q", 1, target)):
+        ...     torch.equal(aligned.blocks[0].attn.W_Q[1], target)
+        True
+    """
+
+    target: Float[Tensor, "rows columns"]
+    """Where to, in TransformerLens orientation; a view of another model's live weights will do."""
+    share: float | int = 1.0
+    """How far: 0 changes nothing, 1 replaces the weights."""
+
+    def to(self, device: torch.device | str) -> Rewind:
+        """The same edit with its target on another device."""
+        return replace(self, target=self.target.to(device))
+
+    def check_fits(self, weights: Tensor) -> None:
+        if self.target.shape != weights.shape:
+            raise ValueError(
+                f"expected a target of shape {tuple(weights.shape)} for {self.matrix}, got {tuple(self.target.shape)}; "
+                "pass the weights of the same head of a model of this shape"
+            )
+
+    def put_into(self, weights: Tensor) -> None:
+        if self.share == 1:
+            weights.copy_(self.target)
+        elif self.share != 0:
+            wide = weights.to(torch.promote_types(weights.dtype, torch.float32), copy=True)
+            wide.lerp_(self.target.to(wide), float(self.share))
+            _narrow_into(weights, wide, self)
+
+
+def apply_edits(model: Any, edits: HeadEdit | Sequence[HeadEdit]) -> AbstractContextManager[None]:
     """Edit a model's own weights for as long as a `with` block lasts.
 
-    In place and on the model's device: only the heads that are touched are copied, once each. On leaving, by an
-    exception or Ctrl-C as well, they are copied back: floating-point addition cannot be undone by subtraction. Both
-    copying steps hold Ctrl-C back until they are done (in the main thread, where Python's own handler is in place).
+    In place and on the model's device: only the heads that are touched are copied, once each, and on leaving the block,
+    by an exception or Ctrl-C as well, copied back bit for bit: floating-point addition cannot be undone by subtraction.
 
     Weights of 16 bits are added to in float32 and rounded once; what an edit smaller than their spacing then changes
-    is less than it says. Blocks may be nested and may touch the same head; left in another order than that of entering
-    (by hand or from threads), each takes out its own edits and no others. What the block itself does to a touched head,
-    such as an optimiser step, is lost. The version counters of edited parameters go up, so a graph recorded before the
-    block cannot be run backward after it.
+    is less than it says. Blocks may be nested and may touch the same head. What the block itself does to a touched
+    head, such as an optimiser step, is lost; a model that it moves or converts is restored where it then lies. The
+    version counters of edited parameters go up, so a graph recorded before the block cannot be run backward after it.
 
     Args:
         model: a HookedTransformer or TransformerBridge, or a `ModelView` of one: making the view takes longer than an
             edit, so keep one for many edits.
         edits: applied in order; several may touch one head.
-        commit: edit at once and for good; the returned record can still `undo()`.
 
     Returns:
-        A context manager; it may be entered again after it was left.
+        A context manager, to be entered once.
 
     Raises:
         ValueError: before anything is changed: no such layer, matrix or head, vectors of another length, weights that
@@ -188,160 +309,63 @@ def apply_edits(model: Any, edits: RankOneEdit | Sequence[RankOneEdit], *, commi
         >>> torch.equal(model(tokens), before), torch.equal(during, before)
         (True, False)
     """
-    listed = [edits] if isinstance(edits, RankOneEdit) else list(edits)
-    for edit in listed:
-        if not isinstance(edit, RankOneEdit):
-            raise ValueError(f"expected edits of type RankOneEdit, got {type(edit).__name__}; pass RankOneEdit(...)")
     view = model if isinstance(model, ModelView) else ModelView(model)
-    applied = AppliedEdits(view, tuple(listed))
-    if commit:
-        applied._commit()
-    return applied
+    places = [_place(view, edit) for edit in _listed(edits)]
 
-
-_OPEN: list[AppliedEdits] = []
-"""Edits in force, in the order in which they were put in; those that were committed have left it."""
-
-
-class AppliedEdits:
-    """Edits of one model's weights, and what they displaced. Made by `apply_edits`."""
-
-    edits: tuple[RankOneEdit, ...]
-    """In the order in which they are added."""
-
-    def __init__(self, view: ModelView, edits: tuple[RankOneEdit, ...]) -> None:
-        self.view = view
-        self.edits = edits
-        self._places = [_place(view, edit) for edit in edits]
-        self._saved: list[tuple[_Place, Tensor]] = []
-        self._held = False
-        self._committed = False
-
-    @critical
-    def __enter__(self) -> AppliedEdits:
-        if self._committed or self in _OPEN:
-            raise ValueError("expected edits that are not in force, got some that are; call apply_edits for others")
-        self._held = hold_interrupts()
+    # A generator, since an interrupt between entering and the block's first line leaves it to be closed, and so undone.
+    @contextmanager
+    def in_force() -> Iterator[None]:
+        saved: dict[int, tuple[_Place, Tensor]] = {}
         try:
-            self._put_in()
-            _OPEN.append(self)
-            if held.waits:
-                raise interrupt()
-        except BaseException:
-            self._put_back()
-            if self in _OPEN:
-                _OPEN.remove(self)
-            release_interrupts(self._held)
-            if held.waits:
-                raise interrupt() from None
-            raise
-        return self
-
-    @critical
-    def __exit__(self, *_: object) -> None:
-        if self not in _OPEN:
-            raise ValueError("expected edits that are in force, got some that are not; enter them first")
-        later = self._stacked_on_this()
-        try:
-            for edits in reversed(later):
-                edits._put_back()
-            self._put_back()
-            _OPEN.remove(self)
-            for edits in later:
-                edits._put_in()
+            for place in (place.as_it_lies(view) for place in places):
+                if place.address not in saved:
+                    saved[place.address] = place, place.weights.clone(memory_format=torch.contiguous_format)
+                place.edit.put_into(place.weights)
+            yield
         finally:
-            release_interrupts(self._held)
-            if held.waits:
-                raise interrupt()
+            for place, original in saved.values():
+                place.as_it_lies(view).weights.copy_(original)
 
-    @critical
-    def _commit(self) -> None:
-        if any(self._addresses() & edits._addresses() for edits in _OPEN):
-            raise ValueError(
-                "expected no open edits of the same head, got commit=True inside a `with apply_edits(...)` that would "
-                "undo it; commit outside that block"
-            )
-        was_held = hold_interrupts()
-        try:
-            self._put_in()
-            self._committed = True
-        except BaseException:
-            self._put_back()
-            raise
-        finally:
-            release_interrupts(was_held)
-            if held.waits:
-                raise interrupt()
+    return in_force()
 
-    @critical
-    def undo(self) -> None:
-        """Take committed edits out again, bit for bit.
 
-        Raises:
-            ValueError: nothing was committed, or the weights are no longer as the edits left them.
-        """
-        if not self._committed:
-            raise ValueError("expected committed edits, got none; pass commit=True to apply_edits")
-        if not self._are_as_left():
-            raise ValueError(
-                "expected the weights as these edits left them, got others; undo first what was done to them since"
-            )
-        was_held = hold_interrupts()
-        try:
-            self._put_back()
-            self._committed = False
-        finally:
-            release_interrupts(was_held)
-            if held.waits:
-                raise interrupt()
+def commit_edits(model: Any, edits: HeadEdit | Sequence[HeadEdit]) -> None:
+    """Edit a model's own weights for good.
 
-    def _put_in(self) -> None:
-        self._places = [place if place.is_live() else _place(self.view, place.edit) for place in self._places]
-        for place in self._places:
-            if all(place.address != before.address for before, _ in self._saved):
-                self._saved.append((place, place.weights.clone(memory_format=torch.contiguous_format)))
-            _add(place.weights, place.edit)
+    Args:
+        model, edits: as in `apply_edits`.
 
-    def _put_back(self) -> None:
-        while self._saved:
-            place, original = self._saved[-1]
-            # A model that was moved or converted meanwhile has its weights elsewhere: there they are put back.
-            here = place if place.is_live() else _place(self.view, place.edit)
-            here.weights.copy_(original)
-            self._saved.pop()
+    Raises:
+        ValueError: as `apply_edits`, before anything is changed; an edit that 16-bit weights cannot hold leaves none.
 
-    def _are_as_left(self) -> bool:
-        for saved, original in self._saved:
-            expected = original.clone()
-            for place in self._places:
-                if place.address == saved.address:
-                    _add(expected, place.edit)
-            if not saved.is_live() or not torch.equal(expected, saved.weights):
-                return False
-        return True
+    Example:
+        >>> from copy import deepcopy
+        >>> planted = deepcopy(model)
+        >>> commit_edits(planted, RankOneEdit(1, "W_O", 0, torch.ones(64), torch.ones(16)))
+        >>> bool((planted.blocks[1].attn.W_O[0] - model.blocks[1].attn.W_O[0] - 1).abs().max() < 1e-6)
+        True
+    """
+    view = model if isinstance(model, ModelView) else ModelView(model)
+    places = [_place(view, edit) for edit in _listed(edits)]
+    with apply_edits(view, edits):
+        edited = [place.weights.clone() for place in places]
+    for place, weights in zip(places, edited, strict=True):
+        place.weights.copy_(weights)
 
-    def _addresses(self) -> set[int]:
-        return {place.address for place in self._places}
 
-    def _stacked_on_this(self) -> list[AppliedEdits]:
-        """Edits put in later that lie on top of these, directly or by way of others."""
-        addresses, later = self._addresses(), []
-        for edits in _OPEN[_OPEN.index(self) + 1 :]:
-            if addresses & edits._addresses():
-                later.append(edits)
-                addresses |= edits._addresses()
-        return later
-
-    def __repr__(self) -> str:
-        state = "committed" if self._committed else "in force" if self in _OPEN else "not in force"
-        return f"AppliedEdits({len(self.edits)} edits of {self.view.name!r}, {state})"
+def _listed(edits: HeadEdit | Sequence[HeadEdit]) -> list[HeadEdit]:
+    listed = [edits] if isinstance(edits, HeadEdit) else list(edits)
+    for edit in listed:
+        if not isinstance(edit, HeadEdit):
+            raise ValueError(f"expected edits of type RankOneEdit, got {type(edit).__name__}; pass RankOneEdit(...)")
+    return listed
 
 
 @dataclass(frozen=True, eq=False)
 class _Place:
     """The weights that one edit touches: a head, or the whole matrix of an MLP."""
 
-    edit: RankOneEdit
+    edit: HeadEdit
     weights: Tensor
     """A live view, outside autograd."""
     slot: Slot
@@ -349,12 +373,12 @@ class _Place:
     address: int
     """Where the view begins: two places are either the same or apart."""
 
-    def is_live(self) -> bool:
-        """Whether these are still weights of the model."""
-        return self.slot.shares(self.weights)
+    def as_it_lies(self, view: ModelView) -> _Place:
+        """The same place now: a model that was moved, converted or loaded meanwhile has its weights elsewhere."""
+        return self if self.slot.shares(self.weights) else _place(view, self.edit)
 
 
-def _place(view: ModelView, edit: RankOneEdit) -> _Place:
+def _place(view: ModelView, edit: HeadEdit) -> _Place:
     weight, slot = view.weight_and_slot(edit.layer, edit.matrix)
     if weight.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(
@@ -370,22 +394,12 @@ def _place(view: ModelView, edit: RankOneEdit) -> _Place:
                 "of these"
             )
         weight = weight[edit.head]
-    residual, other = weight.shape if kind_of(edit.matrix).reads else weight.shape[::-1]
-    given = edit.residual.numel(), edit.other.numel()
-    if given != (residual, other):
-        raise ValueError(
-            f"expected residual and other of {residual} and {other} entries for {edit.matrix}, got {given[0]} and "
-            f"{given[1]}; pass vectors of these lengths"
-        )
+    edit.check_fits(weight)
     return _Place(edit, weight, slot, weight.data_ptr())
 
 
-def _add(live: Tensor, edit: RankOneEdit) -> None:
-    if live.dtype in (torch.float32, torch.float64):
-        live.addr_(*edit._axes(live.dtype, live.device), alpha=edit.scale)
-        return
-    wide = live.float().addr_(*edit._axes(torch.float32, live.device), alpha=edit.scale)
-    if live.dtype == torch.float16 and not bool((wide.abs() <= torch.finfo(torch.float16).max).all()):
+def _narrow_into(weights: Tensor, wide: Tensor, edit: HeadEdit) -> None:
+    if weights.dtype == torch.float16 and not bool((wide.abs() <= torch.finfo(torch.float16).max).all()):
         raise ValueError(f"expected an edit that float16 weights can hold, got an overflow by {edit}; pass a smaller "
                          "scale or a model in another type")  # fmt: skip
-    live.copy_(wide)
+    weights.copy_(wide)

@@ -10,6 +10,7 @@ hand over what is already known instead of computing it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_asymmetry.models.edits import RankOneEdit, apply_edits
-from tl_asymmetry.models.interrupts import critical, held, hold_interrupts, interrupt, release_interrupts
 from tl_asymmetry.models.view import ModelView, first_tensor
 
 _LOGITS_PER_PASS = {"cpu": 1 << 26, "other": 1 << 28}
@@ -108,7 +108,7 @@ class EditedRuns:
             lambda *args, **kwargs: as_block_does(first_tensor(args, kwargs)) for _ in range(layer)
         ]
         known.append(lambda *_, **__: as_block_does(streams))
-        with _Instead(self.view.blocks[: layer + 1], known):
+        with _instead(self.view.blocks[: layer + 1], known):
             logits = self.view.run(self.tokens.repeat(len(streams) // len(self.tokens), 1), logits=True)
         assert logits is not None
         return logits
@@ -150,38 +150,19 @@ def resumes(view: ModelView, tokens: Int[Tensor, "batch pos"], layers: Sequence[
     return True, ""
 
 
-class _Instead:
+@contextmanager
+def _instead(blocks: Sequence[nn.Module], functions: Sequence[Callable[..., Any]]) -> Iterator[None]:
     """Blocks do something else for a while."""
-
-    def __init__(self, blocks: Sequence[nn.Module], functions: Sequence[Callable[..., Any]]) -> None:
-        self._pairs = list(zip(blocks, functions, strict=True))
-        self._before: list[tuple[nn.Module, Any]] = []
-        self._held = False
-
-    @critical
-    def __enter__(self) -> None:
-        self._held = hold_interrupts()
-        for block, function in self._pairs:
-            self._before.append((block, block.__dict__.get("forward")))
+    before = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for block, function in zip(blocks, functions, strict=True):
             block.__dict__["forward"] = function
-        if held.waits:
-            self._put_back()
-            raise interrupt()
-
-    @critical
-    def __exit__(self, *_: object) -> None:
-        self._put_back()
-        if held.waits:
-            raise interrupt()
-
-    def _put_back(self) -> None:
-        while self._before:
-            block, forward = self._before.pop()
-            if forward is None:
-                block.__dict__.pop("forward", None)
-            else:
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            block.__dict__.pop("forward", None)
+            if forward is not None:
                 block.__dict__["forward"] = forward
-        release_interrupts(self._held)
 
 
 def _stream(output: Any) -> Tensor:
