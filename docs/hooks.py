@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,28 @@ DEFINED = {
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """Fill the front page with the README and the page of definitions with the reports' own."""
     if page.file.src_uri == "index.md":
-        return README.read_text(encoding="utf-8").replace("](docs/", "](").replace('="docs/', '="')
+        return front_page()
     return markdown.replace("{{ definitions }}", definitions()).replace("{{ papers }}", _papers())
+
+
+def front_page() -> str:
+    """The README as it reads on the site: links into docs/ stay there, links to other files lead to the repository."""
+    text = README.read_text(encoding="utf-8").replace('="docs/', '="')
+    return re.sub(r"\]\(([^)#\s][^)\s]*)", lambda link: f"]({_from_the_site(link[1])}", text)
+
+
+def _from_the_site(target: str) -> str:
+    if "://" in target:
+        return target
+    return target.removeprefix("docs/") if target.startswith("docs/") else f"{_repository()}/blob/main/{target}"
+
+
+def _repository() -> str:
+    """The public address, from the one place that knows it."""
+    project = (README.parent / "pyproject.toml").read_text(encoding="utf-8")
+    found = re.search(r'^Repository = "(.+)"$', project, re.MULTILINE)
+    assert found is not None, "pyproject.toml has no Repository under project.urls"
+    return found[1]
 
 
 def definitions() -> str:

@@ -5,6 +5,8 @@ import runpy
 import sys
 from pathlib import Path
 
+import pytest
+
 import tl_asymmetry
 from tl_asymmetry.results.sections import Definition
 
@@ -53,3 +55,42 @@ def test_every_module_that_defines_something_is_on_that_page():
         if re.search(r"^\w*DEFINITIONS = \(", path.read_text(encoding="utf-8"), re.MULTILINE)
     }
     assert modules == defining
+
+
+def test_the_front_page_leads_to_pages_and_to_the_repository():
+    page = runpy.run_path(str(ROOT / "docs" / "hooks.py"))["front_page"]()
+    for target in re.findall(r"\]\(([^)#\s][^)\s]*)", page):
+        assert "://" in target or (ROOT / "docs" / target).is_file(), target
+    for file in re.findall(r"/blob/main/([^)\s]+)", page):
+        assert (ROOT / file).exists(), file
+
+
+def test_arguments_described_together_are_listed_one_by_one():
+    pytest.importorskip("griffe", reason="comes with the docs extra")
+    one_by_one = runpy.run_path(str(ROOT / "docs" / "grouped_arguments.py"))["one_by_one"]
+    before = """
+    Args:
+        a, b: as in `f`; or
+            as in `g`: both.
+        one: alone.
+        c, d,
+            e: last.
+
+    Raises:
+        ValueError, TypeError: stays.
+    """
+    after = """
+    Args:
+        a: as in `f`; or
+            as in `g`: both.
+        b: as in `f`; or
+            as in `g`: both.
+        one: alone.
+        c: last.
+        d: last.
+        e: last.
+
+    Raises:
+        ValueError, TypeError: stays.
+    """
+    assert one_by_one(before) == after
