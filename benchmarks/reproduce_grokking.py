@@ -28,6 +28,7 @@ from tl_asymmetry import CouplingStudy, direction_coupling
 from tl_asymmetry.grokking import PUBLISHED_ARMS, GrokRun, ModularArithmetic, run_of
 from tl_asymmetry.grokking.loop import GrokLoop
 from tl_asymmetry.results.provenance import versions
+from tl_asymmetry.store import StoreReader
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (42, 137, 2024)
@@ -79,7 +80,7 @@ class Part:
         ops = OPS if self.op == "all" else self.op
         return GrokLoop(
             ModularArithmetic(ops, seed=self.seed), seed=self.seed, projection=ARMS[self.arm],
-            keep_checkpoints=self.studied, folder=cache / self.name,
+            keep_checkpoints=self.studied, store=cache / self.name,
         )  # fmt: skip
 
 
@@ -121,7 +122,7 @@ def train_part(part: Part, cache: Path) -> GrokRun:
 def study_part(part: Part, run: GrokRun, cache: Path, checkpoints: int) -> CouplingStudy:
     """Couplings of a control run, from the cache if they are there; the window sweep for the first one."""
     folder = cache / part.name / f"study-{checkpoints}"
-    if (folder / "result.json").is_file():
+    if (folder / "result.safetensors").is_file():
         return CouplingStudy.load(folder)
     first = part == Part("add", SEEDS[0])
     study = direction_coupling(
@@ -134,7 +135,7 @@ def study_part(part: Part, run: GrokRun, cache: Path, checkpoints: int) -> Coupl
 def published_method(part: Part, run: GrokRun, cache: Path, checkpoints: int) -> CouplingStudy:
     """As published throughout: finite differences and forward windows."""
     folder = cache / part.name / f"published-{checkpoints}"
-    if (folder / "result.json").is_file():
+    if (folder / "result.safetensors").is_file():
         return CouplingStudy.load(folder)
     study = direction_coupling(
         run, windows=(20,), alignments=("forward",), checkpoints=checkpoints, method="finite_difference"
@@ -147,8 +148,8 @@ def document(cache: Path, checkpoints: int) -> dict[str, Any]:
     """Everything finished so far, the paper's column beside ours."""
     runs, studies, missing = [], [], []
     for part in plan():
-        file = cache / part.name / "run.json"
-        record = json.loads(file.read_text()) if file.is_file() else {"finished": False}
+        kept = cache / part.name
+        record = StoreReader(kept).entry("state") if (kept / "store.json").is_file() else {"finished": False}
         if not record["finished"]:
             reached = f", at step {record['step']}" if "step" in record else ""
             missing.append(f"training {part.name}{reached}")
@@ -161,7 +162,7 @@ def document(cache: Path, checkpoints: int) -> dict[str, Any]:
         )  # fmt: skip
         for kind in ("study", "published") if part.studied else ():
             folder = cache / part.name / f"{kind}-{checkpoints}"
-            if (folder / "result.json").is_file():
+            if (folder / "result.safetensors").is_file():
                 study = CouplingStudy.load(folder)
                 studies.append(
                     {"part": part.name, "method": study.config["arguments"]["method"],

@@ -16,7 +16,7 @@ from tests import tiny
 from tl_asymmetry import Comparison, PairAnalysis, analyze_pair, compare
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.plots import differences_figure
-from tl_asymmetry.results.result import open_result
+from tl_asymmetry.results.result import load
 
 TOKENS = tiny.tokens(9, 12)
 OPTIONS: dict[str, Any] = {"tokens": TOKENS, "ranks": [1, 4], "groups": 3, "progress": False}
@@ -210,7 +210,7 @@ def test_saved_analyses_compare_as_well(tmp_path: Path) -> None:
     again = compare(one, two, names=["one", "two"])
     for name in Comparison.TABLES:
         pd.testing.assert_frame_equal(getattr(found, name), getattr(again, name), check_exact=True)
-    loaded = open_result(found.save(tmp_path / "comparison"))
+    loaded = load(found.save(tmp_path / "comparison"))
     assert isinstance(loaded, Comparison)
     for name in Comparison.TABLES:
         pd.testing.assert_frame_equal(getattr(found, name), getattr(loaded, name), check_exact=True)

@@ -24,7 +24,8 @@ from tl_asymmetry import (
 )
 from tl_asymmetry.control.table import CONTROL_COLUMNS, CORRELATION_COLUMNS
 from tl_asymmetry.plots import grades_figure
-from tl_asymmetry.results.result import open_result
+from tl_asymmetry.results.result import load
+from tl_asymmetry.store import StoreReader
 from tl_asymmetry.training.data import rebatched, shuffled
 from tl_asymmetry.training.runs import distance, train, trainable_copy
 
@@ -236,7 +237,7 @@ def test_overview_has_a_row_for_each_objective():
 def test_saved_loaded_and_told(tmp_path):
     result = study()
     result.save(tmp_path / "study")
-    loaded = open_result(tmp_path / "study")
+    loaded = load(tmp_path / "study")
     assert isinstance(loaded, ControlStudy)
     same(loaded, result)
     assert loaded.config == result.config
@@ -267,9 +268,14 @@ def test_resumed_after_a_kill_repeats_nothing(tmp_path, monkeypatch):
     with pytest.raises(Killed):
         run(chosen, store=tmp_path, **options)
     monkeypatch.setitem(control, "train", train)
-    finished = sorted(p.parent.name for p in tmp_path.glob("*/run.json"))
-    assert len(finished) == 3
-    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.parent.name in finished}
+    assert StoreReader(tmp_path).names == [
+        "00-gradients",
+        "00-seed0-norm",
+        "00-seed0-steps",
+        "01-gradients",
+        "01-seed0-steps",
+    ]
+    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.glob("parts/*")}
     resumed = run(chosen, store=tmp_path, **options)
     assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
     same(resumed, run(chosen, **options))
@@ -279,7 +285,7 @@ def test_resumed_after_a_kill_repeats_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setitem(control, "train", never)
     same(run(chosen, store=tmp_path, **options), resumed)
-    with pytest.raises(ValueError, match=r"expected a store of this study, got one with steps 3 instead of 4 in .*"):
+    with pytest.raises(ValueError, match=r"was begun with, got others: steps \(3 there, 4 here\)"):
         run(chosen, store=tmp_path, steps=4, **options)
 
 

@@ -21,7 +21,7 @@ from tl_asymmetry import (
 from tl_asymmetry.coupling.analysis import window_rows
 from tl_asymmetry.demo import demo_model
 from tl_asymmetry.grokking import Recipe, train
-from tl_asymmetry.results.result import open_result
+from tl_asymmetry.results.result import load
 
 SMALL = {"d_model": 16, "d_mlp": 32}
 
@@ -176,7 +176,7 @@ def test_sensitivity(run):
 
 def test_saves_loads_and_speaks(study, tmp_path):
     study.save(tmp_path / "study")
-    again = open_result(tmp_path / "study")
+    again = load(tmp_path / "study")
     assert isinstance(again, CouplingStudy)
     for name in CouplingStudy.TABLES:
         pd.testing.assert_frame_equal(getattr(again, name), getattr(study, name), check_dtype=False)

@@ -15,7 +15,7 @@ from tl_asymmetry.demo import demo_model, demo_preferences, demo_texts, demo_tok
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.side_moments import HeadMoments, SketchedMoments, sketch_matrix
 from tl_asymmetry.gradients.table import CROSS_COLUMNS, GRADIENT_COLUMNS
-from tl_asymmetry.results.result import open_result
+from tl_asymmetry.results.result import load
 from tl_asymmetry.training.data import rebatched
 from tl_asymmetry.training.objectives import (
     DPO,
@@ -183,7 +183,7 @@ def test_every_family_has_its_rows_and_both_kinds_agree(name, kind):
 def test_saved_and_loaded_is_the_same(tmp_path):
     result = of_toy(permutations=3)
     result.save(tmp_path / "saved")
-    loaded = open_result(tmp_path / "saved")
+    loaded = load(tmp_path / "saved")
     assert isinstance(loaded, GradientCovariance)
     assert loaded.table.equals(result.table)
     assert loaded.gradients.equals(result.gradients)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
@@ -11,7 +9,8 @@ from tests.oracles.reference_grokking import lens_weights, seeded
 from tests.oracles.reference_grokking import train as naive_train
 from tl_asymmetry.grokking import GrokRun, ModularArithmetic, Recipe, arms, train
 from tl_asymmetry.grokking.loop import GrokLoop
-from tl_asymmetry.results.result import open_result
+from tl_asymmetry.results.result import load
+from tl_asymmetry.store import StoreReader
 
 SMALL = {"d_model": 16, "d_mlp": 32}
 ARMS = {
@@ -48,11 +47,9 @@ def test_weights_are_those_of_a_naive_loop(op, mode):
 
 @pytest.mark.parametrize("arm", list(ARMS))
 def test_resume_is_bit_identical(arm, tmp_path):
-    def loop(folder=None):
+    def loop(store=None):
         task = ModularArithmetic("add", p=11, seed=1)
-        return GrokLoop(
-            task, seed=1, recipe=Recipe(steps=30, every=5), projection=ARMS[arm], folder=folder, sizes=SMALL
-        )
+        return GrokLoop(task, seed=1, recipe=Recipe(steps=30, every=5), projection=ARMS[arm], store=store, sizes=SMALL)
 
     through = loop()
     through.run()
@@ -77,13 +74,13 @@ def test_resume_is_bit_identical(arm, tmp_path):
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
     recipe = Recipe(steps=4, every=2)
-    train("add", p=7, seed=1, recipe=recipe, folder=tmp_path, sizes=SMALL)
+    train("add", p=7, seed=1, recipe=recipe, store=tmp_path, sizes=SMALL)
     with pytest.raises(
-        ValueError, match="expected a run of these settings in .*, got another task, seed, projection; pass"
+        ValueError,
+        match=r"was begun with, got others: projection.seed \(1001 there, 1002 here\), seed \(1 .*, task.seed .*; pass",
     ):
-        train("add", p=7, seed=2, recipe=recipe, folder=tmp_path, sizes=SMALL)
-    assert not list(tmp_path.glob("*.part"))
-    assert json.loads((tmp_path / "run.json").read_text())["step"] == 4
+        train("add", p=7, seed=2, recipe=recipe, store=tmp_path, sizes=SMALL)
+    assert StoreReader(tmp_path).entry("state")["step"] == 4
 
 
 def test_stops_after_enough_evaluations_in_all(monkeypatch):
@@ -115,7 +112,7 @@ def test_several_heads_share_a_batch_and_all_must_reach_the_accuracy():
 def test_result_saves_loads_and_speaks(tmp_path):
     run = train("sq", p=7, seed=0, recipe=Recipe(steps=4, every=2), sizes=SMALL)
     run.save(tmp_path / "run")
-    again = open_result(tmp_path / "run")
+    again = load(tmp_path / "run")
     assert isinstance(again, GrokRun)
     assert again.steps == [0, 2, 4]
     assert torch.equal(again.weights(step=2)["embed.W_E"], run.weights(step=2)["embed.W_E"])

@@ -26,7 +26,7 @@ from tl_asymmetry.edits import commit_edits
 from tl_asymmetry.interventions import analysis as module
 from tl_asymmetry.interventions.tables import study_table
 from tl_asymmetry.models.resume import EditedRuns
-from tl_asymmetry.results.result import open_result
+from tl_asymmetry.results.result import load
 from tl_asymmetry.training.data import as_batches
 from tl_asymmetry.training.objectives import PreferenceBatch, TokenBatch
 
@@ -392,9 +392,9 @@ def test_a_store_of_another_study_is_refused(tmp_path, change, named):
     base, aligned = pair()
     options = dict(tokens=tiny.tokens(3, 8), draws=2, progress=False, sites=[(0, "W_Q", 0)], store=tmp_path)
     rank_one_study(base, aligned, **options)
-    with pytest.raises(ValueError, match=f"expected a folder of the same study, got one with other {named}; pass"):
+    with pytest.raises(ValueError, match=f"was begun with, got others: {named}"):
         rank_one_study(base, aligned, **{**options, **change})
-    with pytest.raises(ValueError, match="got one with other weights"):
+    with pytest.raises(ValueError, match="was begun with, got others: weights.aligned"):
         rank_one_study(base, tiny.build("gpt2", tiny.KINDS[0], torch.float64, delta=0.01), **options)
 
 
@@ -403,7 +403,7 @@ def test_a_store_of_another_study_is_refused(tmp_path, change, named):
 
 def test_it_is_saved_loaded_and_shown(small, tmp_path):
     folder = small.save(tmp_path / "study")
-    for again in (RankOneStudy.load(folder), open_result(folder)):
+    for again in (RankOneStudy.load(folder), load(folder)):
         for name in RankOneStudy.TABLES:
             pd.testing.assert_frame_equal(getattr(again, name), getattr(small, name))
         assert again.notes == small.notes

@@ -21,7 +21,7 @@ from tl_asymmetry import (
     random_subspace,
 )
 from tl_asymmetry.models.texts import check_tokens
-from tl_asymmetry.results.result import open_result
+from tl_asymmetry.results.result import load
 
 T = 5
 HALF_FLOAT32 = {"llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma1", "gemma2", "gemma3", "phi", "gptj"}
@@ -321,7 +321,7 @@ def test_gain(result):
 def test_save_load_and_words(result, tmp_path):
     result.save(tmp_path / "r")
     back = LayerJacobians.load(tmp_path / "r")
-    assert isinstance(open_result(tmp_path / "r"), LayerJacobians)
+    assert isinstance(load(tmp_path / "r"), LayerJacobians)
     for name, array in result.arrays.items():
         assert torch.equal(array, back.arrays[name]), name
     assert back.table.equals(result.table)

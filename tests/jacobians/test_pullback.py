@@ -11,7 +11,7 @@ from tests import tiny
 from tests.oracles import reference_jacobians as reference
 from tl_asymmetry import ModelView, PredictionPullback, Subspace, analyze_pair, prediction_pullback, prediction_subspace
 from tl_asymmetry.demo import demo_model
-from tl_asymmetry.results.result import open_result
+from tl_asymmetry.results.result import load
 
 T = 5
 KIND = tiny.KINDS[0]
@@ -174,7 +174,7 @@ def test_sequence_table_words_and_disk(tmp_path):
     pair = found.overlaps.query("a == 'layer 0' and b == 'layer 1' and rank == 4")["overlap"].item()
     assert pair == pytest.approx(found[0].truncate(4).overlap(found[1].truncate(4)))
     found.save(tmp_path / "p")
-    back = open_result(tmp_path / "p")
+    back = load(tmp_path / "p")
     assert isinstance(back, PredictionPullback)
     assert torch.equal(back[0].basis, found[0].basis)
     assert back.overlaps.equals(found.overlaps)

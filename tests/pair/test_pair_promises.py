@@ -24,7 +24,8 @@ from tl_asymmetry import PairAnalysis, analyze_pair, capture_moments, estimate_p
 from tl_asymmetry.geometry import moments as moments_module
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import POINTS
-from tl_asymmetry.results.result import save_result
+from tl_asymmetry.results.result import load
+from tl_asymmetry.store import read_part, write_part
 
 TOKENS = tiny.tokens(9, 12)
 TEXTS = [" ".join(f"w{(7 * i + j * j) % 90}" for j in range(10 + i)) for i in range(6)]
@@ -197,10 +198,10 @@ def test_identical_models(kinds: tuple[str, str], tmp_path: Path) -> None:
 def test_save_and_load(tmp_path: Path) -> None:
     result = analysed()
     folder = result.save(tmp_path / "a" / "b")
-    assert sorted(p.name for p in folder.iterdir()) == ["arrays.safetensors", "result.json"]
+    assert sorted(p.name for p in folder.iterdir()) == ["result.safetensors"]
     for path in folder.iterdir():
         content = path.read_bytes()
-        assert not content.startswith((b"\x80", b"PK"))
+        assert not content.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK"))
         assert b"cpickle" not in content.lower()
     loaded = PairAnalysis.load(folder)
     identical_tables(result, loaded)
@@ -210,26 +211,28 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert result.save(folder) == folder  # over what is there
     identical_tables(result, PairAnalysis.load(folder))
     again = loaded.save(tmp_path / "again")
-    assert (again / "result.json").read_bytes() == (folder / "result.json").read_bytes()
+    assert (again / "result.safetensors").read_bytes() == (folder / "result.safetensors").read_bytes()
     # columns without a number in them keep their type
     few = analyze_pair(*pair(), **OPTIONS, matrices=["W_in"])
     identical_tables(few, PairAnalysis.load(few.save(tmp_path / "few")))
 
 
 def test_what_cannot_be_loaded(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected a folder with result.json, got '.*nothing'; pass a folder"):
-        PairAnalysis.load(tmp_path / "nothing")
-    folder = analysed().save(tmp_path / "saved")
-    document = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    (folder / "result.json").write_text(json.dumps(document | {"schema": 99}), encoding="utf-8")
-    with pytest.raises(ValueError, match="expected schema 1 or older, got 99; pass it to a newer tl_asymmetry"):
-        PairAnalysis.load(folder)
-    other = save_result(tmp_path / "other", "Comparison", tables={}, arrays={}, config={}, notes=())
-    with pytest.raises(ValueError, match="expected a saved PairAnalysis, got 'Comparison'; pass its folder"):
-        PairAnalysis.load(other)
-    (other / "result.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(ValueError, match="expected a saved PairAnalysis, got None"):
-        PairAnalysis.load(other)
+    for read in (PairAnalysis.load, load):
+        with pytest.raises(ValueError, match=r"expected a folder with result\.safetensors, got '.*nothing'; pass a f"):
+            read(tmp_path / "nothing")
+    result = analysed()
+    file = result.save(tmp_path / "saved") / "result.safetensors"
+    document, numbers = read_part(file, "result")
+    write_part(file, "result", numbers, document | {"schema": 99})
+    with pytest.raises(ValueError, match="expected schema 2, got 99; pass it to the tl_asymmetry that wrote it"):
+        PairAnalysis.load(file.parent)
+    write_part(file, "result", numbers, document | {"kind": "Comparison"})
+    with pytest.raises(ValueError, match="expected a saved PairAnalysis, got 'Comparison'; pass its folder, or use lo"):
+        PairAnalysis.load(file.parent)
+    write_part(file, "result", numbers, document | {"kind": "Poem"})
+    with pytest.raises(ValueError, match="expected a saved Comparison or .*, got 'Poem'; pass it to the version that"):
+        load(file.parent)
 
 
 def test_the_config_is_json_and_complete() -> None:

@@ -29,8 +29,8 @@ from tl_asymmetry.names import POINTS
 from tl_asymmetry.pair import memory_plan
 from tl_asymmetry.pair.plan import Plan, make_plan
 from tl_asymmetry.results.notes import Notes
-from tl_asymmetry.results.store import StoreReader
 from tl_asymmetry.settings import PairSettings
+from tl_asymmetry.store import StoreReader
 
 TOKENS = tiny.tokens(9, 12)
 OPTIONS: dict[str, Any] = {"tokens": TOKENS, "ranks": [1, 4], "groups": 3, "batch_size": 2, "progress": False}

@@ -14,7 +14,7 @@ from tests.oracles import naive_tangents as naive
 from tests.oracles import reference_tangents
 from tests.tiny_encoder import ENCODER_KINDS, MASK_TOKEN, encoder, hf_encoder
 from tl_asymmetry import TangentAnalysis, TangentProbe, analyze_tangents
-from tl_asymmetry.results.result import open_result
+from tl_asymmetry.results.result import load
 from tl_asymmetry.tangents.data import INPUT, ORIGINAL, TARGET, tangent_data
 from tl_asymmetry.training.masking import mask_tokens
 
@@ -403,7 +403,7 @@ def test_a_store_of_another_run_is_refused(tmp_path):
 
 def test_saved_and_read_again(analysis, tmp_path):
     analysis.save(tmp_path)
-    again = open_result(tmp_path)
+    again = load(tmp_path)
     assert isinstance(again, TangentAnalysis)
     assert_same(analysis, again, tolerance=0, skip=())
     assert again.config == analysis.config

@@ -21,7 +21,7 @@ import pytest
 
 from tests import tiny
 from tl_asymmetry import analyze_trajectory, pythia_checkpoints
-from tl_asymmetry.results.store import StoreReader
+from tl_asymmetry.store import StoreReader
 from tl_asymmetry.trajectory.pythia import HuggingFaceHub, RemoteFile
 
 TOKENS = tiny.tokens(9, 12)

@@ -16,7 +16,7 @@ from tl_asymmetry.cli.tangents import add_tangents, run_tangents
 from tl_asymmetry.cli.trajectory import add_compare, add_trajectory, run_compare, run_trajectory
 from tl_asymmetry.pair.analysis import analyze_pair
 from tl_asymmetry.pair.result import PairAnalysis
-from tl_asymmetry.results.result import Result, open_result
+from tl_asymmetry.results.result import Result, load
 
 _DEMO_STORIES = 400
 
@@ -138,7 +138,7 @@ def _grok(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    result = open_result(options.folder)
+    result = load(options.folder)
     sys.stdout.write(f"report: {result.to_html(options.folder / 'report.html')}\n")
 
 

@@ -31,7 +31,7 @@ def run_grok(options: argparse.Namespace) -> CouplingStudy:
     from tl_asymmetry.grokking import Recipe, train
 
     recipe = Recipe() if options.steps is None else Recipe(steps=options.steps)
-    run = train(options.op, p=options.p, seed=options.seed, recipe=recipe, folder=options.out / "run", progress=True)
+    run = train(options.op, p=options.p, seed=options.seed, recipe=recipe, store=options.out / "run", progress=True)
     source = GrokTrajectory(run, probes=512 if options.quick else 1024)
     effort: dict[str, Any] = {"checkpoints": 12, "draws": 10} if options.quick else {}
     return direction_coupling(source, progress=True, **effort)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_asymmetry.control.result import ControlStudy
-from tl_asymmetry.control.store import Store
 from tl_asymmetry.gradients.analysis import data_fingerprint, gradient_covariance
 from tl_asymmetry.gradients.result import GradientCovariance
 from tl_asymmetry.models.backward import check_differentiable
@@ -23,11 +22,13 @@ from tl_asymmetry.pair.plan import chosen_matrices
 from tl_asymmetry.pair.result import PairAnalysis
 from tl_asymmetry.results.notes import Notes
 from tl_asymmetry.results.provenance import described, model_record, shape_record, versions, weights_hash
+from tl_asymmetry.store import Parts, open_store
 from tl_asymmetry.training.batches import Batch, PreferenceBatch, TokenBatch
 from tl_asymmetry.training.data import as_batches, rebatched, shuffled
 from tl_asymmetry.training.objectives import Objective, class_described, is_objective, objective_name
 from tl_asymmetry.training.runs import Optimizer, Run, train, trainable_copy
 
+KIND = "control study"
 _FULL_MLP = 1024
 
 
@@ -133,8 +134,7 @@ def contrastive_control(
         "gradient_rows": gradient_rows,
         **described(texts=texts),
     }
-    kept = Store(store, config)
-
+    settings = {name: value for name, value in config.items() if name != "versions"}
     gradients: dict[str, GradientCovariance] = {}
     pairs: dict[tuple[str, int, str], PairAnalysis] = {}
     runs: dict[tuple[str, int, str], Run] = {}
@@ -159,7 +159,8 @@ def contrastive_control(
         )  # fmt: skip
         return run, pair
 
-    with bar:
+    with bar, open_store(store, KIND, settings, {"versions": config["versions"]}) as parts:
+        kept = _Kept(parts, list(named))
         for name, objective in named.items():
             gradients[name] = kept.gradients(name, partial(spectra, objective))
             bar.update()
@@ -183,6 +184,35 @@ def contrastive_control(
     return ControlStudy.assemble(
         gradients=gradients, pairs=pairs, runs=runs, grades=config["grades"], config=config, notes=notes.lines
     )
+
+
+class _Kept:
+    """Finished parts, read where they are in the store, else made and put there."""
+
+    def __init__(self, store: Parts, objectives: Sequence[str]) -> None:
+        self.store, self.objectives = store, objectives
+
+    def gradients(self, name: str, make: Callable[[], GradientCovariance]) -> GradientCovariance:
+        """One objective's gradient covariance."""
+        part = f"{self.objectives.index(name):02d}-gradients"
+        if part not in self.store:
+            document, numbers = make().packed()
+            self.store.put(part, numbers, document)
+        return GradientCovariance.unpacked(self.store.entry(part), self.store.arrays(part))
+
+    def grade(
+        self, key: tuple[str, int, str], make: Callable[[], tuple[Run, PairAnalysis]]
+    ) -> tuple[Run, PairAnalysis]:
+        """One grade's run and analysis."""
+        name, seed, compared = key
+        part = f"{self.objectives.index(name):02d}-seed{seed}-{compared}"
+        if part not in self.store:
+            run, pair = make()
+            document, numbers = pair.packed()
+            self.store.put(part, numbers, {"run": asdict(run), "pair": document})
+        entry = self.store.entry(part)
+        run = Run(tuple(entry["run"]["losses"]), tuple(entry["run"]["distances"]))
+        return run, PairAnalysis.unpacked(entry["pair"], self.store.arrays(part))
 
 
 def _named(objectives: Mapping[str, Objective[Any]] | Sequence[Objective[Any]]) -> dict[str, Objective[Any]]:

@@ -36,7 +36,7 @@ def train(
     recipe: Recipe | None = None,
     projection: Mapping[str, Any] | None = None,
     keep_checkpoints: bool = True,
-    folder: str | Path | None = None,
+    store: str | Path | None = None,
     sizes: Mapping[str, int] | None = None,
     device: str | torch.device = "cpu",
     recorder: Callable[[int, GrokTransformer], object] | None = None,
@@ -45,7 +45,7 @@ def train(
     """Train the published model on modular arithmetic by the published protocol.
 
     Split, initial weights and batches are those the author's code draws for the same seed. Everything is on disk at
-    every evaluation if a folder is given, and a run found there is continued to bit-identical weights (on one device,
+    every evaluation if a store is given, and a run found there is continued to bit-identical weights (on one device,
     with the same versions and number of threads).
 
     Args:
@@ -57,14 +57,14 @@ def train(
         projection: an arm of intervention on the attention weights: keywords of `GradientProjection`, e.g.
             `{"arm": "keep", "space": "random"}`.
         keep_checkpoints: keep the weights at every evaluation (1.2 MB each).
-        folder: where the run lives on disk.
+        store: folder in which the run is kept.
         sizes: other sizes by their names in `GrokShape`.
         device: where to train.
         recorder: called with the step and the live model after every evaluation, e.g. to feed `RollingSVDs`.
         progress: show a progress bar.
 
     Raises:
-        ValueError: see `ModularArithmetic`, `GradientProjection`, `Recipe`; a folder with a run of other settings.
+        ValueError: see `ModularArithmetic`, `GradientProjection`, `Recipe`; a store with a run of other settings.
 
     Example:
         >>> run = train("sub", p=7, seed=0, recipe=Recipe(steps=30, every=10), sizes={"d_model": 16, "d_mlp": 32})
@@ -72,7 +72,7 @@ def train(
         torch.Size([4, 16, 4])
     """
     loop = _loop(
-        task, p=p, seed=seed, recipe=recipe, projection=projection, keep_checkpoints=keep_checkpoints, folder=folder,
+        task, p=p, seed=seed, recipe=recipe, projection=projection, keep_checkpoints=keep_checkpoints, store=store,
         sizes=sizes, device=device,
     )  # fmt: skip
     start, first = time.perf_counter(), loop.progress.step
@@ -84,7 +84,10 @@ def train(
                 recorder(state.step, loop.model)
             bar.set_postfix({row["op"]: f"{row['test_accuracy']:.2f}" for row in state.rows[-len(loop.task.names) :]})
 
-        loop.run(report=show)
+        try:
+            loop.run(report=show)
+        finally:
+            loop.close()
     return run_of(loop, seconds=time.perf_counter() - start, first=first)
 
 
@@ -93,13 +96,11 @@ def _loop(
     *,
     seed: int,
     recipe: Recipe | None,
-    folder: str | Path | None,
     p: int = 97,
     **keywords: Any,
 ) -> GrokLoop:
     arithmetic = task if isinstance(task, ModularArithmetic) else ModularArithmetic(task, p=p, seed=seed)
-    path = None if folder is None else Path(folder)
-    return GrokLoop(arithmetic, seed=seed, recipe=recipe or Recipe(), folder=path, **keywords)
+    return GrokLoop(arithmetic, seed=seed, recipe=recipe or Recipe(), **keywords)
 
 
 def run_of(loop: GrokLoop, *, seconds: float = float("nan"), first: int = 0) -> GrokRun:
@@ -226,7 +227,7 @@ def arms(
     *,
     seeds: Sequence[int] = (42, 137, 2024),
     which: Mapping[str, Mapping[str, Any] | None] | None = None,
-    folder: str | Path | None = None,
+    store: str | Path | None = None,
     recipe: Recipe | None = None,
     device: str | torch.device = "cpu",
     progress: bool = False,
@@ -238,7 +239,7 @@ def arms(
         task, recipe, device, progress: as in `train`; further keywords (`p`, `sizes`) go there too.
         seeds: one run each.
         which: arms by name, keywords of `GradientProjection` or None for plain training; default `PUBLISHED_ARMS`.
-        folder: each run lives in a subfolder `{task}-{seed}-{arm}` and is continued there.
+        store: each run is kept in its subfolder `{task}-{seed}-{arm}` and is continued there.
 
     Returns:
         `train`'s table of every run, with columns `arm` and `seed` in front.
@@ -256,14 +257,17 @@ def arms(
     def loop(arm: str, seed: int) -> GrokLoop:
         return _loop(
             task, seed=seed, recipe=recipe, projection=chosen[arm], keep_checkpoints=False, device=device,
-            folder=None if folder is None else Path(folder) / f"{word}-{seed}-{arm}", **keywords,
+            store=None if store is None else Path(store) / f"{word}-{seed}-{arm}", **keywords,
         )  # fmt: skip
 
     loops = [loop(*name) for name in names]
     most = sum(each.recipe.steps for each in loops)
     with tqdm(total=most, desc="training", unit="step", disable=not progress) as bar:
         for each in loops:
-            each.run(report=lambda _: bar.update(loops[0].recipe.every))
+            try:
+                each.run(report=lambda _: bar.update(loops[0].recipe.every))
+            finally:
+                each.close()
     tables = [
         pd.DataFrame(each.progress.rows).assign(arm=arm, seed=seed)
         for each, (arm, seed) in zip(loops, names, strict=True)

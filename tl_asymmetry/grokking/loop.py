@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,14 +11,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tl_asymmetry.grokking.model import GrokTransformer, shape_of
 from tl_asymmetry.grokking.modular import ModularArithmetic, legacy_stream
+from tl_asymmetry.results.provenance import versions
+from tl_asymmetry.store import PartStore
 from tl_asymmetry.training.projection import GradientProjection
 
-_STATE, _RECORD = "state.safetensors", "run.json"
+KIND, _STATE = "grokking run", "state"
 _EVALUATED_AT_ONCE = 2048
 
 
@@ -84,13 +84,14 @@ class GrokLoop:
         recipe: numbers of the protocol.
         projection: keywords of `GradientProjection` on the attention weights; None for plain AdamW.
         keep_checkpoints: keep the weights at every evaluation.
-        folder: where checkpoints and the state are written at every evaluation; a run that lies there, begun with the
-            same settings, is continued.
+        store: folder in which checkpoints and the state are kept at every evaluation; a run that lies there, begun
+            with the same settings, is continued. `close` lets others write to it.
         sizes: other sizes of the model, by their names in `GrokShape`.
         device: where to train.
 
     Raises:
-        ValueError: a folder that holds a run of other settings.
+        ValueError: a folder that holds a run of other settings, or something else.
+        DamagedFile: a checkpoint or the state in it is not as it was written.
     """
 
     def __init__(
@@ -101,11 +102,11 @@ class GrokLoop:
         recipe: Recipe = Recipe(),
         projection: Mapping[str, Any] | None = None,
         keep_checkpoints: bool = True,
-        folder: Path | None = None,
+        store: str | Path | None = None,
         sizes: Mapping[str, int] | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
-        self.task, self.seed, self.recipe, self.folder = task, seed, recipe, folder
+        self.task, self.seed, self.recipe = task, seed, recipe
         self.keep_checkpoints = keep_checkpoints
         self.model = GrokTransformer(shape_of(task, **(sizes or {})), seed=seed).to(device)
         self.optimizer = torch.optim.AdamW(
@@ -126,10 +127,9 @@ class GrokLoop:
             json.dumps({"task": asdict(task), "seed": seed, "recipe": asdict(recipe), "projection": dict(arm),
                         "sizes": asdict(self.model.shape), "checkpoints": keep_checkpoints})
         )  # fmt: skip
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            if (folder / _RECORD).is_file():
-                self._resume(folder)
+        self.store = None if store is None else PartStore(store, KIND, self.settings, {"versions": versions()})
+        if self.store is not None and _STATE in self.store:
+            self._resume(self.store)
 
     def run(self, *, until: int | None = None, report: Callable[[Progress], None] | None = None) -> Progress:
         """Train until the protocol stops, or until a given step.
@@ -149,6 +149,11 @@ class GrokLoop:
             if self.advance(loss.item()) and report is not None:
                 report(progress)
         return progress
+
+    def close(self) -> None:
+        """Let others write to the store."""
+        if self.store is not None:
+            self.store.close()
 
     @property
     def device(self) -> torch.device:
@@ -193,38 +198,24 @@ class GrokLoop:
         if self.keep_checkpoints:
             weights = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
             progress.checkpoints[progress.step] = weights
-        if self.folder is not None:
-            self._save(self.folder)
+        if self.store is not None:
+            self._save(self.store)
 
     # -- disk ----------------------------------------------------------------------------------------------------
 
-    def _save(self, folder: Path) -> None:
-        """Checkpoint first, state next, record last: whatever interrupts, the record names what is whole."""
-        step = self.progress.step
-        if self.keep_checkpoints:
-            _write(folder / _checkpoint_name(step), self.progress.checkpoints[step])
-        _write(folder / f"{step:06d}-{_STATE}", dict(self._state()))
+    def _save(self, store: PartStore) -> None:
+        """The checkpoint first, the state last: whatever interrupts, what the state names is whole."""
         progress = self.progress
-        record = {"settings": self.settings, "step": step, "rows": progress.rows, "counted": progress.counted,
-                  "finished": progress.finished, "steps_kept": list(progress.checkpoints)}  # fmt: skip
-        part = folder / f"{_RECORD}.part"
-        part.write_text(json.dumps(record))
-        os.replace(part, folder / _RECORD)
-        for old in folder.glob(f"*-{_STATE}"):
-            if old.name != f"{step:06d}-{_STATE}":
-                old.unlink()
+        if self.keep_checkpoints:
+            store.put(progress.step, progress.checkpoints[progress.step], {})
+        record = {"step": progress.step, "rows": progress.rows, "counted": progress.counted,
+                  "finished": progress.finished}  # fmt: skip
+        store.put(_STATE, dict(self._state()), record)
 
-    def _resume(self, folder: Path) -> None:
-        record = json.loads((folder / _RECORD).read_text())
-        if record["settings"] != self.settings:
-            ours, theirs = self.settings, record["settings"]
-            different = ", ".join(name for name in ours if ours[name] != theirs.get(name))
-            raise ValueError(
-                f"expected a run of these settings in {folder}, got another {different}; pass another folder"
-            )
-        state = load_file(folder / f"{record['step']:06d}-{_STATE}")
-        self._set_state(state)
-        checkpoints = {step: load_file(folder / _checkpoint_name(step)) for step in record["steps_kept"]}
+    def _resume(self, store: PartStore) -> None:
+        record = store.entry(_STATE)
+        self._set_state(store.arrays(_STATE))
+        checkpoints = {step: store.arrays(step) for step in store.steps if step <= record["step"]}
         self.progress = Progress(record["step"], record["rows"], checkpoints, record["counted"], record["finished"])
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
@@ -271,13 +262,3 @@ def accuracy(model: GrokTransformer, pairs: Tensor, targets: Tensor) -> list[flo
         for some, wanted in pieces:
             right += (model(some).argmax(-1) == wanted).sum(0).cpu()
     return (right.double() / len(pairs)).tolist()
-
-
-def _checkpoint_name(step: int) -> str:
-    return f"checkpoint-{step:06d}.safetensors"
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    part = path.with_name(path.name + ".part")
-    save_file({name: value.contiguous() for name, value in tensors.items()}, part)
-    os.replace(part, path)

@@ -26,7 +26,6 @@ from tl_asymmetry.interventions.planner import (
 )
 from tl_asymmetry.interventions.result import RankOneStudy
 from tl_asymmetry.interventions.runs import MEASURED, Baseline, EvaluationBatch, evaluation_batches, measure
-from tl_asymmetry.interventions.store import StudyStore
 from tl_asymmetry.interventions.tables import OUTCOMES, baseline_row, edit_table, outcomes_of, study_table
 from tl_asymmetry.models.checks import check_finite, check_pair, check_raw
 from tl_asymmetry.models.loading import open_model
@@ -36,9 +35,11 @@ from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import SIGNIFICANT, kind_of
 from tl_asymmetry.results.notes import Notes
 from tl_asymmetry.results.provenance import described, model_record, shape_record, versions, weights_hash
+from tl_asymmetry.store import Parts, open_store
 from tl_asymmetry.training.batches import PreferenceBatch
 from tl_asymmetry.training.data import as_batches, rebatched
 
+KIND = "rank-one study"
 _CHECK_TOKENS = 16
 _EDITS_AT_A_TIME = 512
 _BYTES_AT_A_TIME = 1 << 26
@@ -157,33 +158,26 @@ def rank_one_study(
         "sites": len(placed),
         "preferences_sha256": None if pairs is None else data_fingerprint([pairs]),
     }
-    kept = StudyStore(
-        store,
-        _settings(
-            {**arguments, **described(directions=given or list(directions))},
-            hashes,
-            sequences,
-            pairs,
-        ),
-    )
+    asked = {**arguments, **described(directions=given or list(directions))}
+    about = {"versions": versions(), "models": config["models"]}
     _describe(placed, controls, base, notes)
-
-    moments = study_moments(
-        base, sequences, placed, directions, controls,
-        exclude_first=exclude_first, batch_size=batch_size, progress=progress,
-    )  # fmt: skip
-    maker = EditPlanner(
-        base, aligned, moments, directions, n_directions=n_directions, controls=controls, draws=draws, seed=seed
-    )
     rows: list[dict[str, Any]] = []
     baselines: list[dict[str, Any]] = []
-    for intervention in interventions:
-        view, other = (aligned, base) if intervention == "removal" else (base, aligned)
-        study = _Study(view, other, maker, evaluated, base.d_vocab, tuple(map(float, scales)), intervention, kept)
-        study.whole = _whole_passes(view, sequences, placed, notes)
-        found, baseline = study.run(placed, progress=progress)
-        rows += found
-        baselines.append(baseline_row(intervention, {"base": base.name, "aligned": aligned.name}, baseline))
+    with open_store(store, KIND, _settings(asked, hashes, sequences, pairs), about) as kept:
+        moments = study_moments(
+            base, sequences, placed, directions, controls,
+            exclude_first=exclude_first, batch_size=batch_size, progress=progress,
+        )  # fmt: skip
+        maker = EditPlanner(
+            base, aligned, moments, directions, n_directions=n_directions, controls=controls, draws=draws, seed=seed
+        )
+        for intervention in interventions:
+            view, other = (aligned, base) if intervention == "removal" else (base, aligned)
+            study = _Study(view, other, maker, evaluated, base.d_vocab, tuple(map(float, scales)), intervention, kept)
+            study.whole = _whole_passes(view, sequences, placed, notes)
+            found, baseline = study.run(placed, progress=progress)
+            rows += found
+            baselines.append(baseline_row(intervention, {"base": base.name, "aligned": aligned.name}, baseline))
     edits = edit_table(rows)
     table, lacking = study_table(edits, wanted)
     if lacking:
@@ -206,12 +200,12 @@ class _Study:
     d_vocab: int
     scales: tuple[float, ...]
     intervention: str
-    store: StudyStore
+    store: Parts
     whole: bool = False
 
     def run(self, sites: Sequence[EditSite], *, progress: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Rows of single edits in the order of sites, and sums of the unedited models."""
-        records = {site: record for site in sites if (record := self.store.get(self.intervention, site)) is not None}
+        records = {site: self.store.entry(part) for site in sites if (part := self._part(site)) in self.store}
         todo = [site for site in sites if site not in records]
         bar = tqdm(total=len(todo), desc=self.intervention, unit="site", disable=not progress)
         finished = 0
@@ -229,11 +223,15 @@ class _Study:
                 for site, entries in planned:
                     effects = [self._effects(entry, measured, unedited) for entry in entries]
                     records[site] = {"rows": effects, "baseline": unedited}
-                    self.store.put(self.intervention, site, records[site])
+                    self.store.put(self._part(site), {}, records[site])
                 finished += len(group)
                 bar.update(finished - bar.n)
         rows = [row for site in sites for row in records[site]["rows"]]
         return rows, records[sites[0]]["baseline"]
+
+    def _part(self, site: EditSite) -> str:
+        layer, matrix, head = site
+        return f"{self.intervention}-L{layer}{'' if head is None else f'H{head}'}.{matrix}"
 
     def _groups(self, sites: Sequence[EditSite]) -> Iterator[list[EditSite]]:
         """Sites together in one sweep over the texts: many, so that the unedited models run seldom."""

@@ -1,22 +1,22 @@
-"""What every result shares: words, a report, tables and arrays on disk as safetensors and JSON, never a pickle."""
+"""What every result shares: words, a report, tables and arrays in one safetensors file, never a pickle."""
 
 from __future__ import annotations
 
 import html
 import importlib
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tl_asymmetry.disk import make_folder
 from tl_asymmetry.results.report import Report, write_report
+from tl_asymmetry.store import read_part, write_part
 
 KINDS = {
     "Comparison": "tl_asymmetry.comparison.result",
@@ -33,8 +33,9 @@ KINDS = {
 }
 """Every class of result, and the module that defines it."""
 
-SCHEMA = 1
-_DOCUMENT, _ARRAYS = "result.json", "arrays.safetensors"
+SCHEMA = 2
+_FILE, _PART = "result.safetensors", "result"
+_PLAIN = ("float64", "int64", "bool")
 
 
 ResultT = TypeVar("ResultT", bound="Result")
@@ -114,120 +115,104 @@ class Result:
     # -- disk ----------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
-        """Write the result into a folder (safetensors and JSON, no pickle). Returns the folder."""
-        tables = {name: getattr(self, name) for name in self.TABLES}
-        return save_result(
-            path, type(self).__name__, tables=tables, arrays=self.arrays, config=self.config, notes=self.notes
-        )
+        """Write the result into a folder, which is returned: one safetensors file, made real by one rename.
+
+        Raises:
+            ValueError: a path that is no folder and cannot be made one.
+            OSError: no room (errno ENOSPC) or another failure of the disk; a result saved there before is untouched.
+        """
+        document, numbers = self.packed()
+        folder = Path(path)
+        make_folder(folder)
+        write_part(folder / _FILE, _PART, numbers, document)
+        return folder
 
     @classmethod
     def load(cls: type[ResultT], path: str | Path) -> ResultT:
         """Read what `save` wrote; every number as it was.
 
         Raises:
-            ValueError: no such result there.
+            ValueError: no such result there, or one whose file is not as it was written.
         """
-        tables, arrays, config, notes = load_result(path, cls.__name__)
-        return cls(**tables, config=config, notes=notes, arrays=arrays)
+        return cls.unpacked(*_read(path))
+
+    def packed(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The result as a part of a store: an entry that JSON can hold, and tensors."""
+        numbers = {f"array/{name}": array for name, array in self.arrays.items()}
+        layouts = {}
+        for name in self.TABLES:
+            table = getattr(self, name)
+            columns = [_packed_column(table[column], f"table/{name}/{column}", numbers) for column in table.columns]
+            layouts[name] = {"rows": len(table), "columns": columns}
+        document = {
+            "kind": type(self).__name__, "schema": SCHEMA, "config": self.config, "notes": list(self.notes),
+            "tables": layouts,
+        }  # fmt: skip
+        return document, numbers
+
+    @classmethod
+    def unpacked(cls: type[ResultT], document: Mapping[str, Any], numbers: Mapping[str, Tensor]) -> ResultT:
+        """The result that `packed` made these of.
+
+        Raises:
+            ValueError: another kind of result, or one of another version.
+        """
+        if document["kind"] != cls.__name__:
+            raise ValueError(f"expected a saved {cls.__name__}, got {document['kind']!r}; pass its folder, or use load")
+        if document["schema"] != SCHEMA:
+            raise ValueError(
+                f"expected schema {SCHEMA}, got {document['schema']}; pass it to the tl_asymmetry that wrote it"
+            )
+        tables = {}
+        for name, layout in document["tables"].items():
+            columns = {c["name"]: _unpacked_column(c, numbers[f"table/{name}/{c['name']}"]) for c in layout["columns"]}
+            tables[name] = pd.DataFrame(columns, index=pd.RangeIndex(layout["rows"]))
+        arrays = {name.removeprefix("array/"): x for name, x in numbers.items() if name.startswith("array/")}
+        return cls(**tables, config=document["config"], notes=tuple(document["notes"]), arrays=arrays)
 
 
-def open_result(path: str | Path) -> Result:
-    """Read a saved result of whatever kind.
-
-    Raises:
-        ValueError: no result there, or of a kind this version does not know.
-    """
-    kind = _document(path).get("kind")
-    if kind not in KINDS:
-        raise ValueError(f"expected a saved {' or '.join(KINDS)}, got {kind!r}; pass it to the version that wrote it")
-    return getattr(importlib.import_module(KINDS[kind]), kind).load(path)
-
-
-def save_result(
-    path: str | Path,
-    kind: str,
-    *,
-    tables: Mapping[str, pd.DataFrame],
-    arrays: Mapping[str, Tensor],
-    config: Mapping[str, Any],
-    notes: tuple[str, ...],
-) -> Path:
-    """Write a result into a folder: `result.json` (tables' layout, config, notes) and `arrays.safetensors` (numbers).
-
-    Each file is replaced in one step, the document last, so that a reader never meets half a result.
+def load(path: str | Path) -> Result:
+    """Read a saved result of whatever kind; every number as it was.
 
     Args:
-        path: the folder, made if need be.
-        kind: name of the result's class, checked on loading.
-        tables: float columns go to the arrays bit for bit, all others into the document.
-        arrays: tensors by name.
-        config: JSON-ready settings.
-        notes: lines the result carries.
-    """
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    numbers = {f"array/{name}": array.contiguous() for name, array in arrays.items()}
-    layouts: dict[str, Any] = {}
-    for name, table in tables.items():
-        columns: list[dict[str, Any]] = []
-        for column in table.columns:
-            values = table[column]
-            if values.dtype == "float64":
-                numbers[f"table/{name}/{column}"] = torch.from_numpy(values.to_numpy(copy=True))
-                columns.append({"name": column, "dtype": "float64"})
-            else:
-                plain = [None if pd.isna(v) else v for v in values.tolist()]
-                columns.append({"name": column, "dtype": str(values.dtype), "values": plain})
-        layouts[name] = {"rows": len(table), "columns": columns}
-    document = {"kind": kind, "schema": SCHEMA, "config": dict(config), "notes": list(notes), "tables": layouts}
-    document["arrays"] = list(arrays)  # a safetensors file forgets their order
-    replace_file(folder / _ARRAYS, lambda part: save_file(numbers, part))
-    replace_file(folder / _DOCUMENT, lambda part: part.write_text(json.dumps(document, indent=1, ensure_ascii=False)))
-    return folder
-
-
-def load_result(
-    path: str | Path, kind: str
-) -> tuple[dict[str, pd.DataFrame], dict[str, Tensor], dict[str, Any], tuple[str, ...]]:
-    """Read what `save_result` wrote: tables, arrays, config and notes.
+        path: a folder that a result's `save` wrote.
 
     Raises:
-        ValueError: no result there, another kind of result, or one written by a newer version.
+        ValueError: no result there, one whose file is not as it was written, or of a kind this version does not know.
+
+    Example:
+        >>> load(result.save("saved")).table.equals(result.table)
+        True
     """
-    document = _document(path)
-    if document.get("kind") != kind:
-        raise ValueError(f"expected a saved {kind}, got {document.get('kind')!r}; pass its folder or use its own load")
-    if document["schema"] > SCHEMA:
-        raise ValueError(
-            f"expected schema {SCHEMA} or older, got {document['schema']}; pass it to a newer tl_asymmetry"
-        )
-    numbers = load_file(Path(path) / _ARRAYS)
-    tables = {}
-    for name, layout in document["tables"].items():
-        columns = {}
-        for column in layout["columns"]:
-            if column["dtype"] == "float64":
-                columns[column["name"]] = pd.Series(numbers[f"table/{name}/{column['name']}"].numpy())
-            else:
-                columns[column["name"]] = pd.Series(column["values"], dtype=column["dtype"])
-        tables[name] = pd.DataFrame(columns)
-    arrays = {name: numbers[f"array/{name}"] for name in document["arrays"]}
-    return tables, arrays, document["config"], tuple(document["notes"])
+    document, numbers = _read(path)
+    kind = document["kind"]
+    if kind not in KINDS:
+        raise ValueError(f"expected a saved {' or '.join(KINDS)}, got {kind!r}; pass it to the version that wrote it")
+    found: type[Result] = getattr(importlib.import_module(KINDS[kind]), kind)
+    return found.unpacked(document, numbers)
 
 
-def _document(path: str | Path) -> dict[str, Any]:
-    file = Path(path) / _DOCUMENT
-    if not file.is_file():
-        raise ValueError(f"expected a folder with {_DOCUMENT}, got {str(path)!r}; pass a folder written by save")
-    return json.loads(file.read_text())
+def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    file = Path(path) / _FILE
+    if not file.exists():
+        raise ValueError(f"expected a folder with {_FILE}, got {str(path)!r}; pass a folder written by save")
+    return read_part(file, _PART)
 
 
-def replace_file(target: Path, write: Callable[[Path], object]) -> None:
-    """Write a file in one step: whoever reads meanwhile, or after a crash, meets the old one or the new one."""
-    part = target.with_name(target.name + ".part")
-    try:
-        write(part)
-        part.chmod(0o644)  # safetensors writes files that nobody else may read
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
+def _packed_column(values: pd.Series, name: str, numbers: dict[str, Tensor]) -> dict[str, Any]:
+    """A column as numbers, and what it takes to read them: others than plain ones by their place among all values."""
+    column = {"name": values.name, "dtype": str(values.dtype)}
+    if column["dtype"] in _PLAIN:
+        numbers[name] = torch.from_numpy(values.to_numpy(copy=True))
+        return column
+    # as JSON, which tells 1, 1.0 and "1" apart
+    written = ["null" if pd.isna(value) else json.dumps(value) for value in values.tolist()]
+    places = {text: place for place, text in enumerate(dict.fromkeys(written))}
+    numbers[name] = torch.tensor([places[text] for text in written], dtype=torch.int32)
+    return {**column, "values": [json.loads(text) for text in places]}
+
+
+def _unpacked_column(column: Mapping[str, Any], numbers: Tensor) -> pd.Series:
+    if "values" not in column:
+        return pd.Series(numbers.numpy())
+    return pd.Series([column["values"][place] for place in numbers.tolist()], dtype=column["dtype"])

@@ -20,7 +20,7 @@ from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import kind_of
 from tl_asymmetry.results.notes import Notes
 from tl_asymmetry.results.provenance import described, model_record, shape_record, versions, weights_hash
-from tl_asymmetry.results.store import CheckpointStore, MemoryStore
+from tl_asymmetry.store import Parts, open_store
 from tl_asymmetry.tangents.bases import METHODS, TangentBases, bases_from, fit_bases
 from tl_asymmetry.tangents.data import TangentData, tangent_data
 from tl_asymmetry.tangents.observation import OUTPUT, Observation, observe
@@ -260,6 +260,7 @@ class _Run:
         self.centred_keys = view.key_shift_invariant
         self.encoder = view.encoder
         self.bases: TangentBases | None = None
+        self.fitted: dict[str, str] = {}
         self.last_step = -1
         settings = options.described() | {
             "shape": self.shape,
@@ -267,22 +268,20 @@ class _Run:
             "tokens": _tokens_hash(self.data),
             "matrices": list(self.matrices),
         }
-        self.store: CheckpointStore | MemoryStore = (
-            MemoryStore()
-            if probe._folder is None
-            else CheckpointStore(probe._folder, KIND, settings, {"versions": versions(), "model": self.model})
-        )
+        self.store: Parts = open_store(probe._folder, KIND, settings, {"versions": versions(), "model": self.model})
         try:
-            if isinstance(self.store, CheckpointStore) and (held := self.store.blob("bases")) is not None:
-                self.bases = self._read_bases(held)
+            if "bases" in self.store:
+                self.bases = self._read_bases()
                 self._reduce_waiting()
+            else:  # what was held against bases that are lost is made anew with them
+                for step in set(self.store.steps).difference(self._waiting()):
+                    self.store.drop(step)
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        if isinstance(self.store, CheckpointStore):
-            self.store.close()
+        self.store.close()
 
     @property
     def basis_until(self) -> float:
@@ -327,7 +326,7 @@ class _Run:
             self.last_step = step
             return
         early = self.phase(step) != "late"
-        if early and self.bases is not None:
+        if early and self.bases is not None and self.fitted.get(str(step)) != weights:
             raise ValueError(
                 f"expected a step above {self.basis_until:g} now that the bases are fixed, got {step}; observe the "
                 "early steps first"
@@ -340,8 +339,8 @@ class _Run:
             batch_size=self.options.batch_size, seed=self.options.seed, progress=self.options.progress,
         )  # fmt: skip
         entry = {"name": name, "weights_xxh3": weights, "fingerprint": fingerprint}
-        if early:
-            self.store.append(step, observation.arrays(), entry | {"rows": None})
+        if self.bases is None:
+            self.store.put(step, observation.arrays(), entry | {"rows": None})
         else:
             self._finish(observation, entry)
         self.last_step = step
@@ -358,7 +357,7 @@ class _Run:
         )
         phase = self.phase(observation.step)
         rows = rows_of(observation, phase, held, basis=phase != "late")
-        self.store.append(observation.step, {}, dict(entry) | {"rows": rows})
+        self.store.put(observation.step, {}, dict(entry) | {"rows": rows})
 
     # -- bases ---------------------------------------------------------------------------------------------------
 
@@ -383,18 +382,15 @@ class _Run:
             sample_rows=options.sample_rows, draws=options.draws, control=_control(options), seed=options.seed,
         )  # fmt: skip
         del early
-        if isinstance(self.store, CheckpointStore):
-            document = json.dumps(self.bases.rows).encode()
-            table = torch.frombuffer(bytearray(document), dtype=torch.uint8)
-            self.store.put("bases", self.bases.arrays() | {"table": table})
+        self.fitted = {str(step): self.store.entry(step)["weights_xxh3"] for step in self._waiting()}
+        self.store.put("bases", self.bases.arrays(), {"rows": self.bases.rows, "fitted": self.fitted})
         self._reduce_waiting()
         return self.bases
 
-    def _read_bases(self, held: Mapping[str, Tensor]) -> TangentBases:
-        rows = json.loads(held["table"].numpy().tobytes())
-        arrays = {name: array for name, array in held.items() if name != "table"}
-        options = self.options
-        return bases_from(arrays, rows, options.draws, _control(options), options.seed)
+    def _read_bases(self) -> TangentBases:
+        options, entry = self.options, self.store.entry("bases")
+        self.fitted = entry["fitted"]
+        return bases_from(self.store.arrays("bases"), entry["rows"], options.draws, _control(options), options.seed)
 
     def _reduce_waiting(self) -> None:
         for step in self._waiting():

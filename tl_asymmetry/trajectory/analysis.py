@@ -158,7 +158,7 @@ class _Sweep:
     def __init__(self, run: TrajectoryRun, first: Checkpoint) -> None:
         self.run, self.processes = run, run.processes
         self.steps: list[int] = []
-        self.whole = run.found_whole()
+        self.whole = {step: run.store.entry(step) for step in run.store.steps}
         self.index = 0
         self.own: list[_Outcome] = []
         self.committed = run.start.step, run.start.hash

@@ -15,8 +15,8 @@ from tl_asymmetry.geometry.subspace import Subspace
 from tl_asymmetry.models.loading import bridge_around
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.results.notes import Notes
-from tl_asymmetry.results.store import CheckpointStore
 from tl_asymmetry.settings import GradientMoments, PairSettings
+from tl_asymmetry.store import PartStore
 from tl_asymmetry.trajectory.measurements import WeightsSnapshot
 from tl_asymmetry.trajectory.result import TrajectoryAnalysis
 from tl_asymmetry.trajectory.run import TrajectoryRun, TrajectorySettings
@@ -244,14 +244,14 @@ class TrajectoryRecorder:
             now = WeightsSnapshot(step, weights, {})
             if "previous" in run.references:
                 now = WeightsSnapshot.of(view, run.plan.matrices, step, weights)
-                if isinstance(run.store, CheckpointStore):
+                if isinstance(run.store, PartStore):
                     # before the step counts as recorded: whoever finds it recorded finds these too
-                    run.store.put(_blob(step), now.tensors)
+                    run.store.put(_blob(step), now.tensors, {})
             numbers, previous = run.measured(view, self._previous), (self._previous.step, self._previous.hash)
             run.append(step, numbers, name=f"step {step}", weights=weights, previous=previous)
             for probe in self._probes:
                 probe(step, lens)
-        if isinstance(run.store, CheckpointStore):
+        if isinstance(run.store, PartStore):
             for earlier in run.store.steps:
                 if earlier != step:
                     run.store.drop(_blob(earlier))
@@ -270,8 +270,8 @@ class TrajectoryRecorder:
         self._previous = WeightsSnapshot(before[-1], entry["weights_xxh3"], {})
         if "previous" not in run.references:
             return
-        kept = run.store.blob(_blob(before[-1])) if isinstance(run.store, CheckpointStore) else None
-        if kept is not None:
+        if _blob(before[-1]) in run.store:
+            kept = run.store.arrays(_blob(before[-1]))
             self._previous = WeightsSnapshot(before[-1], entry["weights_xxh3"], kept)
             return
         weights = run.checked(view, step, quick=True)

@@ -14,11 +14,10 @@ from torch import Tensor
 from tl_asymmetry.names import kind_of
 from tl_asymmetry.pair.plan import Plan
 from tl_asymmetry.results.report import Report
-from tl_asymmetry.results.store import CheckpointStore, MemoryStore, StoreReader
+from tl_asymmetry.store import Parts, StoreReader
 from tl_asymmetry.trajectory.data import TrajectoryData
 from tl_asymmetry.trajectory.measurements import Measured, Measuring, batches_of, checkpoint_tables
 from tl_asymmetry.trajectory.report import headline, summary_table, trajectory_report
-from tl_asymmetry.trajectory.shared_store import SharedStore
 
 
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
@@ -58,7 +57,7 @@ class TrajectoryAnalysis(TrajectoryData):
 
         Raises:
             ValueError: no store of a trajectory there, or one without a finished checkpoint.
-            DamagedStore: a file that is not as it was written.
+            DamagedFile: a file that is not as it was written.
 
         Example:
             >>> from tl_asymmetry import analyze_trajectory
@@ -101,7 +100,7 @@ class TrajectoryAnalysis(TrajectoryData):
     @classmethod
     def assemble(
         cls,
-        store: CheckpointStore | MemoryStore | SharedStore | StoreReader,
+        store: Parts,
         steps: Sequence[int],
         measuring: Measuring,
         *,

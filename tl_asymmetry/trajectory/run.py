@@ -22,13 +22,12 @@ from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair.bases import LayerBases
 from tl_asymmetry.pair.plan import counted_tokens, grouped_sequences, make_plan
 from tl_asymmetry.pair.projections import keys_reference_note
-from tl_asymmetry.results.notes import Notes, warn
+from tl_asymmetry.results.notes import Notes
 from tl_asymmetry.results.provenance import described, model_record, shape_record, versions, weights_hash
-from tl_asymmetry.results.store import CheckpointStore, DamagedStore, MemoryStore, StoreReader
 from tl_asymmetry.settings import GradientMoments, PairSettings, check_products, checked_hash
+from tl_asymmetry.store import DamagedFile, Parts, PartStore, StoreReader, open_store
 from tl_asymmetry.trajectory.held_bases import HeldBases, hold
 from tl_asymmetry.trajectory.measurements import Measuring, WeightsSnapshot, measure
-from tl_asymmetry.trajectory.shared_store import SharedStore
 
 KIND = "trajectory"
 REFERENCES = {"first": ("first",), "previous": ("previous",), "both": ("first", "previous")}
@@ -186,11 +185,7 @@ class TrajectoryRun:
         }
         processes.agree({"arguments": arguments, "first checkpoint, texts and settings": self.settings})
 
-        def make() -> CheckpointStore | MemoryStore:
-            return MemoryStore() if store is None else CheckpointStore(store, KIND, self.settings, self.about)
-
-        self.store: CheckpointStore | MemoryStore | SharedStore
-        self.store = make() if processes.count == 1 else SharedStore(processes, make)
+        self.store: Parts = open_store(store, KIND, self.settings, self.about, processes=processes)
         try:
             self.first_step: int = start["step"]
             self.seen: dict[str, int] = {start["weights_xxh3"]: self.first_step}
@@ -204,8 +199,7 @@ class TrajectoryRun:
 
     def close(self) -> None:
         """Let go of the store."""
-        if not isinstance(self.store, MemoryStore):
-            self.store.close()
+        self.store.close()
 
     # -- one checkpoint ------------------------------------------------------------------------------------------
 
@@ -232,19 +226,6 @@ class TrajectoryRun:
         weights = checked_hash(view, role, warn=self.notes.warn if first else lambda line: None)
         check_products(view, self._probe)
         return weights
-
-    def found_whole(self) -> dict[int, dict[str, Any]]:
-        """What the store says of each of its checkpoints, those left out whose file is damaged."""
-        entries = {}
-        for step in self.store.steps:
-            try:
-                self.store.arrays(step)
-            except DamagedStore as error:
-                # no line of the result: measured anew, the answer is the same
-                warn(f"{error}; it is being measured anew")
-            else:
-                entries[step] = self.store.entry(step)
-        return entries
 
     def is_that(self, entry: Mapping[str, Any], step: int, weights: str, predecessor: tuple[int, str | None]) -> bool:
         """Whether what the store says of a step is of these weights, measured from the same predecessor.
@@ -313,13 +294,13 @@ class TrajectoryRun:
     ) -> None:
         """Put the numbers of a checkpoint into the store, with its name, its hash and those of the one before."""
         entry = {"name": name, "weights_xxh3": weights, "fingerprint": fingerprint, "previous": list(previous)}
-        self.store.append(step, numbers, entry)
+        self.store.put(step, numbers, entry)
 
     # -- the beginning -------------------------------------------------------------------------------------------
 
     def _begin(self, view: ModelView, step: int, weights: str, fixed: ModelView | None) -> None:
         """Keep the first checkpoint's weights, and the bases unless each checkpoint brings its own."""
-        blobs = self.store if self.recorder and isinstance(self.store, CheckpointStore) else None
+        blobs = self.store if self.recorder and isinstance(self.store, PartStore) else None
         if blobs is not None and step > self.first_step:
             self._resume(blobs)
             return
@@ -333,21 +314,22 @@ class TrajectoryRun:
                 )
         if blobs is not None:
             if self.bases is not None:
-                blobs.put("bases", {f"{b.layer}/{n}": t for b in self.bases for n, t in b.tensors.items()})
-            blobs.put("start", self.start.tensors)
+                blobs.put("bases", {f"{b.layer}/{n}": t for b in self.bases for n, t in b.tensors.items()}, {})
+            blobs.put("start", self.start.tensors, {})
 
-    def _resume(self, store: CheckpointStore) -> None:
+    def _resume(self, store: PartStore) -> None:
         """Take the first checkpoint's weights and bases from the store."""
-        start, bases = store.blob("start"), store.blob("bases")
-        if start is None or (bases is None and self.options.subspaces_from != "each"):
+        each = self.options.subspaces_from == "each"
+        if "start" not in store or ("bases" not in store and not each):
             raise ValueError(
                 f"expected a store that a recorder began, got {str(store.folder)!r} without the weights it began with; "
                 "pass a folder of its own"
             )
-        self.start = WeightsSnapshot(self.first_step, store.settings["start"]["weights_xxh3"], start)
-        if bases is not None:
+        weights = store.settings["start"]["weights_xxh3"]
+        self.start = WeightsSnapshot(self.first_step, weights, store.arrays("start"))
+        if not each:
             layers: list[dict[str, Tensor]] = [{} for _ in range(store.settings["shape"]["n_layers"])]
-            for name, tensor in bases.items():
+            for name, tensor in store.arrays("bases").items():
                 layer, _, rest = name.partition("/")
                 layers[int(layer)][rest] = tensor
             self.bases = [HeldBases(layer, tensors) for layer, tensors in enumerate(layers)]
@@ -407,7 +389,7 @@ def _outline(view: ModelView) -> dict[str, Any]:
 def _earlier_run(store: str | Path) -> StoreReader | None:
     try:
         return StoreReader(store)
-    except DamagedStore:
+    except DamagedFile:
         raise
     except ValueError:  # no store there yet
         return None
