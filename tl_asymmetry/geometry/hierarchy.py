@@ -1,0 +1,100 @@
+"""Many tests that belong together: families, layers in them, heads in these, each level entered through the one above."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+
+from tl_asymmetry.geometry.nulls import adjusted_p
+
+Family = TypeVar("Family")
+LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Tree(Generic[Family]):
+    """p and q of every node. q ≤ 0.05 says: found, at a false-discovery rate of 5 %."""
+
+    family_p: Mapping[Family, float]
+    """Simes over the family's layers."""
+    family_q: Mapping[Family, float]
+    """Benjamini–Hochberg over families."""
+    layer_p: Mapping[Family, Float[np.ndarray, " layer"]]
+    """Of the heads pooled or of Simes over the heads, whichever is smaller, doubled."""
+    layer_q: Mapping[Family, Float[np.ndarray, " layer"]]
+    head_q: Mapping[Family, Float[np.ndarray, "layer head"]]
+
+
+def simes(p: Float[np.ndarray, "*group test"]) -> Float[np.ndarray, "*group"]:
+    """min_i n p_(i) / i over the last axis (Simes 1986): a p of "none of these is true". NaNs are no tests.
+
+    Exact for independent tests, conservative under positive dependence; under any other it needs a factor Σ 1/i.
+
+    Example:
+        >>> simes(np.array([[0.01, 0.5, np.nan], [np.nan, np.nan, np.nan]])).tolist()
+        [0.02, nan]
+    """
+    ordered = np.sort(p, axis=-1)  # NaNs last
+    n = np.isfinite(p).sum(-1, keepdims=True)
+    candidates = n * ordered / np.arange(1, p.shape[-1] + 1)
+    found = np.where(np.isfinite(candidates), candidates, np.inf).min(-1)
+    return np.where(np.isfinite(found), np.minimum(found, 1), np.nan)
+
+
+def hierarchy(
+    heads: Mapping[Family, Float[np.ndarray, "layer head"]],
+    pooled: Mapping[Family, Float[np.ndarray, " layer"]],
+    *,
+    level: float = LEVEL,
+) -> Tree[Family]:
+    """Benjamini–Hochberg over families, then over the layers of those selected, then over the heads of these.
+
+    Inside, the level is `level` times the share selected above (Benjamini & Bogomolov 2014): the false-discovery rate
+    over families and the expected mean false-discovery proportion over selected families stay at `level`. Where a
+    level offers one test only (the one "head" of an MLP matrix) it is passed through.
+
+    Args:
+        heads: p of every head, by family; NaN where there is no test.
+        pooled: p of each layer's heads pooled into one delta; all NaN to leave it to the heads.
+        level: at which the shares selected are taken; q below it means found.
+    """
+    layer_p = {}
+    for family, p in heads.items():
+        own = simes(p)
+        together = np.where(np.isfinite(pooled[family]), pooled[family], np.inf)
+        several = np.isfinite(p).sum(-1) > 1
+        both = np.minimum(1, 2 * np.minimum(own, together))
+        layer_p[family] = np.where(several & np.isfinite(pooled[family]), both, own)
+    families = list(heads)
+    family_p = np.array([float(simes(layer_p[family])) for family in families])
+    family_q = adjusted_p(family_p)
+    share = _selected_share(family_q, level)
+    layer_q, head_q = {}, {}
+    for family, above in zip(families, family_q, strict=True):
+        layer_q[family] = _inside(adjusted_p(layer_p[family]), share, above)
+        within = _selected_share(layer_q[family], level)
+        head_q[family] = np.stack([
+            _inside(adjusted_p(p), share * within, q) for p, q in zip(heads[family], layer_q[family], strict=True)
+        ])  # fmt: skip
+    return Tree(
+        dict(zip(families, family_p.tolist(), strict=True)),
+        dict(zip(families, family_q.tolist(), strict=True)),
+        layer_p,
+        layer_q,
+        head_q,
+    )
+
+
+def _selected_share(q: NDArray[np.floating], level: float) -> float:
+    """Share of the tests that are selected; of at least one, so that what is not selected has a q too."""
+    tested = int(np.isfinite(q).sum())
+    return max(1, int((q <= level).sum())) / tested if tested else 1.0
+
+
+def _inside(q: NDArray[np.floating], share: float, above: float) -> NDArray[np.floating]:
+    return np.where(np.isfinite(q), np.minimum(1, np.maximum(q / share, above)), np.nan)

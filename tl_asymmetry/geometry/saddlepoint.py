@@ -1,0 +1,106 @@
+"""Far tails of quadratic forms under a random rotation, without a floor: the Lugannani–Rice saddlepoint."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+# Numbers of an item's grid h × s at work at once, over all items of a piece.
+_GRID = 1 << 22
+_STEPS = 100
+
+
+def rotation_tail(
+    h: Float[Tensor, "item m"],
+    h_copies: Float[Tensor, "item m"],
+    s: Float[Tensor, "item r"],
+    d: int,
+    *,
+    below: bool = False,
+) -> Float64[Tensor, " item"]:
+    """P(T ≥ 0) for T = tr(H G S Gᵀ), G Haar-random in O(d): how often chance reaches a fraction, however rarely.
+
+    T is replaced by tr H · tr S/d + Σ e_ij (g_ij² − 1) with e_ij = h̃_i s̃_j / √((d − 1)(d + 2)), both spectra centred,
+    g_ij Gaussian: the exact mean and variance of T (Muirhead 1982, ch. 7). Its tail is that of Lugannani & Rice (1980)
+    at the saddlepoint of K(t) = t · tr H · tr S/d − ½ Σ log(1 − 2 t e_ij) (the Σ e_ij vanish).
+    Against draws: 0.9 to 1.1 of the true p down to 0.01, within a factor of 2.5 at 1e-4.
+
+    Args:
+        h: eigenvalues of H, any scale.
+        h_copies: how often each counts; d in all.
+        s: eigenvalues of S, not negative, r ≤ d of them; the missing ones are 0.
+        d: dimension.
+        below: P(T ≤ 0) instead.
+
+    Returns:
+        Float64 on CPU; NaN where H or S is a multiple of the identity, or anything is NaN.
+
+    Example:
+        >>> h, copies = torch.tensor([[0.5, -0.5]]), torch.tensor([[1.0, 63.0]])  # a unit vector's share of 0.5
+        >>> f"{rotation_tail(h, copies, torch.ones(1, 1), 64).item():.0e}"
+        '1e-10'
+    """
+    h, h_copies, s = (x.detach().cpu().double() for x in (h, h_copies, s))
+    pieces = max(1, _GRID // max(1, h.shape[-1] * (s.shape[-1] + 1)))
+    done = [
+        _tail(-hs if below else hs, copies, spectrum, d)
+        for hs, copies, spectrum in zip(h.split(pieces), h_copies.split(pieces), s.split(pieces), strict=True)
+    ]
+    return torch.cat(done) if done else torch.zeros(0, dtype=torch.float64)
+
+
+def _tail(h: Tensor, h_copies: Tensor, s: Tensor, d: int) -> Tensor:
+    total_h, total_s = (h * h_copies).sum(-1), s.sum(-1)
+    h = h - total_h.unsqueeze(-1) / d
+    s = torch.cat([s, torch.zeros_like(s[:, :1])], -1) - total_s.unsqueeze(-1) / d
+    s_copies = torch.ones_like(s)
+    s_copies[:, -1] = d - (s.shape[-1] - 1)
+    spread = 2 * (h_copies * h.square()).sum(-1) * (s_copies * s.square()).sum(-1) / ((d - 1) * (d + 2))
+    # What rounding leaves of an identity has no spread.
+    size = ((h.abs().amax(-1) + total_h.abs() / d) * total_s).square()
+    defined = spread > 1e-24 * size
+    # In standard deviations of T, so that one step of t suits all items.
+    unit = torch.where(defined, spread, 1.0).sqrt() * math.sqrt((d - 1) * (d + 2))
+    e = h.unsqueeze(-1) * s.unsqueeze(-2) / unit[:, None, None]
+    e = torch.where(defined[:, None, None], e, torch.ones_like(e) * 0.1)
+    copies = h_copies.unsqueeze(-1) * s_copies.unsqueeze(-2)
+    e, copies = e.flatten(1), copies.flatten(1)
+    mean = torch.where(defined, total_h * total_s / d / torch.where(defined, spread, 1.0).sqrt(), 0.0)
+    e = torch.where(copies > 0, e, 0.0)
+    t = _saddlepoint(e, copies, mean)
+    x = 2 * t.unsqueeze(-1) * e
+    K = t * mean - 0.5 * (copies * (torch.log1p(-x) + x)).sum(-1)
+    curvature = (2 * copies * (e / (1 - x)).square()).sum(-1)
+    skew = (8 * copies * e.pow(3)).sum(-1)
+    w = torch.sign(t) * (-2 * K).clamp(min=0).sqrt()
+    u = t * curvature.sqrt()
+    # 1/u − 1/w near t = 0 is −κ₃/6κ₂^{3/2} there: the two large terms would leave no digits.
+    near = w.abs() < 1e-3
+    safe_u, safe_w = torch.where(near, 1.0, u), torch.where(near, 1.0, w)
+    difference = torch.where(near, -skew / 6 / (2 * copies * e.square()).sum(-1).pow(1.5), 1 / safe_u - 1 / safe_w)
+    density = torch.exp(-0.5 * w.square()) / math.sqrt(2 * math.pi)
+    # φ(w) · Mills ratio keeps its digits where 1 − Φ(w) underflows beside φ(w)(1/u − 1/w).
+    mills = math.sqrt(math.pi / 2) * torch.special.erfcx(w.clamp(min=0) / math.sqrt(2))
+    upper = torch.where(w >= 0, density * mills, torch.special.ndtr(-w))
+    return torch.where(defined, (upper + density * difference).clamp(0, 1), torch.nan)
+
+
+def _saddlepoint(e: Tensor, copies: Tensor, mean: Tensor) -> Tensor:
+    """Root of K'(t) = mean + Σ copies · e (1/(1 − 2 t e) − 1), increasing between its poles: Newton within a bracket."""
+    largest, smallest = e.amax(-1), e.amin(-1)
+    low, high = 0.5 / smallest.clamp(max=-1e-300), 0.5 / largest.clamp(min=1e-300)
+    t = torch.zeros_like(mean)
+    for _ in range(_STEPS):
+        x = 1 - 2 * t.unsqueeze(-1) * e
+        slope = mean + (copies * e * (1 / x - 1)).sum(-1)
+        low, high = torch.where(slope < 0, t, low), torch.where(slope < 0, high, t)
+        newton = t - slope / (2 * copies * (e / x).square()).sum(-1)
+        middle = (low + high) / 2
+        step = torch.where((newton > low) & (newton < high), newton, middle)
+        if bool(((step - t).abs() <= 1e-12 * (1e-6 + t.abs())).all()):
+            return step
+        t = step
+    return t
