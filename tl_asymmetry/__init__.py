@@ -23,7 +23,7 @@ from tl_asymmetry.geometry.fraction import energy_profile, subspace_fraction
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.nulls import adjusted_p, isotropic_null
 from tl_asymmetry.geometry.rolling_svd import RollingSVD, RollingSVDs
-from tl_asymmetry.geometry.rounding import rounding_share, storage_dtype
+from tl_asymmetry.geometry.rounding import rounding_noise, storage_dtype
 from tl_asymmetry.geometry.semi_nmf import SemiNMF, semi_nmf
 from tl_asymmetry.geometry.spectrum import (
     effective_rank,
@@ -149,7 +149,7 @@ __all__ = [
     "rank_one_study",
     "removal_edit",
     "report",
-    "rounding_share",
+    "rounding_noise",
     "semi_nmf",
     "stable_rank",
     "storage_dtype",

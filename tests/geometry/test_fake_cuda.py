@@ -13,7 +13,7 @@ from tl_asymmetry.geometry.fraction import energy_profile, gram_energy, subspace
 from tl_asymmetry.geometry.jackknife import log_jackknife_interval
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.nulls import isotropic_null, isotropic_variance
-from tl_asymmetry.geometry.rounding import rounding_share
+from tl_asymmetry.geometry.rounding import rounding_noise
 from tl_asymmetry.geometry.spectrum import effective_rank, isoscore, participation_ratio, stable_rank
 from tl_asymmetry.geometry.subspace import ordered_eigh
 from tl_asymmetry.pair.circuits import product_change
@@ -94,7 +94,8 @@ def test_fractions_are_read_where_the_delta_is(dtype: torch.dtype, basis_device:
 def test_spectra_and_intervals() -> None:
     λ = cuda(3, D)
     assert_on("cuda", effective_rank(λ), participation_ratio(λ), stable_rank(λ), isoscore(cuda(3, D, D)))
-    assert_on("cuda", *log_jackknife_interval(cuda(3), cuda(8, 3)))
+    interval = log_jackknife_interval(cuda(3), cuda(8, 3), corrected=True)
+    assert_on("cuda", interval.low, interval.high, interval.biased)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -105,16 +106,17 @@ def test_eigensolves_are_on_the_cpu(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, D, 5), (2, 300, 300)])
-def test_rounding_share(shape: tuple[int, ...]) -> None:
+def test_rounding_noise(shape: tuple[int, ...]) -> None:
     """Its draws come from a CPU generator; the second shape is sampled."""
-    assert_on("cuda", rounding_share(cuda(*shape), cuda(*shape), torch.bfloat16, seed=0))
+    noise = rounding_noise(cuda(*shape), cuda(*shape), torch.bfloat16, seed=0)
+    assert_on("cuda", noise.share, noise.rows)
 
 
 def test_live_deltas_and_circuits_hand_out_cpu_numbers() -> None:
     basis = torch.randn(D, 4, dtype=torch.float64)
     none = torch.zeros(3, dtype=torch.float64)
     rows = torch.zeros(3, 1)
-    numbers = Delta("W_Q", none, none, none, rows.double(), rows.unsqueeze(1), rows.unsqueeze(1), none)
+    numbers = Delta("W_Q", none, none, none, rows.double(), rows.unsqueeze(1), rows.unsqueeze(1), none, rows.double())
     for gram in (None, cuda(3, D, D)):
         assert_on("cpu", LiveDelta(numbers, cuda(3, D, 5), gram).energies(basis))
     change = product_change(cuda(4, D, 3), cuda(2, D, 3), cuda(4, D, 3), cuda(2, D, 3))

@@ -13,14 +13,15 @@ from tl_asymmetry.geometry.jackknife import log_jackknife_interval
 
 @pytest.mark.parametrize("level", [0.8, 0.95])
 @pytest.mark.parametrize("groups", [3, 8])
-def test_equals_a_loop(groups: int, level: float) -> None:
+@pytest.mark.parametrize("corrected", [True, False])
+def test_equals_a_loop(groups: int, level: float, corrected: bool) -> None:
     generator = np.random.default_rng(groups)
     estimate, replicates = generator.lognormal(size=(2, 3)), generator.lognormal(size=(groups, 2, 3))
-    low, high = log_jackknife_interval(torch.tensor(estimate), torch.tensor(replicates), level=level)
+    found = log_jackknife_interval(torch.tensor(estimate), torch.tensor(replicates), corrected=corrected, level=level)
     t = stats.t.ppf(0.5 + level / 2, groups - 1)
     for i in np.ndindex(2, 3):
-        truth = reference.log_jackknife(estimate[i], list(replicates[(slice(None), *i)]), t)
-        np.testing.assert_allclose([low[i], high[i]], truth, rtol=1e-10)
+        truth = reference.log_jackknife(estimate[i], list(replicates[(slice(None), *i)]), t, corrected=corrected)
+        np.testing.assert_allclose([found.low[i], found.high[i], found.biased[i]], truth, rtol=1e-10)
 
 
 def test_covers_a_lognormal_mean_as_often_as_it_says() -> None:
@@ -29,17 +30,48 @@ def test_covers_a_lognormal_mean_as_often_as_it_says() -> None:
     sums = generator.lognormal(sigma=σ, size=(groups, size, trials)).sum(1)
     estimate = torch.tensor(sums.sum(0) / (groups * size))
     replicates = torch.tensor((sums.sum(0) - sums) / ((groups - 1) * size))
-    low, high = log_jackknife_interval(estimate, replicates)
-    truth = np.exp(σ**2 / 2)
-    coverage = ((low < truth) & (truth < high)).double().mean().item()
-    assert 0.93 < coverage < 0.97
+    for corrected in (True, False):
+        found = log_jackknife_interval(estimate, replicates, corrected=corrected)
+        truth = np.exp(σ**2 / 2)
+        coverage = ((found.low < truth) & (truth < found.high)).double().mean().item()
+        assert 0.93 < coverage < 0.97
+
+
+def test_a_biased_quantity_is_covered_by_the_corrected_centre_only() -> None:
+    """(mean)² of 16 numbers about 1 with variance 9 is too large by 9/16 on average."""
+    generator = np.random.default_rng(1)
+    groups, trials = 16, 4000
+    draws = 4 + 3 * generator.standard_normal((groups, trials))
+    mean = torch.tensor(draws.mean(0))
+    without = torch.tensor((draws.sum(0) - draws) / (groups - 1))
+    estimate, replicates = mean.square() + 2 / groups * 9, without.square() + 2 / (groups - 1) * 9
+    covered = {}
+    for corrected in (True, False):
+        found = log_jackknife_interval(estimate, replicates, corrected=corrected)
+        covered[corrected] = ((found.low < 16) & (found.high > 16)).double().mean().item()
+    assert covered[True] > covered[False]
+    assert covered[True] > 0.93
 
 
 def test_undefined() -> None:
-    low, high = log_jackknife_interval(torch.tensor(2.0), torch.tensor([1.0, 3.0]))
-    assert low.isnan()
-    assert high.isnan()
+    found = log_jackknife_interval(torch.tensor(2.0), torch.tensor([1.0, 3.0]), corrected=True)
+    assert found.low.isnan()
+    assert found.high.isnan()
     estimate = torch.tensor([1.0, 0.0, -1.0, torch.nan])
-    low, high = log_jackknife_interval(estimate, torch.ones(4, 4))
-    assert low.isnan().tolist() == high.isnan().tolist() == [False, True, True, True]
-    assert (low[0], high[0]) == (1, 1)
+    found = log_jackknife_interval(
+        estimate, torch.tensor([0.9, 1.0, 1.1, 1.0]).unsqueeze(1).expand(4, 4), corrected=True
+    )
+    assert found.low.isnan().tolist() == found.high.isnan().tolist() == [False, True, True, True]
+
+
+def test_groups_that_are_copies_of_each_other_give_no_interval() -> None:
+    found = log_jackknife_interval(torch.tensor(2.0), torch.full((8,), 2.0), corrected=True)
+    assert found.low.isnan()
+    assert found.high.isnan()
+    assert found.biased == 0
+
+
+def test_bias_of_more_than_a_standard_error_is_told() -> None:
+    replicates = torch.tensor([[1.0, 1.0], [1.1, 1.1], [0.9, 0.9]])
+    found = log_jackknife_interval(torch.tensor([1.0, 1.6]), replicates, corrected=True)
+    assert found.biased.tolist() == [0, 1]

@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from tests.oracles import reference
-from tl_asymmetry.geometry.rounding import coarser, rounding_share, storage_dtype
+from tl_asymmetry.geometry.rounding import coarser, rounding_noise, storage_dtype, without_rounding
+
+
+def rounding_share(W: torch.Tensor, delta: torch.Tensor, stored: torch.dtype, *, seed: int) -> torch.Tensor:
+    return rounding_noise(W, delta, stored, seed=seed).share
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -118,3 +122,46 @@ def test_seed_decides_and_global_state_is_left_alone() -> None:
     first, again, other = (rounding_share(W, delta, torch.bfloat16, seed=s).item() for s in (0, 0, 1))
     assert first == again != other
     assert torch.equal(torch.get_rng_state(), state)
+
+
+LAWS = {
+    "gaussian": lambda x: x,
+    "signs": torch.sign,
+    "heavy": lambda x: x**3,
+}
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("size", [1e-5, 3e-5, 1e-4])
+def test_the_deltas_own_entry_law_is_found_where_storage_is_finest(law: str, size: float) -> None:
+    W = (0.02 * gaussian(512, 64)).bfloat16().double()
+    intended = LAWS[law](gaussian(512, 64, seed=1))
+    intended = size * intended / intended.square().mean().sqrt()
+    measured = (W + intended).bfloat16().double() - W
+    true = 1 - ((measured * intended).sum() ** 2 / measured.square().sum() / intended.square().sum()).item()
+    assert rounding_share(W, measured, torch.bfloat16, seed=0).item() == pytest.approx(true, abs=0.05)
+
+
+def test_the_noise_is_where_the_weights_are_large() -> None:
+    """bf16 rounds a row of large weights more: the noise of such rows is not k/d."""
+    scale = torch.ones(256, 1, dtype=torch.float64)
+    scale[:16] = 8
+    W = (scale * gaussian(256, 64)).bfloat16().double()
+    intended = 0.05 * gaussian(256, 64, seed=1)
+    measured = (W + intended).bfloat16().double() - W
+    noise = measured - intended
+    rounding = rounding_noise(W, measured, torch.bfloat16, seed=0)
+    Q = torch.eye(256, dtype=torch.float64)[:, :16]
+    true = (noise[:16].square().sum() / noise.square().sum()).item()
+    assert rounding.fraction(Q)[-1].item() == pytest.approx(true, rel=0.1)
+    assert true > 5 * 16 / 256
+    corrected = without_rounding(measured[:16].square().sum() / measured.square().sum(), rounding.share,
+                                 rounding.fraction(Q)[-1], most=0.9)  # fmt: skip
+    assert corrected.item() == pytest.approx((intended[:16].square().sum() / intended.square().sum()).item(), abs=0.02)
+
+
+def test_corrected_fractions_stay_possible() -> None:
+    fraction, share, noise = torch.tensor([[0.0, 1.0, 0.5], [0.5, 0.8, 0.95], [0.1, 0.0, 0.1]], dtype=torch.float64)
+    corrected = without_rounding(fraction, share, noise, most=0.9)
+    assert corrected[:2].tolist() == [0, 1]
+    assert corrected[2].isnan()

@@ -89,7 +89,8 @@ def adjusted_p(p: list[float], yekutieli: bool) -> list[float]:
     return q
 
 
-def log_jackknife(estimate: float, replicates: list[float], t: float) -> tuple[float, float]:
+def log_jackknife(estimate: float, replicates: list[float], t: float, *, corrected: bool) -> tuple[float, float, float]:
+    """Lower and upper end, and 1 where the bias is over one standard error."""
     g = len(replicates)
     logs = [np.log(r) for r in replicates]
     mean = sum(logs) / g
@@ -97,7 +98,39 @@ def log_jackknife(estimate: float, replicates: list[float], t: float) -> tuple[f
     for value in logs:
         variance += (value - mean) ** 2
     variance *= (g - 1) / g
-    return float(estimate * np.exp(-t * variance**0.5)), float(estimate * np.exp(t * variance**0.5))
+    bias = (g - 1) * (mean - np.log(estimate))
+    centre = np.log(estimate) - (bias if corrected else 0)
+    ends = (float(np.exp(centre + sign * t * variance**0.5)) for sign in (-1, 1))
+    return (*ends, float(abs(bias) > variance**0.5))
+
+
+def rotated_fractions(C: Array, s: Array, Q: Array, draws: int, seed: int) -> Array:
+    """Fractions in Q of C^{1/2} G diag(s) with Haar-random G."""
+    generator = np.random.default_rng(seed)
+    λ, V = np.linalg.eigh(C)
+    root = V @ np.diag(np.sqrt(np.maximum(λ, 0))) @ V.T
+    found = []
+    for _ in range(draws):
+        W = root @ haar_basis(len(C), len(s), generator) @ np.diag(s)
+        found.append(subspace_fraction(W, Q))
+    return np.array(found)
+
+
+def cross_fitted(groups: list[Array], bases: list[Array], k: int, *, adam: bool) -> float:
+    """Σ_g tr(Q_{−g}ᵀ S_g Q_{−g}) / Σ_g tr S_g from the groups' rows, one token at a time."""
+    inside = total = 0.0
+    for g, rows in enumerate(groups):
+        rest = np.concatenate([other for i, other in enumerate(groups) if i != g])
+        scale = 1 / np.sqrt((rest**2).sum(0)) if adam else np.ones(rows.shape[1])
+        for a in rows:
+            inside += ((bases[g][:, :k].T @ (scale * a)) ** 2).sum()
+            total += ((scale * a) ** 2).sum()
+    return float(inside / total)
+
+
+def simes(p: list[float]) -> float:
+    ordered = sorted(p)
+    return min(1.0, min(len(p) * value / (i + 1) for i, value in enumerate(ordered)))
 
 
 # --- spectra -------------------------------------------------------------------------------------------------------

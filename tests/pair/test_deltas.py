@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.oracles import reference
-from tl_asymmetry.geometry.rounding import rounding_share
+from tl_asymmetry.geometry.rounding import rounding_noise
 from tl_asymmetry.pair.deltas import DIRECTIONS, LiveDelta, measure_delta, residual_first
 
 SHAPES = {"W_Q": (3, 12, 7), "W_O": (3, 7, 12), "W_in": (12, 40), "W_out": (40, 12), "W_K": (2, 9, 9)}
@@ -69,7 +69,7 @@ def test_rounding_is_that_of_the_storage_format(matrix: str) -> None:
     base = gaussian(*SHAPES[matrix]).bfloat16()
     aligned = (base.double() + 5e-3 * gaussian(*SHAPES[matrix], seed=1)).bfloat16()
     W = residual_first(matrix, base).double()
-    truth = rounding_share(W, residual_first(matrix, aligned).double() - W, torch.bfloat16, seed=4)
+    truth = rounding_noise(W, residual_first(matrix, aligned).double() - W, torch.bfloat16, seed=4).share
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         ours = measure_delta(matrix, base.to(dtype), aligned.to(dtype), seed=4).numbers.rounding
         assert ours.tolist() == pytest.approx(truth.tolist(), abs=1e-6)

@@ -42,9 +42,7 @@ class MatchedCovariance:
     """Unit direction of the mean input; None where it has none."""
 
     @classmethod
-    def of(
-        cls, covariance: Float[Tensor, "d d"], mean: Float[Tensor, " d"] | None = None
-    ) -> MatchedCovariance:
+    def of(cls, covariance: Float[Tensor, "d d"], mean: Float[Tensor, " d"] | None = None) -> MatchedCovariance:
         """From C and the mean input in the same coordinates (under Adam scaled as C is)."""
         C = covariance.double()
         C = C + _FLOOR * torch.linalg.matrix_norm(C) * torch.eye(len(C), dtype=C.dtype, device=C.device)

@@ -15,11 +15,15 @@ from torch import Tensor
 
 from tl_asymmetry.geometry.precision import exact_products, product_dtype
 from tl_asymmetry.geometry.quadratic_form import fraction_tail_rank_one
+from tl_asymmetry.geometry.saddlepoint import rotation_tail
 
 HAAR_DRAWS = 20_000
 # Largest disagreement of a Beta with the true law, in standard deviations at the 0.95 and 0.999 quantiles: 0.03 is a
 # tenth of p at p = 0.001.
 QUANTILE_TOLERANCE = 0.03
+# Below this p the saddlepoint takes over: a Beta or 20,000 draws know nothing of so far a tail.
+FAR = 0.01
+_RANK_ONE = 1e-12
 _GAUSSIANS_PER_POOL = 20_000_000
 _BLOCK = 1024
 
@@ -69,11 +73,12 @@ class IsotropicNull:
     """p-values of fractions under Haar-random subspaces, for many deltas that share d.
 
     One-sided: the probability that a random k-subspace holds at least as much of this delta. k = 1 is exact
-    (`fraction_tail_rank_one`). For k > 1 a Beta law with the exact mean and variance is used where it is close enough
-    to the truth, else `HAAR_DRAWS` seeded draws. Close enough is decided from the exact third and fourth moments
-    (`fraction_cumulants`): a Cornish–Fisher correction of its 0.95 and 0.999 quantiles below `QUANTILE_TOLERANCE`
-    standard deviations. Draws alone would not do as a judge: 20,000 of them leave 0.07 standard deviations of noise at
-    the 0.999 quantile.
+    (`fraction_tail_rank_one`), and so is a delta of rank 1 (a Beta law). Else a Beta law with the exact mean and
+    variance is used where it is close enough to the truth, or `HAAR_DRAWS` seeded draws. Close enough is decided from
+    the exact third and fourth moments (`fraction_cumulants`): a Cornish–Fisher correction of its 0.95 and 0.999
+    quantiles below `QUANTILE_TOLERANCE` standard deviations. Draws alone would not do as a judge: 20,000 of them leave
+    0.07 standard deviations of noise at the 0.999 quantile. A p below `FAR` is replaced by the saddlepoint's
+    (`rotation_tail`), which has no floor.
 
     Example:
         >>> null = IsotropicNull(64, seed=0)
@@ -89,7 +94,14 @@ class IsotropicNull:
     def tail(
         self, spectrum: Float[Tensor, "item r"], k: int, fraction: Float[Tensor, " item"]
     ) -> tuple[Float[np.ndarray, " item"], np.ndarray]:
-        """P(f ≥ fraction) for each item, and how it was found: "exact", "beta" or "draws".
+        """P(f ≥ fraction) for each item, and how it was found; see `tails`."""
+        above, _, method = self.tails(spectrum, k, fraction)
+        return above, method
+
+    def tails(
+        self, spectrum: Float[Tensor, "item r"], k: int, fraction: Float[Tensor, " item"]
+    ) -> tuple[Float[np.ndarray, " item"], Float[np.ndarray, " item"], np.ndarray]:
+        """P(f ≥ fraction) and P(f ≤ fraction) for each item, and how the first was found.
 
         Args:
             spectrum: eigenvalues of ΔW ΔWᵀ, any scale; the d − r missing ones are 0.
@@ -97,37 +109,53 @@ class IsotropicNull:
             fraction: observed fractions; NaN where the delta is zero.
 
         Returns:
-            p, NaN where the spectrum is flat or the fraction NaN, and the method ("none" there).
+            Both, NaN where the spectrum is flat or the fraction NaN, and the method: "exact", "beta", "draws",
+            "saddlepoint" or "none".
         """
         _require_rank(k, self.d)
         λ = spectrum.cpu().double().clamp(min=0)
         λ = λ / λ.sum(-1, keepdim=True)
         x = fraction.cpu().double()
         variance = isotropic_variance(λ.square().sum(-1), self.d, k)
-        usable = (x.isfinite() & (variance > 0)).numpy()
-        p = np.full(len(x), math.nan)
+        usable = x.isfinite() & (variance > 0)
+        above, below = torch.full((2, len(x)), math.nan, dtype=torch.float64)
         method = np.full(len(x), "none", dtype=object)
         if k == 1:
-            p[usable] = fraction_tail_rank_one(λ[usable], self.d, x[usable]).numpy()
-            method[usable] = "exact"
-            return p, method
-        close = np.zeros(len(x), dtype=bool)
-        close[usable] = beta_disagreement(λ[usable], self.d, k).numpy() <= QUANTILE_TOLERANCE
-        by_beta, by_draws = usable & close, usable & ~close
-        if by_beta.any():
+            above[usable] = fraction_tail_rank_one(λ[usable], self.d, x[usable])
+            method[usable.numpy()] = "exact"
+            return above.numpy(), 1 - above.numpy(), method
+        single = usable & (λ.amax(-1) > 1 - _RANK_ONE)
+        close = torch.zeros_like(usable)
+        close[usable] = beta_disagreement(λ[usable], self.d, k) <= QUANTILE_TOLERANCE
+        by_beta, by_draws = usable & (close | single), usable & ~close & ~single
+        if bool(by_beta.any()):
             a, b = _beta_parameters(k / self.d, variance[by_beta].numpy())
-            p[by_beta] = special.betaincc(a, b, x[by_beta].numpy().clip(0, 1))
-            method[by_beta] = "beta"
-        if by_draws.any():
-            p[by_draws] = self._tail_by_draws(λ[by_draws], k, x[by_draws])
-            method[by_draws] = "draws"
-        return p, method
+            point = x[by_beta].numpy().clip(0, 1)
+            above[by_beta] = torch.as_tensor(special.betaincc(a, b, point))
+            below[by_beta] = torch.as_tensor(special.betainc(a, b, point))
+            method[by_beta.numpy()] = "beta"
+            method[single.numpy()] = "exact"
+        if bool(by_draws.any()):
+            above[by_draws], below[by_draws] = self._tails_by_draws(λ[by_draws], k, x[by_draws])
+            method[by_draws.numpy()] = "draws"
+        for p, downwards in ((above, False), (below, True)):
+            far = usable & ~single & (p < FAR)
+            if bool(far.any()):
+                f = x[far].unsqueeze(-1)
+                h, copies = (
+                    torch.cat([1 - f, -f], -1),
+                    torch.tensor([[k, self.d - k]], dtype=torch.float64).expand(len(f), -1),
+                )
+                p[far] = rotation_tail(h, copies, λ[far], self.d, below=downwards)
+                if not downwards:
+                    method[far.numpy()] = "saddlepoint"
+        return above.numpy(), below.numpy(), method
 
-    def _tail_by_draws(self, λ: Tensor, k: int, x: Tensor) -> np.ndarray:
-        above = torch.zeros(len(x), dtype=torch.int64)
+    def _tails_by_draws(self, λ: Tensor, k: int, x: Tensor) -> Tensor:
+        reached = torch.zeros(2, len(x), dtype=torch.float64)
         for fractions in self.draws(λ, k):
-            above += (fractions >= x).sum(0)
-        return (above + 1).numpy() / (HAAR_DRAWS + 1)
+            reached += torch.stack([(fractions >= x).sum(0), (fractions <= x).sum(0)])
+        return (reached + 1) / (HAAR_DRAWS + 1)
 
     def draws(self, spectrum: Float[Tensor, "item r"], k: int) -> Iterator[Float[Tensor, "draw item"]]:
         """`HAAR_DRAWS` fractions of each item in random k-subspaces, in float64 blocks; all items see the same ones."""

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_asymmetry.geometry.moments import StreamingMoments
+from tl_asymmetry.names import SMALLEST_EIGENVALUE
 
 _SMALLEST_ON_GPU = 256
 
@@ -66,6 +67,15 @@ class Subspace:
         """Number of columns."""
         return self.basis.shape[1]
 
+    @property
+    def existing(self) -> int:
+        """Columns that exist: those with at least 1e-6 of the leading eigenvalue, all where there are none.
+
+        A centred unembedding has d_vocab − 1 directions at most, few tokens fewer than d; beyond them an eigensolver
+        gives directions of rounding.
+        """
+        return self.rank if self.eigenvalues is None else existing_directions(self.eigenvalues)
+
     def truncate(self, k: int) -> Subspace:
         """The first k columns.
 
@@ -105,6 +115,16 @@ class Subspace:
             raise ValueError(f"expected two subspaces of R^{self.d}, got one of R^{other.d}; pass bases of one model")
         Q1 = self.basis.double()
         return torch.linalg.svdvals(Q1.mT @ other.basis.to(Q1))
+
+
+def existing_directions(eigenvalues: Float[Tensor, " d"]) -> int:
+    """How many eigenvalues are at least 1e-6 of the largest.
+
+    Example:
+        >>> existing_directions(torch.tensor([2.0, 1.0, 1e-9]))
+        2
+    """
+    return int((eigenvalues > SMALLEST_EIGENVALUE * eigenvalues.max()).sum())
 
 
 def ordered_eigh(

@@ -245,7 +245,8 @@ def _side(groups: Sequence[Moments | None], axis: str, P: Tensor | None, *, exac
     for name in _INTERVALS:
         low, high = nan, nan
         if name in replicates:
-            low, high = log_jackknife_interval(numbers[name], torch.stack(replicates[name]))
+            interval = log_jackknife_interval(numbers[name], torch.stack(replicates[name]), corrected=False)
+            low, high = interval.low, interval.high
         numbers[f"{name}_low"], numbers[f"{name}_high"] = low, high
     numbers["prediction_relative"] = numbers["prediction_energy"] * d / k
     edges = [marchenko_pastur_edge(row, n) if bool(row[0] > 0) else torch.nan for row in λ]

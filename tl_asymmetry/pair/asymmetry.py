@@ -129,7 +129,9 @@ def _rows(read: _Side, write: _Side, k: int, d: int, *, per_head: bool) -> pd.Da
     expected = torch.log2(read.expected / read.total) - torch.log2(write.expected / write.total)
     low = high = torch.full_like(ratio, torch.nan)
     if read.replicates is not None:
-        low, high = log_jackknife_interval(ratio, read.replicates / read.total * scale / write_relative)
+        replicates = read.replicates / read.total * scale / write_relative
+        interval = log_jackknife_interval(ratio, replicates, corrected=True)
+        low, high = interval.low, interval.high
     log_ratio = torch.log2(ratio)
     layers, heads = ratio.shape
     head = np.tile(np.arange(heads), layers) if per_head else [pd.NA] * layers

@@ -13,7 +13,7 @@ from torch import Tensor
 from tl_asymmetry.geometry.factored import factored_energy, factored_svd
 from tl_asymmetry.geometry.fraction import gram_energy, inner_product, row_pieces, total
 from tl_asymmetry.geometry.precision import exact_products, product_dtype
-from tl_asymmetry.geometry.rounding import coarser, rounding_share, storage_dtype
+from tl_asymmetry.geometry.rounding import coarser, rounding_noise, storage_dtype
 from tl_asymmetry.geometry.subspace import ordered_eigh
 from tl_asymmetry.models.readers.base import Factors, Weights, WeightSource
 from tl_asymmetry.names import kind_of
@@ -41,7 +41,9 @@ class Delta:
     partners: Float[Tensor, "head n other"]
     """The right singular vectors that belong to them, on the matrix's other axis, float32."""
     rounding: Float64[Tensor, " head"]
-    """Share of the energy that storage alone explains, see `rounding_share`."""
+    """Share of the energy that storage alone explains, see `rounding_noise`."""
+    noise_rows: Float64[Tensor, "head d_model"]
+    """How that noise is spread over the coordinates of the residual axis."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def measure_delta(
     W = residual_first(matrix, base)
     ΔW = _subtracted(residual_first(matrix, aligned).to(W.device), W)
     del aligned  # read from files for this one subtraction
-    rounding = rounding_share(W, ΔW, stored, seed=seed)
+    rounding = rounding_noise(W, ΔW, stored, seed=seed)
     base_energy, energy, inner = (inner_product(x, y) for x, y in ((W, W), (ΔW, ΔW), (ΔW, W)))
     wide = ΔW.shape[-1] > ΔW.shape[-2]
     with exact_products(ΔW.device):
@@ -157,7 +159,8 @@ def measure_delta(
         spectrum=λ.double().clamp(min=0),
         directions=sides[0] if wide else sides[1],
         partners=sides[1] if wide else sides[0],
-        rounding=rounding.cpu(),
+        rounding=rounding.share.cpu(),
+        noise_rows=rounding.rows.cpu(),
     )
     return LiveDelta(numbers, None if wide else ΔW, gram if wide else None)
 
@@ -204,6 +207,7 @@ def measure_factors(matrix: str, base: Float[Tensor, "*head rows columns"], fact
         directions=directions.cpu().float().mT,
         partners=partners.cpu().float().mT,
         rounding=torch.where(energy > 0, 0.0, torch.nan).double().cpu(),
+        noise_rows=torch.full((len(σ), W.shape[-2]), 1 / W.shape[-2], dtype=torch.float64),
     )
     return FactoredDelta(numbers, residual, other)
 

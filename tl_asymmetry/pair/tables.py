@@ -199,7 +199,8 @@ def _interval(
         return nan, nan
     # [layer, group, head] → [group, layer, head]
     energies = stacked(projections, "replicates")[..., column].transpose(0, 1)
-    return log_jackknife_interval(relative, energies / stacked(deltas, "energy") * scale)
+    interval = log_jackknife_interval(relative, energies / stacked(deltas, "energy") * scale, corrected=True)
+    return interval.low, interval.high
 
 
 def _eigengap(eigenvalues: Tensor, k: int) -> Tensor:

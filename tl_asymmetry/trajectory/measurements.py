@@ -371,7 +371,8 @@ def _pooled(one: Measured, matrices: Sequence[str], subspace: str, measuring: Me
     relative, low, high = inside * scale, nan, nan
     replicates = total(f"{subspace}/replicates")
     if replicates is not None:
-        low, high = log_jackknife_interval(relative, replicates * scale)
+        interval = log_jackknife_interval(relative, replicates * scale, corrected=True)
+        low, high = interval.low, interval.high
     matched = []
     for kind in ("activation", "gradient"):
         pooled = total(f"{subspace}/{kind}", by_energy=True)

@@ -1,0 +1,139 @@
+"""The test of excess: its law against rotations, its whitening against plain algebra, its size on simulated updates."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.oracles import reference
+from tl_asymmetry.geometry.matched import MatchedCovariance
+from tl_asymmetry.geometry.references import correlation
+from tl_asymmetry.geometry.saddlepoint import rotation_tail
+
+D, R = 32, 6
+double = {"dtype": torch.float64}
+
+
+def covariance(name: str, d: int = D) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(4)
+    U = torch.linalg.qr(torch.randn(d, d, generator=generator, **double)).Q
+    rotated = (U * torch.arange(1, d + 1, **double) ** -1) @ U.T
+    if name == "massive":  # three coordinates far larger than the others, as attention sinks make them
+        scale = torch.ones(d, **double)
+        scale[:3] = torch.tensor([30.0, 20, 10], **double)
+        rotated = scale.unsqueeze(-1) * (d * rotated + 0.05 * torch.eye(d, **double)) * scale
+    return correlation(rotated) if name == "correlation" else rotated
+
+
+def basis(C: torch.Tensor, which: str) -> torch.Tensor:
+    if which == "own":
+        return torch.linalg.eigh(C)[1].flip(-1)[:, :8]
+    return torch.tensor(reference.haar_basis(len(C), 8, np.random.default_rng(0)))
+
+
+@pytest.mark.parametrize("name", ["rotated", "massive", "correlation"])
+@pytest.mark.parametrize("which", ["own", "other"])
+def test_law_agrees_with_rotations(name: str, which: str) -> None:
+    C = covariance(name)
+    Q = basis(C, which)
+    s = np.arange(1, R + 1) ** -0.5
+    (law,) = MatchedCovariance.of(C).laws(Q)
+    spectrum = torch.tensor(s**2).unsqueeze(0)
+    for k in (1, 4, 8):
+        drawn = reference.rotated_fractions(C.numpy(), s, Q[:, :k].numpy(), 3000, seed=k)
+        for p in (0.5, 0.1, 0.02):
+            x = torch.tensor([np.quantile(drawn, 1 - p)])
+            found = law.tail(spectrum, k, x).item()
+            # Conservative where one direction holds nearly everything.
+            noise = 0.15 + 3 / np.sqrt(p * len(drawn))
+            assert 1 - noise < found / p < 1.2 + noise
+            assert law.tail(spectrum, k, x, below=True).item() == pytest.approx(1 - p, abs=0.06)
+
+
+@pytest.mark.parametrize("name", ["rotated", "massive", "correlation"])
+def test_the_spectrum_of_h_stands_for_all_of_it(name: str) -> None:
+    """p from the reduced spectrum and from every eigenvalue of H, far out too."""
+    d = 96
+    C = covariance(name, d)
+    spectrum = torch.rand(1, 20, generator=torch.Generator().manual_seed(1), **double)
+    mean = torch.randn(d, generator=torch.Generator().manual_seed(2), **double)
+    matched = MatchedCovariance.of(C, mean)
+    for which in ("own", "other"):
+        Q = basis(C, which)
+        for without, law in zip((False, True), matched.laws(Q), strict=True):
+            μ = mean / mean.norm()
+            P = torch.eye(d, **double) - (torch.outer(μ, μ) if without else 0)
+            λ, V = torch.linalg.eigh(P @ matched.matrix @ P)
+            root = (V * λ.clamp(min=0).sqrt()) @ V.T
+            for k in (1, 8):
+                expected = law.products[0, law.leading : law.leading + k, law.leading : law.leading + k].trace()
+                for times in (1.3, 2.0):
+                    f = (times * expected / law.traces[0]).clamp(max=0.97)
+                    H = root @ (Q[:, :k] @ Q[:, :k].T - f * torch.eye(d, **double)) @ root
+                    h = torch.linalg.eigvalsh(H)
+                    if without:  # the removed direction is no dimension any more
+                        h = torch.cat([h[: int(h.abs().argmin())], h[int(h.abs().argmin()) + 1 :]])
+                    whole = rotation_tail(h.unsqueeze(0), torch.ones(1, len(h)), spectrum, len(h)).item()
+                    assert law.tail(spectrum, k, f.reshape(1)).item() == pytest.approx(whole, rel=0.15)
+
+
+def test_whitening_equals_plain_algebra() -> None:
+    C = covariance("rotated")
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(D, generator=generator, **double)
+    change = torch.randn(3, D, R, generator=generator, **double)
+    matched = MatchedCovariance.of(C, mean)
+    μ = mean / mean.norm()
+    P = torch.eye(D, **double) - torch.outer(μ, μ)
+    for i, inverse in enumerate((torch.linalg.inv(matched.matrix), torch.linalg.pinv(P @ matched.matrix @ P))):
+        truth = torch.linalg.eigvalsh(change.mT @ P.matrix_power(i) @ inverse @ P.matrix_power(i) @ change).flip(-1)
+        torch.testing.assert_close(matched.whitened_spectra(change)[i], truth, rtol=1e-9, atol=0)
+        grams = matched.whitened_gram_spectra(change @ change.mT)[i]
+        torch.testing.assert_close(grams[..., :R], truth, rtol=1e-8, atol=0)
+        wide = torch.cat([change, torch.zeros(3, D, D, **double)], -1)  # more columns than rows
+        torch.testing.assert_close(matched.whitened_spectra(wide)[i][..., :R], truth, rtol=1e-8, atol=0)
+
+
+def test_float32_inputs_give_the_same_p() -> None:
+    C = covariance("rotated")
+    Q = basis(C, "own")
+    spectrum = torch.rand(1, R, generator=torch.Generator().manual_seed(0), **double)
+    f = torch.tensor([0.5], **double)
+    (exact,), (single,) = (MatchedCovariance.of(C.to(t)).laws(Q.to(t)) for t in (torch.float64, torch.float32))
+    assert single.tail(spectrum, 4, f).item() == pytest.approx(exact.tail(spectrum, 4, f).item(), rel=1e-3)
+
+
+def test_nothing_to_vary_and_nothing_there() -> None:
+    (law,) = MatchedCovariance.of(torch.eye(1, **double)).laws(torch.ones(1, 1, **double))
+    assert law.tail(torch.ones(1, 1), 1, torch.ones(1)).isnan().all()
+    C = covariance("rotated")
+    (law,) = MatchedCovariance.of(C).laws(basis(C, "own"))
+    assert law.tail(torch.ones(1, R), 4, torch.tensor([torch.nan])).isnan().all()
+    assert len(MatchedCovariance.of(C, torch.zeros(D)).laws(basis(C, "own"))) == 1
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.3])
+def test_size_on_updates_that_read_their_inputs_by_chance(mean: float) -> None:
+    """Sums of a δᵀ, δ independent of a: the larger of the two p keeps its size even where δ has a mean."""
+    generator = torch.Generator().manual_seed(7)
+    C = covariance("rotated")
+    root = torch.linalg.cholesky(C)
+    offset = 0.5 * torch.linalg.eigh(C)[1][:, -1]
+    p = []
+    for _ in range(150):
+        a = torch.randn(2000, D, generator=generator, **double) @ root.mT + offset
+        δ = torch.randn(2000, R, generator=generator, **double) + mean
+        change = (a.mT @ δ).unsqueeze(0)
+        Σ = a.mT @ a / len(a)
+        Q = torch.linalg.eigh(Σ)[1].flip(-1)[:, :4]
+        matched = MatchedCovariance.of(Σ, a.mean(0))
+        μ = matched.mean
+        assert μ is not None
+        freed = change - μ.unsqueeze(-1) * (μ @ change).unsqueeze(-2)
+        both = [
+            law.tail(s, 4, ((Q.mT @ X).square().sum((-2, -1)) / X.square().sum((-2, -1)))).item()
+            for law, s, X in zip(matched.laws(Q), matched.whitened_spectra(change), (change, freed), strict=True)
+        ]
+        p.append(max(both))
+    assert np.mean(np.array(p) < 0.05) <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / len(p))

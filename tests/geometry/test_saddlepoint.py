@@ -1,0 +1,126 @@
+"""Tails without a floor: against exact laws and against draws."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from tests.oracles import reference
+from tl_asymmetry.geometry.nulls import IsotropicNull, adjusted_p, haar_leverages
+from tl_asymmetry.geometry.quadratic_form import fraction_tail_rank_one
+from tl_asymmetry.geometry.saddlepoint import rotation_tail
+
+
+def isotropic_tail(λ: torch.Tensor, d: int, k: int, x: torch.Tensor, *, below: bool = False) -> torch.Tensor:
+    h = torch.stack([1 - x, -x], -1)
+    copies = torch.tensor([[float(k), d - k]]).expand(len(x), -1)
+    return rotation_tail(h, copies, λ.expand(len(x), -1), d, below=below)
+
+
+# Estimate over true p; the far tail is conservative.
+BOUNDS = {0.5: (0.95, 1.05), 0.1: (0.9, 1.05), 0.05: (0.9, 1.05), 0.01: (0.9, 1.2), 1e-3: (1, 2), 1e-4: (1, 4)}
+
+
+@pytest.mark.parametrize(("d", "k"), [(64, 1), (64, 4), (64, 16), (512, 4), (512, 32)])
+@pytest.mark.parametrize("p", BOUNDS)
+def test_a_delta_of_rank_one_has_a_beta_tail(d: int, k: int, p: float) -> None:
+    x = torch.tensor([stats.beta(k / 2, (d - k) / 2).isf(p)])
+    low, high = BOUNDS[p]
+    assert low < isotropic_tail(torch.ones(1, 1), d, k, x).item() / p < high
+
+
+@pytest.mark.parametrize("p", [1e-6, 1e-10])
+def test_far_tails_are_conservative_and_within_three_orders(p: float) -> None:
+    λ = torch.arange(1.0, 33).double() ** -1
+    λ = λ / λ.sum()
+    x = torch.linspace(0.02, 0.2, 2000, dtype=torch.float64)
+    exact = fraction_tail_rank_one(λ.expand(len(x), -1), 128, x)
+    at = int((exact - p).abs().argmin())
+    found = isotropic_tail(λ.unsqueeze(0), 128, 1, x[at : at + 1]).item()
+    assert 1 < found / exact[at].item() < 1000
+
+
+@pytest.mark.parametrize("k", [4, 16])
+def test_agrees_with_draws(k: int) -> None:
+    d = 64
+    λ = torch.arange(1.0, 25).double() ** -1
+    λ = λ / λ.sum()
+    fractions = haar_leverages(d, k, 3)[:, :24].double() @ λ
+    for p in (0.5, 0.1, 0.01):
+        x = fractions.quantile(1 - p).reshape(1)
+        found = isotropic_tail(λ.unsqueeze(0), d, k, x).item()
+        assert found / p == pytest.approx(1, abs=0.1 + 4 / np.sqrt(p * len(fractions)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 10), st.floats(0.02, 0.9), st.integers(0, 1000))
+def test_both_tails_add_up_and_fall(r: int, k: int, x: float, seed: int) -> None:
+    d = 12
+    λ = torch.rand(1, r, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.01
+    at = torch.tensor([x, min(x + 0.05, 0.99)], dtype=torch.float64)
+    above, below = (isotropic_tail(λ / λ.sum(), d, k, at, below=side) for side in (False, True))
+    if above.isnan().any():
+        return
+    assert above[1] <= above[0] + 1e-9
+    assert bool(((above >= 0) & (above <= 1)).all())
+    # The two expansions are each other's complement but for what they leave out.
+    assert above[0].item() + below[0].item() == pytest.approx(1, abs=0.05)
+
+
+def test_scale_company_and_dtype_do_not_matter() -> None:
+    h = torch.tensor([[0.9, -0.1], [0.5, -0.2]], dtype=torch.float64)
+    copies = torch.tensor([[4.0, 60.0], [8.0, 56.0]], dtype=torch.float64)
+    s = torch.rand(2, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    together = rotation_tail(h, copies, s, 64)
+    alone = torch.cat([rotation_tail(1e-7 * h[i : i + 1], copies[i : i + 1], 1e5 * s[i : i + 1], 64) for i in (0, 1)])
+    torch.testing.assert_close(together, alone, rtol=1e-8, atol=0)
+    single = rotation_tail(h.float(), copies.float(), s.float(), 64)
+    torch.testing.assert_close(together, single, rtol=1e-3, atol=0)
+    assert together.dtype == single.dtype == torch.float64
+
+
+def test_what_cannot_vary_has_no_tail() -> None:
+    flat = torch.ones(1, 8)
+    assert rotation_tail(torch.tensor([[0.5, -0.5]]), torch.tensor([[4.0, 4.0]]), flat, 8).isnan().all()
+    assert rotation_tail(torch.tensor([[0.5, 0.5]]), torch.tensor([[4.0, 4.0]]), torch.rand(1, 3), 8).isnan().all()
+
+
+def test_a_head_wholly_inside_u4_among_1024() -> None:
+    d, heads = 64, 1024
+    generator = np.random.default_rng(0)
+    λ = torch.tensor(generator.gamma(1.0, size=(heads, 16)))
+    Q = haar_leverages(d, 4, 1)[:heads, :16].double()
+    fraction = (Q * λ).sum(-1) / λ.sum(-1)
+    fraction[7] = 1.0
+    p, method = IsotropicNull(d, seed=0).tail(λ, 4, fraction)
+    q = adjusted_p(p)
+    assert method[7] == "saddlepoint"
+    assert q[7] < 1e-6
+    assert (np.delete(q, 7) < 0.05).sum() <= 2
+
+
+def test_rank_one_deltas_are_exact_at_every_rank() -> None:
+    d = 48
+    for k in (2, 5, 16):
+        x = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
+        above, below, method = IsotropicNull(d, seed=0).tails(torch.tensor([[3.0, 0, 0]]).expand(3, -1), k, x)
+        law = stats.beta(k / 2, (d - k) / 2)
+        np.testing.assert_allclose(above, law.sf(x), rtol=1e-12)
+        np.testing.assert_allclose(below, law.cdf(x), rtol=1e-12)
+        assert set(method) == {"exact"}
+
+
+def test_both_tails_of_draws_add_up() -> None:
+    d = 48
+    λ = torch.tensor([[4.0] + [0.1] * (d - 1)], dtype=torch.float64)
+    at = torch.tensor([0.15], dtype=torch.float64)
+    above, below, _ = IsotropicNull(d, seed=0).tails(λ, 2, at)
+    assert above[0] + below[0] == pytest.approx(1, abs=1e-3)
+    generator = np.random.default_rng(5)
+    delta = np.diag(np.sqrt(λ[0].numpy()))
+    sampled = np.array([reference.subspace_fraction(delta, reference.haar_basis(d, 2, generator)) for _ in range(3000)])
+    assert below[0] == pytest.approx((sampled <= 0.15).mean(), abs=0.04)
