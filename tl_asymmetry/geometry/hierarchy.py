@@ -1,4 +1,4 @@
-"""Many tests that belong together: families, layers in them, heads in these, each level entered through the one above."""
+"""Many tests that belong together: families, layers in them, heads in these, each entered through the one above."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class Interval:
 
 def log_jackknife_interval(
     estimate: Float[Tensor, "*item"],
-    replicates: Float[Tensor, "group *item"],
+    replicates: Float[Tensor, group * item],
     *,
     corrected: bool,
     level: float = 0.95,

@@ -50,7 +50,7 @@ class Rounding:
     share: Float64[Tensor, "*head"]
     """ρ, the share of ‖ΔW‖² that rounding explains, 0 to 1; 0 for float32 and finer; NaN for a zero delta."""
     rows: Float64[Tensor, "*head rows"]
-    """How that noise is spread over the rows, adding up to 1. bf16 rounds in proportion to |W_ij|, so it is not even."""
+    """How that noise is spread over the rows, adding up to 1: bf16 rounds in proportion to |W_ij|, not evenly."""
 
     def fraction(self, basis: Float[Tensor, "rows k"]) -> Float64[Tensor, "*head k"]:
         """Expected fraction of the noise in the leading 1 … k columns of a basis: its entries are uncorrelated."""

@@ -89,7 +89,7 @@ def _tail(h: Tensor, h_copies: Tensor, s: Tensor, d: int) -> Tensor:
 
 
 def _saddlepoint(e: Tensor, copies: Tensor, mean: Tensor) -> Tensor:
-    """Root of K'(t) = mean + Σ copies · e (1/(1 − 2 t e) − 1), increasing between its poles: Newton within a bracket."""
+    """Root of K'(t) = mean + Σ copies · e (1/(1 − 2 t e) − 1), increasing between its poles: Newton in a bracket."""
     largest, smallest = e.amax(-1), e.amin(-1)
     low, high = 0.5 / smallest.clamp(max=-1e-300), 0.5 / largest.clamp(min=1e-300)
     t = torch.zeros_like(mean)
