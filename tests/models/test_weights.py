@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from tests import tiny
 from tl_asymmetry import analyze_pair, weights_from
 from tl_asymmetry.models.checks import check_pair
-from tl_asymmetry.models.readers.blueprint import Blueprint
+from tl_asymmetry.models.readers.blueprint import Blueprint, Skeleton
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.results.provenance import weights_hash
 
@@ -125,7 +125,7 @@ def _kept(tensor: torch.Tensor | None) -> bool:
 
 def test_a_blueprint_keeps_no_more_than_its_own_numbers() -> None:
     """A view of row numbers would keep a tensor as large as its matrix for as long as the source is open."""
-    blueprint = Blueprint(AutoConfig.from_pretrained(tiny.hf_directory("llama")))
+    blueprint = Blueprint(Skeleton(AutoConfig.from_pretrained(tiny.hf_directory("llama"))))
     assert all(_kept(layout.index) for layout in blueprint.layouts.values())
 
 
@@ -245,7 +245,7 @@ def test_delta_and_its_table() -> None:
 
 def test_nothing_is_left_behind() -> None:
     state, threads = torch.random.get_rng_state(), torch.get_num_threads()
-    Blueprint(tiny.CONFIGS["gpt2"]())
+    Blueprint(Skeleton(tiny.CONFIGS["gpt2"]()))
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.get_num_threads() == threads
     assert torch.zeros(1).device.type == "cpu"
@@ -344,7 +344,7 @@ def test_a_hub_name_is_downloaded_by_the_hubs_own_client(monkeypatch: pytest.Mon
 
     asked = []
 
-    def snapshot(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+    def snapshot(name: str, revision: str | None, allow_patterns: list[str], token: str | None) -> str:
         asked.append((name, revision))
         assert not any(pattern.endswith((".bin", ".pt", ".py")) for pattern in allow_patterns)
         return str(tiny.hf_directory("llama", delta=DELTA))

@@ -8,41 +8,63 @@ from typing import Any
 
 from torch import Tensor
 
-from tl_asymmetry.models.readers.adapter import LoraWeights
+from tl_asymmetry.models.readers.adapter import AdapterWeights
 from tl_asymmetry.models.readers.base import Factors, Weights, WeightSource, as_weights
-from tl_asymmetry.models.readers.files import ADAPTER_FILES, TensorFiles, open_files, read_json
-from tl_asymmetry.models.readers.folder import HuggingFaceWeights, read_config
-from tl_asymmetry.models.readers.hub import local_or_hub
+from tl_asymmetry.models.readers.configuration import (
+    config_beside,
+    config_of,
+    is_config,
+    read_adapter_config,
+    read_config,
+)
+from tl_asymmetry.models.readers.files import (
+    ADAPTER_FILES,
+    MODEL_FILES,
+    TensorFiles,
+    open_files,
+    read_json,
+    refuse_foreign,
+)  # fmt: skip
+from tl_asymmetry.models.readers.folder import HuggingFaceWeights
+from tl_asymmetry.models.readers.hub import fetched, local_or_hub
 from tl_asymmetry.models.readers.state_dict import MARK, StateWeights
 from tl_asymmetry.models.view import ModelView
 
 __all__ = ["Factors", "WeightSource", "Weights", "as_weights", "opened", "weights_from"]
 
 _ADAPTER = "adapter_config.json"
-_DOWNLOADED = ["*.json", "*.safetensors", "tokenizer.model", "*.txt"]
+_FACTORS = ".lora_A"
 
 
 def weights_from(
-    source: str | Path | Mapping[str, Tensor] | WeightSource, *, base: Any = None, revision: str | None = None
+    source: str | Path | Mapping[str, Tensor] | WeightSource,
+    base: Any = None,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | None = None,
 ) -> WeightSource:
     """Open weights in TransformerLens orientation without building a model; tensors are read one at a time.
 
     Reads a Hugging Face directory or hub name (one file or shards), a `.safetensors` file with its config.json beside
-    it, a PEFT LoRA adapter, and TransformerLens state dicts (a file, with a tl_config.json beside it or a base; or a
+    it, a PEFT adapter, and TransformerLens state dicts (a file, with a tl_config.json beside it or a base; or a
     mapping). How an architecture lays out its matrices is asked of TransformerLens itself, so what is read here is
-    what a loaded model would show. Names and shapes are checked on opening, from the files' headers.
+    what a loaded model would show: transformers' after loading, PEFT's after merging. Names and shapes are checked on
+    opening, from the files' headers; what was stripped off names or left aside is in the source's `notes`.
 
     Args:
-        source: where the weights are; a `WeightSource` is given back as it is.
+        source: where the weights are; a `WeightSource` is given back as it is (an adapter without a base, on `base`).
         base: the model they are to be compared with: a HookedTransformer, TransformerBridge, `ModelView`, another
-            source or its path, or a transformers configuration. An adapter needs it where its
-            base_model_name_or_path cannot be found.
+            source or its path, or a transformers configuration. Without one the configuration of an adapter's own base
+            is looked for, on the Hub if it must be; with one nothing is fetched for it.
         revision: branch, tag or commit of a hub name.
+        subfolder: folder inside a hub repository or a local directory.
+        token: for private repositories on the Hub; by default the one that is stored on this machine.
 
     Raises:
         ValueError: no source at all, a revision of something local, nothing there, files that are damaged, tensors that
-            do not fit the architecture, adapters whose change is not scale · B A (DoRA and others): saying which and
-            what to pass instead.
+            do not fit the architecture, adapters that cannot be merged one matrix at a time: saying which and what to
+            pass instead.
 
     Example:
         >>> from tl_asymmetry.demo import demo_gpt2
@@ -51,36 +73,67 @@ def weights_from(
         >>> tuple(weights.weight(0, "W_Q").shape), tuple(weights.delta(0, "W_O", model).shape)
         ((4, 64, 16), (4, 16, 64))
     """
-    if isinstance(source, WeightSource):
-        return source
     if isinstance(base, str | Path):
         base = weights_from(base)
+    if isinstance(source, WeightSource):
+        return source if base is None or is_config(base) else source.onto(as_weights(base))
     if isinstance(source, Mapping):
         return _state("state dict", source, 0, {}, base)
-    path = _found(source, revision)
-    name = str(source)
-    if path.is_dir():
-        if (path / _ADAPTER).is_file():
-            return _adapter(name, path, open_files(path, ADAPTER_FILES), base)
-        if (path / "config.json").is_file():
-            return HuggingFaceWeights(name, read_config(path), open_files(path), path)
-        if not any(path.glob("*.safetensors")):
+    path = _found(source, revision, subfolder, token)
+    return _from_folder(str(source), path, base) if path.is_dir() else _from_file(str(source), path, base)
+
+
+def _from_folder(name: str, folder: Path, base: Any) -> WeightSource:
+    """An adapter or a model, whichever transformers would see in a folder."""
+    has_adapter = any((folder / file).is_file() for file in ADAPTER_FILES)
+    has_model = any((folder / file).is_file() for file in MODEL_FILES)
+    has_config = (folder / "config.json").is_file()
+    if (folder / _ADAPTER).is_file():
+        if has_adapter and has_model and has_config:
             raise ValueError(
-                f"expected a Hugging Face model directory with config.json, got {name!r}; pass a directory written by "
-                "save_pretrained, an adapter's, or a name on the Hub"
+                f"expected a model or an adapter, got both in {name!r} (transformers adds the adapter to the weights "
+                "beside it, a merged model has it already); pass the file of the one that is meant "
+                f"({ADAPTER_FILES[0]} or {MODEL_FILES[0]})"
             )
-    files, folder = open_files(path), path if path.is_dir() else path.parent
+        files = open_files(folder, ADAPTER_FILES if has_adapter else (*ADAPTER_FILES, *MODEL_FILES))
+        if has_adapter or _is_tuned(files) or not has_config:
+            return _adapter(name, folder, files, base)
+        source = HuggingFaceWeights(name, read_config(folder, files), files, folder)
+        source.notes += (f"{name!r} holds whole weights beside an {_ADAPTER} without an adapter's: they are read",)
+        return source
+    if has_config:
+        files = open_files(folder)
+        if _is_tuned(files):
+            return _adapter(name, folder, files, base)
+        return HuggingFaceWeights(name, read_config(folder, files), files, folder)
+    if not any(folder.glob("*.safetensors")) and not has_model:
+        refuse_foreign(folder)
+        raise ValueError(
+            f"expected a Hugging Face model directory with config.json, got {name!r}; pass a directory written by "
+            "save_pretrained, an adapter's, or a name on the Hub"
+        )
+    return _from_files(name, open_files(folder), folder, base)
+
+
+def _from_file(name: str, path: Path, base: Any) -> WeightSource:
+    refuse_foreign(path)
+    files = open_files(path)
+    if _is_tuned(files) or path.name in ADAPTER_FILES:
+        return _adapter(name, path.parent, files, base)
+    return _from_files(name, files, path.parent, base)
+
+
+def _from_files(name: str, files: TensorFiles, folder: Path, base: Any) -> WeightSource:
+    """Tensors by themselves: TransformerLens's, or a model's whose configuration is beside them or the base's."""
     if any(MARK.fullmatch(key) for key in files):
         return _state(name, files, files.bytes, _told(folder), base)
-    if any(".lora_A" in key for key in files) and (folder / _ADAPTER).is_file():
-        return _adapter(name, folder, files, base)
     if (folder / "config.json").is_file():
-        return HuggingFaceWeights(name, read_config(folder), files, folder)
-    config = _config_of(base)
+        return HuggingFaceWeights(name, read_config(folder, files), files, folder)
+    config = config_of(base)
     if config is None:
         raise ValueError(
-            f"expected config.json (or adapter_config.json) beside {name!r}, got none; pass the directory that "
-            "save_pretrained wrote, or base="
+            f"expected config.json (or {_ADAPTER}) beside {name!r}, got none; pass the directory that save_pretrained "
+            "wrote, or base="
         )
     return HuggingFaceWeights(name, config, files, None)
 
@@ -98,7 +151,7 @@ def opened(model_aligned: Any, base: ModelView, *, runs: bool) -> Weights:
     return weights_from(model_aligned, base=base)
 
 
-def _found(source: str | Path, revision: str | None) -> Path:
+def _found(source: str | Path, revision: str | None, subfolder: str | None, token: str | None) -> Path:
     """A local path, or what the Hub has under that name."""
     if not isinstance(source, str | Path):
         raise ValueError(
@@ -106,43 +159,35 @@ def _found(source: str | Path, revision: str | None) -> Path:
             "one of these, or a loaded model to analyze_pair itself"
         )
     path = local_or_hub(source)
-    if path is not None:
-        if revision is not None:
-            raise ValueError(
-                f"expected a name on the Hub for revision={revision!r}, got the local {str(source)!r}; leave revision "
-                "out, or pass the directory of that revision"
-            )
-        return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=_DOWNLOADED))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    if path is None:
+        return fetched(str(source), revision, subfolder, token)
+    if revision is not None:
         raise ValueError(
-            f"expected a local path or a name that the Hub knows, got {source!r}: {error}; pass a local directory, or "
-            "check the name and the network"
-        ) from error
+            f"expected a name on the Hub for revision={revision!r}, got the local {str(source)!r}; leave revision out, "
+            "or pass the directory of that revision"
+        )
+    if subfolder is not None and not (path / subfolder).is_dir():
+        raise ValueError(f"expected a folder {subfolder!r} in {str(source)!r}, got none; pass one that is there")
+    return path if subfolder is None else path / subfolder
 
 
-def _adapter(name: str, folder: Path, files: TensorFiles, base: Any) -> LoraWeights:
-    adapter = read_json(folder / _ADAPTER)
-    config = _config_of(base)
-    trained_from = adapter.get("base_model_name_or_path")
-    if config is None and trained_from:
-        from transformers import AutoConfig
+def _is_tuned(files: TensorFiles) -> bool:
+    return any(_FACTORS in key for key in files)
 
-        try:
-            config = AutoConfig.from_pretrained(trained_from)
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"expected the adapter's base {trained_from!r} to be found for its configuration, got {error}; pass "
-                "base= (a model, or a transformers configuration)"
-            ) from error
+
+def _adapter(name: str, folder: Path, files: TensorFiles, base: Any) -> AdapterWeights:
+    path = folder / _ADAPTER
+    if not path.is_file():
+        raise ValueError(
+            f"expected {_ADAPTER} beside the factors in {name!r}, got none (their scale α/r is not in the tensors); "
+            "put it there, or pass the merged model (merge_and_unload, save_pretrained)"
+        )
+    adapter = read_adapter_config(path)
+    config = config_of(base)
     if config is None:
-        raise ValueError(f"expected a base for the adapter {name!r}, which names none; pass base=")
-    weights = None if base is None or _is_config(base) else as_weights(base)
-    return LoraWeights(name, adapter, files, config, weights)
+        config = config_beside(adapter.get("base_model_name_or_path"), name, folder, base)
+    weights = None if base is None or is_config(base) else as_weights(base)
+    return AdapterWeights(name, adapter, files, config, weights)
 
 
 def _state(name: str, tensors: Mapping[str, Tensor], size: int, config: Mapping[str, Any], base: Any) -> StateWeights:
@@ -151,7 +196,7 @@ def _state(name: str, tensors: Mapping[str, Tensor], size: int, config: Mapping[
             "expected TransformerLens's parameter names (blocks.0.attn.W_Q, …), got others; pass a HookedTransformer's "
             "state_dict(), or a directory"
         )
-    view = None if base is None or _is_config(base) else as_weights(base)
+    view = None if base is None or is_config(base) else as_weights(base)
     return StateWeights(name, tensors, size, config, view)
 
 
@@ -159,17 +204,3 @@ def _told(folder: Path) -> dict[str, Any]:
     """The TransformerLens configuration beside a state dict, or nothing."""
     path = folder / "tl_config.json"
     return read_json(path) if path.is_file() else {}
-
-
-def _is_config(base: Any) -> bool:
-    return hasattr(base, "model_type") and hasattr(base, "to_dict")
-
-
-def _config_of(base: Any) -> Any:
-    """The transformers configuration of a base, if it has one (a HookedTransformer has none)."""
-    if _is_config(base):
-        return base
-    if isinstance(base, HuggingFaceWeights):
-        return base.config
-    model = base.model if isinstance(base, ModelView) else base
-    return getattr(getattr(model, "original_model", None), "config", None)

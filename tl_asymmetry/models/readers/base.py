@@ -73,6 +73,8 @@ class WeightSource:
     """What was left out or is to be known of these files."""
     only_changes: bool = False
     """Whether what `headless` does not list is the base's own, unchanged (an adapter)."""
+    config: Any = None
+    """The transformers configuration that the weights are of, where there is one."""
     tokenizer: Any = None
     """The tokenizer beside the weights, or None."""
     bytes: int
@@ -119,6 +121,10 @@ class WeightSource:
     def factors(self, layer: int, matrix: str) -> Factors | None:
         """The change as two thin factors, where it is known as such (an adapter); None elsewhere."""
         return None
+
+    def onto(self, base: Any) -> WeightSource:
+        """The same source with a base to add its changes to, where it is one of changes and has none."""
+        return self
 
     def headless(self, *, include_tied: bool = False) -> Mapping[str, Tensor]:
         """All parameters that are no matrix, by HookedTransformer's names, each read when it is looked up.

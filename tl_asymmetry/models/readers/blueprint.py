@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
+import json
+import re
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +24,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tl_asymmetry.geometry.precision import product_dtype
 from tl_asymmetry.models.loading import bridge_around
+from tl_asymmetry.models.readers.resolution import Resolution, resolve
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import kind_of
 
@@ -69,80 +74,147 @@ class Extra:
     """Whether the wrapper shows the parameter's own numbers, so that they need no more room than they are stored in."""
 
 
-class Blueprint:
-    """What a configuration says about stored weights, without any weights.
+class Skeleton:
+    """Names and shapes of every stored parameter of a configuration's language model, without any weights.
 
     Args:
-        config: a transformers configuration of a causal language model.
+        config: a transformers configuration of a causal language model, or of a multimodal one around it.
+
+    Raises:
+        ValueError: not that.
+    """
+
+    config: Any
+    """The language model's own configuration."""
+    architecture: str
+    """Name of the model's class in transformers."""
+    shapes: dict[str, tuple[int, ...]]
+    """Every parameter of the whole model, by its name in transformers; of tied ones the first."""
+    tied: dict[str, str]
+    """Parameters that are another one's tensor, and that one."""
+    head: frozenset[str]
+    """Parameters of the unembedding."""
+    conv1d: frozenset[str]
+    """Parameters stored `[in, out]`."""
+    n_layers: int
+    """Number of blocks."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config = language_model_config(config)
+        self.n_layers = int(config.num_hidden_layers)
+        whole = _on_meta(config)
+        self.architecture = type(whole).__name__
+        self.shapes = {name: tuple(p.shape) for name, p in whole.named_parameters()}
+        self.tied = _ties(whole)
+        heads = [name for name, module in whole.named_modules() if module is whole.get_output_embeddings()]
+        self.head = frozenset(f"{name}.{leaf}" for name in heads for leaf in ("weight", "bias"))
+        self.conv1d = frozenset(f"{n}.weight" for n, m in whole.named_modules() if type(m).__name__ == "Conv1D")
+        self.layer_list = _layer_list(whole, self.n_layers)
+        self._rename = _renaming(whole)
+        self._buffers = _ignored(whole)
+
+    def at(self, name: str, layer: int) -> str:
+        """The name of a layer-0 parameter in another layer."""
+        prefix = f"{self.layer_list}.0."
+        return f"{self.layer_list}.{layer}.{name.removeprefix(prefix)}" if name.startswith(prefix) else name
+
+    def layer_of(self, name: str) -> int | None:
+        """The layer that a parameter or module lies in by its name, whether there is such a layer or not."""
+        found = re.match(rf"{re.escape(self.layer_list)}\.(\d+)\.", name)
+        return int(found[1]) if found else None
+
+    def meaning(self, name: str) -> tuple[str, bool] | None:
+        """The parameter that a name in a checkpoint is by transformers' own rules for reading checkpoints, and whether
+        it is converted on reading (experts that are stacked); None for none."""
+        parameter, converted = self._rename(name)
+        if parameter in self.shapes or parameter in self.tied:
+            return parameter, converted
+        return None
+
+    def resolve(self, names: Iterable[str]) -> Resolution:
+        """Sort the names of a checkpoint by the parameters that they mean; buffers that no model reads are dropped."""
+        resolution = resolve(names, self.meaning)
+        resolution.left = [name for name in resolution.left if not self._buffers.search(name)]
+        return resolution
+
+
+class Blueprint:
+    """How TransformerLens's matrices lie in the stored parameters of a configuration's model.
+
+    Args:
+        skeleton: the parameters.
 
     Raises:
         ValueError: an architecture that TransformerLens cannot wrap, or that stores a matrix in no plain way.
     """
 
-    architecture: str
-    """Name of the model's class in transformers."""
-    shapes: dict[str, tuple[int, ...]]
-    """Every parameter of the whole model, by its name in transformers."""
     view: ModelView
     """A wrapper around one layer without weights: dimensions, kind of norm, matrices."""
     layouts: dict[str, Layout]
     """By matrix."""
     extras: dict[str, Extra]
     """All that is no matrix, by HookedTransformer's name in layer 0."""
-    tied: dict[str, str]
-    """Parameters that are another one's tensor."""
-    conv1d: frozenset[str]
-    """Parameters stored `[in, out]`."""
 
-    def __init__(self, config: Any) -> None:
-        self.config = config
-        self.n_layers = int(config.num_hidden_layers)
-        whole = _on_meta(config)
-        self.architecture = type(whole).__name__
-        self.shapes = {name: tuple(p.shape) for name, p in whole.named_parameters()}
-        self.tied = _ties(whole)
-        self._layers = _layer_list(whole, self.n_layers)
-        self._rename = _renaming(whole)
-        self.conv1d = frozenset(f"{n}.weight" for n, m in whole.named_modules() if type(m).__name__ == "Conv1D")
+    def __init__(self, skeleton: Skeleton) -> None:
+        self.skeleton = skeleton
+        self.n_layers = skeleton.n_layers
         self._lock = threading.Lock()
-        rows, columns = _Probe(config, axis=0), _Probe(config, axis=1)
+        rows, columns = _Probe(skeleton.config, axis=0), _Probe(skeleton.config, axis=1)
         self.view, self._parameters = columns.view, columns.parameters
         self.layouts = {matrix: _layout(matrix, rows, columns) for matrix in rows.view.matrices}
         self.extras = {name: _extra(name, maker, rows) for name, maker in rows.makers.items()}
         self._makers = columns.makers
 
-    def at(self, name: str, layer: int) -> str:
-        """The name of a layer-0 parameter in another layer."""
-        prefix = f"{self._layers}.0."
-        return f"{self._layers}.{layer}.{name.removeprefix(prefix)}" if name.startswith(prefix) else name
+    def parameter(self, layer: int, matrix: str) -> str:
+        """The stored parameter that a matrix lies in."""
+        return self.skeleton.at(self.layouts[matrix].parameter, layer)
+
+    def matrices_in(self, parameter: str) -> Iterator[tuple[int, str]]:
+        """The matrices that lie in a stored parameter: `(layer, matrix)`."""
+        layer = self.skeleton.layer_of(parameter)
+        if layer is not None and layer < self.n_layers:
+            yield from ((layer, matrix) for matrix in self.layouts if self.parameter(layer, matrix) == parameter)
+
+    def extras_in(self, parameter: str) -> Iterator[tuple[str, str]]:
+        """The extras that lie in a stored parameter: `(name in layer 0, own name)`."""
+        layer = self.skeleton.layer_of(parameter) or 0
+        for name, extra in self.extras.items():
+            if extra.parameter is not None and self.skeleton.at(extra.parameter, layer) == parameter:
+                yield name, dict(self.everywhere(name)).get(layer, name)
 
     def everywhere(self, extra: str) -> list[tuple[int, str]]:
         """An extra's name in every layer, or the name alone for what lies in no layer: `(layer, name)`."""
-        for prefix in ("blocks", self._layers):
+        for prefix in ("blocks", self.skeleton.layer_list):
             if extra.startswith(f"{prefix}.0."):
                 rest = extra.removeprefix(f"{prefix}.0.")
                 return [(layer, f"{prefix}.{layer}.{rest}") for layer in range(self.n_layers)]
         return [(0, extra)]
 
-    def stored_as(self, names: Iterable[str]) -> tuple[dict[str, str], set[str]]:
-        """Which of the names in a checkpoint is which parameter, by transformers' own rules for reading checkpoints.
+    def stored(self, parameter: str, weight: Callable[[int, str], Tensor]) -> Tensor:
+        """A stored parameter put together from its matrices; the inverse of `Layout.take`.
 
-        Returns:
-            parameter → name in the checkpoint; and the parameters that are converted on reading (merged experts).
+        Args:
+            parameter: its name.
+            weight: gives a matrix in TransformerLens orientation.
+
+        Raises:
+            ValueError: a parameter with rows that belong to no matrix.
         """
-        found, converted = {}, set()
-        for name in names:
-            parameter, is_converted = self._rename(name)
-            if is_converted:
-                converted.add(parameter)
-            else:
-                found[parameter] = name
-        for tied, source in self.tied.items():  # transformers takes either, the source first
-            if source not in found and tied in found:
-                found[source] = found[tied]
-            if source in found:
-                found[tied] = found[source]
-        return found, converted
+        whole, filled = None, 0
+        for layer, matrix in self.matrices_in(parameter):
+            layout, W = self.layouts[matrix], weight(layer, matrix).detach()
+            rows = W.mT if kind_of(matrix).reads else W  # d_model last
+            if whole is None:
+                whole = torch.empty(self.skeleton.shapes[parameter], dtype=product_dtype(W))
+            other_first = whole if layout.residual_axis == 1 else whole.mT
+            other_first[layout.index.reshape(-1)] = rows.reshape(-1, rows.shape[-1]).to(whole)
+            filled += layout.index.numel()
+        if whole is None or filled * self.view.d_model != whole.numel():
+            raise ValueError(
+                f"expected {parameter} to consist of the matrices that are analysed, got others in it as well; pass "
+                "the merged model (merge_and_unload, save_pretrained)"
+            )
+        return whole
 
     def extra(self, name: str, parameter: Tensor | None) -> Tensor:
         """The value of an extra parameter from the stored one, with HookedTransformer's conventions."""
@@ -164,6 +236,51 @@ class Blueprint:
         return value
 
 
+def skeleton_of(config: Any) -> Skeleton:
+    """The skeleton of a configuration; the last few are kept, for checkpoints and adapters come in rows."""
+    return _skeleton(type(config), _described(config))
+
+
+def blueprint_of(config: Any) -> Blueprint:
+    """The blueprint of a configuration; kept as its skeleton is."""
+    return _blueprint(type(config), _described(config))
+
+
+@functools.lru_cache(maxsize=16)
+def _skeleton(kind: type[Any], described: str) -> Skeleton:
+    return Skeleton(kind.from_dict(json.loads(described)))
+
+
+@functools.lru_cache(maxsize=16)
+def _blueprint(kind: type[Any], described: str) -> Blueprint:
+    return Blueprint(_skeleton(kind, described))
+
+
+def _described(config: Any) -> str:
+    """What of a configuration its architecture depends on: neither where it is from nor how weights are packed."""
+    document = config.to_dict()
+    for name in ("_name_or_path", "quantization_config"):
+        document.pop(name, None)
+    return json.dumps(document, sort_keys=True, default=str)
+
+
+def language_model_config(config: Any) -> Any:
+    """The configuration of the language model inside a multimodal one; any other as it is."""
+    text = config.get_text_config()
+    if text is config:
+        return config
+    text = copy.deepcopy(text)
+    text.tie_word_embeddings = config.tie_word_embeddings  # what counts is the outer one's
+    return text
+
+
+def untied(config: Any) -> Any:
+    """The same configuration with an unembedding of its own."""
+    config = copy.deepcopy(language_model_config(config))
+    config.tie_word_embeddings = False
+    return config
+
+
 class _Probe:
     """A one-layer model in TransformerLens's wrapper whose parameters hold the numbers of their rows or columns."""
 
@@ -173,16 +290,17 @@ class _Probe:
         self._ranges: dict[str, range] = {}
         start = 1
         for name, parameter in list(skeleton.named_parameters()):
+            if start + max(parameter.shape) > _FLOAT32_INTEGERS:
+                raise ValueError(
+                    f"expected fewer than {_FLOAT32_INTEGERS} rows and columns in a layer and its embeddings, got "
+                    f"{tuple(parameter.shape)} for {name}; pass the configuration that belongs to the weights"
+                )
             numbered, count = _numbered(parameter.shape, axis, start)
             self._ranges[name] = range(start, start + count)
             start += count + _GAP
             owner, _, leaf = name.rpartition(".")
             self.parameters[name] = nn.Parameter(numbered, requires_grad=False)
             setattr(skeleton.get_submodule(owner), leaf, self.parameters[name])
-        if start > _FLOAT32_INTEGERS:
-            raise ValueError(
-                f"expected fewer than {_FLOAT32_INTEGERS} rows in a layer, got {start}; pass a loaded model"
-            )
         skeleton.tie_weights()
         self.view = ModelView(_wrapped(skeleton))
         self.makers = self.view._adapter.headless()
@@ -250,10 +368,10 @@ def _on_meta(config: Any) -> Any:
     with _quiet(), torch.random.fork_rng(devices=[]), torch.device("meta"):
         try:
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
-        except (ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # whatever a model's own code makes of numbers that do not fit
             raise ValueError(
-                f"expected the configuration of a causal language model, got {type(config).__name__}: {error}; pass a "
-                "model directory of a supported architecture"
+                f"expected the configuration of a causal language model, got {type(config).__name__}: "
+                f"{type(error).__name__}: {error}; pass a model directory of a supported architecture"
             ) from error
 
 
@@ -312,6 +430,13 @@ def _with_prefix(name: str, prefix: str, known: Mapping[str, Any]) -> str:
         if candidate in known:
             return candidate
     return name
+
+
+def _ignored(model: Any) -> re.Pattern[str]:
+    """Names of buffers and remnants that transformers reads past without a word."""
+    buffers = [rf"{re.escape(name)}$" for name, _ in model.named_buffers()]
+    old = (r"rotary_emb\.inv_freq$", r"\.masked_bias$", r"\.(attn|attention)\.bias$")
+    return re.compile("|".join([*buffers, *old]))
 
 
 def _address(tensor: Tensor) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,29 @@ MODEL_FILES = (
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 """What PEFT calls an adapter's."""
+
+_STATE_KEYS = ("state_dict", "model", "module", "model_state_dict")
+"""Where Lightning, training loops and DeepSpeed put the weights in what they save beside them."""
+
+_PIECE = 1 << 22
+"""Entries of a tensor that are compared at once."""
+
+_FOREIGN = (
+    (("*.gguf",), "a GGUF file of llama.cpp", "the safetensors that it was made from"),
+    (
+        ("*.distcp", "*/*.distcp"),
+        "shards of torch.distributed.checkpoint (FSDP)",
+        "one file made of them (torch.distributed.checkpoint.format_utils.dcp_to_torch_save)",
+    ),
+    (
+        ("*zero_pp_rank_*", "*/*zero_pp_rank_*"),
+        "a DeepSpeed ZeRO checkpoint, spread over its processes",
+        "the folder that its zero_to_fp32.py writes",
+    ),
+    (("tf_model.h5", "flax_model.msgpack"), "weights of TensorFlow or Flax", "safetensors of the same model"),
+    (("optimizer.pt", "optimizer.bin"), "the state of an optimiser alone", "the folder with the model of that step"),
+)
+"""Files of others: patterns, what they are, and what would load."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +113,18 @@ class TensorFiles(Mapping[str, Tensor]):
         """Shape of a tensor, from the header."""
         return self._stored[name].shape
 
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """A tensor in runs of rows, for comparisons that need not hold all of it."""
+        stored = self._stored[name]
+        rows = max(1, _PIECE * stored.shape[0] // max(1, math.prod(stored.shape))) if stored.shape else 0
+        if stored.path in self._loaded or not rows:
+            yield from self[name].split(rows) if rows else (self[name],)
+            return
+        with safe_open(stored.path, framework="pt") as file:
+            part = file.get_slice(name)
+            for row in range(0, stored.shape[0], rows):
+                yield part[row : row + rows]
+
     @property
     def bytes(self) -> int:
         """Size of all files together."""
@@ -120,11 +156,34 @@ def open_files(where: Path, names: tuple[str, ...] = MODEL_FILES) -> TensorFiles
     found = sorted(where.glob("*.safetensors"))
     if len(found) == 1:
         return TensorFiles(found)
+    refuse_foreign(where)
     got = f"{len(found)} safetensors files without an index" if found else "none"
     raise ValueError(
         f"expected weights ({', '.join(names[:2])}) in {str(where)!r}, got {got}; pass a folder written "
         "by save_pretrained, or the file itself"
     )
+
+
+def refuse_foreign(where: Path) -> None:
+    """Say what a folder or file holds where that is something known that is no readable model.
+
+    Raises:
+        ValueError: it does.
+    """
+    if where.is_dir():
+        steps = sorted((p.name for p in where.glob("checkpoint-*") if p.is_dir()), key=lambda n: (len(n), n))
+        if steps:
+            raise ValueError(
+                f"expected one model in {str(where)!r}, got a folder of checkpoints ({steps[0]} to {steps[-1]}); pass "
+                f"one of them ({str(where / steps[-1])!r})"
+            )
+    for patterns, what, instead in _FOREIGN:
+        for pattern in patterns:
+            there = next(where.glob(pattern), None) if where.is_dir() else where if where.match(pattern) else None
+            if there is not None:
+                raise ValueError(
+                    f"expected weights as transformers or PEFT writes them, got {what} ({str(there)!r}); pass {instead}"
+                )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -135,7 +194,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"expected JSON in {str(path)!r}, got {error}; pass the file downloaded again") from error
     if not isinstance(document, dict):
         raise ValueError(f"expected a JSON object in {str(path)!r}, got {type(document).__name__}; pass another file")
@@ -170,6 +229,9 @@ def _torch_file(path: Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:
         raise _damaged(path, error) from error
+    if isinstance(state, dict):
+        inside = (state[key] for key in _STATE_KEYS if isinstance(state.get(key), dict))
+        state = next(inside, state)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(
             f"expected a state dict (names and tensors) in {str(path)!r}, got something else; pass the state dict "

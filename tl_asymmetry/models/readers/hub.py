@@ -6,6 +6,9 @@ import re
 from pathlib import Path
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_WEIGHTS = ("*.safetensors", "*.bin")
+_WANTED = ("*.json", "*.safetensors", "tokenizer.model", "*.txt")
+_PICKLED = ("pytorch_model*.bin", "adapter_model.bin")
 _FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".json")
 
 
@@ -25,3 +28,69 @@ def local_or_hub(name_or_path: str | Path) -> Path | None:
             "weights file or an adapter, or a name like 'EleutherAI/pythia-160m'"
         )
     return None
+
+
+def fetched(name: str, revision: str | None, subfolder: str | None, token: str | None) -> Path:
+    """The folder with a repository's weights, through the Hub's own client and its cache.
+
+    Torch's files (`.bin`) are fetched only where there are no safetensors. Nothing of it is code that would be run.
+
+    Raises:
+        ValueError: no such repository, revision or folder, none that this token may read; offline with nothing, or only
+            a part, in the cache.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )  # fmt: skip
+
+    inside = "" if subfolder is None else f"{subfolder.strip('/')}/"
+    at = f" at revision {revision!r}" if revision is not None else ""
+
+    def download(patterns: tuple[str, ...]) -> Path:
+        wanted = [f"{inside}{pattern}" for pattern in patterns]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, token=token)) / inside
+
+    try:
+        folder = download(_WANTED)
+        if not any(folder.glob("*.safetensors")):
+            folder = download((*_WANTED, *_PICKLED))
+    except GatedRepoError as error:
+        raise ValueError(
+            f"expected access to {name!r}, got a gated repository; ask for access on its page and pass token=, or log "
+            "in (hf auth login)"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ValueError(f"expected a revision of {name!r}, got {revision!r}; pass one that its page lists") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"expected a local path or a name that the Hub knows, got {name!r}; pass a local directory, check the "
+            "name, or pass token= where the repository is private"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise ValueError(
+            f"expected {name!r}{at} in the cache or a network to fetch it by, got neither; pass a local directory, or "
+            "connect and unset HF_HUB_OFFLINE"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise ValueError(
+            f"expected a local path or a name that the Hub knows, got {name!r}: {error}; pass a local directory, or "
+            "check the name and the network"
+        ) from error
+    if not folder.is_dir():
+        raise ValueError(f"expected a folder {subfolder!r} in {name!r}{at}, got none; pass one that its page lists")
+    if not any(True for pattern in _WEIGHTS for _ in folder.glob(pattern)):
+        raise ValueError(
+            f"expected weights of {name!r}{at} in {str(folder)!r}, got {_listed(folder)}: a download that was not "
+            "finished, or a repository without weights in a form that is read here; connect and call again, or pass "
+            "one with safetensors"
+        )
+    return folder
+
+
+def _listed(folder: Path) -> str:
+    return ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
