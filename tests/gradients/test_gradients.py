@@ -493,13 +493,6 @@ def test_a_gradient_that_is_not_finite_names_its_batch():
         quiet(demo_model("base"), Steep(), demo_data()["texts"])
 
 
-@pytest.mark.usefixtures("unchecked_types")
-def test_a_model_in_inference_mode_is_refused():
-    model = demo_model("base")
-    with torch.inference_mode(), pytest.raises(ValueError, match=r"inference_mode\(\); leave that context"):
-        quiet(model, CrossEntropy(), demo_data()["texts"])
-
-
 def test_looking_up_what_is_not_there():
     result = of_toy()
     with pytest.raises(ValueError, match=r"expected a head from 0 to 3 for this side of W_Q, got None; pass head="):

@@ -146,11 +146,6 @@ def test_a_directory_that_is_none(pair: tuple[Any, Any], tmp_path: Path) -> None
     refused(r"expected weights \(model.safetensors, .*\) in '.*', got none; pass a folder", pair[0], tmp_path)
 
 
-def test_split_attention_inputs(pair: tuple[Any, Any]) -> None:
-    pair[0].set_use_split_qkv_input(True)
-    refused("expected one attention input for all heads, got use_split_qkv_input=True; pass a model with it off", *pair)
-
-
 # --- texts and tokens ------------------------------------------------------------------------------------------------
 
 

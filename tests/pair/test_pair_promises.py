@@ -22,6 +22,7 @@ from tests import tiny
 from tests.oracles import reference
 from tl_asymmetry import PairAnalysis, analyze_pair, capture_moments, estimate_pair
 from tl_asymmetry.geometry import moments as moments_module
+from tl_asymmetry.models.running import HOOK_FLAGS
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import POINTS
 from tl_asymmetry.results.result import load
@@ -125,12 +126,17 @@ def test_everything_is_left_as_it_was(kind: str, end: str) -> None:
         torch.set_float32_matmul_precision("highest")
 
 
-def test_an_analysis_inside_autocast_and_inference_mode_is_the_same() -> None:
-    expected = analyze_pair(*pair(), **OPTIONS)
-    with torch.inference_mode():
-        inside = analyze_pair(*pair(), **OPTIONS)
-    pd.testing.assert_frame_equal(inside.table, expected.table, rtol=1e-6, atol=1e-7)
-    assert all(p.requires_grad for p in pair()[0].parameters())
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("flag", HOOK_FLAGS)
+def test_options_that_move_hooks_make_no_difference(kind: str, flag: str) -> None:
+    base, aligned = tiny.build("llama", kind), tiny.build("llama", kind, delta=0.05)
+    quiet = analyze_pair(base, aligned, **OPTIONS)
+    switch = getattr(base, f"set_{flag}", None)
+    if switch is None or (flag, kind) == ("use_attn_in", "hooked"):
+        pytest.skip("no option of this model")
+    switch(True)
+    identical_tables(quiet, analyze_pair(base, aligned, **OPTIONS))
+    assert getattr(base.cfg, flag) is True
 
 
 def test_training_mode_makes_no_difference() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from tl_asymmetry.comparison.result import ASYMMETRY_COLUMNS, OVERLAP_COLUMNS, TABLE_COLUMNS, Comparison
 from tl_asymmetry.geometry.jackknife import MINIMUM_GROUPS
 from tl_asymmetry.geometry.nulls import IsotropicNull, adjusted_p, isotropic_variance
+from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.names import SMALLEST_EIGENVALUE
 from tl_asymmetry.pair.asymmetry import READ_SIDE
 from tl_asymmetry.pair.result import PairAnalysis
@@ -26,6 +27,7 @@ _SAME_SETTINGS = ("exclude_first", "centered", "groups", "activations")
 # Of ΔW ΔWᵀ in float32: a direction weaker than this beside the first one is rounding, not the delta's.
 
 
+@with_fresh_settings
 def compare(
     result_a: PairAnalysis,
     result_b: PairAnalysis,

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_asymmetry.control.result import ControlStudy
+from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.gradients.analysis import data_fingerprint, gradient_covariance
 from tl_asymmetry.gradients.result import GradientCovariance
 from tl_asymmetry.models.backward import check_differentiable
@@ -32,6 +33,7 @@ KIND = "control study"
 _FULL_MLP = 1024
 
 
+@with_fresh_settings
 def contrastive_control(
     model: Any,
     objectives: Mapping[str, Objective[Any]] | Sequence[Objective[Any]],

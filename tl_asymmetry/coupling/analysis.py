@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from tl_asymmetry.coupling.response import random_directions
 from tl_asymmetry.coupling.result import CouplingStudy
 from tl_asymmetry.coupling.trajectories import Trajectory, as_trajectory
+from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.rolling_svd import RollingSVD
 from tl_asymmetry.results.notes import Notes
 from tl_asymmetry.results.provenance import versions
@@ -26,6 +27,7 @@ ALIGNMENTS = ("backward", "forward")
 """Whether a checkpoint's window ends with it (the paper's text) or begins with it (the author's code)."""
 
 
+@with_fresh_settings
 def direction_coupling(
     source: Any,
     *,
@@ -127,6 +129,7 @@ def direction_coupling(
     )
 
 
+@with_fresh_settings
 def coupling_sensitivity(
     source: Any,
     *,

@@ -12,9 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_asymmetry.geometry.lanczos import largest_eigenvalue
-from tl_asymmetry.geometry.precision import exact_products
+from tl_asymmetry.geometry.precision import exact_products, with_fresh_settings
 from tl_asymmetry.grokking.model import GrokTransformer
 from tl_asymmetry.models.parameters import ParameterVector, attention_weights
+from tl_asymmetry.models.running import evaluation, own_thread
 from tl_asymmetry.models.view import ModelView
 
 CENTROIDS = ("logit", "sum", "attention")
@@ -23,6 +24,7 @@ CENTROIDS = ("logit", "sum", "attention")
 METHODS = ("exact", "finite_difference")
 
 
+@with_fresh_settings
 def centroid_response(
     model: Any,
     inputs: Int[Tensor, "batch pos"],
@@ -215,7 +217,7 @@ class CentroidProblem:
     @contextmanager
     def differentiable(self) -> Iterator[None]:
         """Gradients on, dropout off, exact products; all as before afterwards."""
-        evaluating = _evaluating(self.model) if self.view is None else self.view.evaluating()
+        evaluating = evaluation(self.model, self.model.modules()) if self.view is None else self.view.evaluating()
         with self.θ.differentiable(), evaluating, exact_products(self.θ.device):
             yield
 
@@ -242,7 +244,7 @@ class CentroidProblem:
             def keep(_: nn.Module, __: Any, output: Any) -> None:
                 written.append(output[0] if isinstance(output, tuple) else output)
 
-            handles.append(attention.register_forward_hook(keep))
+            handles.append(attention.register_forward_hook(own_thread(keep)))
         try:
             with self.view.hooks({("resid_pre", layer): seen.append}):
                 logits = self.view.run(tokens, logits=self.layer is None)
@@ -272,17 +274,6 @@ def _moved(graph: _Graph, gradient: Sequence[Tensor | None], tangent: Sequence[T
     pairs = [(g, v) for g, v in zip(gradient, tangent, strict=True) if g is not None]
     outputs, directions = zip(*pairs, strict=True)
     return torch.autograd.grad(outputs, graph.x, directions, retain_graph=True)[0]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    before = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 def random_directions(count: int, size: int, *, seed: int | Sequence[int]) -> Float[Tensor, "count size"]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_asymmetry.explore.pack import Pack
+from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair.all_directions import all_directions
 from tl_asymmetry.pair.data import PairData
@@ -19,6 +20,7 @@ NEAREST_TOKENS = 6
 CONTEXTS = 3
 
 
+@with_fresh_settings
 def explorer(
     result: PairData,
     path: str | Path,

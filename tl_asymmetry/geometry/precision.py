@@ -1,13 +1,18 @@
-"""Products that mean what they say: no TF32, no bf16 shortcut, no autocast."""
+"""Numbers that mean what they say: no TF32, no bf16 shortcut, no autocast, no other default of the caller's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+ResultT = TypeVar("ResultT")
+_AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 
 
 @contextmanager
@@ -18,6 +23,44 @@ def exact_products(device: torch.device) -> Iterator[None]:
     enclosing `torch.autocast` shorten the mantissa of a product silently; a second moment does not survive that (18 %
     off in bf16).
     """
+    with _full_products(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def with_fresh_settings(function: Callable[P, ResultT]) -> Callable[P, ResultT]:
+    """A function on whose numbers the caller's settings of torch have no influence; they are put back afterwards.
+
+    Of this thread: `torch.autocast`, the default device, inference mode, whether gradients are recorded. Of the
+    process: the default dtype, the precision of float32 products.
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> ResultT:
+        with fresh_settings():
+            return function(*args, **kwargs)
+
+    return call
+
+
+@contextmanager
+def fresh_settings() -> Iterator[None]:
+    """What `with_fresh_settings` runs a function in."""
+    with ExitStack() as stack:
+        stack.enter_context(_full_products())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device in filter(torch.is_autocast_enabled, _AUTOCAST):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        if (dtype := torch.get_default_dtype()) != torch.float32:
+            stack.callback(torch.set_default_dtype, dtype)
+            torch.set_default_dtype(torch.float32)
+        yield
+
+
+@contextmanager
+def _full_products() -> Iterator[None]:
     backends: tuple[Any, ...] = (getattr(torch.backends.mkldnn, "matmul", None), torch.backends.cuda.matmul)
     own: list[str] = []
     try:
@@ -31,8 +74,7 @@ def exact_products(device: torch.device) -> Iterator[None]:
     if before != "highest":
         torch.set_float32_matmul_precision("highest")
     try:
-        with torch.autocast(device.type, enabled=False):
-            yield
+        yield
     finally:
         if before != "highest":
             torch.set_float32_matmul_precision(before)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from tl_asymmetry.geometry.precision import exact_products, product_dtype
+from tl_asymmetry.geometry.precision import exact_products, product_dtype, with_fresh_settings
 
 _SWEEPS = 3
 _ROWS_PER_BLOCK = 2048
@@ -39,6 +39,7 @@ class SemiNMF:
     """`objective` over ‖A‖²_F: the share of A's energy left over."""
 
 
+@with_fresh_settings
 def semi_nmf(
     A: Float[Tensor, "sample d"],
     rank: int,

@@ -46,7 +46,7 @@ class Subspace:
             raise ValueError(f"expected {k} eigenvalues, got {tuple(self.eigenvalues.shape)}; pass one for each column")
         Q = self.basis.detach().double()
         # QᵀQ v = v for a random v: as sure as QᵀQ = I, at the cost of two matrix-vector products.
-        v = torch.randn(k, dtype=Q.dtype, generator=torch.Generator().manual_seed(0)).to(Q)
+        v = torch.randn(k, dtype=Q.dtype, generator=torch.Generator().manual_seed(0), device="cpu").to(Q)
         off = (Q.mT @ (Q @ v) - v).abs().max().item() if k else 0.0
         if not off <= 1e-4 * k**0.5:
             raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tl_asymmetry.geometry.jackknife import MINIMUM_GROUPS
+from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.gradients.capture import capture_gradients
 from tl_asymmetry.gradients.result import GradientCovariance
 from tl_asymmetry.gradients.table import cross_table, gradient_table, layer_sides
@@ -29,6 +30,7 @@ from tl_asymmetry.training.objectives import Objective, class_described, is_obje
 _SELF_CHECK_TOKENS = 16
 
 
+@with_fresh_settings
 def gradient_covariance(
     model: Any,
     objective: Objective[Any],

@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.grokking.loop import GrokLoop, Progress, Recipe
 from tl_asymmetry.grokking.model import GrokShape, GrokTransformer
 from tl_asymmetry.grokking.modular import ModularArithmetic
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
+@with_fresh_settings
 def train(
     task: str | tuple[str, ...] | ModularArithmetic = "add",
     *,

@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.gradients.analysis import data_fingerprint
 from tl_asymmetry.interventions.planner import (
     Cell,
@@ -46,6 +47,7 @@ _BYTES_AT_A_TIME = 1 << 26
 _DEGENERATE = 0.5
 
 
+@with_fresh_settings
 def rank_one_study(
     model_base: Any,
     model_aligned: Any,

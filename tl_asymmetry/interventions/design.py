@@ -16,7 +16,7 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from tl_asymmetry.geometry.moments import StreamingMoments
-from tl_asymmetry.geometry.precision import exact_products, product_dtype
+from tl_asymmetry.geometry.precision import exact_products, product_dtype, with_fresh_settings
 from tl_asymmetry.geometry.seeds import seeded
 from tl_asymmetry.geometry.subspace import Subspace, principal_subspace
 from tl_asymmetry.models.edits import RankOneEdit
@@ -36,6 +36,7 @@ _HALVINGS = 44
 # --- edits ------------------------------------------------------------------------------------------------------
 
 
+@with_fresh_settings
 def closed_form_edit(
     layer: int,
     matrix: str,
@@ -84,6 +85,7 @@ def closed_form_edit(
     return RankOneEdit(layer, matrix, head, residual, other)
 
 
+@with_fresh_settings
 def input_at(
     model: Any,
     tokens: Int[Tensor, " pos"] | Sequence[int],
@@ -123,6 +125,7 @@ def input_at(
     return (x[head] if matrix == "W_O" else x).clone()
 
 
+@with_fresh_settings
 def head_delta(
     model_base: Any, model_aligned: Any, layer: int, matrix: str, head: int | None = None
 ) -> Float[Tensor, "rows columns"]:
@@ -138,6 +141,7 @@ def head_delta(
     return W_aligned.to(W.device, dtype) - W.to(dtype)
 
 
+@with_fresh_settings
 def removal_edit(
     layer: int,
     matrix: str,
@@ -172,6 +176,7 @@ def removal_edit(
     return insertion_edit(layer, matrix, head, delta, direction).scaled(-1.0)
 
 
+@with_fresh_settings
 def insertion_edit(
     layer: int,
     matrix: str,
@@ -230,6 +235,7 @@ class MatchedControls(Sequence[RankOneEdit]):
         return iter(self.edits)
 
 
+@with_fresh_settings
 def matched_controls(
     edit: RankOneEdit,
     kind: str,

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_asymmetry.geometry.precision import exact_products
+from tl_asymmetry.geometry.precision import exact_products, with_fresh_settings
 from tl_asymmetry.models.block_jacobians import part_ends
 from tl_asymmetry.models.graphs import Edit, Side, frozen, place, run_edited
 from tl_asymmetry.models.texts import check_tokens
@@ -19,7 +19,7 @@ from tl_asymmetry.models.view import ModelView
 KINDS = ("full", "logit")
 
 
-@torch.inference_mode(False)
+@with_fresh_settings
 def centroids(
     model: Any,
     inputs: Int[Tensor, "batch pos"] | Float[Tensor, "batch pos d_model"],
@@ -113,6 +113,7 @@ def centroids(
         )  # fmt: skip
 
 
+@with_fresh_settings
 def local_centroids(
     function: Callable[[Tensor], Tensor],
     inputs: Float[Tensor, "batch ..."],

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_asymmetry.geometry.precision import exact_products
+from tl_asymmetry.geometry.precision import exact_products, with_fresh_settings
 from tl_asymmetry.geometry.token_jacobians import BranchJacobian
 from tl_asymmetry.jacobians.result import LayerJacobians, jacobian_table, token_table
 from tl_asymmetry.jacobians.work import (
@@ -33,7 +33,7 @@ from tl_asymmetry.results.notes import Notes
 from tl_asymmetry.results.provenance import described, model_record, shape_record, versions, weights_hash
 
 
-@torch.inference_mode(False)
+@with_fresh_settings
 def layer_jacobians(
     model: Any,
     tokens: Int[Tensor, "batch pos"],
@@ -174,7 +174,7 @@ def layer_jacobians(
     )
 
 
-@torch.inference_mode(False)
+@with_fresh_settings
 def jacobian_sketch(
     model: Any,
     tokens: Int[Tensor, "batch pos"],

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_asymmetry.geometry.memory import free_memory
-from tl_asymmetry.geometry.precision import exact_products
+from tl_asymmetry.geometry.precision import exact_products, with_fresh_settings
 from tl_asymmetry.geometry.subspace import Subspace, principal_subspace
 from tl_asymmetry.geometry.token_jacobians import TokenJacobian
 from tl_asymmetry.jacobians.pullback_result import PredictionPullback, overlap_table, pullback_table
@@ -39,7 +39,7 @@ _CPU_ROWS = 8
 _CHECK_TOKENS = 12
 
 
-@torch.inference_mode(False)
+@with_fresh_settings
 def prediction_pullback(
     model: Any,
     tokens: Int[Tensor, "batch pos"] | None,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_asymmetry.models.graphs import frozen
+from tl_asymmetry.models.running import own_thread
 from tl_asymmetry.models.view import ModelView, Reader
 from tl_asymmetry.names import kind_of
 
@@ -94,10 +95,10 @@ def outer_products(view: ModelView, sites: Sequence[Outer], reader: OuterReader)
     handles: list[Any] = []
     try:
         with frozen(view), view.hooks(points), torch.enable_grad():
-            handles.append(_start(view).register_forward_hook(partial(_begin, backward)))
+            handles.append(_start(view).register_forward_hook(own_thread(partial(_begin, backward))))
             for site in sites:
                 watch = partial(_watch, view, backward, inputs, site, reader)
-                handles.append(_projection(view, *site).register_forward_hook(watch))
+                handles.append(_projection(view, *site).register_forward_hook(own_thread(watch)))
             yield backward
     finally:
         for handle in handles:

@@ -202,8 +202,6 @@ def _cuts(view: ModelView, layer: int, kept: dict[str, Tensor], needs: frozenset
 
     wanted: list[tuple[str, Edit]] = []
     if ATTENTION in needs:
-        if view._adapter.splits_inputs is not None:
-            raise NoClosedForm(f"{view._adapter.splits_inputs} gives every head an input of its own")
         wanted += [*((name, start(name)) for name in ("q", "k", "v")), ("z", end("z")), ("pattern", keep("pattern"))]
         if place(view, layer, "attn_scores") is not None:
             wanted.append(("attn_scores", watch("attn_scores")))

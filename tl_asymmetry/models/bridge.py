@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tl_asymmetry.models.running import own_thread
 from tl_asymmetry.names import kind_of
 
 _SUBMODULE = {"W_Q": "q", "W_K": "k", "W_V": "v", "W_O": "o", "W_in": "in", "W_gate": "gate", "W_out": "out"}
@@ -184,10 +185,10 @@ class BridgeAdapter:
     def run(self, tokens: Tensor, logits: bool, layers: int) -> Tensor | None:
         # without use_cache=False the Hugging Face model keeps the keys and values of every layer
         options = {"use_cache": False} if self._takes_use_cache else {}
-        handles = [block.attn.register_forward_hook(_forget_pattern) for block in self.blocks]
+        handles = [block.attn.register_forward_hook(own_thread(_forget_pattern)) for block in self.blocks]
         if not logits:
             # stop_at_layer stops before a block, so it cannot leave out what follows the last one
-            handles.append(self.blocks[layers - 1].register_forward_hook(_stop))
+            handles.append(self.blocks[layers - 1].register_forward_hook(own_thread(_stop)))
         try:
             return self.model(tokens, return_type="logits" if logits else None, **options)
         except _Stopped:

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from tl_asymmetry.geometry.memory import return_freed_memory
 from tl_asymmetry.geometry.moments import StreamingMoments
+from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.models.processes import ALONE, Processes
 from tl_asymmetry.models.texts import batches
 from tl_asymmetry.models.view import ModelView
@@ -44,6 +45,7 @@ def merged(parts: Iterable[StreamingMoments]) -> StreamingMoments:
     return total
 
 
+@with_fresh_settings
 def capture_moments(
     model: Any,
     tokens: Int[Tensor, "batch pos"] | Sequence[Int[Tensor, " _pos"]],

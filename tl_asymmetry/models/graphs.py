@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tl_asymmetry.models.running import own_thread
 from tl_asymmetry.models.view import ModelView
 
 Side = tuple[nn.Module, str]
@@ -80,9 +81,9 @@ def edited(edits: Mapping[Side, Edit]) -> Iterator[None]:
     try:
         for (module, side), edit in edits.items():
             if side == "input":
-                handles.append(module.register_forward_pre_hook(on_input(edit), with_kwargs=True))
+                handles.append(module.register_forward_pre_hook(own_thread(on_input(edit)), with_kwargs=True))
             else:
-                handles.append(module.register_forward_hook(on_output(edit)))
+                handles.append(module.register_forward_hook(own_thread(on_output(edit))))
         yield
     finally:
         for handle in handles:

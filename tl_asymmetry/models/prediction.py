@@ -8,13 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_asymmetry.geometry.precision import exact_products, product_dtype
+from tl_asymmetry.geometry.precision import exact_products, product_dtype, with_fresh_settings
 from tl_asymmetry.geometry.subspace import Subspace, principal_subspace
 from tl_asymmetry.models.view import ModelView
 
 _VOCABULARY_CHUNK = 16_384
 
 
+@with_fresh_settings
 def prediction_subspace(
     model: Any, fold_norm: bool = True, centered: bool = True, *, d_vocab: int | None = None
 ) -> Subspace:

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_asymmetry.models.edits import RankOneEdit, apply_edits
+from tl_asymmetry.models.running import own_thread
 from tl_asymmetry.models.view import ModelView, first_tensor
 
 _LOGITS_PER_PASS = {"cpu": 1 << 26, "other": 1 << 28}
@@ -60,8 +61,8 @@ class EditedRuns:
         try:
             for layer in () if whole else sorted(set(layers)):
                 block = view.blocks[layer]
-                handles.append(block.register_forward_pre_hook(self._keep_call(layer), with_kwargs=True))
-                handles.append(block.register_forward_hook(self._keep_output(layer)))
+                handles.append(block.register_forward_pre_hook(own_thread(self._keep_call(layer)), with_kwargs=True))
+                handles.append(block.register_forward_hook(own_thread(self._keep_output(layer))))
             logits = view.run(self.tokens, logits=True)
         finally:
             for handle in handles:

@@ -19,6 +19,7 @@ from tl_asymmetry.geometry.precision import exact_products, product_dtype
 from tl_asymmetry.models.bridge import BridgeAdapter
 from tl_asymmetry.models.encoders import EncoderBridgeAdapter, HookedEncoderAdapter, encoder_adapter, is_encoder
 from tl_asymmetry.models.hooked import HookedAdapter
+from tl_asymmetry.models.running import evaluation, own_thread
 from tl_asymmetry.names import MATRICES, POINTS, kind_of
 
 Reader = Callable[[Tensor], None]
@@ -375,7 +376,7 @@ class ModelView:
         `[batch, pos, d_mlp]`: the tensor the model goes on with, with its gradient history, to be read at
         once and not edited. "attn_in" and "mlp_in" are behind the norm, gain and bias included: the exact
         inputs of W_Q, W_K, W_V and of W_in, W_gate. Whatever ends the context, an exception and Ctrl-C
-        included, these hooks are removed, and no others.
+        included, these hooks are removed, and no others. Passes of other threads are not shown.
 
         Args:
             readers: `{(point, layer): function of the tensor}`.
@@ -388,9 +389,9 @@ class ModelView:
         try:
             for module, side, see in watches:
                 if side == "input":
-                    handles.append(module.register_forward_pre_hook(see, with_kwargs=True))
+                    handles.append(module.register_forward_pre_hook(own_thread(see), with_kwargs=True))
                 else:
-                    handles.append(module.register_forward_hook(see))
+                    handles.append(module.register_forward_hook(own_thread(see)))
             yield
         finally:
             for handle in handles:
@@ -475,15 +476,10 @@ class ModelView:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode (no dropout) inside; afterwards every submodule is in the mode it was in."""
-        modules = [(module, module.training) for module in self._adapter.all_modules()]
-        try:
-            for module, _ in modules:
-                module.training = False
+        """Evaluation mode (no dropout) inside, and none of the options under which tensors pass other hooks
+        (`running.HOOK_FLAGS`); afterwards the model is as it was."""
+        with evaluation(self.model, self._adapter.all_modules()):
             yield
-        finally:
-            for module, training in modules:
-                module.training = training
 
     def self_check(self, tokens: Int[Tensor, "batch pos"]) -> float:
         """Verify on a few tokens that each matrix meets its exact input: `q = attn_in @ W_Q + b_Q` and so for all.
@@ -533,7 +529,7 @@ class ModelView:
         with self.hooks({point: keep(inputs, point) for point in points}):
             try:
                 for site, module in sites.items():
-                    handles.append(module.register_forward_hook(keep(outputs, site)))
+                    handles.append(module.register_forward_hook(own_thread(keep(outputs, site))))
                 self.run(tokens)
             finally:
                 for handle in handles:

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 
+from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.spectrum import marchenko_pastur_edge
 from tl_asymmetry.names import POINTS, kind_of
 from tl_asymmetry.pair.sensitivity import sensitivity_table
@@ -62,6 +63,7 @@ class PairData(Result):
         """Eigenvalues of ΔW ΔWᵀ of each head, descending, float64."""
         return self._array("spectrum", matrix)
 
+    @with_fresh_settings
     def sensitivity(self) -> pd.DataFrame:
         """The fractions under every other choice of subspace: whose activations, centring, first position, final norm.
 
@@ -79,6 +81,7 @@ class PairData(Result):
         headed = {str(matrix): bool(rows["head"].notna().all()) for matrix, rows in self.table.groupby("matrix")}
         return sensitivity_table(self.arrays, self.config["ranks"], headed)
 
+    @with_fresh_settings
     def stability(self) -> pd.DataFrame:
         """How much each head's verdict depends on the choice of subspace; columns in `stability.STABILITY_COLUMNS`.
 

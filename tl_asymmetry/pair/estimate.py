@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.subspace import Subspace, ordered_eigh
 from tl_asymmetry.models.processes import ALONE, present_processes
 from tl_asymmetry.models.weights import WeightSource
@@ -59,6 +60,7 @@ class PairEstimate:
         )
 
 
+@with_fresh_settings
 def estimate_pair(
     model_base: Any,
     model_aligned: Any,

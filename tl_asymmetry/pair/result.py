@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair.data import PairData
 from tl_asymmetry.pair.deltas import Delta, stacked
@@ -29,6 +30,7 @@ class PairAnalysis(PairData):
     Printing it gives the summary; in a notebook it is a table.
     """
 
+    @with_fresh_settings
     def directions(
         self, layer: int, head: int | None, matrix: str, n: int = 5, *, model: Any = None, contexts: int = 5
     ) -> pd.DataFrame:
@@ -85,6 +87,7 @@ class PairAnalysis(PairData):
 
     # -- pages ---------------------------------------------------------------------------------------------------
 
+    @with_fresh_settings
     def to_explorer(self, path: str | Path, **options: Any) -> Path:
         """Write the head explorer: one self-contained page that opens offline. See `explorer`."""
         from tl_asymmetry.explore import explorer

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tl_asymmetry.geometry.memory import return_freed_memory
+from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.tangent import Control, check_controls
 from tl_asymmetry.models.checks import check_finite, check_raw, check_token_count
 from tl_asymmetry.models.view import ModelView
@@ -189,6 +190,7 @@ class TangentProbe:
         """`observe`, for what takes a function of step and model."""
         self.observe(step, model)
 
+    @with_fresh_settings
     def observe(self, step: int, model: Any) -> None:
         """Measure the model as it is at this step; what the store has of the same weights is not measured again.
 
@@ -217,6 +219,7 @@ class TangentProbe:
             self._run.take(checkpoint.step, view, checkpoint.name, fingerprint)
             del model, view
 
+    @with_fresh_settings
     def result(self) -> TangentAnalysis:
         """What was found so far. The probe stays usable, but its bases are fixed from now on.
 

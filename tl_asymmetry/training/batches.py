@@ -52,10 +52,8 @@ class TokenBatch:
         return TokenBatch(self.tokens[index], self.mask[index])
 
     def to(self, device: torch.device) -> TokenBatch:
-        """The batch on a device."""
-        if self.tokens.device == device:
-            return self
-        return TokenBatch(self.tokens.to(device), self.mask.to(device))
+        """The batch on a device, as tensors that a gradient may depend on (none of inference mode)."""
+        return TokenBatch(*((x.clone() if x.is_inference() else x).to(device) for x in (self.tokens, self.mask)))
 
 
 @dataclass(frozen=True)

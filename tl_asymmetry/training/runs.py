@@ -57,7 +57,8 @@ def trainable_copy(model: Any) -> Any:
     The model itself is left as it is.
 
     Raises:
-        ValueError: weights in half precision, where a small step would be rounded away.
+        ValueError: weights in half precision, where a small step would be rounded away; a model that another thread is
+            running.
     """
     view = ModelView(model)
     if view.dtype not in (torch.float32, torch.float64):
@@ -74,6 +75,10 @@ def trainable_copy(model: Any) -> Any:
             module._pattern = None
     try:
         other = copy.deepcopy(model)
+    except RuntimeError as error:  # of a tensor with a graph, which a pass in another thread has just left
+        raise ValueError(
+            f"expected a model that can be copied, got {error}; pass one that no other thread is running"
+        ) from error
     finally:
         for module, pattern in kept:
             module._pattern = pattern

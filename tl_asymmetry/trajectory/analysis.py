@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.subspace import Subspace
 from tl_asymmetry.models.processes import ALONE, present_processes
 from tl_asymmetry.models.view import ModelView
@@ -22,6 +23,7 @@ from tl_asymmetry.trajectory.result import TrajectoryAnalysis
 from tl_asymmetry.trajectory.run import TrajectoryRun, TrajectorySettings
 
 
+@with_fresh_settings
 def analyze_trajectory(
     checkpoints: Iterable[Any] | Mapping[int, Any],
     texts: Sequence[str | Sequence[Mapping[str, Any]]] | None = None,
@@ -126,7 +128,7 @@ def analyze_trajectory(
         if not sweep.steps:
             raise ValueError("expected two checkpoints at least, got one; pass the first of the run and later ones")
         return TrajectoryAnalysis.assemble(
-            run.store, sweep.steps, settings=run.settings, about=run.about, notes=notes.lines
+            run.store, sweep.steps, run.measuring, settings=run.settings, about=run.about, notes=notes.lines
         )
     finally:
         run.close()

@@ -11,6 +11,7 @@ from typing import Any
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.subspace import Subspace
 from tl_asymmetry.models.loading import bridge_around
 from tl_asymmetry.models.view import ModelView
@@ -71,6 +72,7 @@ class TrajectoryRecorder:
         [2, 4]
     """
 
+    @with_fresh_settings
     def __init__(
         self,
         model: Any,
@@ -152,6 +154,7 @@ class TrajectoryRecorder:
             return False
         return self.record(step)
 
+    @with_fresh_settings
     def record(self, step: int) -> bool:
         """Record this step whatever it is, e.g. the last one.
 
@@ -177,6 +180,7 @@ class TrajectoryRecorder:
             return False
         return True
 
+    @with_fresh_settings
     def resume(self, step: int) -> None:
         """Tell that the model has been given the weights of an earlier training's `step`, which goes on from there.
 
@@ -188,6 +192,7 @@ class TrajectoryRecorder:
         with self._lens() as lens:
             self._go_on(ModelView(lens), step)
 
+    @with_fresh_settings
     def result(self) -> TrajectoryAnalysis:
         """The analysis of everything recorded so far; both nulls are made here.
 
@@ -201,7 +206,7 @@ class TrajectoryRecorder:
                 f"expected a recorded step, got none up to step {self._last}; call step() after every optimiser step"
             )
         return TrajectoryAnalysis.assemble(
-            run.store, steps, settings=run.settings, about=run.about, notes=self._notes.lines
+            run.store, steps, run.measuring, settings=run.settings, about=run.about, notes=self._notes.lines
         )
 
     def callback(self) -> Any:

@@ -1,0 +1,83 @@
+"""How a model is run: in evaluation mode, by one thread's own hooks, with nothing switched on that moves a hook."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+HOOK_FLAGS = (
+    "use_attn_result", "use_attn_in", "use_split_qkv_input", "use_hook_mlp_in", "ungroup_grouped_query_attention",
+)  # fmt: skip
+"""Options of TransformerLens under which tensors pass other hooks or have other shapes; the model computes the same."""
+
+
+@dataclass
+class _Mode:
+    """What was changed for a model while it is being evaluated, by however many threads."""
+
+    holders: int = 0
+    training: list[tuple[nn.Module, bool]] = field(default_factory=list)
+    flags: list[str] = field(default_factory=list)
+
+
+_modes: WeakKeyDictionary[nn.Module, _Mode] = WeakKeyDictionary()
+_lock = threading.RLock()
+
+
+@contextmanager
+def evaluation(model: Any, modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Evaluation mode (no dropout) and no `HOOK_FLAGS` inside; afterwards, when no thread evaluates it any more, the
+    model is as it was.
+
+    Args:
+        model: a model, of TransformerLens or another.
+        modules: all of its modules, those it wraps included.
+    """
+    with _lock:
+        mode = _modes.setdefault(model, _Mode())
+        if mode.holders == 0:
+            mode.training = [(module, module.training) for module in modules]
+            mode.flags = [flag for flag in HOOK_FLAGS if getattr(getattr(model, "cfg", None), flag, False)]
+        mode.holders += 1
+    try:
+        for module, _ in mode.training:
+            module.training = False
+        for flag in mode.flags:
+            _switch(model, flag, False)
+        yield
+    finally:
+        with _lock:
+            mode.holders -= 1
+            if mode.holders == 0:
+                for module, training in mode.training:
+                    module.training = training
+                for flag in mode.flags:
+                    _switch(model, flag, True)
+                del _modes[model]
+
+
+def _switch(model: Any, flag: str, on: bool) -> None:
+    """By the model's own method where it has one: a Bridge keeps copies of its configuration."""
+    setter = getattr(model, f"set_{flag}", None)
+    if setter is None:
+        setattr(model.cfg, flag, on)
+    else:
+        setter(on)
+
+
+def own_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """The hook for passes of this thread alone: what another thread sends through the same model goes by unseen."""
+    owner = threading.get_ident()
+
+    @wraps(hook)
+    def see(*args: Any, **kwargs: Any) -> Any:
+        return hook(*args, **kwargs) if threading.get_ident() == owner else None
+
+    return see
