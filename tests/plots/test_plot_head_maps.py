@@ -109,7 +109,11 @@ def test_marks_and_grey_cells_are_those_of_the_single_maps():
     low, high = figure.layout.xaxis.range
     bottom, top = figure.layout.yaxis.range
     alone = heads_figure(table, "W_K", rank=16)
-    for name in ("q < 0.05 (isotropic null)", "rounding share ≥ 0.5 (mostly storage)", "rounding share ≥ 0.1"):
+    for name in (
+        "above the isotropic null (q < 0.05)",
+        "rounding share ≥ 0.5 (mostly storage)",
+        "rounding share ≥ 0.1",
+    ):
         mark = next(t for t in figure.data if t.name == name)
         there = {
             (int((x - low) // 2), int(y - top))  # a KV head is two columns wide

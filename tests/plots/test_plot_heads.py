@@ -49,13 +49,13 @@ def test_hover_names_head_interval_both_nulls_and_rounding(table):
     assert cell[0] == "L2H3"
     assert cell[1] == f"{row['relative']:.3g}"
     assert cell[3] == f"{row['ci_low']:.3g} to {row['ci_high']:.3g}"
-    assert f"z {row['isotropic_z']:.3g}" in cell[4]
-    assert f"q {row['isotropic_q']:.2g}" in cell[4]
-    assert "(beta)" in cell[4]
+    assert cell[4].startswith(f"{row['rounding_share']:.3g}")
+    isotropic, matched = cell[8:]
+    assert f"z {row['isotropic_z']:.3g}" in isotropic
+    assert f"q {row['isotropic_q']:.2g}" in isotropic
+    assert "(beta)" in isotropic
     # The reference is a fraction in the table and relative in the hover, where excess is their plain ratio.
-    assert cell[5] == f"{row['activation_matched'] * 64 / 4:.3g}"
-    assert cell[6] == f"{row['excess']:.3g}"
-    assert cell[8].startswith(f"{row['rounding_share']:.3g}")
+    assert matched == f"{row['activation_matched'] * 64 / 4:.3g}, excess {row['excess']:.3g}"
     for words in (
         "isotropic null",
         "activation-matched",
@@ -69,9 +69,11 @@ def test_hover_names_head_interval_both_nulls_and_rounding(table):
 
 
 def test_nan_is_said_in_words(table):
-    cell = heads_figure(table, "W_O", rank=4).data[-1].customdata[0][0]
-    assert cell[3] == "none (weights only)"
-    assert cell[5] == cell[6] == "–"
+    hover = heads_figure(table, "W_O", rank=4).data[-1]
+    assert hover.customdata[0][0][3] == "none (weights only)"
+    assert "activation-matched" not in hover.hovertemplate  # it does not apply
+    table.loc[table["layer"] == 0, "eigengap"] = np.nan
+    assert heads_figure(table, "W_O", rank=4).data[-1].customdata[0][0][6] == "–"
 
 
 def test_menu_switches_what_it_says_and_the_title_says_what_one_means(table):
@@ -80,7 +82,7 @@ def test_menu_switches_what_it_says_and_the_title_says_what_one_means(table):
     shown = [t.name for t in figure.data if t.visible is True]
     assert shown[0] == "relative"
     meanings = {
-        "relative": "1 = chance", "excess": "1 = what a plain sum", "unrounded": "1 = chance", "z": "0 = chance"
+        "relative": "1 = chance", "excess": "1 = what gradients on these", "unrounded": "1 = chance", "z": "0 = chance"
     }  # fmt: skip
     assert [b.label for b in menu.buttons] == [
         "relative fraction over the isotropic null",
@@ -92,7 +94,11 @@ def test_menu_switches_what_it_says_and_the_title_says_what_one_means(table):
         visible = button.args[0]["visible"]
         assert len(visible) == len(figure.data)
         assert [t.name for t, v in zip(figure.data[:4], visible, strict=False) if v] == [name]
-        assert all(visible[4:])  # marks and hover stay
+        stays = [t.name for t, v in zip(figure.data[4:], visible[4:], strict=True) if v]
+        chance = (
+            ["above the isotropic null (q < 0.05)"] if name != "excess" else []
+        )  # a dot is the test of what is shown
+        assert stays == ["greyed", "rounding share ≥ 0.5 (mostly storage)", "rounding share ≥ 0.1", *chance, "hover"]
         assert meaning in button.args[1]["title.text"].replace("</span><br><span style='font-size:12px'>", " ")
 
 
@@ -123,7 +129,7 @@ def test_marks_stand_where_the_table_says(table):
     figure = heads_figure(table, "W_Q", rank=4)
     rows = table[(table["matrix"] == "W_Q") & (table["subspace"] == "attn_in") & (table["rank"] == 4)]
     significant = rows[rows["isotropic_q"] < 0.05]
-    dots = trace(figure, "q < 0.05 (isotropic null)")
+    dots = trace(figure, "above the isotropic null (q < 0.05)")
     assert set(zip(dots.x, dots.y, strict=True)) == set(zip(significant["head"], significant["layer"], strict=True))
     dominated = rows[rows["rounding_share"] >= 0.5]
     assert len(dominated)

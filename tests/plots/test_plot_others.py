@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 
@@ -13,6 +14,7 @@ from tests import tiny
 from tests.synthetic import make_asymmetry, make_table
 from tl_asymmetry import analyze_pair, marchenko_pastur_edge, plots
 from tl_asymmetry.plots import asymmetry_figure, layers_figure, rank_curve_figure, spectrum_figure
+from tl_asymmetry.results.result import KINDS
 
 
 def trace(figure, name):
@@ -31,10 +33,24 @@ def rows_of(table, matrix, subspace, rank):
 def test_every_figure_takes_the_same_keywords():
     for name in plots.__all__:
         if name.endswith("_figure"):
-            parameters = inspect.signature(getattr(plots, name)).parameters
+            layout = inspect.signature(getattr(plots, name)).parameters["layout"]
+            assert layout.kind is inspect.Parameter.VAR_KEYWORD
+            assert layout.annotation == "Unpack[Layout]"
+    with pytest.raises(TypeError, match="unexpected keyword argument 'widht'"):
+        plots.heads_figure(make_table(), "W_Q", widht=400)
+
+
+def test_every_method_of_a_result_lists_its_arguments():
+    """An editor's help shows them, and an error names the method that was called."""
+    for name, module in KINDS.items():
+        kind = getattr(importlib.import_module(module), name)
+        for method in (m for m in dir(kind) if m.startswith("plot_")):
+            parameters = inspect.signature(getattr(kind, method)).parameters
+            hidden = [p.name for p in parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+            assert not hidden, f"{name}.{method}"
             for keyword in ("title", "template", "width", "height"):
-                assert parameters[keyword].kind is inspect.Parameter.KEYWORD_ONLY
-                assert parameters[keyword].default is None
+                assert parameters[keyword].kind is inspect.Parameter.KEYWORD_ONLY, f"{name}.{method}"
+                assert parameters[keyword].default is None, f"{name}.{method}"
 
 
 # Layers
@@ -106,8 +122,9 @@ def test_rank_curve_draws_the_row_its_interval_its_nulls_and_the_bound(table):
         trace(figure, "activation-matched reference").y, rows["activation_matched"] * 64 / rows["rank"]
     )
     np.testing.assert_allclose(trace(figure, "most possible, d/k").y, [64, 16, 4])
-    band = trace(figure, "95 % interval (over texts)")
-    np.testing.assert_allclose(band.y, [*rows["ci_low"], *rows["ci_high"][::-1]])
+    whiskers = trace(figure, "L1H2").error_y
+    np.testing.assert_allclose(whiskers.array, rows["ci_high"] - rows["relative"])
+    np.testing.assert_allclose(whiskers.arrayminus, rows["relative"] - rows["ci_low"])
     assert figure.layout.shapes[0].y0 == 1
     assert figure.layout.xaxis.type == figure.layout.yaxis.type == "log"
     filled = [not s.endswith("-open") for s in trace(figure, "L1H2").marker.symbol]
@@ -117,19 +134,42 @@ def test_rank_curve_draws_the_row_its_interval_its_nulls_and_the_bound(table):
 def test_rank_curve_without_interval_or_reference(table):
     figure = rank_curve_figure(table, "W_O", layer=0, head=0)
     names = [t.name for t in figure.data]
-    assert names == ["most possible, d/k", "L0H0"]
+    assert names == ["most possible, d/k", "L0H0, every k", "L0H0"]
+    assert figure.data[-1].error_y.array is None
     assert figure.data[-1].customdata[0][3] == "none (weights only)"
 
 
 def test_rank_curve_of_all_heads_and_of_an_mlp(table, grouped):
     figure = rank_curve_figure(table, "W_Q", layer=0)
     assert [t.name for t in figure.data][-4:] == ["L0H0", "L0H1", "L0H2", "L0H3"]
-    assert "95 % interval (over texts)" not in [t.name for t in figure.data]
+    assert all(t.error_y.array is None for t in figure.data)
     many = rank_curve_figure(make_table(layers=1, heads=16), "W_Q", layer=0)
     assert {t.showlegend for t in many.data[-16:]} == {False}
     assert "Hover names the head" in words(many)
     assert rank_curve_figure(table, "W_in", layer=2).data[-1].name == "L2"
     assert rank_curve_figure(grouped, "W_K", layer=2, head=1).data[-1].name == "L2 KV head 1 (query heads 2–3)"
+
+
+def test_rank_curve_runs_through_every_k_with_whiskers_at_the_ranks_alone():
+    """Between two ranks of the table a curve may turn: what is drawn there are numbers, no line between points."""
+    kind = tiny.KINDS[-1]
+    result = analyze_pair(
+        tiny.build("gpt2", kind), tiny.build("gpt2", kind, delta=0.05), tokens=tiny.tokens(9, 12), ranks=[2, 8],
+        progress=False,
+    )  # fmt: skip
+    d = result.config["shape"]["d_model"]
+    figure = result.plot_rank_curve("W_Q", 1, 0)
+    line, points = trace(figure, "L1H0, every k"), trace(figure, "L1H0")
+    assert list(line.x) == list(range(1, d + 1))
+    fraction = np.cumsum(result.energy_profile("W_Q", "attn_in")[1, 0].astype(np.float64))
+    np.testing.assert_allclose(line.y, fraction * d / np.arange(1, d + 1), rtol=1e-6)
+    assert list(points.x) == [2, 8]
+    np.testing.assert_allclose(points.y, [line.y[1], line.y[7]], rtol=1e-5)
+    assert np.isfinite(points.error_y.array).all()
+    reference = trace(figure, "activation-matched reference")
+    assert list(reference.x) == list(range(1, 9))  # as far as the ranks go
+    rows = result.table.query("matrix == 'W_Q' and subspace == 'attn_in' and layer == 1 and head == 0")
+    np.testing.assert_allclose(np.array(reference.y)[[1, 7]], rows["activation_matched"] * d / rows["rank"], rtol=1e-12)
 
 
 def test_rank_curve_errors(table):

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from tl_asymmetry.plots import page, style
+from tl_asymmetry.plots.layout import heading
 
 
 def luminance(colour: str) -> float:
@@ -92,5 +93,5 @@ def test_the_package_does_not_bring_plotly():
 def test_a_heading_breaks_at_spaces_alone():
     """A page sets titles anew by joining their lines with spaces."""
     names = "a-model-with-a-hyphenated-name/of-some-length against another-model-with-a-hyphenated-name/of-some-length"
-    shown = style.heading(names, names)
+    shown = heading(names, names)
     assert re.sub("<[^>]*>", "", shown.replace("<br>", " ")) == f"{names} {names}"

@@ -107,8 +107,9 @@ def test_rounding_is_marked_and_told_over_training(run: pd.DataFrame) -> None:
     assert [sum(v is not None for v in frame.data[3].x) for frame in figure.frames[:-1]] == [0] * (len(STEPS) - 1)
     assert figure.frames[0].traces == tuple(range(len(figure.data)))
     hover = figure.frames[-1].data[0].customdata[0][0]
+    assert hover[0] == f"L0H0, step {STEPS[-1]}"
     assert "0.7, mostly storage" in hover
-    assert "rounding share %{customdata[9]}" in figure.data[0].hovertemplate
+    assert "rounding share %{customdata[4]}" in figure.data[0].hovertemplate
     unrounded = animation_figure(run.assign(rounding_share=0.0), "W_Q", rank=4)
     assert not any("rounding" in (t.name or "") for t in unrounded.data)
 

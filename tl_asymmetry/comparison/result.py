@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from tl_asymmetry.names import SIGNIFICANT, kind_of
+from tl_asymmetry.names import MATRICES, SIGNIFICANT, kind_of
 from tl_asymmetry.results.report import DEFINITIONS, Definition, FigureSection, Report, TableSection
 from tl_asymmetry.results.result import Result
 
@@ -108,20 +108,70 @@ class Comparison(Result):
 
     # -- figures -------------------------------------------------------------------------------------------------
 
-    def plot_differences(self, matrix: str, a: str | None = None, b: str | None = None, **options: Any) -> go.Figure:
-        """Layer × head map of log2(relative_a / relative_b). See `plots.differences_figure`."""
+    def plot_differences(
+        self,
+        matrix: str,
+        a: str | None = None,
+        b: str | None = None,
+        *,
+        subspace: str | None = None,
+        rank: int | None = None,
+        title: str | None = None,
+        template: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> go.Figure:
+        """Layer × head map of log2(relative_a / relative_b).
+
+        Args:
+            matrix: its name.
+            a, b: names of the two analyses; None: the only pair there is.
+            subspace: None: a read matrix's own input, "prediction" for a write matrix.
+            rank: the only one; None: all with a slider, the shown rank first.
+            title: first line of the title; None says what is shown. Plain text.
+            template: None or "light", "dark", or any plotly template.
+            width, height: pixels; None follows the page and the content.
+
+        Raises:
+            ValueError: what was not compared.
+        """
         from tl_asymmetry.plots import differences_figure
 
-        rows = self._pair(self.table, a, b)
-        return differences_figure(rows, matrix, **{**self._options(matrix), **options})
+        return differences_figure(
+            self._pair(self.table, a, b), matrix, subspace=subspace, rank=rank, **self._kv(matrix),
+            default_rank=self.config["shown_rank"],
+            title=title, template=template, width=width, height=height,
+        )  # fmt: skip
 
-    def plot_overlap(self, matrix: str, a: str | None = None, b: str | None = None, **options: Any) -> go.Figure:
-        """Layer × head map of the overlap of two deltas' directions. See `plots.overlap_figure`."""
+    def plot_overlap(
+        self,
+        matrix: str,
+        a: str | None = None,
+        b: str | None = None,
+        *,
+        title: str | None = None,
+        template: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> go.Figure:
+        """Layer × head map of the overlap of two deltas' directions, over chance.
+
+        Args:
+            matrix: its name.
+            a, b: names of the two analyses; None: the only pair there is.
+            title: first line of the title; None says what is shown. Plain text.
+            template: None or "light", "dark", or any plotly template.
+            width, height: pixels; None follows the page and the content.
+
+        Raises:
+            ValueError: what was not compared.
+        """
         from tl_asymmetry.plots import overlap_figure
 
-        options = {**self._options(matrix), **options}
-        options.pop("default_rank")
-        return overlap_figure(self._pair(self.overlap, a, b), matrix, **options)
+        return overlap_figure(
+            self._pair(self.overlap, a, b), matrix, **self._kv(matrix),
+            title=title, template=template, width=width, height=height,
+        )  # fmt: skip
 
     # -- words ---------------------------------------------------------------------------------------------------
 
@@ -241,7 +291,7 @@ class Comparison(Result):
         x, y = chosen[0]
         return table[(table["a"] == x) & (table["b"] == y)]
 
-    def _options(self, matrix: str) -> dict[str, Any]:
+    def _kv(self, matrix: str) -> dict[str, bool]:
+        kinds = [MATRICES[matrix]] if matrix in MATRICES else []
         shape = self.config["shape"]
-        kv = kind_of(matrix).heads == "kv" and shape["n_kv_heads"] < shape["n_heads"]
-        return {"default_rank": self.config["shown_rank"], "kv": kv}
+        return {"kv": any(kind.heads == "kv" for kind in kinds) and shape["n_kv_heads"] < shape["n_heads"]}

@@ -125,10 +125,27 @@ class ControlStudy(Result):
 
     # -- figures -------------------------------------------------------------------------------------------------
 
-    def plot_spectrum(self, matrix: str = "W_O", *, layer: int | None = None, **options: Any) -> go.Figure:
+    def plot_spectrum(
+        self,
+        matrix: str = "W_O",
+        *,
+        layer: int | None = None,
+        title: str | None = None,
+        template: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> go.Figure:
         """Spectra of δ of a matrix, one line per objective; layers and heads pooled, or one layer.
 
-        Each layer's spectrum is divided by its sum before pooling. See `plots.spectrum_figure`.
+        Args:
+            matrix: its name.
+            layer: which; None: all, each divided by its sum before pooling.
+            title: first line of the title; None says what is shown. Plain text.
+            template: None or "light", "dark", or any plotly template.
+            width, height: pixels; None follows the page and the content.
+
+        Raises:
+            ValueError: what was not captured.
         """
         from tl_asymmetry.plots import spectrum_figure
 
@@ -139,20 +156,68 @@ class ControlStudy(Result):
             total = λ.sum(-1, keepdims=True)
             spectra[name] = (λ / np.where(total > 0, total, 1)).mean((0, 1))
         where = "all layers" if layer is None else f"layer {layer}"
-        return spectrum_figure(spectra, **{"name": f"δ of {matrix}, {where}, heads pooled", **options})
+        return spectrum_figure(
+            spectra, name=f"δ of {matrix}, {where}, heads pooled",
+            title=title, template=template, width=width, height=height,
+        )  # fmt: skip
 
-    def plot_effective_rank(self, matrices: Sequence[str] | None = None, **options: Any) -> go.Figure:
-        """Effective rank of δ by layer, one line per objective. See `plots.effective_rank_figure`."""
+    def plot_effective_rank(
+        self,
+        matrices: Sequence[str] | None = None,
+        *,
+        side: str = "gradient",
+        title: str | None = None,
+        template: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> go.Figure:
+        """Effective rank of δ by layer, one line per objective.
+
+        Args:
+            matrices: which to offer; None: all.
+            side: shown first, "gradient" (δ) or "input" (a).
+            title: first line of the title; None says what is shown. Plain text.
+            template: None or "light", "dark", or any plotly template.
+            width, height: pixels; None follows the page and the content.
+
+        Raises:
+            ValueError: an unknown matrix or side.
+        """
         from tl_asymmetry.plots import effective_rank_figure
 
         tables = {name: self.gradients[self.gradients["objective"] == name] for name in self.config["objectives"]}
-        return effective_rank_figure(tables, matrices=matrices, **options)
+        return effective_rank_figure(
+            tables, matrices=matrices, side=side, title=title, template=template, width=width, height=height
+        )
 
-    def plot_grades(self, **options: Any) -> go.Figure:
-        """Fraction against grade, one point per seed. See `plots.grades_figure`."""
+    def plot_grades(
+        self,
+        *,
+        rank: int | None = None,
+        compared: str | None = None,
+        title: str | None = None,
+        template: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> go.Figure:
+        """Fraction against grade, one point per seed.
+
+        Args:
+            rank: which; None: the shown one.
+            compared: "norm" or "steps", shown first; None: "norm" where there is one.
+            title: first line of the title; None says what is shown. Plain text.
+            template: None or "light", "dark", or any plotly template.
+            width, height: pixels; None follows the page and the content.
+
+        Raises:
+            ValueError: an unknown rank or comparison.
+        """
         from tl_asymmetry.plots import grades_figure
 
-        return grades_figure(self.table, **{"default_rank": self.config["shown_rank"], **options})
+        return grades_figure(
+            self.table, rank=rank, default_rank=self.config["shown_rank"], compared=compared,
+            title=title, template=template, width=width, height=height,
+        )  # fmt: skip
 
     # -- words ---------------------------------------------------------------------------------------------------
 

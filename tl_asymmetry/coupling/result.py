@@ -93,17 +93,53 @@ class CouplingStudy(Result):
             )  # fmt: skip
         return pd.DataFrame(peaks)
 
-    def plot_time(self, **keywords: Any) -> go.Figure:
-        """Accuracy with R̄ of both estimators over steps; keywords of `plots.coupling_figure`."""
+    def plot_time(
+        self,
+        *,
+        objective: str | None = None,
+        window: int | None = None,
+        title: str | None = None,
+        template: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> go.Figure:
+        """Accuracy with R̄ of both estimators over steps.
+
+        Args:
+            objective: which; None: all with a slider.
+            window: rows in the window; None: the first that is not 1.
+            title: first line of the title; None says what is shown. Plain text.
+            template: None or "light", "dark", or any plotly template.
+            width, height: pixels; None follows the page and the content.
+
+        Raises:
+            ValueError: an unknown objective or window.
+        """
         from tl_asymmetry.plots import coupling_figure
 
-        return coupling_figure(self.mean_ratios, self.accuracy, **keywords)
+        return coupling_figure(
+            self.mean_ratios, self.accuracy, objective=objective, window=window,
+            title=title, template=template, width=width, height=height,
+        )  # fmt: skip
 
-    def plot_windows(self, **keywords: Any) -> go.Figure:
-        """Peak R̄ and R_1 against the window; keywords of `plots.windows_figure`."""
+    def plot_windows(
+        self,
+        *,
+        title: str | None = None,
+        template: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> go.Figure:
+        """Peak R̄ and R_1 against the window.
+
+        Args:
+            title: first line of the title; None says what is shown. Plain text.
+            template: None or "light", "dark", or any plotly template.
+            width, height: pixels; None follows the page and the content.
+        """
         from tl_asymmetry.plots import windows_figure
 
-        return windows_figure(self.peaks, **keywords)
+        return windows_figure(self.peaks, title=title, template=template, width=width, height=height)
 
     # -- words ---------------------------------------------------------------------------------------------------
 

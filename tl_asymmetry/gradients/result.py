@@ -111,20 +111,71 @@ class GradientCovariance(Result):
 
     # -- figures -------------------------------------------------------------------------------------------------
 
-    def plot_spectrum(self, matrix: str = "W_O", side: str = "gradient", **options: Any) -> go.Figure:
-        """Spectra of one side of a matrix, heads pooled, one line per layer. See `plots.spectrum_figure`."""
+    def plot_spectrum(
+        self,
+        matrix: str = "W_O",
+        side: str = "gradient",
+        *,
+        layer: int | None = None,
+        ranks: Sequence[int] = (),
+        title: str | None = None,
+        template: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> go.Figure:
+        """Spectra of one side of a matrix, heads pooled, one line per layer.
+
+        Args:
+            matrix: its name.
+            side: "gradient" (δ) or "input" (a).
+            layer: shown first; None: all.
+            ranks: marked by vertical lines.
+            title: first line of the title; None says what is shown. Plain text.
+            template: None or "light", "dark", or any plotly template.
+            width, height: pixels; None follows the page and the content.
+
+        Raises:
+            ValueError: what was not captured.
+        """
         from tl_asymmetry.plots import spectrum_figure
 
         spectra = self.spectrum(matrix, side)
-        pooled = np.sort(spectra.sum(1) if side == "gradient" or matrix == "W_O" else spectra[:, 0])[:, ::-1]
+        own = side == "gradient" or kind_of(matrix).point == "z"  # sides that each head has for itself
+        pooled = np.sort(spectra.sum(1) if own else spectra[:, 0])[:, ::-1]
         of = "δ" if side == "gradient" else "a"
-        return spectrum_figure(pooled, **{"name": f"{of} of {matrix}", **options})
+        return spectrum_figure(
+            pooled, name=f"{of} of {matrix}", layer=layer, ranks=ranks,
+            title=title, template=template, width=width, height=height,
+        )  # fmt: skip
 
-    def plot_effective_rank(self, matrices: Sequence[str] | None = None, **options: Any) -> go.Figure:
-        """Effective rank of δ and of a over the layers. See `plots.effective_rank_figure`."""
+    def plot_effective_rank(
+        self,
+        matrices: Sequence[str] | None = None,
+        *,
+        side: str = "gradient",
+        title: str | None = None,
+        template: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> go.Figure:
+        """Effective rank of δ and of a over the layers, with a menu of matrices and sides.
+
+        Args:
+            matrices: which to offer; None: all.
+            side: shown first, "gradient" (δ) or "input" (a).
+            title: first line of the title; None says what is shown. Plain text.
+            template: None or "light", "dark", or any plotly template.
+            width, height: pixels; None follows the page and the content.
+
+        Raises:
+            ValueError: an unknown matrix or side.
+        """
         from tl_asymmetry.plots import effective_rank_figure
 
-        return effective_rank_figure({self.config["objective"]: self.table}, matrices=matrices, **options)
+        return effective_rank_figure(
+            {self.config["objective"]: self.table}, matrices=matrices, side=side,
+            title=title, template=template, width=width, height=height,
+        )  # fmt: skip
 
     # -- words ---------------------------------------------------------------------------------------------------
 

@@ -185,11 +185,24 @@ class GrokRun(Result):
         reached = lowest.index[lowest >= accuracy]
         return int(reached[count - 1]) if len(reached) >= count else None
 
-    def plot_accuracy(self, **keywords: Any) -> go.Figure:
-        """Accuracy over steps; keywords of `plots.accuracy_figure`."""
+    def plot_accuracy(
+        self,
+        *,
+        title: str | None = None,
+        template: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> go.Figure:
+        """Train and held-out accuracy over steps, one colour for each operation.
+
+        Args:
+            title: first line of the title; None says what is shown. Plain text.
+            template: None or "light", "dark", or any plotly template.
+            width, height: pixels; None follows the page and the content.
+        """
         from tl_asymmetry.plots import accuracy_figure
 
-        return accuracy_figure(self.table, **keywords)
+        return accuracy_figure(self.table, title=title, template=template, width=width, height=height)
 
     # -- words ---------------------------------------------------------------------------------------------------
 

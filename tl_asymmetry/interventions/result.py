@@ -85,32 +85,107 @@ class RankOneStudy(Result):
 
     # -- figures -------------------------------------------------------------------------------------------------
 
-    def plot_controls(self, matrix: str | None = None, **options: Any) -> go.Figure:
-        """Each head's effect on top of the cloud of its controls. See `plots.controls_figure`."""
+    def plot_controls(
+        self,
+        matrix: str | None = None,
+        *,
+        outcome: str | None = None,
+        direction: str | None = None,
+        intervention: str | None = None,
+        index: int = 1,
+        title: str | None = None,
+        template: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> go.Figure:
+        """Each head's effect on top of the cloud of its controls.
+
+        Args:
+            matrix: which; None: the first.
+            outcome: a column of outcomes; None: the study's own.
+            direction, intervention: which; None: the first.
+            index: 1 for the leading direction of its kind.
+            title: first line of the title; None says what is shown. Plain text.
+            template: None or "light", "dark", or any plotly template.
+            width, height: pixels; None follows the page and the content.
+
+        Raises:
+            ValueError: what was not studied.
+        """
         from tl_asymmetry.plots import controls_figure
 
-        options = {"outcome": self._outcome(), **options}
-        return controls_figure(self.edits, matrix, **options)
+        return controls_figure(
+            self.edits, matrix, outcome=self._outcome() if outcome is None else outcome, direction=direction,
+            intervention=intervention, index=index, title=title, template=template, width=width, height=height,
+        )  # fmt: skip
 
-    def plot_heads(self, matrix: str | None = None, **options: Any) -> go.Figure:
-        """Layer × head map of effects; those above all their controls are marked. See `plots.effects_figure`."""
+    def plot_heads(
+        self,
+        matrix: str | None = None,
+        *,
+        outcome: str | None = None,
+        direction: str | None = None,
+        intervention: str | None = None,
+        index: int = 1,
+        control: str | None = None,
+        title: str | None = None,
+        template: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> go.Figure:
+        """Layer × head map of effects; those above all their controls are marked.
+
+        Args:
+            matrix: which; None: the first.
+            outcome: a column of outcomes; None: the study's own.
+            direction, intervention: which; None: the first.
+            index: 1 for the leading direction of its kind.
+            control: the kind of control that decides on the marks; None: the first.
+            title: first line of the title; None says what is shown. Plain text.
+            template: None or "light", "dark", or any plotly template.
+            width, height: pixels; None follows the page and the content.
+
+        Raises:
+            ValueError: what was not studied.
+        """
         from tl_asymmetry.plots import effects_figure
 
-        options = {"outcome": self._outcome(), **options}
-        return effects_figure(self.table, matrix, **options)
+        return effects_figure(
+            self.table, matrix, outcome=self._outcome() if outcome is None else outcome, direction=direction,
+            intervention=intervention, index=index, control=control,
+            title=title, template=template, width=width, height=height,
+        )  # fmt: skip
 
-    def plot_doses(self, n: int = 6, **options: Any) -> go.Figure:
-        """Effect against dose for the strongest cells. See `plots.doses_figure`.
+    def plot_doses(
+        self,
+        n: int = 6,
+        *,
+        outcome: str | None = None,
+        title: str | None = None,
+        template: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> go.Figure:
+        """Effect against dose for the strongest cells.
 
         Args:
             n: how many cells.
-            options: of the figure.
+            outcome: a column of outcomes; None: the study's own.
+            title: first line of the title; None says what is shown. Plain text.
+            template: None or "light", "dark", or any plotly template.
+            width, height: pixels; None follows the page and the content.
+
+        Raises:
+            ValueError: what was not studied.
         """
         from tl_asymmetry.plots import doses_figure
 
-        outcome = self._known("outcome", options.pop("outcome", None), self._outcome())
+        outcome = self._known("outcome", outcome, self._outcome())
         cells = self.strongest(n, outcome=outcome)[list(CELL)]
-        return doses_figure(self.edits.merge(cells, on=list(CELL)), outcome=outcome, **options)
+        return doses_figure(
+            self.edits.merge(cells, on=list(CELL)), outcome=outcome,
+            title=title, template=template, width=width, height=height,
+        )  # fmt: skip
 
     # -- words ---------------------------------------------------------------------------------------------------
 

@@ -87,17 +87,53 @@ class PredictionPullback(Result, Sequence[Subspace]):
             )
         return self.layers.index(layer)
 
-    def plot_overlaps(self, **options: Any) -> go.Figure:
-        """How the layers' subspaces overlap, layer × layer. Options as in `overlap_figure`."""
+    def plot_overlaps(
+        self,
+        *,
+        rank: int | None = None,
+        title: str | None = None,
+        template: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> go.Figure:
+        """How the layers' subspaces overlap, layer × layer, with a slider of ranks.
+
+        Args:
+            rank: shown first; None: the one nearest `d // 16`.
+            title: first line of the title; None says what is shown. Plain text.
+            template: None or "light", "dark", or any plotly template.
+            width, height: pixels; None follows the page and the content.
+
+        Raises:
+            ValueError: a rank that was not measured.
+        """
         from tl_asymmetry.plots.jacobians import overlap_figure
 
-        ranks = sorted(self.overlaps["rank"].unique())
-        d = self.config["shape"]["d_model"]
-        shown = min(ranks, key=lambda k: (abs(k - max(d // 16, 1)), k))
-        return overlap_figure(self.overlaps, **{"rank": int(shown), **options})
+        if rank is None:
+            usual = max(self.config["shape"]["d_model"] // 16, 1)
+            rank = min((int(k) for k in self.overlaps["rank"].unique()), key=lambda k: (abs(k - usual), k))
+        return overlap_figure(self.overlaps, rank=rank, title=title, template=template, width=width, height=height)
 
-    def plot_spectrum(self, **options: Any) -> go.Figure:
-        """Squared singular values of J̄ᵀP, a line per layer. Options as in `spectrum_figure`."""
+    def plot_spectrum(
+        self,
+        *,
+        ranks: Sequence[int] = (),
+        title: str | None = None,
+        template: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> go.Figure:
+        """Squared singular values of J̄ᵀP, a line per layer.
+
+        Args:
+            ranks: marked by vertical lines.
+            title: first line of the title; None says what is shown. Plain text.
+            template: None or "light", "dark", or any plotly template.
+            width, height: pixels; None follows the page and the content.
+
+        Raises:
+            ValueError: a rank below 1.
+        """
         from tl_asymmetry.plots.spectrum import spectrum_figure
 
         values = {
@@ -105,7 +141,10 @@ class PredictionPullback(Result, Sequence[Subspace]):
             f"layer {layer}": row.where(row > 1e-12 * row[0], 0).numpy()
             for layer, row in zip(self.layers, self.arrays["eigenvalues"], strict=True)
         }
-        return spectrum_figure(values, **{"name": "the pulled-back prediction map", **options})
+        return spectrum_figure(
+            values, name="the pulled-back prediction map", ranks=ranks,
+            title=title, template=template, width=width, height=height,
+        )  # fmt: skip
 
     # -- words -----------------------------------------------------------------------------------------------------
 

@@ -148,19 +148,53 @@ class LayerJacobians(Result):
 
     # -- figures ---------------------------------------------------------------------------------------------------
 
-    def plot_singular_values(self, **options: Any) -> go.Figure:
-        """Singular values of the mean Jacobians, a line per layer. Options as in `singular_values_figure`."""
+    def plot_singular_values(
+        self,
+        *,
+        title: str | None = None,
+        template: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> go.Figure:
+        """Singular values of the mean Jacobians, a line per layer.
+
+        Args:
+            title: first line of the title; None says what is shown. Plain text.
+            template: None or "light", "dark", or any plotly template.
+            width, height: pixels; None follows the page and the content.
+        """
         from tl_asymmetry.plots.jacobians import singular_values_figure
 
         return singular_values_figure(
-            self.singular_values().numpy(), self.layers, what=PART[self.config["part"]], **options
-        )
+            self.singular_values().numpy(), self.layers, what=PART[self.config["part"]],
+            title=title, template=template, width=width, height=height,
+        )  # fmt: skip
 
-    def plot_gain(self, subspace: Subspace | Sequence[Subspace], **options: Any) -> go.Figure:
-        """Gain along a subspace's directions, layer × rank. Options as in `gain_figure`."""
+    def plot_gain(
+        self,
+        subspace: Subspace | Sequence[Subspace],
+        *,
+        value: str = "gain",
+        title: str | None = None,
+        template: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> go.Figure:
+        """Gain along a subspace's directions, layer × rank.
+
+        Args:
+            subspace: one, or one for each layer.
+            value: "gain" of the first k directions together, or "direction_gain" of the k-th alone.
+            title: first line of the title; None says what is shown. Plain text.
+            template: None or "light", "dark", or any plotly template.
+            width, height: pixels; None follows the page and the content.
+
+        Raises:
+            ValueError: a subspace of another width, or an unknown value.
+        """
         from tl_asymmetry.plots.jacobians import gain_figure
 
-        return gain_figure(self.gain(subspace), **options)
+        return gain_figure(self.gain(subspace), value=value, title=title, template=template, width=width, height=height)
 
     # -- words -----------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +14,19 @@ from jaxtyping import Float
 
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.spectrum import marchenko_pastur_edge
-from tl_asymmetry.names import POINTS, kind_of
+from tl_asymmetry.names import POINTS, Side, kind_of
 from tl_asymmetry.pair.sensitivity import sensitivity_table
 from tl_asymmetry.pair.stability import stability_table
+from tl_asymmetry.results.nulls import described
 from tl_asymmetry.results.result import Result
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+
+    from tl_asymmetry.plots.layout import Layout
+
+_CURVE_POINTS = 200
+"""Ranks beyond 64 at which a curve is drawn, log-spaced."""
 
 
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
@@ -97,35 +103,136 @@ class PairData(Result):
 
     # -- figures -------------------------------------------------------------------------------------------------
 
-    def plot_heads(self, matrix: str | None = None, **options: Any) -> go.Figure:
-        """Layer × head map of one matrix, or of all with a menu; hover gives value, interval and both nulls.
+    def plot_heads(
+        self,
+        matrix: str | Sequence[str] | None = None,
+        *,
+        subspace: str | None = None,
+        rank: int | None = None,
+        value: str = "relative",
+        title: str | None = None,
+        template: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> go.Figure:
+        """Layer × head map of one matrix, or of several with a menu; the hover gives the value and every null.
 
         Args:
-            matrix: its name; None gives one figure of all matrices and subspaces (`plots.head_maps_figure`).
-            options: as for `plots.heads_figure`.
+            matrix: its name, or several; None gives all.
+            subspace: shown (first); None: a read matrix's own input, "prediction" for a write matrix.
+            rank: the only one of one matrix, the first of several; None: all with a slider, the shown rank first.
+            value: shown first: "relative", "excess" or "gradient_excess" (over the references of the table), the key of
+                a null in `nulls`, "unrounded" (relative with the rounding share removed), "z" or "verdict".
+            title: first line of the title; None says what is shown. Plain text.
+            template: None or "light", "dark", or any plotly template.
+            width, height: pixels; None follows the page and the content.
+
+        Raises:
+            ValueError: what was not analysed, or a value that is NaN everywhere.
         """
         from tl_asymmetry.plots import head_maps_figure, heads_figure
 
-        if matrix is None:
-            return head_maps_figure(self.table, **{**self._figure_defaults(), **options})
+        layout: Layout = {"title": title, "template": template, "width": width, "height": height}
+        shown = self.config["shown_rank"]
+        if isinstance(matrix, str):
+            return heads_figure(
+                self.table, matrix, nulls=described(self.nulls), subspace=subspace, rank=rank, value=value,
+                default_rank=shown, d_model=self._d, **self._kv(matrix), **layout,
+            )  # fmt: skip
+        table, first = self.table, None
+        if matrix is not None:
+            for name in matrix:
+                self._require_matrix(name)
+            table, first = table[table["matrix"].isin(list(matrix))], next(iter(matrix), None)
+        return head_maps_figure(
+            table, nulls=described(self.nulls), matrix=first, subspace=subspace, value=value,
+            default_rank=shown if rank is None else rank, d_model=self._d, **layout,
+        )  # fmt: skip
 
-        return heads_figure(self.table, matrix, **{**self._figure_defaults(), **self._kv(matrix), **options})
+    def plot_layers(
+        self,
+        matrices: Sequence[str] | None = None,
+        *,
+        subspace: str | None = None,
+        rank: int | None = None,
+        title: str | None = None,
+        template: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> go.Figure:
+        """Every matrix over the layers, reads above, writes below: median head, middle half, matched reference.
 
-    def plot_layers(self, **options: Any) -> go.Figure:
-        """Every matrix over the layers, reads above, writes below. See `plots.layers_figure`."""
+        Args:
+            matrices: which; None: all.
+            subspace: hold every matrix against this one; None: reads against their own input, writes against
+                "prediction".
+            rank: the only one; None: all with a slider, the shown rank first.
+            title, template, width, height: as in `plot_heads`.
+
+        Raises:
+            ValueError: what was not analysed.
+        """
         from tl_asymmetry.plots import layers_figure
 
-        return layers_figure(self.table, **{**self._figure_defaults(), **options})
+        return layers_figure(
+            self.table, matrices=matrices, subspace=subspace, rank=rank,
+            default_rank=self.config["shown_rank"], d_model=self._d,
+            title=title, template=template, width=width, height=height,
+        )  # fmt: skip
 
-    def plot_rank_curve(self, matrix: str, layer: int, head: int | None = None, **options: Any) -> go.Figure:
-        """Relative fraction against rank with both nulls and the interval. See `plots.rank_curve_figure`."""
+    def plot_rank_curve(
+        self,
+        matrix: str,
+        layer: int,
+        head: int | None = None,
+        *,
+        subspace: str | None = None,
+        title: str | None = None,
+        template: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> go.Figure:
+        """Relative fraction against rank, at every k, with every null that expects a number and the interval.
+
+        Args:
+            matrix: its name.
+            layer: the layer.
+            head: the head (the KV head for W_K and W_V); None: all heads of the layer.
+            subspace: None: a read matrix's own input, "prediction" for a write matrix.
+            title, template, width, height: as in `plot_heads`.
+
+        Raises:
+            ValueError: what was not analysed.
+        """
         from tl_asymmetry.plots import rank_curve_figure
+        from tl_asymmetry.plots.rows import default_subspace
 
-        options = {"d_model": self._d, **self._kv(matrix), **options}
-        return rank_curve_figure(self.table, matrix, layer=layer, head=head, **options)
+        self._require_matrix(matrix)
+        space = default_subspace(self.table, matrix) if subspace is None else subspace
+        return rank_curve_figure(
+            self.table, matrix, nulls=described(self.nulls), curves=self._curves(matrix, space, layer), layer=layer,
+            head=head, subspace=space, d_model=self._d, **self._kv(matrix),
+            title=title, template=template, width=width, height=height,
+        )  # fmt: skip
 
-    def plot_asymmetry(self, **options: Any) -> go.Figure:
-        """Read against write, one point per head. See `plots.asymmetry_figure`."""
+    def plot_asymmetry(
+        self,
+        *,
+        rank: int | None = None,
+        title: str | None = None,
+        template: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> go.Figure:
+        """Read against write, one point per head, and the index over layers beside what is expected.
+
+        Args:
+            rank: the only one; None: all with a slider, the shown rank first.
+            title, template, width, height: as in `plot_heads`.
+
+        Raises:
+            ValueError: an analysis without both sides.
+        """
         from tl_asymmetry.plots import asymmetry_figure
 
         if self.asymmetry.empty:
@@ -133,31 +240,114 @@ class PairData(Result):
                 "expected an analysis of W_Q and W_K against attn_in and of W_O against prediction, got one without; "
                 "pass the default matrices and subspaces to analyze_pair"
             )
-        return asymmetry_figure(self.asymmetry, **{"default_rank": self.config["shown_rank"], **options})
+        return asymmetry_figure(
+            self.asymmetry, rank=rank, default_rank=self.config["shown_rank"],
+            title=title, template=template, width=width, height=height,
+        )  # fmt: skip
 
-    def plot_sensitivity(self, matrix: str | None = None, **options: Any) -> go.Figure:
-        """How stable each head's verdict is over the choices of subspace. See `plots.stability_figure`."""
+    def plot_sensitivity(
+        self,
+        matrix: str | None = None,
+        *,
+        subspace: str | None = None,
+        rank: int | None = None,
+        title: str | None = None,
+        template: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> go.Figure:
+        """How stable each head's verdict is over the choices of subspace.
+
+        Args:
+            matrix, subspace: shown first; None: the first that has choices.
+            rank: the only one; None: all with a slider, the shown rank first.
+            title, template, width, height: as in `plot_heads`.
+
+        Raises:
+            ValueError: analysed without `sensitivity=True`.
+        """
         from tl_asymmetry.plots import stability_figure
 
-        options = {"default_rank": self.config["shown_rank"], "matrix": matrix, **options}
-        return stability_figure(self.stability(), **options)
+        return stability_figure(
+            self.stability(), matrix=matrix, subspace=subspace, rank=rank,
+            default_rank=self.config["shown_rank"],
+            title=title, template=template, width=width, height=height,
+        )  # fmt: skip
 
-    def plot_spectrum(self, subspace: str = "attn_in", **options: Any) -> go.Figure:
-        """Eigenvalue spectra of a subspace, or of a delta by its matrix's name. See `plots.spectrum_figure`.
+    def plot_spectrum(
+        self,
+        subspace: str = "attn_in",
+        *,
+        layer: int | None = None,
+        title: str | None = None,
+        template: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> go.Figure:
+        """Eigenvalue spectra of a subspace, or of a delta by its matrix's name.
 
         Activations carry the Marchenko–Pastur edge of as many independent samples as there were tokens.
+
+        Args:
+            subspace: its name, or a matrix's.
+            layer: shown first; None: all.
+            title, template, width, height: as in `plot_heads`.
+
+        Raises:
+            ValueError: what was not analysed, or a subspace without eigenvalues.
         """
         from tl_asymmetry.plots import spectrum_figure
 
-        options = {"name": subspace, **options}
+        layout: Layout = {"title": title, "template": template, "width": width, "height": height}
         if f"spectrum/{subspace}" in self.arrays:
             spectra = self.delta_spectrum(subspace).sum(1)  # heads pooled
-            return spectrum_figure(spectra, **{**options, "name": f"ΔW of {subspace}, heads pooled"})
+            return spectrum_figure(spectra, name=f"ΔW of {subspace}, heads pooled", layer=layer, **layout)
         eigenvalues = self.eigenvalues(subspace)
         if np.isnan(eigenvalues).all():
             raise ValueError(f"expected a subspace with eigenvalues, got {subspace!r}, given without; pass another one")
-        defaults = {"ranks": self.config["ranks"], "edge": self._edges(subspace, eigenvalues)}
-        return spectrum_figure(eigenvalues, **{**defaults, **options})
+        edges = self._edges(subspace, eigenvalues)
+        return spectrum_figure(
+            eigenvalues, name=subspace, ranks=self.config["ranks"], edge=edges, layer=layer, **layout
+        )
+
+    def _curves(self, matrix: str, subspace: str, layer: int) -> pd.DataFrame | None:
+        """Relative fractions of one layer's heads at every rank that can be told apart on a screen, with what each null
+        expects there; None for what has no profile."""
+        name = f"{matrix}/{subspace}"
+        profiles = self.arrays.get(f"profile/{name}")
+        if profiles is None or not 0 <= layer < len(profiles):
+            return None
+        fraction = np.cumsum(profiles[layer].numpy().astype(np.float64), axis=-1)
+        ks = np.unique(np.concatenate([np.arange(1, 65), np.geomspace(64, self._d, _CURVE_POINTS).round()]).astype(int))
+        ks = ks[ks <= fraction.shape[-1]]
+        heads: list[int | None] = (
+            [None] if kind_of(matrix, self._side(matrix)).heads is None else [*range(len(fraction))]
+        )
+        expected = {
+            array.split("/")[1]: values[layer].numpy()
+            for array, values in self.arrays.items()
+            if array.startswith("expected/") and array.endswith(f"/{name}")
+        }
+        parts = []
+        for h, of_head in zip(heads, fraction, strict=True):
+            part = pd.DataFrame({"rank": ks, "relative": of_head[ks - 1] * self._d / ks})
+            part["head"] = pd.array([pd.NA if h is None else h] * len(ks), dtype="Int64")
+            for null, of_null in expected.items():
+                held = of_null[min(h or 0, len(of_null) - 1)]
+                part[null] = np.nan
+                part.loc[ks <= len(held), null] = held[ks[ks <= len(held)] - 1] * self._d / ks[ks <= len(held)]
+            parts.append(part)
+        return pd.concat(parts, ignore_index=True)
+
+    def _side(self, matrix: str) -> Side:
+        return self.table.loc[self.table["matrix"] == matrix, "pathway"].iloc[0]
+
+    def _require_matrix(self, matrix: str) -> None:
+        there = list(dict.fromkeys(self.table["matrix"]))
+        if matrix not in there:
+            raise ValueError(
+                f"expected matrix to be one of {', '.join(there)}, got {matrix!r}; pass matrix={there[0]!r}"
+            )
 
     def _edges(self, subspace: str, eigenvalues: Float[np.ndarray, "layer k"]) -> dict[str, float] | None:
         """Marchenko–Pastur edge of each layer's captured activations; None for what is no moment of tokens."""
@@ -174,12 +364,10 @@ class PairData(Result):
     def _d(self) -> int:
         return self.config["shape"]["d_model"]
 
-    def _figure_defaults(self) -> dict[str, Any]:
-        return {"default_rank": self.config["shown_rank"], "d_model": self._d}
-
     def _kv(self, matrix: str) -> dict[str, bool]:
+        self._require_matrix(matrix)
         shape = self.config["shape"]
-        return {"kv": kind_of(matrix).heads == "kv" and shape["n_kv_heads"] < shape["n_heads"]}
+        return {"kv": kind_of(matrix, self._side(matrix)).heads == "kv" and shape["n_kv_heads"] < shape["n_heads"]}
 
     def _array(self, kind: str, *keys: str) -> np.ndarray:
         name = "/".join((kind, *keys))

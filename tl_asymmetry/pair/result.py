@@ -143,6 +143,10 @@ class PairAnalysis(PairData):
             energy = stacked(deltas[matrix], "energy").unsqueeze(-1)
             arrays[f"profile/{matrix}/{subspace}"] = (stacked(held, "energies") / energy).float()
             arrays[f"eigenvalues/{subspace}"] = stacked(held, "eigenvalues")
+            for null, reference in (("sgd", "activation_reference"), ("gradient", "gradient_reference")):
+                if getattr(held[0], reference) is not None:  # [layer, top], [layer, head, top] where heads differ
+                    expected = stacked(held, reference)
+                    arrays[f"expected/{null}/{matrix}/{subspace}"] = expected.view(len(held), -1, expected.shape[-1])
             if held[0].replicates is not None:  # fractions with one group of texts left out [layer, group, head, rank]
                 arrays[f"replicates/{matrix}/{subspace}"] = stacked(held, "replicates") / energy.unsqueeze(1)
         arrays["tokens"] = torch.cat(list(sequences))

@@ -11,6 +11,8 @@ from plotly.subplots import make_subplots
 
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
+from tl_asymmetry.plots.hover import head_name, interval
+from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, note, rank_slider
 
 COLUMNS = ("layer", "head", "rank", "read", "write", "log2_ratio", "log2_expected", "log2_excess", "ci_low", "ci_high")
 HOVER = (
@@ -25,10 +27,7 @@ def asymmetry_figure(
     *,
     rank: int | None = None,
     default_rank: int | None = None,
-    title: str | None = None,
-    template: Any = None,
-    width: int | None = None,
-    height: int | None = None,
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Draw read against write for each head, and log2(read / write) over layers.
 
@@ -40,7 +39,7 @@ def asymmetry_figure(
     Args:
         asymmetry: `PairAnalysis.asymmetry`.
         rank, default_rank: one rank, or the first of the slider; None: all, first the middle one.
-        title, template, width, height: as in `heads_figure`.
+        layout: as in `heads_figure`.
 
     Raises:
         ValueError: for a missing column or an unknown rank.
@@ -142,7 +141,7 @@ def asymmetry_figure(
                 for which in ("xaxis", "yaxis") for key in ("range", "tickvals", "ticktext")
             }  # fmt: skip
             steps.append([args, scale, list(range(1, 5 if expected_known else 4))])
-        figure.update_layout(sliders=[style.rank_slider(ranks, start, steps)])
+        figure.update_layout(sliders=[rank_slider(ranks, start, steps)])
 
     dashed = {**guide, "dash": "dash"}
     figure.add_hline(y=1, line=dashed, row=1, col=1)
@@ -155,21 +154,20 @@ def asymmetry_figure(
     )
     figure.update_yaxes(title="log2(read / write)", row=2, col=1)
     if not any(v is not None for f in frames for v in f["ratio"]):
-        style.note(figure, "No value: the delta is zero, so its fractions are undefined.")
+        note(figure, "No value: the delta is zero, so its fractions are undefined.")
     at_rank = f" at rank {ranks[0]}" if len(ranks) == 1 else ""
     chance = (
         "Green bars: the index matched references alone would give."
         if expected_known
         else "What plain gradients would give is unknown here, and need not be 0."
     )
-    words = style.heading(
-        style.text(title) if title is not None else "Reading against writing",
+    words = heading(
+        "Reading against writing",
         f"Relative fractions{at_rank}; dashed: 1 = chance (isotropic null); above the dotted diagonal a head reads "
         f"more than it writes. {chance}",
+        **layout,
     )
-    return style.finish(
-        figure, title=words, template_name=template, width=width, height=height, plot_height=640, right=64
-    )
+    return finish(figure, words, plot_height=640, right=64, **layout)
 
 
 def _points(rows: pd.DataFrame, layers: list[int]) -> dict[str, list[Any]]:
@@ -217,11 +215,11 @@ def _words(row: dict[Any, Any]) -> list[str]:
     """What the hover of one row says, in the order of `HOVER`."""
     head = None if pd.isna(row["head"]) else int(row["head"])
     return [
-        pick.head_name(int(row["layer"]), head) + ("" if head is not None else ", heads pooled"),
+        head_name(int(row["layer"]), head) + ("" if head is not None else ", heads pooled"),
         style.number(row["read"]),
         style.number(row["write"]),
         style.number(row["log2_ratio"]),
-        pick.interval(row["ci_low"], row["ci_high"], ""),
+        interval(row["ci_low"], row["ci_high"], ""),
         "unknown without gradients" if pd.isna(row["log2_expected"]) else style.number(row["log2_expected"]),
         style.number(row["log2_excess"]),
     ]

@@ -10,9 +10,10 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from tl_asymmetry.names import ROUNDING_FLAGGED, SIGNIFICANT
-from tl_asymmetry.plots import heads as one
+from tl_asymmetry.plots import maps, style
 from tl_asymmetry.plots import rows as pick
-from tl_asymmetry.plots import style
+from tl_asymmetry.plots.hover import head_name
+from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, note, rank_slider
 
 DIFFERENCE_HOVER = (
     "<b>%{customdata[0]}</b>"
@@ -37,10 +38,7 @@ def differences_figure(
     rank: int | None = None,
     default_rank: int | None = None,
     kv: bool | None = None,
-    title: str | None = None,
-    template: Any = None,
-    width: int | None = None,
-    height: int | None = None,
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Map log2(relative_a / relative_b) over layers and heads; a dot where its interval over texts leaves 0 out.
 
@@ -51,7 +49,7 @@ def differences_figure(
         matrix: one of the table's.
         subspace: None: own input for a read matrix, "prediction" for a write matrix.
         rank, default_rank: one rank, or the first of the slider; None: all, first the middle one.
-        kv, title, template, width, height: as in `heads_figure`.
+        kv, layout: as in `heads_figure`.
 
     Raises:
         ValueError: for an unknown matrix, subspace or rank, or rows of several pairs.
@@ -92,15 +90,16 @@ def differences_figure(
         here = rows[rows["rank"] == k]
         certain = (here["ci_low"] > 0) | (here["ci_high"] < 0)
         frames.append((here, here["log2_ratio"], certain))
-    words = style.heading(
-        style.text(title) if title is not None else f"{style.text(matrix)}: {style.text(a)} against {style.text(b)}",
+    words = heading(
+        f"{style.text(matrix)}: {style.text(a)} against {style.text(b)}",
         f"Ratio of the relative fractions in {style.text(space)}. Orange: more in {style.text(a)}. Dot: the 95 % "
         "interval over texts leaves 1 out.",
+        **layout,
     )
     shares = frames[0][0][["rounding_share_a", "rounding_share_b"]].max(axis=1)
     return _map(
         frames, ranks, start, matrix, hover, DIFFERENCE_HOVER, words, "a / b", "interval leaves 1 out",
-        rounding=shares, shared=shared, group=group, template=template, width=width, height=height,
+        rounding=shares, shared=shared, group=group, **layout,
     )  # fmt: skip
 
 
@@ -109,17 +108,14 @@ def overlap_figure(
     matrix: str,
     *,
     kv: bool | None = None,
-    title: str | None = None,
-    template: Any = None,
-    width: int | None = None,
-    height: int | None = None,
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Map how far two deltas' leading residual directions span the same space, over chance; a dot where q < 0.05.
 
     Args:
         overlap: rows of `Comparison.overlap` of one pair of analyses.
         matrix: one of the table's.
-        kv, title, template, width, height: as in `heads_figure`.
+        kv, layout: as in `heads_figure`.
 
     Raises:
         ValueError: for an unknown matrix, or rows of several pairs.
@@ -140,15 +136,15 @@ def overlap_figure(
 
     with np.errstate(divide="ignore", invalid="ignore"):
         value = pd.Series(np.log2((rows["overlap"] / rows["chance"]).to_numpy(float)), index=rows.index)
-    words = style.heading(
-        style.text(title) if title is not None else f"{style.text(matrix)}: directions shared",
+    words = heading(
+        f"{style.text(matrix)}: directions shared",
         f"Overlap of the leading residual directions of {style.text(a)} and {style.text(b)}, over that of random "
         f"spaces. Dot: q &lt; {SIGNIFICANT}.",
+        **layout,
     )
     return _map(
         [(rows, value, rows["q"] < SIGNIFICANT)], [0], 0, matrix, hover, OVERLAP_HOVER, words, "× chance",
-        f"q &lt; {SIGNIFICANT}", rounding=None, shared=shared, group=group, template=template, width=width,
-        height=height,
+        f"q &lt; {SIGNIFICANT}", rounding=None, shared=shared, group=group, **layout,
     )  # fmt: skip
 
 
@@ -173,9 +169,7 @@ def _map(
     rounding: pd.Series | None,
     shared: bool,
     group: int | None,
-    template: Any,
-    width: int | None,
-    height: int | None,
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """A layer × head map of log2 ratios, one for each rank, on one scale, and what rounding weakens."""
     layers, heads = pick.layers_of(frames[0][0]), pick.heads_of(frames[0][0])
@@ -191,7 +185,7 @@ def _map(
         for row in rows.to_dict("records"):
             i = layers.index(int(row["layer"]))
             j = heads.index(None if pd.isna(row["head"]) else int(row["head"]))
-            name = f"{pick.head_name(layers[i], heads[j], kv=shared, group=group)} · {style.text(matrix)}"
+            name = f"{head_name(layers[i], heads[j], kv=shared, group=group)} · {style.text(matrix)}"
             cells[i][j] = hover(row, name)
         down, across = np.nonzero(pick.grid(rows, marked.astype(float), layers, heads) == 1)
         shown = [[None if math.isnan(v) else round(float(v), 3) for v in r] for r in z]
@@ -208,8 +202,9 @@ def _map(
     figure = go.Figure(
         [
             go.Heatmap(
-                x=x, y=layers, z=z, zmin=-limit, zmax=limit, zmid=0, colorscale=style.diverging(template), xgap=1,
-                ygap=1, meta="diverging", customdata=cells, hovertemplate=hover_template, name=matrix,
+                x=x, y=layers, z=z, zmin=-limit, zmax=limit, zmid=0, xgap=1, ygap=1,
+                colorscale=style.diverging(layout.get("template")), meta="diverging", customdata=cells,
+                hovertemplate=hover_template, name=matrix,
                 colorbar={
                     "thickness": 12, "len": 1, "outlinewidth": 0, "x": 1.01, "xpad": 4, "tickmode": "array",
                     "tickvals": exponents, "ticktext": labels,
@@ -228,14 +223,11 @@ def _map(
             z, cells, dots = drawn(at)
             change = {"z": [z, None], "customdata": [cells, None], "x": [x, dots["x"]], "y": [layers, dots["y"]]}
             steps.append([change, [0, 1]])
-        figure.update_layout(sliders=[style.rank_slider(ranks, start, steps)])
+        figure.update_layout(sliders=[rank_slider(ranks, start, steps)])
     if rounding is not None and bool((rounding >= ROUNDING_FLAGGED).any()):
         laid_out = pick.grid(frames[0][0], rounding, layers, heads)
-        figure.add_traces(one.rounding_marks(laid_out, layers, one.mark_size(layers, heads)))
+        figure.add_traces(maps.rounding_marks(laid_out, layers, maps.mark_size(layers, heads)))
     if not np.isfinite(every).any():
-        style.note(figure, "No value: a delta is zero, so its fractions are undefined.")
-    pick.head_axes(figure, layers, heads, shared)
-    return style.finish(
-        figure, title=words, template_name=template, width=width, height=height, right=64,
-        plot_height=int(np.clip(26 * len(layers), 220, 620)),
-    )  # fmt: skip
+        note(figure, "No value: a delta is zero, so its fractions are undefined.")
+    maps.head_axes(figure, layers, heads, shared)
+    return finish(figure, words, right=64, plot_height=maps.map_height(layers), **layout)

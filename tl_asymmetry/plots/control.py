@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
 from tl_asymmetry.names import kind_of
 from tl_asymmetry.plots import style
+from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, menu, note
 
 HOVER = (
     "<b>%{customdata[0]}</b> (grade %{customdata[1]}), seed %{customdata[2]}<br>%{customdata[3]} in %{customdata[4]}: "
@@ -24,10 +23,7 @@ def grades_figure(
     rank: int | None = None,
     default_rank: int | None = None,
     compared: str | None = None,
-    title: str | None = None,
-    template: Any = None,
-    width: int | None = None,
-    height: int | None = None,
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Draw each matrix's relative fraction over the grades: a point for each seed, a line through their means.
 
@@ -40,7 +36,7 @@ def grades_figure(
         rank: the rank shown; None takes `default_rank`, or the middle one.
         default_rank: taken where the table has it.
         compared: "norm" or "steps", shown first; None: "norm" where there is one.
-        title, template, width, height: as in `heads_figure`.
+        layout: as in `heads_figure`.
 
     Raises:
         ValueError: an unknown rank or comparison.
@@ -72,28 +68,27 @@ def grades_figure(
         labels = {"norm": "at equal norm", "steps": "at equal steps"}
         figure.update_layout(
             updatemenus=[
-                {
-                    "name": "comparison", "active": there.index(first), "direction": "down",
-                    "buttons": [
-                        {"label": labels[c], "method": "restyle", "args": [{"visible": [o == c for o in owners]}]}
-                        for c in there
-                    ],
-                }
+                menu(
+                    "comparison",
+                    [(labels[c], [{"visible": [o == c for o in owners]}]) for c in there],
+                    active=there.index(first),
+                )
             ]
-        )  # fmt: skip
+        )
     figure.update_xaxes(
         title="objective, from sharp to soft", tickmode="array", tickvals=list(places.values()),
         ticktext=[style.text(name) for name in places], range=[-0.5, len(places) - 0.5],
     )  # fmt: skip
     figure.update_yaxes(title=f"relative at rank {rank}", **style.ratio_axis(shown["relative"]))
     if not np.isfinite(shown["relative"].to_numpy(float)).any():
-        style.note(figure, "No value: the deltas are zero.")
-    words = style.heading(
-        style.text(title) if title is not None else "Where the delta lies, by the sharpness of its objective",
+        note(figure, "No value: the deltas are zero.")
+    words = heading(
+        "Where the delta lies, by the sharpness of its objective",
         "Reads against their own input, writes against the prediction directions. Dotted: the matched reference. "
         "Dashed grey: 1 = chance.",
+        **layout,
     )
-    return style.finish(figure, title=words, template_name=template, width=width, height=height, plot_height=380)
+    return finish(figure, words, plot_height=380, **layout)
 
 
 def _traces(block: pd.DataFrame, matrix: str, places: dict[str, int], *, visible: bool) -> list[go.Scatter]:

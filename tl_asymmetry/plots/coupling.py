@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from tl_asymmetry.plots import style
+from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, note, slider
 
 ESTIMATOR_STYLE = {
     "update": {"color": style.SERIES[1], "symbol": "square", "name": "update directions"},
@@ -25,10 +24,7 @@ def coupling_figure(
     *,
     objective: str | None = None,
     window: int | None = None,
-    title: str | None = None,
-    template: Any = None,
-    width: int | None = None,
-    height: int | None = None,
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Draw accuracy above and the mean ratio R̄ of each estimator below, on one axis of steps.
 
@@ -40,7 +36,7 @@ def coupling_figure(
         accuracy: `CouplingStudy.accuracy`; may be empty, then the upper panel is left out.
         objective: draw this one alone.
         window: the window drawn; default the first of the table that is not 1.
-        title, template, width, height: as in `heads_figure`.
+        layout: as in `heads_figure`.
 
     Raises:
         ValueError: an unknown objective or window.
@@ -104,44 +100,33 @@ def coupling_figure(
     if len(objectives) > 1:
         figure.update_layout(
             sliders=[
-                {
-                    "name": "objective", "active": 0, "currentvalue": {"prefix": "objective: ", "font": {"size": 12}},
-                    "steps": [
-                        {"label": style.text(n), "method": "restyle", "args": [{"visible": [o == n for o in owners]}]}
-                        for n in objectives
-                    ],
-                }
+                slider("objective", [(style.text(n), [{"visible": [o == n for o in owners]}]) for n in objectives])
             ]
-        )  # fmt: skip
+        )
     figure.update_xaxes(title="training step", row=lower, col=1)
     ratios = means.loc[means["window"] == shown, "mean_ratio"]
     figure.update_yaxes(title="mean ratio R̄", row=lower, col=1, **style.ratio_axis(ratios, pad=0.4))
     if both:
         figure.update_yaxes(title="accuracy", range=[-0.03, 1.03], row=1, col=1)
     if not len(ratios):
-        style.note(figure, "No window holds a row yet.")
-    words = style.heading(
-        style.text(title) if title is not None else "How strongly training directions move centroids",
+        note(figure, "No window holds a row yet.")
+    words = heading(
+        "How strongly training directions move centroids",
         f"Mean response over k of the leading directions of {shown} rows, over that of a random direction (dashed: 1).",
+        **layout,
     )
-    return style.finish(
-        figure, title=words, template_name=template, width=width, height=height, plot_height=460 if both else 330
-    )
+    return finish(figure, words, plot_height=460 if both else 330, **layout)
 
 
 def windows_figure(
     peaks: pd.DataFrame,
-    *,
-    title: str | None = None,
-    template: Any = None,
-    width: int | None = None,
-    height: int | None = None,
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Draw the peak of R_1 and of R̄ against the number of rows in the window.
 
     Args:
         peaks: `CouplingStudy.peaks`.
-        title, template, width, height: as in `heads_figure`.
+        layout: as in `heads_figure`.
 
     Example:
         >>> windows_figure(study.peaks).write_html("windows.html")  # doctest: +SKIP
@@ -174,26 +159,23 @@ def windows_figure(
     figure.update_yaxes(
         title="peak over checkpoints", **style.ratio_axis([*peaks["ratio_1"], *peaks["mean_ratio"]], pad=0.4)
     )
-    words = style.heading(
-        style.text(title) if title is not None else "Does the window matter?",
+    words = heading(
+        "Does the window matter?",
         "Filled: the leading direction alone (R₁). Open: the mean over the leading directions (R̄).",
+        **layout,
     )
-    return style.finish(figure, title=words, template_name=template, width=width, height=height, plot_height=330)
+    return finish(figure, words, plot_height=330, **layout)
 
 
 def accuracy_figure(
     table: pd.DataFrame,
-    *,
-    title: str | None = None,
-    template: Any = None,
-    width: int | None = None,
-    height: int | None = None,
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Draw train and held-out accuracy over steps, one colour for each operation.
 
     Args:
         table: `GrokRun.table`.
-        title, template, width, height: as in `heads_figure`.
+        layout: as in `heads_figure`.
 
     Example:
         >>> accuracy_figure(run.table).write_html("accuracy.html")  # doctest: +SKIP
@@ -210,18 +192,15 @@ def accuracy_figure(
             )  # fmt: skip
     figure.update_xaxes(title="training step")
     figure.update_yaxes(title="accuracy", range=[-0.03, 1.03])
-    words = style.heading(style.text(title) if title is not None else "Accuracy along training")
-    return style.finish(figure, title=words, template_name=template, width=width, height=height, plot_height=300)
+    words = heading("Accuracy along training", **layout)
+    return finish(figure, words, plot_height=300, **layout)
 
 
 def arms_figure(
     table: pd.DataFrame,
     *,
     accuracy: float = 0.98,
-    title: str | None = None,
-    template: Any = None,
-    width: int | None = None,
-    height: int | None = None,
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Draw held-out accuracy of every arm, one line for each seed, with the first step at `accuracy` marked.
 
@@ -230,7 +209,7 @@ def arms_figure(
     Args:
         table: of `grokking.arms`: `arm, seed, step, op, test_accuracy`; with several operations the lowest counts.
         accuracy: what is marked.
-        title, template, width, height: as in `heads_figure`.
+        layout: as in `heads_figure`.
 
     Example:
         >>> arms_figure(arms_table).write_html("arms.html")  # doctest: +SKIP
@@ -267,8 +246,9 @@ def arms_figure(
     figure.add_hline(y=accuracy, line={"color": style.GUIDE, "dash": "dot", "width": 1})
     figure.update_xaxes(title="training step")
     figure.update_yaxes(title="held-out accuracy", range=[-0.03, 1.06])
-    words = style.heading(
-        style.text(title) if title is not None else "What the attention gradient is needed for",
+    words = heading(
+        "What the attention gradient is needed for",
         f"One line a seed; a mark where held-out accuracy first reaches {accuracy:g}.",
+        **layout,
     )
-    return style.finish(figure, title=words, template_name=template, width=width, height=height, plot_height=360)
+    return finish(figure, words, plot_height=360, **layout)

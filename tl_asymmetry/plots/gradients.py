@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
 from tl_asymmetry.plots import style
+from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, menu, note
 
 HOVER = (
     "<b>%{customdata[0]}</b>, layer %{x}<br>effective rank %{customdata[1]} of %{customdata[2]} (median head)"
@@ -25,10 +25,7 @@ def effective_rank_figure(
     *,
     matrices: Sequence[str] | None = None,
     side: str = "gradient",
-    title: str | None = None,
-    template: Any = None,
-    width: int | None = None,
-    height: int | None = None,
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Draw the effective rank of one side of a matrix over layers, one line for each objective.
 
@@ -40,7 +37,7 @@ def effective_rank_figure(
         tables: `GradientCovariance.table`, one for each objective by name, or a single one.
         matrices: which to offer; None: all.
         side: the side shown first, "gradient" (δ) or "input" (a).
-        title, template, width, height: as in `heads_figure`.
+        layout: as in `heads_figure`.
 
     Raises:
         ValueError: no table, an unknown matrix or side.
@@ -81,26 +78,26 @@ def effective_rank_figure(
     if len(views) > 1:
         figure.update_layout(
             updatemenus=[
-                {
-                    "name": "matrix and side", "active": 0, "direction": "down",
-                    "buttons": [
-                        {"label": f"{SIDES[which]} of {matrix}", "method": "restyle",
-                         "args": [{"visible": [owner == (matrix, which) for owner in owners]}]}
+                menu(
+                    "matrix and side",
+                    [
+                        (f"{SIDES[which]} of {matrix}", [{"visible": [owner == (matrix, which) for owner in owners]}])
                         for matrix, which in views
                     ],
-                }
+                )
             ]
-        )  # fmt: skip
+        )
     if not views:
-        style.note(figure, "No effective rank: no gradient reached these matrices, or their axis was sketched.")
+        note(figure, "No effective rank: no gradient reached these matrices, or their axis was sketched.")
     layers = sorted({int(layer) for t in named.values() for layer in t["layer"]})
     figure.update_xaxes(title="layer", **style.integer_ticks(layers))
     figure.update_yaxes(title="effective rank / dimension", range=[0, 1.05])
-    words = style.heading(
-        style.text(title) if title is not None else "How many directions the gradient's sides have",
+    words = heading(
+        "How many directions the gradient's sides have",
         "Effective rank of the second moment as a share of its dimension; dashed grey: a flat spectrum.",
+        **layout,
     )
-    return style.finish(figure, title=words, template_name=template, width=width, height=height, plot_height=340)
+    return finish(figure, words, plot_height=340, **layout)
 
 
 def _line(block: pd.DataFrame, name: str, colour: str, dash: str, visible: bool) -> go.Scatter:

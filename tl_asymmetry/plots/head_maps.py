@@ -8,7 +8,7 @@ its horizontal one (and the colour limits), the menu of values shows and hides t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,12 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from tl_asymmetry.names import ROUNDING_DOMINATED, ROUNDING_FLAGGED, SIGNIFICANT
-from tl_asymmetry.plots import heads as one
+from tl_asymmetry.names import ROUNDING_DOMINATED, ROUNDING_FLAGGED
+from tl_asymmetry.plots import maps, style
 from tl_asymmetry.plots import rows as pick
-from tl_asymmetry.plots import style
+from tl_asymmetry.plots.held import ISOTROPIC, Held, held_against
+from tl_asymmetry.plots.hover import head_cells, head_fields, head_template, row_names
+from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, menu, note, rank_slider
 
 MOST_MARKS = 1_000_000
 """A limit no figure reaches: with one set, plotly draws only the marks inside the window."""
@@ -28,16 +30,14 @@ MOST_MARKS = 1_000_000
 def head_maps_figure(
     table: pd.DataFrame,
     *,
+    nulls: pd.DataFrame | None = None,
     matrix: str | None = None,
     subspace: str | None = None,
     value: str = "relative",
     default_rank: int | None = None,
     d_model: int | None = None,
     kv: bool | None = None,
-    title: str | None = None,
-    template: Any = None,
-    width: int | None = None,
-    height: int | None = None,
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Map every matrix over layers and heads, with menus of matrices and values and a slider of ranks that combine.
 
@@ -47,11 +47,11 @@ def head_maps_figure(
     serves, an MLP matrix the whole width.
 
     Args:
-        table: `PairAnalysis.table`.
+        table, nulls: as in `heads_figure`.
         matrix, subspace: shown first; None: the table's first matrix, against its usual subspace.
         value: shown first, as in `heads_figure`.
         default_rank: shown first; None: `d // 16`, or the middle one.
-        d_model, kv, title, template, width, height: as in `heads_figure`.
+        d_model, kv, layout: as in `heads_figure`.
 
     Raises:
         ValueError: for an unknown matrix, subspace, rank or value, or a value no matrix has.
@@ -60,99 +60,108 @@ def head_maps_figure(
         >>> head_maps_figure(result.table, matrix="W_O").write_html("maps.html")
     """
     pick.require(table, pick.COLUMNS)
-    style.one_of("value", value, list(one.VALUES), "value")
     first = str(table["matrix"].iloc[0]) if matrix is None else matrix
     first_space = pick.select(table, first, subspace)[1]
     d = pick.d_model_of(table, d_model)
     ranks, start = pick.pick_ranks(table, None, default_rank, d)
     layers = pick.layers_of(table)
-    pairs = list(dict.fromkeys(zip(table["matrix"], table["subspace"], strict=True)))
-    blocks = [_block(table, m, s, n, ranks=ranks, layers=layers, d=d, kv=kv) for n, (m, s) in enumerate(pairs)]
-    columns = max(len(b.heads) for b in blocks)
-    shown = [
-        v for v in one.VALUES if v == "relative" or any(np.isfinite(g).any() for b in blocks for g in b.grids[v])
-    ]  # fmt: skip
+    helds = held_against(table, nulls)
+    values = maps.values_of(table, helds, d)
+    value = maps.key_of(table, values, helds, value)
+    shown = maps.offered(values, table)
     if value not in shown:
         raise ValueError(f"expected a value that some matrix has, got {value!r}, which is NaN in every row; "
                          f"pass value={shown[0]!r}")  # fmt: skip
+    values = {key: values[key] for key in shown}
+    kinds = maps.tested(values, shown)
+    pairs = list(dict.fromkeys(zip(table["matrix"], table["subspace"], strict=True)))
+    blocks = [
+        _block(table, m, s, n, ranks=ranks, layers=layers, d=d, kv=kv, values=values, helds=helds, kinds=kinds)
+        for n, (m, s) in enumerate(pairs)
+    ]
+    columns = max(len(b.heads) for b in blocks)
     at_first = pairs.index((first, first_space))
 
     figure = go.Figure()
     # One colour limit for each value and rank.
-    looks = {v: [one.look(np.concatenate([b.grids[v][r].ravel() for b in blocks])[None], one.VALUES[v])
-                 for r in range(len(ranks))] for v in shown}  # fmt: skip
-    owners: list[str] = []  # the value each of the first traces belongs to
-    for name in shown:
+    looks = {
+        key: [maps.look(np.concatenate([b.grids[key][r].ravel() for b in blocks])[None], v) for r in range(len(ranks))]
+        for key, v in values.items()
+    }
+    owners: list[tuple[str, ...]] = []  # the values each of the first traces belongs to
+    for key, v in values.items():
         bar = True
         for block in blocks:
-            if not any(np.isfinite(g).any() for g in block.grids[name]):
-                figure.add_trace(_absent(block, one.VALUES[name].absent, columns, len(ranks), visible=name == value))
+            if not any(np.isfinite(g).any() for g in block.grids[key]):
+                figure.add_trace(_absent(block, v.absent, columns, len(ranks), visible=key == value))
             else:
-                cells = [one.look(g, one.VALUES[name], look["limit"])["z"]
-                         for g, look in zip(block.grids[name], looks[name], strict=True)]  # fmt: skip
-                figure.add_trace(_map(block, name, cells, columns, looks[name][start], template,
-                                      bar=bar, visible=name == value))  # fmt: skip
+                cells = [maps.look(g, v, look["zmax"]) for g, look in zip(block.grids[key], looks[key], strict=True)]
+                sheet = {name: _sheet([cell[name] for cell in cells], None) for name in ("z", "text") if cells[0][name]}
+                figure.add_trace(
+                    maps.heatmap(
+                        v, key, {**looks[key][start], **sheet}, layout.get("template"),
+                        **block.axes(columns, len(ranks)), showscale=bar, visible=key == value,
+                    )
+                )  # fmt: skip
                 bar = False
-            owners.append(name)
-    maps = [i for i, trace in enumerate(figure.data) if trace.type == "heatmap"]
+            owners.append((key,))
+    coloured = [i for i, trace in enumerate(figure.data) if trace.type == "heatmap"]
+    size = float(np.clip(180 / max(len(layers), columns), 5, 11))
+    for name, relation, _, of in kinds:
+        figure.add_trace(
+            maps.dots(*_places(blocks, columns, name), relation, 0.75 * size, name)
+            .update(visible=value in of, marker={"maxdisplayed": MOST_MARKS})
+        )  # fmt: skip
+        owners.append(of)
 
     for block in blocks:
         if any(mask.any() for mask in block.masks["dominated"]):
             figure.add_trace(_grey(block, columns, len(ranks)))
-    size = float(np.clip(180 / max(len(layers), columns), 5, 11))
     for mark in (
-        one.marks(*_places(blocks, columns, "dominated"), "x", 1.5 * size,
-                  f"rounding share ≥ {ROUNDING_DOMINATED} (mostly storage)"),
-        one.marks(*_places(blocks, columns, "rounded", 0.28), "diamond", 0.9 * size,
-                  f"rounding share ≥ {ROUNDING_FLAGGED}", light=True),
-        one.marks(*_places(blocks, columns, "significant"), "circle", 0.75 * size,
-                  f"q < {SIGNIFICANT} (isotropic null)"),
+        maps.marks(*_places(blocks, columns, "dominated"), "x", 1.5 * size,
+                   f"rounding share ≥ {ROUNDING_DOMINATED} (mostly storage)"),
+        maps.marks(*_places(blocks, columns, "rounded", 0.28), "diamond", 0.9 * size,
+                   f"rounding share ≥ {ROUNDING_FLAGGED}", light=True),
     ):  # fmt: skip
         figure.add_trace(mark.update(marker={"maxdisplayed": MOST_MARKS}))
     for block in blocks:
         figure.add_trace(_hover(block, columns, len(ranks)))
 
-    def words(name: str) -> str:
-        head = style.text(title) if title is not None else one.VALUES[name].label
-        return style.heading(head[:1].upper() + head[1:], one.VALUES[name].meaning)
+    def words(key: str) -> str:
+        label = values[key].label
+        return heading(style.text(label[:1].upper() + label[1:]), style.text(values[key].meaning), **layout)
 
     menus = []
     if len(blocks) > 1:
         menus.append(
-            {
-                "name": "matrix", "active": at_first, "direction": "down",
-                "buttons": [
-                    {"label": b.label, "method": "relayout", "args": [_window(b, columns, len(ranks))]} for b in blocks
-                ],
-            }
-        )  # fmt: skip
+            menu(
+                "matrix",
+                [(b.label, [_window(b, columns, len(ranks))]) for b in blocks],
+                active=at_first,
+                method="relayout",
+            )
+        )
     if len(shown) > 1:
-        menus.append(
-            {
-                "name": "value and its null", "active": shown.index(value), "direction": "down",
-                "buttons": [
-                    {
-                        "label": one.VALUES[v].label, "method": "update",
-                        "args": [
-                            {"visible": [o == v for o in owners]}, {"title.text": words(v)}, list(range(len(owners)))
-                        ],
-                    }
-                    for v in shown
-                ],
-            }
-        )  # fmt: skip
+        indexes = list(range(len(owners)))
+        options: list[tuple[str, list[Any]]] = [
+            (
+                style.text(v.label),
+                [{"visible": [key in of for of in owners]}, {"title.text": words(key)}, indexes],
+            )
+            for key, v in values.items()
+        ]
+        menus.append(menu("value and its null", options, active=shown.index(value), method="update"))
     ranges = [[r * (columns + 1) - 0.5, r * (columns + 1) + columns - 0.5] for r in range(len(ranks))]
     if len(ranks) > 1:
         steps = []
         for r in range(len(ranks)):
-            of_maps = [looks[owners[i]][r] for i in maps]
+            of_maps = [looks[owners[i][0]][r] for i in coloured]
             limits = {
-                "zmin": [-k["limit"] for k in of_maps], "zmax": [k["limit"] for k in of_maps],
-                "colorbar.tickvals": [k["tickvals"] for k in of_maps],
-                "colorbar.ticktext": [k["ticktext"] for k in of_maps],
-            }  # fmt: skip
-            steps.append([limits, {"xaxis.range": ranges[r]}, maps])
-        figure.update_layout(sliders=[style.rank_slider(ranks, start, steps)])
+                **{name: [k[name] for k in of_maps] for name in ("zmin", "zmax")},
+                **{f"colorbar.{name}": [k[name] for k in of_maps] for name in ("tickvals", "ticktext")},
+            }
+            steps.append([limits, {"xaxis.range": ranges[r]}, coloured])
+        figure.update_layout(sliders=[rank_slider(ranks, start, steps)])
     figure.update_layout(updatemenus=menus, dragmode=False)
 
     window = _window(blocks[at_first], columns, len(ranks))
@@ -165,12 +174,11 @@ def head_maps_figure(
         title="layer", showgrid=False, range=window["yaxis.range"], fixedrange=True, tickmode="array",
         tickvals=[b.top + i for b in blocks for i in ticks], ticktext=[str(layers[i]) for _ in blocks for i in ticks],
     )  # fmt: skip
-    if not any(np.isfinite(g).any() for b in blocks for g in b.grids["relative"]):
-        style.note(figure, "No value: the delta is zero, so its fractions are undefined.")
-    return style.finish(
-        figure, title=words(value), template_name=template, width=width, height=height, right=64,
-        plot_height=int(np.clip(26 * len(layers), 220, 620)),
-    )  # fmt: skip
+    if table["relative"].isna().all():
+        note(figure, "No value: the delta is zero, so its fractions are undefined.")
+    return finish(
+        figure, words(value), plot_height=maps.map_height(layers), right=maps.bar_width(values, shown), **layout
+    )
 
 
 @dataclass(frozen=True)
@@ -205,10 +213,15 @@ class _Block:
             round(r * (columns + 1) - 0.5 + n * wide, 4) for r in range(ranks) for n in range(len(self.heads) + 1)
         ]  # fmt: skip
 
+    def axes(self, columns: int, ranks: int) -> dict[str, Any]:
+        """Where its cells lie on the sheet."""
+        return {"x": self.edges(columns, ranks), "y": [self.top + i for i in range(self.layers)]}
+
 
 def _block(
     table: pd.DataFrame, matrix: str, space: str, number: int, *,
     ranks: Sequence[int], layers: list[int], d: int | None, kv: bool | None,
+    values: Mapping[str, maps.Value], helds: Sequence[Held], kinds: Sequence[maps.Dots],
 ) -> _Block:  # fmt: skip
     rows, _ = pick.select(table, matrix, space)
     heads = pick.heads_of(rows)
@@ -217,20 +230,30 @@ def _block(
     rounding = [pick.grid(r, r["rounding_share"], layers, heads) for r in by_rank]
     name, against = style.text(matrix), style.text(space)
     what = "head" if heads != [None] else "no heads, one value a layer"
+    told = [held for held in helds if held.of(rows).there or held.key == ISOTROPIC]
     return _Block(
         label=f"{name} in {against}",
         axis=f"{'KV head' if shared else what} · {name} against {against}",
         top=number * (len(layers) + 1),
         heads=heads,
-        hovertemplate=one.HOVER.replace("{matrix}", name),
-        grids={v: [pick.grid(r, one.column(r, v, d), layers, heads) for r in by_rank] for v in one.VALUES},
+        hovertemplate=head_template(matrix, told, verdict="verdict" in table.columns),
+        grids={key: [v.grid(r, layers, heads) for r in by_rank] for key, v in values.items()},
         masks={
             "dominated": [g >= ROUNDING_DOMINATED for g in rounding],
             "rounded": [(g >= ROUNDING_FLAGGED) & (g < ROUNDING_DOMINATED) for g in rounding],
-            "significant": [pick.grid(r, r["isotropic_q"], layers, heads) < SIGNIFICANT for r in by_rank],
+            **{
+                dot: [pick.grid(r, held.relation.loc[r.index], layers, heads) == relation for r in by_rank]
+                for dot, relation, held, _ in kinds
+            },
         },
-        hovers=[one.hover_cells(r, space, layers, heads, d, shared, group) for r in by_rank],
-    )
+        hovers=[
+            head_cells(
+                r, head_fields(r, row_names(r, shared, group), space, d, told), layers, heads,
+                kv=shared, group=group,
+            )
+            for r in by_rank
+        ],
+    )  # fmt: skip
 
 
 def _window(block: _Block, columns: int, ranks: int) -> dict[str, Any]:
@@ -253,26 +276,6 @@ def _sheet(parts: Sequence[Sequence[Sequence[Any]]], empty: Any) -> list[list[An
     ]  # fmt: skip
 
 
-def _axes(block: _Block, columns: int, ranks: int) -> dict[str, Any]:
-    return {"x": block.edges(columns, ranks), "y": [block.top + i for i in range(block.layers)], "xgap": 1, "ygap": 1}
-
-
-def _map(
-    block: _Block, name: str, cells: list[list[list[float | None]]], columns: int, look: dict[str, Any],
-    template: Any, *, bar: bool, visible: bool,
-) -> go.Heatmap:  # fmt: skip
-    return go.Heatmap(
-        **_axes(block, columns, len(cells)), z=_sheet(cells, None), zmin=-look["limit"], zmax=look["limit"], zmid=0,
-        colorscale=style.diverging(template), hoverinfo="skip", visible=visible, name=name, meta="diverging",
-        showscale=bar,
-        colorbar={
-            "thickness": 12, "len": 0.94, "y": 0, "yanchor": "bottom", "outlinewidth": 0, "x": 1.01, "xpad": 4,
-            "title": {"text": one.VALUES[name].bar, "side": "top", "font": {"size": 11}},
-            "tickmode": "array", "tickvals": look["tickvals"], "ticktext": look["ticktext"],
-        },
-    )  # fmt: skip
-
-
 def _absent(block: _Block, why: str, columns: int, ranks: int, *, visible: bool) -> go.Scatter:
     """Words in the middle of an empty map."""
     middle = [r * (columns + 1) + (columns - 1) / 2 for r in range(ranks)]
@@ -285,16 +288,16 @@ def _absent(block: _Block, why: str, columns: int, ranks: int, *, visible: bool)
 def _grey(block: _Block, columns: int, ranks: int) -> go.Heatmap:
     cells = [np.where(mask, 1.0, np.nan) for mask in block.masks["dominated"]]
     return go.Heatmap(
-        **_axes(block, columns, ranks), z=_sheet([one.lists(c) for c in cells], None), zmin=0, zmax=1,
+        **block.axes(columns, ranks), xgap=1, ygap=1, z=_sheet([maps.lists(c) for c in cells], None), zmin=0, zmax=1,
         showscale=False, opacity=0.85, colorscale=[(0, "#8d949c"), (1, "#8d949c")], hoverinfo="skip", name="greyed",
     )  # fmt: skip
 
 
 def _hover(block: _Block, columns: int, ranks: int) -> go.Heatmap:
     """A transparent map that carries the words of every cell, stored once and not once for each value."""
-    axes = _axes(block, columns, ranks)
+    axes = block.axes(columns, ranks)
     return go.Heatmap(
-        **axes, z=[[0] * (len(axes["x"]) - 1) for _ in axes["y"]], showscale=False, name="hover",
+        **axes, xgap=1, ygap=1, z=[[0] * (len(axes["x"]) - 1) for _ in axes["y"]], showscale=False, name="hover",
         colorscale=[(0, "rgba(0,0,0,0)"), (1, "rgba(0,0,0,0)")], customdata=_sheet(block.hovers, []),
         hovertemplate=block.hovertemplate,
     )  # fmt: skip

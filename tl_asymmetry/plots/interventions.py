@@ -11,6 +11,8 @@ import plotly.graph_objects as go
 
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
+from tl_asymmetry.plots.hover import head_name
+from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, menu, note
 
 CELL = ("layer", "head", "matrix", "intervention", "direction", "index")
 EDITS = (*CELL, "control", "draw", "dose", "norm_ratio", "norm_matched")
@@ -37,10 +39,7 @@ def controls_figure(
     direction: str | None = None,
     intervention: str | None = None,
     index: int = 1,
-    title: str | None = None,
-    template: Any = None,
-    width: int | None = None,
-    height: int | None = None,
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Draw each head's effect over the cloud of its controls, heads side by side from layer to layer.
 
@@ -53,9 +52,7 @@ def controls_figure(
         outcome: a column of outcomes.
         direction, intervention: which; the first of the table by default.
         index: 1 for the leading direction of its kind.
-        title: replaces the first line of the heading.
-        template: None or "light", "dark", or any plotly template.
-        width, height: pixels; None lets the width follow the page.
+        layout: as in `heads_figure`.
 
     Raises:
         ValueError: a matrix, direction, intervention, index or outcome that is not in the table.
@@ -106,29 +103,23 @@ def controls_figure(
     if len(kinds) > 1:
         shown = [("all controls", [True] * (len(kinds) + 1))]
         shown += [(kind, [*(k == kind for k in kinds), True]) for kind in kinds]
-        figure.update_layout(
-            updatemenus=[
-                {
-                    "name": "control", "active": 0, "direction": "down",
-                    "buttons": [{"label": label, "method": "restyle", "args": [{"visible": which}]}
-                                for label, which in shown],
-                }
-            ]
-        )  # fmt: skip
+        figure.update_layout(updatemenus=[menu("control", [(label, [{"visible": which}]) for label, which in shown])])
     if not targets[outcome].notna().any():
-        style.note(figure, "No value: the models do not differ here.")
+        note(figure, "No value: the models do not differ here.")
     figure.add_hline(y=0, line={"color": style.GUIDE, "dash": "dot", "width": 1})
-    labels = [pick.head_name(layer, head) for layer, head in place]
+    labels = [head_name(layer, head) for layer, head in place]
     step = max(1, len(labels) // 24)
     figure.update_xaxes(
         title="layer and head", tickmode="array", tickvals=list(range(0, len(labels), step)), ticktext=labels[::step],
         range=[-0.6, len(labels) - 0.4],
     )  # fmt: skip
     figure.update_yaxes(title=NAMES[outcome], exponentformat="power")
-    return style.finish(
-        figure, title=_heading(title, chosen, outcome, "Star: the edit. Marks: its controls (open: of another norm)."),
-        template_name=template, width=width, height=height, plot_height=400,
-    )  # fmt: skip
+    return finish(
+        figure,
+        _heading(chosen, outcome, "Star: the edit. Marks: its controls (open: of another norm).", **layout),
+        plot_height=400,
+        **layout,
+    )
 
 
 def effects_figure(
@@ -140,17 +131,14 @@ def effects_figure(
     intervention: str | None = None,
     index: int = 1,
     control: str | None = None,
-    title: str | None = None,
-    template: Any = None,
-    width: int | None = None,
-    height: int | None = None,
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Draw the effect of each head's edit as a map of layers and heads; a dot marks those above all their controls.
 
     Args:
         table: `RankOneStudy.table`.
         control: the kind of control that decides on the dots; the first of the table by default.
-        matrix, outcome, direction, intervention, index, title, template, width, height: as in `controls_figure`.
+        matrix, outcome, direction, intervention, index, layout: as in `controls_figure`.
 
     Raises:
         ValueError: what is not in the table.
@@ -173,7 +161,7 @@ def effects_figure(
     figure = go.Figure(
         go.Heatmap(
             z=values, x=list(range(len(heads))), y=list(range(len(layers))), customdata=words, xgap=1, ygap=1,
-            colorscale=style.diverging(template), zmid=0, zmin=-largest, zmax=largest,
+            colorscale=style.diverging(layout.get("template")), zmid=0, zmin=-largest, zmax=largest,
             hovertemplate="%{customdata}<extra></extra>",
             colorbar={"title": {"text": outcome, "side": "top", "font": {"size": 11}}, "thickness": 12,
                       "outlinewidth": 0, "exponentformat": "power"},
@@ -183,12 +171,13 @@ def effects_figure(
         (j, i) for i, layer in enumerate(layers) for j, head in enumerate(heads)
         if (layer, head) in at and at[layer, head]["p"] <= 1 / (1 + at[layer, head]["draws"])
     ]  # fmt: skip
+    page = "dark" if style.is_dark(layout.get("template")) else "light"
     figure.add_trace(
         go.Scatter(
             x=[x for x, _ in above], y=[y for _, y in above], mode="markers", hoverinfo="skip",
             name=f"above all {style.text(control)} controls",
-            marker={"size": 7, "symbol": "circle", "color": style.INK["dark" if style.is_dark(template) else "light"],
-                    "line": {"color": style.PAPER["dark" if style.is_dark(template) else "light"], "width": 1}},
+            marker={"size": 7, "symbol": "circle", "color": style.INK[page],
+                    "line": {"color": style.PAPER[page], "width": 1}},
         )
     )  # fmt: skip
     head_ticks = {"tickvals": list(range(len(heads))), "ticktext": ["" if h is None else str(h) for h in heads]}
@@ -196,28 +185,29 @@ def effects_figure(
     figure.update_xaxes(title="head", range=[-0.5, len(heads) - 0.5], tickmode="array", showgrid=False, **head_ticks)
     figure.update_yaxes(title="layer", range=[len(layers) - 0.5, -0.5], tickmode="array", showgrid=False, **layer_ticks)
     if not np.isfinite(values).any():
-        style.note(figure, "No value: the models do not differ here.")
+        note(figure, "No value: the models do not differ here.")
     sign = " Blue: below zero." if signed else ""
-    return style.finish(
-        figure, title=_heading(title, chosen, outcome, f"Dot: above all {control} controls.{sign}"),
-        template_name=template, width=width, height=height, plot_height=max(160, 34 * len(layers)), right=70,
-    )  # fmt: skip
+    return finish(
+        figure,
+        _heading(chosen, outcome, f"Dot: above all {control} controls.{sign}", **layout),
+        plot_height=max(160, 34 * len(layers)),
+        right=70,
+        **layout,
+    )
 
 
 def doses_figure(
     edits: pd.DataFrame,
     *,
     outcome: str = "kl",
-    title: str | None = None,
-    template: Any = None,
-    width: int | None = None,
-    height: int | None = None,
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Draw effect against dose, a line for each cell; at dose 1 the range of all its controls stands beside it.
 
     Args:
         edits: rows of `RankOneStudy.edits`, of not too many cells.
-        outcome, title, template, width, height: as in `controls_figure`.
+        outcome: a column of outcomes.
+        layout: as in `heads_figure`.
 
     Raises:
         ValueError: a missing column, or no row.
@@ -265,12 +255,10 @@ def doses_figure(
     figure.add_hline(y=0, line={"color": style.GUIDE, "dash": "dot", "width": 1})
     figure.update_xaxes(title="dose (1 = all of the direction)")
     figure.update_yaxes(title=NAMES[outcome], exponentformat="power")
-    head = style.text(title) if title is not None else "Dose and response"
-    words = style.heading(head, "One line per cell. Bar at dose 1: the range of its controls, median marked.")
-    return style.finish(
-        figure, title=words, template_name=template, width=width, height=height, plot_height=400,
-        legend=len(cells) <= 12,
-    )  # fmt: skip
+    words = heading(
+        "Dose and response", "One line per cell. Bar at dose 1: the range of its controls, median marked.", **layout
+    )
+    return finish(figure, words, plot_height=400, legend=len(cells) <= 12, **layout)
 
 
 class _Chosen:
@@ -298,11 +286,11 @@ def _chosen(
     return _Chosen(rows, picked["matrix"], picked["direction"], picked["intervention"], picked["index"])
 
 
-def _heading(title: str | None, chosen: _Chosen, outcome: str, words: str) -> str:
+def _heading(chosen: _Chosen, outcome: str, words: str, **layout: Unpack[Layout]) -> str:
     what = {"removal": "Removing", "insertion": "Inserting"}.get(chosen.intervention, chosen.intervention)
     first = f"{what} {chosen.direction} direction {chosen.index} of each {chosen.matrix}"
     name = NAMES[outcome]
-    return style.heading(style.text(first if title is None else title), f"{name[0].upper()}{name[1:]}. {words}")
+    return heading(style.text(first), f"{name[0].upper()}{name[1:]}. {words}", **layout)
 
 
 def _effect_words(row: dict[Any, Any] | None, outcome: str) -> str:
@@ -317,7 +305,7 @@ def _effect_words(row: dict[Any, Any] | None, outcome: str) -> str:
 
 
 def _name(row: dict[Any, Any]) -> str:
-    return f"{pick.head_name(int(row['layer']), _head(row['head']))} {style.text(row['matrix'])}"
+    return f"{head_name(int(row['layer']), _head(row['head']))} {style.text(row['matrix'])}"
 
 
 def _head(value: Any) -> int | None:

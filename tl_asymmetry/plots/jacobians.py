@@ -10,6 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from tl_asymmetry.plots import style
+from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, rank_slider
 
 MOST_RANKS = 96
 """Ranks in a gain map, at most."""
@@ -22,10 +23,7 @@ def singular_values_figure(
     layers: Sequence[int],
     *,
     what: str = "",
-    title: str | None = None,
-    template: Any = None,
-    width: int | None = None,
-    height: int | None = None,
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Draw singular values in descending order, one line per layer, on a log axis with 1 marked.
 
@@ -36,9 +34,7 @@ def singular_values_figure(
         values: singular values [layer, d], descending.
         layers: the layers' numbers.
         what: what the matrices are of, for the title.
-        title: first line of the title; None says what is shown. Plain text.
-        template: None or "light", "dark", or any plotly template.
-        width, height: pixels; None follows page and content.
+        layout: as in `heads_figure`.
 
     Raises:
         ValueError: values that are no [layer, d] array of that many layers.
@@ -73,32 +69,24 @@ def singular_values_figure(
     lines = ["Dotted: 1, a direction's length kept."]
     if cut:
         lines.append(f"{cut} values under a 1e-12th of the largest are left out.")
-    words = style.heading(
-        style.text(title) if title is not None else "Singular values of the mean Jacobians",
-        f"Of {style.text(what)}." if what else "",
-        " ".join(lines),
+    words = heading(
+        "Singular values of the mean Jacobians", f"Of {style.text(what)}." if what else "", " ".join(lines), **layout
     )
-    return style.finish(
-        figure, title=words, template_name=template, width=width, height=height, plot_height=380,
-        legend=len(layers) <= 12,
-    )  # fmt: skip
+    return finish(figure, words, plot_height=380, legend=len(layers) <= 12, **layout)
 
 
 def gain_figure(
     table: pd.DataFrame,
     *,
     value: str = "gain",
-    title: str | None = None,
-    template: Any = None,
-    width: int | None = None,
-    height: int | None = None,
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Map the gain along a subspace's directions over layers and ranks: blue shortens, orange lengthens, 1 is neutral.
 
     Args:
         table: `LayerJacobians.gain(subspace)`: `layer, rank, gain, direction_gain`.
         value: "gain" of the first k directions together, or "direction_gain" of the k-th alone.
-        title, template, width, height: as in `singular_values_figure`.
+        layout: as in `heads_figure`.
 
     Raises:
         ValueError: an unknown value, or a table without rows.
@@ -125,7 +113,8 @@ def gain_figure(
     figure = go.Figure(
         go.Heatmap(
             x=[str(k) for k in ranks], y=layers, z=np.clip(logs, -limit, limit), zmin=-limit, zmax=limit, zmid=0,
-            colorscale=style.diverging(template), xgap=1 if len(ranks) < 48 else 0, ygap=1, customdata=hover,
+            colorscale=style.diverging(layout.get("template")), xgap=1 if len(ranks) < 48 else 0, ygap=1,
+            customdata=hover,
             hovertemplate=f"<b>layer %{{customdata[0]}}</b>, {of}<br>gain %{{customdata[2]}}<extra></extra>",
             colorbar={
                 "thickness": 12, "len": 1, "outlinewidth": 0, "x": 1.01, "xpad": 4,
@@ -138,25 +127,21 @@ def gain_figure(
     names = " … ".join([distinct[0], distinct[-1]] if len(distinct) > 1 else distinct)
     figure.update_xaxes(title="rank k" if value == "gain" else "direction", type="category", nticks=16)
     figure.update_yaxes(title="layer", autorange="reversed", **style.integer_ticks(layers))
-    words = style.heading(
-        style.text(title) if title is not None else f"Gain along {names or 'a subspace'}",
+    words = heading(
+        f"Gain along {names or 'a subspace'}",
         "‖J̄ Q‖ / √k: how much longer the mean Jacobian makes the first k directions. 1 keeps lengths."
-        if value == "gain" else "‖J̄ q‖ of one direction at a time. 1 keeps its length.",
-    )  # fmt: skip
-    return style.finish(
-        figure, title=words, template_name=template, width=width, height=height,
-        plot_height=max(160, 26 * len(layers)), legend=False, right=90,
-    )  # fmt: skip
+        if value == "gain"
+        else "‖J̄ q‖ of one direction at a time. 1 keeps its length.",
+        **layout,
+    )
+    return finish(figure, words, plot_height=max(160, 26 * len(layers)), legend=False, right=90, **layout)
 
 
 def overlap_figure(
     table: pd.DataFrame,
     *,
     rank: int | None = None,
-    title: str | None = None,
-    template: Any = None,
-    width: int | None = None,
-    height: int | None = None,
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Map how much the subspaces of any two layers overlap, with a slider of ranks.
 
@@ -165,7 +150,7 @@ def overlap_figure(
     Args:
         table: `PredictionPullback.overlaps`: `a, b, rank, overlap, chance`, a and b labels of subspaces.
         rank: shown first; None takes the middle one.
-        title, template, width, height: as in `singular_values_figure`.
+        layout: as in `heads_figure`.
 
     Raises:
         ValueError: an unknown rank, or a table without rows.
@@ -192,10 +177,11 @@ def overlap_figure(
              for i in range(len(names))]
         )  # fmt: skip
     start = ranks.index(first)
+    page = "dark" if style.is_dark(layout.get("template")) else "light"
     figure = go.Figure(
         go.Heatmap(
             x=labels, y=labels, z=grids[start], zmin=0, zmax=1, customdata=hovers[start],
-            colorscale=[(0, style.PAPER["dark" if style.is_dark(template) else "light"]), (1, style.SERIES[0])],
+            colorscale=[(0, style.PAPER[page]), (1, style.SERIES[0])],
             xgap=1, ygap=1, text=_texts(hovers[start]), textfont={"size": 11},
             texttemplate="%{text}" if len(names) <= _MOST_WRITTEN else None,
             hovertemplate=(
@@ -213,17 +199,15 @@ def overlap_figure(
             [{"z": [grid], "customdata": [hover], "text": [_texts(hover)]}, [0]]
             for grid, hover in zip(grids, hovers, strict=True)
         ]
-        figure.update_layout(sliders=[style.rank_slider(ranks, start, steps)])
+        figure.update_layout(sliders=[rank_slider(ranks, start, steps)])
     figure.update_xaxes(title="", type="category")
     figure.update_yaxes(title="", type="category", autorange="reversed")
-    words = style.heading(
-        style.text(title) if title is not None else "Prediction subspaces of the layers, compared",
+    words = heading(
+        "Prediction subspaces of the layers, compared",
         "Share of one layer's first k directions that lies in another's: 1 = the same, chance = k/d.",
+        **layout,
     )
-    return style.finish(
-        figure, title=words, template_name=template, width=width, height=height,
-        plot_height=max(220, 40 * len(names)), legend=False, right=90,
-    )  # fmt: skip
+    return finish(figure, words, plot_height=max(220, 40 * len(names)), legend=False, right=90, **layout)
 
 
 def _texts(hover: list[list[list[Any]]]) -> list[list[str]]:

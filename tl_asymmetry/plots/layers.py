@@ -13,6 +13,7 @@ from plotly.subplots import make_subplots
 from tl_asymmetry.names import SIGNIFICANT, MatrixKind, kind_of
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
+from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, note, rank_slider
 
 HOVER = (
     "<b>%{customdata[0]}</b><br>median %{customdata[1]}<br>middle half %{customdata[2]}<br>range %{customdata[3]}"
@@ -29,10 +30,7 @@ def layers_figure(
     rank: int | None = None,
     default_rank: int | None = None,
     d_model: int | None = None,
-    title: str | None = None,
-    template: Any = None,
-    width: int | None = None,
-    height: int | None = None,
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Draw each matrix's relative fraction over layers: reads above, writes below, on one scale.
 
@@ -47,7 +45,7 @@ def layers_figure(
             "prediction", where the table has it.
         rank, default_rank: one rank, or the first of the slider; None: all, first `d // 16` or the middle one.
         d_model: width of the residual stream; None reads it off the table.
-        title, template, width, height: as in `heads_figure`.
+        layout: as in `heads_figure`.
 
     Raises:
         ValueError: for an unknown matrix, subspace or rank.
@@ -128,7 +126,7 @@ def layers_figure(
                     list(range(len(drawn))),
                 ]
             )
-        figure.update_layout(sliders=[style.rank_slider(ranks, start, steps)])
+        figure.update_layout(sliders=[rank_slider(ranks, start, steps)])
 
     # One scale for both panels and all ranks offered, so that read and write, and ranks, can be compared by eye.
     parts_drawn = ("y", "reference", "low", "high")
@@ -141,20 +139,18 @@ def layers_figure(
         figure.update_xaxes(row=at, col=1, range=[layers[0] - 0.5, layers[-1] + 0.5], **style.integer_ticks(layers))
     figure.update_xaxes(title="layer", row=len(sides), col=1)
     if not any(v is not None for fs in frames.values() for f in fs for v in f["y"]):
-        style.note(figure, "No value: the delta is zero, so its fractions are undefined.")
+        note(figure, "No value: the delta is zero, so its fractions are undefined.")
 
     at_rank = f" at rank {ranks[0]}" if len(ranks) == 1 else ""
     gradients = any(v is not None for m in wanted if kinds[m].writes for f in frames[m] for v in f["reference"])
     writes = "" if "write" not in sides or gradients else " Writes have none without gradients."
-    first = style.text(title) if title is not None else "Read and write over layers"
-    words = style.heading(
-        first,
+    words = heading(
+        "Read and write over layers",
         f"Relative subspace fraction{at_rank}, median head and middle half. Dashed: 1 = chance (isotropic null). "
         f"Dotted: matched reference.{writes}",
+        **layout,
     )
-    return style.finish(
-        figure, title=words, template_name=template, width=width, height=height, plot_height=240 * len(sides) + 20
-    )
+    return finish(figure, words, plot_height=240 * len(sides) + 20, **layout)
 
 
 def _summary(rows: pd.DataFrame, matrix: MatrixKind, space: str, d: int | None) -> dict[str, Any]:

@@ -11,43 +11,43 @@ import plotly.graph_objects as go
 from tl_asymmetry.names import SIGNIFICANT
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
+from tl_asymmetry.plots.held import ISOTROPIC, Held, held_against
+from tl_asymmetry.plots.hover import head_fields, head_name, head_template, row_names
+from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, note
 
 MOST_NAMED = 12
 """With more heads than this the legend would outgrow the plot, and the hover names them."""
-HOVER = (
-    "<b>%{customdata[0]}</b><br>relative %{customdata[1]} (fraction %{customdata[2]})"
-    "<br>95 % interval over texts: %{customdata[3]}<br>isotropic null: %{customdata[4]}"
-    "<br>activation-matched: %{customdata[5]}, excess %{customdata[6]}"
-    "<br>rounding share %{customdata[7]}<br>eigengap %{customdata[8]}<extra></extra>"
-)
+REFERENCE_DASHES = ("dash", "dashdot", "longdash", "longdashdot", "dot")
 
 
 def rank_curve_figure(
     table: pd.DataFrame,
     matrix: str,
     *,
+    nulls: pd.DataFrame | None = None,
+    curves: pd.DataFrame | None = None,
     layer: int,
     head: int | None = None,
     subspace: str | None = None,
     d_model: int | None = None,
     kv: bool | None = None,
-    title: str | None = None,
-    template: Any = None,
-    width: int | None = None,
-    height: int | None = None,
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Draw relative against rank k for one head, or for all heads of a layer.
 
-    Drawn with it: the 95 % interval as a band (one head only), chance at 1, the activation-matched reference, the
-    gradient-matched one where there is one, and the most that is possible, `d / k`. A filled point has q < 0.05.
+    The line goes through every k where `curves` has them, else through the ranks of the table. A point stands at each
+    rank of the table, filled where q < 0.05, with the 95 % interval as a whisker (one head only). Drawn with it: chance
+    at 1, what each null that expects a number expects, and the most that is possible, `d / k`.
 
     Args:
-        table: `PairAnalysis.table`.
+        table, nulls: as in `heads_figure`.
         matrix: one of the table's.
+        curves: of this matrix, subspace and layer at every k: columns `head, rank, relative`, and by the keys of nulls
+            the relative fraction that they expect.
         layer: the layer.
         head: the head (the KV head for W_K and W_V under grouped-query attention); None: all of an attention
             matrix's heads, and the only choice for an MLP matrix.
-        subspace, d_model, kv, title, template, width, height: as in `heads_figure`.
+        subspace, d_model, kv, layout: as in `heads_figure`.
 
     Raises:
         ValueError: for an unknown matrix, subspace, layer or head.
@@ -64,40 +64,24 @@ def rank_curve_figure(
         heads = [head]
     shared, group = pick.kv_group(table, matrix, kv)
     d = pick.d_model_of(table, d_model)
-    curves = {h: chosen[chosen["head"].isna() if h is None else (chosen["head"] == h).fillna(False)] for h in heads}
+    of_head = {h: _of(chosen, h) for h in heads}
     single, many = len(heads) == 1, len(heads) > MOST_NAMED
-    first = curves[heads[0]]
-    ranks = first["rank"].astype(int).tolist()
+    ranks = sorted(int(k) for k in chosen["rank"].unique())
+    if curves is None:
+        curves = chosen[["head", "rank", "relative"]]
+    helds = [held for held in held_against(table, nulls) if held.of(chosen).there or held.key == ISOTROPIC]
     figure = go.Figure()
-
-    low, high = (first[c].to_numpy(float, na_value=np.nan) for c in ("ci_low", "ci_high"))
-    told = np.isfinite(low) & np.isfinite(high)
-    if single and told.any():
-        k = np.array(ranks)[told]
-        figure.add_trace(
-            go.Scatter(
-                x=[*k, *k[::-1]], y=[*low[told], *high[told][::-1]], fill="toself", mode="none", opacity=0.22,
-                fillcolor=style.SERIES[0], name="95 % interval (over texts)", hoverinfo="skip",
-            )
-        )  # fmt: skip
-    seen: list[Any] = [*low[told], *high[told]] if single else []
-    references = (
-        ("activation_matched", "activation-matched", "dash"), ("gradient_matched", "gradient-matched", "dashdot")
-    )  # fmt: skip
-    for column, name, dash in references:
-        # All heads of a matrix share its input, so their reference is one line; on the gradients' side it is not,
-        # and the median stands for the heads.
-        units = pd.Series(pick.in_relative_units(chosen, column, d), index=chosen.index)
-        if single:
-            units = units[first.index]
-        level = units.groupby(chosen["rank"].reindex(units.index)).median().dropna()
+    seen: list[Any] = []
+    for n, held in enumerate(held for held in helds if held.key != ISOTROPIC):
+        level = _expected(held, pd.concat(of_head.values()), curves, heads, d)
         if len(level):
             seen += level.tolist()
+            name, dash = style.text(held.label), REFERENCE_DASHES[n % len(REFERENCE_DASHES)]
             figure.add_trace(
                 go.Scatter(
-                    x=[int(k) for k in level.index], y=level.tolist(), mode="lines", name=f"{name} reference",
+                    x=[int(k) for k in level.index], y=level.tolist(), mode="lines", name=name,
                     line={"color": style.SERIES[1], "dash": dash, "width": 2},
-                    hovertemplate=f"{name} reference %{{y:.3g}} at k = %{{x}}<extra></extra>",
+                    hovertemplate=f"{name} %{{y:.3g}} at k = %{{x}}<extra></extra>",
                 )
             )  # fmt: skip
     if d is not None:
@@ -109,33 +93,40 @@ def rank_curve_figure(
             )
         )  # fmt: skip
     others = [c for i, c in enumerate(style.SERIES) if i != 1]  # that one is the reference's
-    for n, (h, rows) in enumerate(curves.items()):
-        colour = style.SERIES[0] if single else others[n % len(others)]
-        matched = pick.in_relative_units(rows, "activation_matched", d)
-        name = pick.head_name(layer, h, kv=shared, group=group)
-        significant = rows["isotropic_q"].to_numpy(float, na_value=np.nan) < SIGNIFICANT
-        symbol = "circle" if single else style.SYMBOLS[n % len(style.SYMBOLS)]
-        relative = rows["relative"].to_numpy(float, na_value=np.nan)
-        seen += relative.tolist()
+    colours = {h: style.SERIES[0] if single else others[n % len(others)] for n, h in enumerate(heads)}
+    for h in heads:
+        name, line = head_name(layer, h, kv=shared, group=group), _of(curves, h).sort_values("rank")
+        seen += line["relative"].tolist()
         figure.add_trace(
             go.Scatter(
-                x=rows["rank"].astype(int).tolist(), y=relative, mode="lines+markers", name=name, showlegend=not many,
-                line={"color": colour, "width": 2 if single else 1.3},
+                x=[int(k) for k in line["rank"]], y=line["relative"].to_numpy(float, na_value=np.nan), mode="lines",
+                name=f"{name}, every k", showlegend=False, legendgroup=name,
+                line={"color": colours[h], "width": 2 if single else 1.3},
+                hovertemplate=f"<b>{name}</b><br>relative %{{y:.3g}} at k = %{{x}}<extra></extra>",
+            )
+        )  # fmt: skip
+    for n, (h, rows) in enumerate(of_head.items()):
+        name = head_name(layer, h, kv=shared, group=group)
+        significant = rows["isotropic_q"].to_numpy(float, na_value=np.nan) < SIGNIFICANT
+        symbol = "circle" if single else style.SYMBOLS[n % len(style.SYMBOLS)]
+        relative, low, high = (rows[c].to_numpy(float, na_value=np.nan) for c in ("relative", "ci_low", "ci_high"))
+        whiskers = None
+        if single and np.isfinite(low).any():
+            seen += [*low, *high]
+            whiskers = {
+                "type": "data", "symmetric": False, "array": high - relative, "arrayminus": relative - low,
+                "color": colours[h], "thickness": 1.5, "width": 4,
+            }  # fmt: skip
+        figure.add_trace(
+            go.Scatter(
+                x=rows["rank"].astype(int).tolist(), y=relative, mode="markers", name=name, showlegend=not many,
+                legendgroup=name, error_y=whiskers,
                 marker={
-                    "size": 8 if single else 6, "color": colour, "line": {"color": colour, "width": 1.5},
+                    "size": 8 if single else 6, "color": colours[h], "line": {"color": colours[h], "width": 1.5},
                     "symbol": [symbol if s else f"{symbol}-open" for s in significant],
                 },
-                customdata=[
-                    [
-                        f"{name} · {style.text(matrix)}", style.number(row["relative"]),
-                        f"{style.number(row['fraction'])} at k = {row['rank']}",
-                        pick.interval(row["ci_low"], row["ci_high"], space), pick.isotropic(row),
-                        style.number(m), style.number(row["excess"]), style.number(row["rounding_share"]),
-                        style.number(row["eigengap"]),
-                    ]
-                    for row, m in zip(rows.to_dict("records"), matched, strict=True)
-                ],
-                hovertemplate=HOVER,
+                customdata=head_fields(rows, row_names(rows, shared, group), space, d, helds),
+                hovertemplate=head_template(matrix, helds, verdict="verdict" in rows.columns),
             )
         )  # fmt: skip
 
@@ -147,11 +138,29 @@ def rank_curve_figure(
     # The bound sets no range: at k = 1 it is d, and would press everything else to the floor.
     figure.update_yaxes(title="relative", **style.ratio_axis(seen, pad=0.5))
     if not np.isfinite(chosen["relative"].to_numpy(float, na_value=np.nan)).any():
-        style.note(figure, "No value: the delta is zero, so its fractions are undefined.")
-    who = pick.head_name(layer, heads[0], kv=shared, group=group) if single else f"L{layer}, all heads"
-    words = style.heading(
-        style.text(title) if title is not None else f"{who} · {style.text(matrix)}: concentration by rank",
+        note(figure, "No value: the delta is zero, so its fractions are undefined.")
+    who = head_name(layer, heads[0], kv=shared, group=group) if single else f"L{layer}, all heads"
+    words = heading(
+        f"{who} · {style.text(matrix)}: concentration by rank",
         f"Against {style.text(space)}. Dashed grey: 1 = chance (isotropic null). Filled point: q &lt; {SIGNIFICANT}."
+        + (" Whiskers: 95 % interval over texts." if single else "")
         + (" Hover names the head." if many else ""),
+        **layout,
     )
-    return style.finish(figure, title=words, template_name=template, width=width, height=height, plot_height=330)
+    return finish(figure, words, plot_height=330, **layout)
+
+
+def _of(rows: pd.DataFrame, head: int | None) -> pd.DataFrame:
+    """The rows of a head."""
+    return rows[rows["head"].isna() if head is None else (rows["head"] == head).fillna(False)]
+
+
+def _expected(
+    held: Held, rows: pd.DataFrame, curves: pd.DataFrame, heads: list[int | None], d: int | None
+) -> pd.Series:  # fmt: skip
+    """What a null expects, relative, by rank: of the median head, which for what all heads share is each of them."""
+    if held.key in curves.columns:
+        drawn = pd.concat([_of(curves, h) for h in heads])
+        return drawn.groupby("rank")[held.key].median().dropna()
+    scale = (np.nan if d is None else d) / rows["rank"].astype(float)
+    return (held.numbers.loc[rows.index, "expected"] * scale).groupby(rows["rank"]).median().dropna()

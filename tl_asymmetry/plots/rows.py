@@ -6,7 +6,6 @@ becomes relative by `d / k`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from tl_asymmetry.names import MATRICES, kind_of
-from tl_asymmetry.plots.style import as_float, integer_ticks, number, one_of, text
+from tl_asymmetry.plots.style import one_of
 
 KEYS = ("layer", "head", "matrix", "subspace", "rank")
 COLUMNS = (
@@ -139,21 +138,6 @@ def query_heads(table: pd.DataFrame) -> int | None:
     return int(heads.max()) + 1 if len(heads) else None
 
 
-def head_name(layer: int, head: int | None, *, kv: bool = False, group: int | None = None) -> str:
-    """L7H3; L7 for an MLP matrix; the KV head, with the query heads it serves, under grouped-query attention.
-
-    Example:
-        >>> head_name(7, 1, kv=True, group=4)
-        'L7 KV head 1 (query heads 4–7)'
-    """
-    if head is None:
-        return f"L{layer}"
-    if not kv:
-        return f"L{layer}H{head}"
-    serves = f" (query heads {head * group}–{head * group + group - 1})" if group and group > 1 else ""
-    return f"L{layer} KV head {head}{serves}"
-
-
 def kv_group(table: pd.DataFrame, matrix: str, kv: bool | None) -> tuple[bool, int | None]:
     """Whether a matrix's heads are KV heads shared by several query heads, and by how many.
 
@@ -170,33 +154,3 @@ def kv_group(table: pd.DataFrame, matrix: str, kv: bool | None) -> tuple[bool, i
     shared = queries is not None and keys is not None and keys < queries
     group = queries // keys if shared and queries and keys else None
     return (shared if kv is None else kv), group
-
-
-def interval(low: Any, high: Any, subspace: str) -> str:
-    """The 95 % interval in words; why there is none when it is NaN."""
-    if math.isnan(as_float(low)) or math.isnan(as_float(high)):
-        return "none (weights only)" if subspace == "prediction" else "none"
-    return f"{number(low)} to {number(high)}"
-
-
-def isotropic(row: Any) -> str:
-    """The isotropic null of one row in words."""
-    method = row["p_method"]
-    by = "" if not isinstance(method, str) or not method else f" ({text(method)})"
-    return (
-        f"1; z {number(row['isotropic_z'])}, p {number(row['isotropic_p'], 2)}{by}, q {number(row['isotropic_q'], 2)}"
-    )
-
-
-def head_axes(figure: Any, layers: Sequence[int], heads: Sequence[int | None], shared: bool) -> None:
-    """Axes of a layer × head map: the first layer on top, a single column for a matrix of the MLP."""
-    single = list(heads) == [None]
-    ticks = integer_ticks(list(range(len(heads))))
-    figure.update_xaxes(
-        title=None if single else ("KV head" if shared else "head"), showgrid=False, constrain="domain",
-        tickmode="array", tickvals=ticks["tickvals"], range=[-0.5, len(heads) - 0.5],
-        ticktext=["MLP"] if single else [str(heads[i]) for i in ticks["tickvals"]],
-    )  # fmt: skip
-    figure.update_yaxes(
-        title="layer", showgrid=False, range=[layers[-1] + 0.5, layers[0] - 0.5], **integer_ticks(layers, 24)
-    )

@@ -10,6 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from tl_asymmetry.plots import style
+from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, menu, note, slider
 
 MOST_POINTS = 400
 EVERY_INDEX = 64
@@ -23,10 +24,7 @@ def spectrum_figure(
     edge: float | Mapping[str, float] | None = None,
     ranks: Sequence[int] = (),
     layer: int | None = None,
-    title: str | None = None,
-    template: Any = None,
-    width: int | None = None,
-    height: int | None = None,
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Draw eigenvalues in descending order on log-log axes, one line per layer or per named spectrum.
 
@@ -42,7 +40,7 @@ def spectrum_figure(
             for an array).
         ranks: ranks to mark by vertical lines.
         layer: show this layer of an array first; None shows all.
-        title, template, width, height: as in `heads_figure`.
+        layout: as in `heads_figure`.
 
     Raises:
         ValueError: for an array of the wrong shape, an unknown layer, or an edge without a spectrum.
@@ -118,39 +116,35 @@ def spectrum_figure(
     below = sum(len(a) - len(_before_cliff(a)) for a in absolute)
     figure.update_layout(
         updatemenus=[
-            {
-                "name": "value", "active": 0, "direction": "down",
-                "buttons": [
-                    {
-                        "label": label, "method": "update",
-                        "args": [{"y": ys}, {"yaxis.title.text": label, "yaxis.range": range_of}],
-                    }
+            menu(
+                "value",
+                [
+                    (label, [{"y": ys}, {"yaxis.title.text": label, "yaxis.range": range_of}])
                     for label, ys, range_of in zip(
                         ("eigenvalue", "share of the total"), (plain, relative), ranges, strict=True
                     )
                 ],
-            }
+                method="update",
+            )
         ]
-    )  # fmt: skip
+    )
     if len(names) > 1:
         owners = [*names, *marked]
         steps = [("all", [True] * len(owners))] + [(n, [o == n for o in owners]) for n in names]
         figure.update_layout(
             sliders=[
-                {
-                    "name": "spectrum", "active": 0 if first is None else first + 1,
-                    "currentvalue": {"prefix": "shown: ", "font": {"size": 12}},
-                    "steps": [
-                        {"label": style.text(label), "method": "restyle", "args": [{"visible": which}]}
-                        for label, which in steps
-                    ],
-                }
+                slider(
+                    "spectrum",
+                    [(style.text(label), [{"visible": which}]) for label, which in steps],
+                    active=0 if first is None else first + 1,
+                    prefix="shown: ",
+                )
             ]
-        )  # fmt: skip
+        )
     figure.update_xaxes(title="index (largest first)", type="log", dtick=1, minor={"ticks": ""})
     figure.update_yaxes(title="eigenvalue", type="log", exponentformat="power", dtick=1, range=ranges[0])
     if not any(len(a) for a in absolute):
-        style.note(figure, "No positive eigenvalue.")
+        note(figure, "No positive eigenvalue.")
     remarks = [
         f"{dropped} eigenvalues that are not positive have no place on a log axis." if dropped else "",
         f"{below} last eigenvalues, a hundred times smaller than the one before, lie under the axis." if below else "",
@@ -158,14 +152,13 @@ def spectrum_figure(
         "Dashed: Marchenko–Pastur edge (descriptive: tokens are dependent)." if marked else "",
     ]
     of = f" of {style.text(name)}" if name else ""
-    words = style.heading(
-        style.text(title) if title is not None else f"Eigenvalue spectra{of}",
+    words = heading(
+        f"Eigenvalue spectra{of}",
         " ".join(["A flat line would be an isotropic space.", *filter(None, remarks)]),
+        **layout,
     )
     many = len(names) > 12
-    return style.finish(
-        figure, title=words, template_name=template, width=width, height=height, plot_height=380, legend=not many
-    )
+    return finish(figure, words, plot_height=380, legend=not many, **layout)
 
 
 def _before_cliff(values: np.ndarray) -> np.ndarray:

@@ -10,6 +10,8 @@ import plotly.graph_objects as go
 
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
+from tl_asymmetry.plots.hover import head_name
+from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, menu, note, rank_slider
 
 COLUMNS = (
     "layer", "head", "matrix", "subspace", "rank", "relative", "isotropic_q", "variants", "low", "median", "high",
@@ -39,10 +41,7 @@ def stability_figure(
     subspace: str | None = None,
     rank: int | None = None,
     default_rank: int | None = None,
-    title: str | None = None,
-    template: Any = None,
-    width: int | None = None,
-    height: int | None = None,
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Draw the range of every head's relative fraction over all variants of the subspace, ordered by their median.
 
@@ -53,7 +52,7 @@ def stability_figure(
         stability: `PairAnalysis.stability()`.
         matrix, subspace: shown first; None: the table's first.
         rank, default_rank: one rank, or the first of the slider.
-        title, template, width, height: as in `heads_figure`.
+        layout: as in `heads_figure`.
 
     Raises:
         ValueError: for a missing column, or an unknown matrix, subspace or rank.
@@ -105,18 +104,16 @@ def stability_figure(
     if len(pairs) > 1:
         figure.update_layout(
             updatemenus=[
-                {
-                    "name": "matrix", "active": pairs.index(first), "direction": "down",
-                    "buttons": [
-                        {
-                            "label": " in ".join(map(style.text, pair)), "method": "restyle",
-                            "args": [{"visible": [p == pair for p in pairs]}, targets],
-                        }
+                menu(
+                    "matrix",
+                    [
+                        (" in ".join(map(style.text, pair)), [{"visible": [p == pair for p in pairs]}, targets])
                         for pair in pairs
                     ],
-                }
+                    active=pairs.index(first),
+                )
             ]
-        )  # fmt: skip
+        )
     if len(ranks) > 1:
         steps = []
         for at in range(len(ranks)):
@@ -126,19 +123,20 @@ def stability_figure(
                 "error_y.array": "above", "error_y.arrayminus": "below",
             }  # fmt: skip
             steps.append([{name: [part[key] for part in parts] for name, key in keys.items()}, targets])
-        figure.update_layout(sliders=[style.rank_slider(ranks, start, steps)])
+        figure.update_layout(sliders=[rank_slider(ranks, start, steps)])
     figure.add_hline(y=1, line={"color": style.GUIDE, "dash": "dash", "width": 1.5})
     figure.update_xaxes(title="heads, by median over the variants", showgrid=False, rangemode="tozero")
     bounds = [*stability["low"], *stability["high"], *stability["relative"]]
     figure.update_yaxes(title="relative", **style.ratio_axis(bounds))
     if stability["relative"].isna().all():
-        style.note(figure, "No value: the delta is zero, so its fractions are undefined.")
-    words = style.heading(
-        style.text(title) if title is not None else "Does the verdict depend on the choice of subspace?",
+        note(figure, "No value: the delta is zero, so its fractions are undefined.")
+    words = heading(
+        "Does the verdict depend on the choice of subspace?",
         "Point: this analysis. Bar: lowest to highest over whose activations, centring, first position and final norm. "
         "Dashed: 1 = chance (isotropic null).",
+        **layout,
     )
-    return style.finish(figure, title=words, template_name=template, width=width, height=height, plot_height=340)
+    return finish(figure, words, plot_height=340, **layout)
 
 
 def _points(rows: pd.DataFrame) -> dict[str, list[Any]]:
@@ -155,7 +153,7 @@ def _points(rows: pd.DataFrame) -> dict[str, list[Any]]:
         "color": [LOOKS[v]["color"] for v in rows["verdict"]],
         "hover": [
             [
-                pick.head_name(int(row["layer"]), None if pd.isna(row["head"]) else int(row["head"])),
+                head_name(int(row["layer"]), None if pd.isna(row["head"]) else int(row["head"])),
                 style.number(row["relative"]), style.number(row["isotropic_q"], 2), str(row["variants"]),
                 style.number(row["low"]), style.number(row["high"]),
                 style.text(row["low_variant"]), style.text(row["high_variant"]),

@@ -1,4 +1,4 @@
-"""The one visual language: colours, templates, text and the layout every figure shares.
+"""The one visual language: colours, templates, text and axes.
 
 Colours are chosen to reach 3:1 against both the light and the dark page (WCAG non-text contrast), and no
 statement is carried by colour alone: matrices differ in symbol and dash, significance is a dot, rounding a cross.
@@ -9,7 +9,6 @@ subset of HTML in titles, legends and hovers.
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
@@ -58,12 +57,6 @@ FINE_TICKS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 1.75, 2.0
 """Ticks of a ratio axis of less than two octaves."""
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', 'Liberation Sans', sans-serif"
-LINE_PX = 17
-MENU_PX = 42
-SLIDER_PX = 74
-LEGEND_PX = 52
-TITLE_COLUMNS = 56
-HEAD_COLUMNS = 41
 
 
 def template(name: str) -> go.layout.Template:
@@ -211,114 +204,3 @@ def integer_ticks(values: Sequence[int], most: int = 16) -> dict[str, Any]:
     """Ticks at every n-th of some integers, so that 32 heads stay readable on a telephone."""
     step = max(1, math.ceil(len(values) / most))
     return {"tickmode": "array", "tickvals": list(values[::step]), "ticktext": [str(v) for v in values[::step]]}
-
-
-def heading(title: str, *lines: str) -> str:
-    """A title: one bold line and smaller ones under it, wrapped by hand since plotly does not wrap.
-
-    Args:
-        title, lines: already escaped (`text`) where they carry foreign words.
-    """
-    head = "<br>".join(f"<b>{part}</b>" for part in _wrapped(title, HEAD_COLUMNS))
-    small = [part for line in lines if line for part in _wrapped(line, TITLE_COLUMNS)]
-    return head + "".join(f"<br><span style='font-size:12px'>{part}</span>" for part in small)
-
-
-def _wrapped(words: str, columns: int) -> list[str]:
-    return textwrap.wrap(words, columns, break_long_words=False, break_on_hyphens=False)
-
-
-def finish(
-    figure: go.Figure,
-    *,
-    title: str,
-    template_name: Any,
-    width: int | None,
-    height: int | None,
-    plot_height: int,
-    legend: bool = True,
-    right: int = 24,
-) -> go.Figure:
-    """Put title, controls, plot and legend in their places; the last step of every figure.
-
-    From the top: title, menus, plot, axis title, legend, slider. The title hangs from the figure's top and all else
-    from the plot, so that a page which draws its own controls (the report) can cut the space of menu and slider off
-    the margins without moving anything; `layout.meta["tl_asymmetry"]` tells it how much, and how high a line of the
-    title is, so that a wide page can set the title on fewer.
-
-    Args:
-        figure: traces, axes, menus and sliders set.
-        title: from `heading`.
-        template_name: None or "light" for the package's light template, "dark" for its dark one, else whatever
-            plotly takes.
-        width, height: pixels; None lets the width follow the page and the height the content.
-        plot_height: pixels of the plot itself when `height` is None.
-        legend: whether the figure has one, under the plot.
-        right: pixels on the right (more where a colour bar stands).
-    """
-    own = template_name is None or (isinstance(template_name, str) and template_name in PAPER)
-    name = template_name or "light"
-    menu = MENU_PX * len(figure.layout.updatemenus)
-    slider = SLIDER_PX if figure.layout.sliders else 0
-    top = 16 + LINE_PX * (title.count("<br>") + 1) + 10 + menu
-    bottom = 50 + (LEGEND_PX if legend else 0) + slider
-    total = height if height is not None else top + plot_height + bottom
-    plot = max(80, total - top - bottom)
-    figure.update_layout(
-        template=template(name) if own else template_name,
-        title={
-            "text": title, "x": 0, "xref": "container", "xanchor": "left",
-            "y": 1, "yref": "container", "yanchor": "top", "pad": {"l": 12, "t": 14}, "font": {"size": 15},
-        },
-        margin={"l": 56, "r": right, "t": top, "b": bottom},
-        width=width,
-        height=total,
-        showlegend=legend,
-        legend={
-            "orientation": "h", "x": 0, "xanchor": "left", "y": -50 / plot, "yanchor": "top", "font": {"size": 12},
-        },
-        meta={
-            "tl_asymmetry": {"template": name if own else None, "menu": menu, "slider": slider, "line": LINE_PX}
-        },
-    )  # fmt: skip
-    if menu:
-        figure.update_layout(
-            updatemenus=[
-                {
-                    "x": 0, "xanchor": "left", "y": 1 + (8 + MENU_PX * above) / plot, "yanchor": "bottom",
-                    "pad": {"t": 0, "b": 0},
-                }
-                for above in reversed(range(len(figure.layout.updatemenus)))
-            ]
-        )  # fmt: skip
-    if slider:
-        below = -(50 + (LEGEND_PX if legend else 0)) / plot
-        figure.update_layout(sliders=[{"y": below, "yanchor": "top", "pad": {"t": 4, "b": 4}}])
-    return figure
-
-
-def rank_slider(ranks: Sequence[int], start: int, steps: Sequence[Sequence[Any]]) -> dict[str, Any]:
-    """A slider over ranks.
-
-    Args:
-        ranks: the ranks, ascending.
-        start: index of the one shown first.
-        steps: for each rank the arguments of `Plotly.restyle` (traces, indexes), or of `Plotly.update` where the
-            layout changes too (traces, layout, indexes).
-    """
-    return {
-        "name": "rank k",
-        "active": start,
-        "currentvalue": {"prefix": "rank k = ", "font": {"size": 12}},
-        "steps": [
-            {"label": str(rank), "method": "update" if len(args) == 3 else "restyle", "args": list(args)}
-            for rank, args in zip(ranks, steps, strict=True)
-        ],
-    }
-
-
-def note(figure: go.Figure, words: str) -> None:
-    """Say in the middle of the plot why it is empty."""
-    figure.add_annotation(
-        text="<br>".join(textwrap.wrap(words, 40)), x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False
-    )

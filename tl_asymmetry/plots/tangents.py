@@ -13,6 +13,7 @@ from plotly.subplots import make_subplots
 from tl_asymmetry.names import SIGNIFICANT
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
+from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, menu, note, slider
 from tl_asymmetry.tangents.bases import METHOD
 
 SOURCE = "TangentAnalysis.table"
@@ -41,10 +42,7 @@ def tangent_energy_figure(
     method: str | None = None,
     rank: int | None = None,
     basis_until: float | None = None,
-    title: str | None = None,
-    template: Any = None,
-    width: int | None = None,
-    height: int | None = None,
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Draw the energy of gradients in the fixed basis, relative to normal controls, layer by layer over training.
 
@@ -58,7 +56,7 @@ def tangent_energy_figure(
         method: "pca" or "semi_nmf"; None: the first.
         rank: of the basis; None: the one nearest 16.
         basis_until: last step the basis was fitted on, drawn as a line.
-        title, template, width, height: as in `heads_figure`.
+        layout: as in `heads_figure`.
 
     Raises:
         ValueError: for a gradient, method or rank the table does not have.
@@ -72,11 +70,11 @@ def tangent_energy_figure(
     return _curves(
         rows, "ratio", "_null", "p", axis="energy / normal controls", ratio=True,
         words=(
-            style.text(title) if title is not None else f"Energy of {named[0]} gradients in early directions",
+            f"Energy of {named[0]} gradients in early directions",
             f"{named[1]}. Solid: over the mean of the normal controls (dashed: 1). Dotted: what the activations' own "
             "spectrum would give. Filled: p ≤ 0.05.",
         ),
-        basis_until=basis_until, template=template, width=width, height=height,
+        basis_until=basis_until, **layout,
     )  # fmt: skip
 
 
@@ -87,17 +85,14 @@ def tangent_anisotropy_figure(
     method: str | None = None,
     rank: int | None = None,
     basis_until: float | None = None,
-    title: str | None = None,
-    template: Any = None,
-    width: int | None = None,
-    height: int | None = None,
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Draw how much rounder gradients become once the basis is taken out of them, layer by layer over training.
 
     Solid: ΔIso of the basis. Dotted, same colour: mean ΔIso of the normal controls. Dashed grey: 0, no change.
 
     Args:
-        table, gradient, method, rank, basis_until, title, template, width, height: as in `tangent_energy_figure`.
+        table, gradient, method, rank, basis_until, layout: as in `heads_figure`.
 
     Raises:
         ValueError: for a gradient, method or rank the table does not have.
@@ -110,11 +105,11 @@ def tangent_anisotropy_figure(
     return _curves(
         rows, "anisotropy", "normal_anisotropy", "anisotropy_p", axis="gain in isotropy", ratio=False,
         words=(
-            style.text(title) if title is not None else f"Anisotropy of {named[0]} gradients in early directions",
+            f"Anisotropy of {named[0]} gradients in early directions",
             f"{named[1]}. Solid: isotropy gained when the basis is taken out (ΔIso). Dotted: when a normal control is. "
             "Filled: p ≤ 0.05.",
         ),
-        basis_until=basis_until, template=template, width=width, height=height,
+        basis_until=basis_until, **layout,
     )  # fmt: skip
 
 
@@ -123,10 +118,7 @@ def tangent_strata_figure(
     *,
     method: str | None = None,
     rank: int | None = None,
-    title: str | None = None,
-    template: Any = None,
-    width: int | None = None,
-    height: int | None = None,
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Draw strata of token frequency, rare to frequent: energy of their gradients, and distance to the centroid.
 
@@ -134,7 +126,7 @@ def tangent_strata_figure(
 
     Args:
         strata: `TangentAnalysis.strata`.
-        method, rank, title, template, width, height: as in `tangent_energy_figure`.
+        method, rank, layout: as in `heads_figure`.
 
     Raises:
         ValueError: for a method or rank the table does not have, or a table without strata.
@@ -170,11 +162,8 @@ def tangent_strata_figure(
         changes = []
         for step in steps:
             parts = [drawn(step, layer, column) for column, _ in panels for layer in layers]
-            changes.append([{"y": [y for _, y, _ in parts], "customdata": [h for _, _, h in parts]}])
-        slider = style.rank_slider(steps, len(steps) - 1, changes)
-        figure.update_layout(
-            sliders=[slider | {"name": "step", "currentvalue": {"prefix": "step ", "font": {"size": 12}}}]
-        )
+            changes.append((str(step), [{"y": [y for _, y, _ in parts], "customdata": [h for _, _, h in parts]}]))
+        figure.update_layout(sliders=[slider("step", changes, active=len(steps) - 1, prefix="step ")])
     for column, at, name in (("energy", 1, "energy in the basis"), ("distance", 2, "distance to centroid")):
         values = rows[column].to_numpy(float)
         top = float(np.nanmax(values, initial=0.0))
@@ -187,12 +176,13 @@ def tangent_strata_figure(
     figure.update_xaxes(
         title="fifth of all tokens" if len(numbers) == 5 else "stratum of token frequency", row=2, col=1
     )
-    words = style.heading(
-        style.text(title) if title is not None else "By token frequency",
+    words = heading(
+        "By token frequency",
         f"Per-token gradients at the block output against the {METHOD.get(chosen, style.text(chosen))} basis of "
         f"rank {k}; strata of equal mass in the corpus, one line a layer.",
+        **layout,
     )
-    return style.finish(figure, title=words, template_name=template, width=width, height=height, plot_height=440)
+    return finish(figure, words, plot_height=440, **layout)
 
 
 def _select(
@@ -228,9 +218,7 @@ def _curves(
     ratio: bool,
     words: tuple[str, str],
     basis_until: float | None,
-    template: Any,
-    width: int | None,
-    height: int | None,
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """One line a layer over steps with its null, a menu over sites."""
     sites, layers = list(dict.fromkeys(rows["site"])), pick.layers_of(rows)
@@ -263,11 +251,11 @@ def _curves(
             )
         )  # fmt: skip
 
-    def heading(site: str) -> str:
-        return style.heading(words[0], f"{style.text(SITE.get(site, site))}, {words[1]}")
+    def titled(site: str) -> str:
+        return heading(words[0], f"{style.text(SITE.get(site, site))}, {words[1]}", **layout)
 
     if len(sites) > 1:
-        buttons = []
+        options = []
         for site in sites:
             parts = [drawn(site, layer) for layer in layers]
             restyled = {
@@ -276,8 +264,8 @@ def _curves(
                 "marker.symbol": [m for part in parts for m in (None, part["symbol"])],
             }
             label = style.text(SITE.get(site, site))
-            buttons.append({"label": label, "method": "update", "args": [restyled, {"title.text": heading(site)}]})
-        figure.update_layout(updatemenus=[{"name": "site", "active": 0, "direction": "down", "buttons": buttons}])
+            options.append((label, [restyled, {"title.text": titled(site)}]))
+        figure.update_layout(updatemenus=[menu("site", options, method="update")])
     figure.add_hline(y=1 if ratio else 0, line={"color": style.GUIDE, "dash": "dash", "width": 1.5})
     if basis_until is not None:
         figure.add_vline(x=basis_until, line={"color": style.GUIDE, "dash": "dot", "width": 1})
@@ -292,10 +280,8 @@ def _curves(
     air = 0.03 * max(steps.max() - steps.min(), 1.0)
     figure.update_xaxes(title="training step", range=[steps.min() - air, steps.max() + air])
     if not seen:
-        style.note(figure, "No value: the gradients are zero, so their fractions are undefined.")
-    return style.finish(
-        figure, title=heading(sites[0]), template_name=template, width=width, height=height, plot_height=330
-    )
+        note(figure, "No value: the gradients are zero, so their fractions are undefined.")
+    return finish(figure, titled(sites[0]), plot_height=330, **layout)
 
 
 def _hover(row: Mapping[Any, Any]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,12 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from tl_asymmetry.names import ROUNDING_DOMINATED, ROUNDING_FLAGGED, SIGNIFICANT
-from tl_asymmetry.plots import heads as one
+from tl_asymmetry.names import ROUNDING_FLAGGED, SIGNIFICANT
+from tl_asymmetry.plots import maps, style
 from tl_asymmetry.plots import rows as pick
-from tl_asymmetry.plots import style
+from tl_asymmetry.plots.held import Held, held_against
+from tl_asymmetry.plots.hover import cell_name, head_cells, head_fields, head_name, head_template, interval, row_names
+from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, note, rank_slider, slider
 
 WORDS = {"first": "since the first checkpoint", "previous": "since the previous checkpoint"}
 """What the two references are called in titles."""
@@ -24,12 +26,6 @@ CURVE_HOVER = (
     "<b>%{customdata[0]}</b><br>step %{x}<br>relative %{customdata[1]} (all heads pooled by energy)"
     "<br>95 % interval over texts: %{customdata[2]}<br>isotropic null: 1<br>%{customdata[3]}"
     "<br>‖ΔW‖/‖W‖ %{customdata[4]}<extra></extra>"
-)
-HEAD_HOVER = (
-    "<b>%{customdata[0]}</b><br>step %{customdata[1]}<br>relative %{customdata[2]} (fraction %{customdata[3]})"
-    "<br>95 % interval over texts: %{customdata[4]}<br>isotropic null: %{customdata[5]}"
-    "<br>activation-matched: %{customdata[6]}, excess %{customdata[7]}%{customdata[8]}"
-    "<br>rounding share %{customdata[9]}<br>‖ΔW‖/‖W‖ %{customdata[10]}<extra></extra>"
 )
 
 
@@ -41,10 +37,7 @@ def curves_figure(
     reference: str | None = None,
     rank: int | None = None,
     default_rank: int | None = None,
-    title: str | None = None,
-    template: Any = None,
-    width: int | None = None,
-    height: int | None = None,
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Draw read and write over training: relative fractions of all heads pooled by energy, with their intervals.
 
@@ -57,7 +50,7 @@ def curves_figure(
         subspace: hold every matrix against this one; None: reads against their own input, writes against "prediction".
         reference: "first" or "previous"; None: the first one the table has.
         rank, default_rank: one rank, or the first of the slider; None: all, first the middle one.
-        title, template, width, height: as in `heads_figure`.
+        layout: as in `heads_figure`.
 
     Raises:
         ValueError: for an unknown matrix, subspace, reference or rank.
@@ -124,7 +117,7 @@ def curves_figure(
                     list(range(len(drawn))),
                 ]
             )
-        figure.update_layout(sliders=[style.rank_slider(ranks, start, steps)])
+        figure.update_layout(sliders=[rank_slider(ranks, start, steps)])
     values = [
         v for per_rank in frames.values() for f in per_rank for v in (*f["y"], *f["reference"], *f["band_y"]) if v
     ]
@@ -135,17 +128,16 @@ def curves_figure(
         figure.update_xaxes(row=at, col=1, **_step_axis(curves["step"]))
     figure.update_xaxes(title="training step", row=len(sides), col=1)
     if not values:
-        style.note(figure, "No value: the deltas are zero, so their fractions are undefined.")
+        note(figure, "No value: the deltas are zero, so their fractions are undefined.")
     at_rank = f" at rank {ranks[0]}" if len(ranks) == 1 else ""
-    words = style.heading(
-        style.text(title) if title is not None else "Read and write over training",
+    words = heading(
+        "Read and write over training",
         f"Relative subspace fraction{at_rank} of the change {WORDS.get(reference, style.text(reference))}, heads and "
         "layers pooled by energy. Band: 95 % interval over texts (none on prediction, which is weights only). Dashed: "
         "1 = chance. Dotted: matched reference.",
+        **layout,
     )
-    return style.finish(
-        figure, title=words, template_name=template, width=width, height=height, plot_height=230 * len(sides) + 20
-    )
+    return finish(figure, words, plot_height=230 * len(sides) + 20, **layout)
 
 
 def head_curves_figure(
@@ -158,10 +150,7 @@ def head_curves_figure(
     rank: int | None = None,
     default_rank: int | None = None,
     kv: bool | None = None,
-    title: str | None = None,
-    template: Any = None,
-    width: int | None = None,
-    height: int | None = None,
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Draw each head of a layer over training, with its 95 % interval as an error bar; filled where q < 0.05.
 
@@ -171,7 +160,7 @@ def head_curves_figure(
         layer: the layer.
         subspace: None: own input for a read matrix, "prediction" for a write matrix.
         reference, rank, default_rank: as in `curves_figure`.
-        kv, title, template, width, height: as in `heads_figure`.
+        kv, layout: as in `heads_figure`.
 
     Raises:
         ValueError: for an unknown matrix, subspace, layer, reference or rank.
@@ -187,23 +176,25 @@ def head_curves_figure(
     ranks, start = pick.pick_ranks(rows, rank, default_rank, d)
     heads = pick.heads_of(rows)
     shared, group = pick.kv_group(table, matrix, kv)
+    helds = [held for held in held_against(rows, None) if held.there]
     figure, frames = go.Figure(), []
     for k in ranks:
         at_rank = rows[rows["rank"] == k]
+        of_heads = [
+            at_rank[at_rank["head"].isna() if h is None else (at_rank["head"] == h).fillna(False)] for h in heads
+        ]
         frames.append(
             [
-                _head_curve(
-                    at_rank[at_rank["head"].isna() if h is None else (at_rank["head"] == h).fillna(False)], n, space, d,
-                    f"{pick.head_name(layer, h, kv=shared, group=group)} · {style.text(matrix)}", len(heads) == 1,
-                )
-                for n, h in enumerate(heads)
+                _head_curve(here, n, _fields(here, space, d, helds, shared, group), len(heads) == 1)
+                for n, here in enumerate(of_heads)
             ]
-        )  # fmt: skip
+        )
     for curve, h in zip(frames[start], heads, strict=True):
         figure.add_trace(
             go.Scatter(
-                **curve, mode="lines+markers", name=pick.head_name(layer, h, kv=shared, group=group),
-                hovertemplate=HEAD_HOVER, showlegend=len(heads) <= 12,
+                **curve, mode="lines+markers", name=head_name(layer, h, kv=shared, group=group),
+                hovertemplate=head_template(matrix, helds, verdict="verdict" in rows.columns),
+                showlegend=len(heads) <= 12,
             )
         )  # fmt: skip
     if len(ranks) > 1:
@@ -220,19 +211,20 @@ def head_curves_figure(
             ]
             for curves in frames
         ]
-        figure.update_layout(sliders=[style.rank_slider(ranks, start, steps)])
+        figure.update_layout(sliders=[rank_slider(ranks, start, steps)])
     seen = rows[["relative", "ci_low", "ci_high"]].to_numpy(float, na_value=np.nan).ravel()
     figure.add_hline(y=1, line={"color": style.GUIDE, "dash": "dash", "width": 1.5})
     figure.update_yaxes(title="relative", **style.ratio_axis(seen))
     figure.update_xaxes(title="training step", **_step_axis(rows["step"]))
     if not np.isfinite(rows["relative"].to_numpy(float, na_value=np.nan)).any():
-        style.note(figure, "No value: the deltas are zero, so their fractions are undefined.")
-    words = style.heading(
-        style.text(title) if title is not None else f"L{layer} · {style.text(matrix)} over training",
+        note(figure, "No value: the deltas are zero, so their fractions are undefined.")
+    words = heading(
+        f"L{layer} · {style.text(matrix)} over training",
         f"Relative fraction in {style.text(space)} of the change {WORDS.get(reference, style.text(reference))}. Bars: "
         f"95 % interval over texts. Dashed: 1 = chance. Filled point: q &lt; {SIGNIFICANT}.",
+        **layout,
     )
-    return style.finish(figure, title=words, template_name=template, width=width, height=height, plot_height=330)
+    return finish(figure, words, plot_height=330, **layout)
 
 
 def animation_figure(
@@ -244,10 +236,7 @@ def animation_figure(
     rank: int | None = None,
     default_rank: int | None = None,
     kv: bool | None = None,
-    title: str | None = None,
-    template: Any = None,
-    width: int | None = None,
-    height: int | None = None,
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Map one matrix over layers and heads, a frame for each checkpoint: a slider of steps, and Play.
 
@@ -260,7 +249,7 @@ def animation_figure(
         subspace: None: own input for a read matrix, "prediction" for a write matrix.
         reference: "first" or "previous"; None: the first one the table has.
         rank, default_rank: the rank to show; None: `d // 16`, or the middle one.
-        kv, title, template, width, height: as in `heads_figure`.
+        kv, layout: as in `heads_figure`.
 
     Raises:
         ValueError: for an unknown matrix, subspace, reference or rank.
@@ -283,13 +272,16 @@ def animation_figure(
     limit = float(max(1, math.ceil(np.abs(logs[np.isfinite(logs)]).max(initial=0.0))))
     exponents, labels = style.ratio_ticks(-limit, limit)
     rounded = bool((rows["rounding_share"] >= ROUNDING_FLAGGED).any())
+    helds = [held for held in held_against(rows, None) if held.there]
+    template = head_template(matrix, helds, verdict="verdict" in rows.columns)
 
-    def heading(step: int) -> str:
-        return style.heading(
-            style.text(title) if title is not None else f"{style.text(matrix)} at step {step}",
+    def titled(step: int) -> str:
+        return heading(
+            f"{style.text(matrix)} at step {step}",
             f"Relative fraction in {style.text(space)} at rank {ranks[start]} of the change "
             f"{WORDS.get(reference, style.text(reference))}; 1 = chance. Dot: q &lt; {SIGNIFICANT}. One scale for "
             "all steps.",
+            **layout,
         )
 
     def drawn(step: int) -> list[Any]:
@@ -297,18 +289,16 @@ def animation_figure(
         with np.errstate(divide="ignore", invalid="ignore"):
             z = np.log2(pick.grid(here, here["relative"], layers, heads)).clip(-limit, limit)
         below = pick.grid(here, here["isotropic_q"], layers, heads) < SIGNIFICANT
-        hover = [[[""] * 11 for _ in heads] for _ in layers]
-        for row, cell in _head_hover(here, space, d, matrix, shared, group):
-            head = None if pd.isna(row["head"]) else int(row["head"])
-            hover[layers.index(int(row["layer"]))][heads.index(head)] = cell
+        fields = _fields(here, space, d, helds, shared, group)
+        hover = head_cells(here, fields, layers, heads, kv=shared, group=group)
         i, j = np.nonzero(below)
         dots: dict[str, list[Any]] = {"x": [int(v) for v in j] or [None], "y": [layers[v] for v in i] or [None]}
         rounding = pick.grid(here, here["rounding_share"], layers, heads)
         return [
             go.Heatmap(
                 x=x, y=layers, z=[[None if math.isnan(v) else round(float(v), 3) for v in r] for r in z],
-                zmin=-limit, zmax=limit, zmid=0, colorscale=style.diverging(template), xgap=1, ygap=1,
-                meta="diverging", customdata=hover, hovertemplate=HEAD_HOVER, name=matrix,
+                zmin=-limit, zmax=limit, zmid=0, colorscale=style.diverging(layout.get("template")), xgap=1, ygap=1,
+                meta="diverging", customdata=hover, hovertemplate=template, name=matrix,
                 colorbar={
                     "thickness": 12, "len": 1, "outlinewidth": 0, "x": 1.01, "xpad": 4, "tickmode": "array",
                     "tickvals": exponents, "ticktext": labels,
@@ -320,7 +310,7 @@ def animation_figure(
                 marker={"symbol": "circle", "size": 6, "color": "#14181f", "line": {"width": 1.4, "color": "#ffffff"}},
                 name=f"q &lt; {SIGNIFICANT}", hoverinfo="skip", showlegend=True,
             ),
-            *(one.rounding_marks(rounding, layers, one.mark_size(layers, heads)) if rounded else []),
+            *(maps.rounding_marks(rounding, layers, maps.mark_size(layers, heads)) if rounded else []),
         ]  # fmt: skip
 
     last = steps[-1]
@@ -329,7 +319,7 @@ def animation_figure(
         data=data[last],
         frames=[
             go.Frame(
-                data=data[step], name=str(step), layout={"title": {"text": heading(step)}},
+                data=data[step], name=str(step), layout={"title": {"text": titled(step)}},
                 traces=list(range(len(data[step]))),
             )
             for step in steps
@@ -340,10 +330,13 @@ def animation_figure(
     if len(steps) > 1:
         figure.update_layout(
             sliders=[
-                {
-                    "name": "step", "active": len(steps) - 1, "currentvalue": {"prefix": "step ", "font": {"size": 12}},
-                    "steps": [{"label": str(s), "method": "animate", "args": [[str(s)], still]} for s in steps],
-                }
+                slider(
+                    "step",
+                    [(str(s), [[str(s)], still]) for s in steps],
+                    active=len(steps) - 1,
+                    method="animate",
+                    prefix="step ",
+                )
             ],
             updatemenus=[
                 {
@@ -355,11 +348,8 @@ def animation_figure(
                 }
             ],
         )  # fmt: skip
-    pick.head_axes(figure, layers, heads, shared)
-    return style.finish(
-        figure, title=heading(last), template_name=template, width=width, height=height, right=64,
-        plot_height=int(np.clip(26 * len(layers), 220, 620)),
-    )  # fmt: skip
+    maps.head_axes(figure, layers, heads, shared)
+    return finish(figure, titled(last), right=64, plot_height=maps.map_height(layers), **layout)
 
 
 def emergence_figure(
@@ -372,10 +362,7 @@ def emergence_figure(
     default_rank: int | None = None,
     level: float = SIGNIFICANT,
     kv: bool | None = None,
-    title: str | None = None,
-    template: Any = None,
-    width: int | None = None,
-    height: int | None = None,
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Map the step from which each head's q stays below a level; a cross where it never does.
 
@@ -385,7 +372,7 @@ def emergence_figure(
         subspace: None: own input for a read matrix, "prediction" for a write matrix.
         reference, rank, default_rank: as in `animation_figure`.
         level: the level the table was made with, for the title.
-        kv, title, template, width, height: as in `heads_figure`.
+        kv, layout: as in `heads_figure`.
 
     Raises:
         ValueError: for an unknown matrix, subspace, reference or rank.
@@ -418,7 +405,7 @@ def emergence_figure(
         for row in here.to_dict("records"):
             i = layers.index(int(row["layer"]))
             j = heads.index(None if pd.isna(row["head"]) else int(row["head"]))
-            name = f"{pick.head_name(layers[i], heads[j], kv=shared, group=group)} · {style.text(matrix)}"
+            name = cell_name(layers[i], heads[j], matrix, shared, group)
             count = f"{row['significant']} of {row['checkpoints']} checkpoints"
             if pd.isna(row["step"]):
                 never[0].append(j)
@@ -458,17 +445,15 @@ def emergence_figure(
         for k in ranks:
             z, words, nx, ny = drawn(k)
             changes.append([{"z": [z, None], "customdata": [words, None], "x": [x, nx], "y": [layers, ny]}, [0, 1]])
-        figure.update_layout(sliders=[style.rank_slider(ranks, start, changes)])
-    pick.head_axes(figure, layers, heads, shared)
-    heading = style.heading(
-        style.text(title) if title is not None else f"{style.text(matrix)}: since when more concentrated than chance",
+        figure.update_layout(sliders=[rank_slider(ranks, start, changes)])
+    maps.head_axes(figure, layers, heads, shared)
+    words = heading(
+        f"{style.text(matrix)}: since when more concentrated than chance",
         f"First step from which q stays below {level:g} in {style.text(space)}, for the change "
         f"{WORDS.get(reference, style.text(reference))}. Not corrected for the number of checkpoints.",
+        **layout,
     )
-    return style.finish(
-        figure, title=heading, template_name=template, width=width, height=height, right=72,
-        plot_height=int(np.clip(26 * len(layers), 220, 620)),
-    )  # fmt: skip
+    return finish(figure, words, right=72, plot_height=maps.map_height(layers), **layout)
 
 
 def _of_reference(table: pd.DataFrame, reference: str | None) -> tuple[pd.DataFrame, str]:
@@ -515,7 +500,7 @@ def _curve(rows: pd.DataFrame, matrix: str, space: str) -> dict[str, Any]:
             [
                 f"{style.text(matrix)} against {style.text(space)}",
                 style.number(row["relative"]),
-                pick.interval(row["ci_low"], row["ci_high"], space),
+                interval(row["ci_low"], row["ci_high"], space),
                 f"{kind}: {style.number(m)}",
                 style.number(row["delta_relative_norm"]),
             ]
@@ -524,12 +509,11 @@ def _curve(rows: pd.DataFrame, matrix: str, space: str) -> dict[str, Any]:
     }
 
 
-def _head_curve(rows: pd.DataFrame, n: int, space: str, d: int | None, name: str, single: bool) -> dict[str, Any]:
+def _head_curve(rows: pd.DataFrame, n: int, fields: list[list[str]], single: bool) -> dict[str, Any]:
     relative, low, high = (rows[c].to_numpy(float, na_value=np.nan) for c in ("relative", "ci_low", "ci_high"))
     colour = style.SERIES[0] if single else style.SERIES[n % len(style.SERIES)]
     symbol = "circle" if single else style.SYMBOLS[n % len(style.SYMBOLS)]
     significant = rows["isotropic_q"].to_numpy(float, na_value=np.nan) < SIGNIFICANT
-    matched = pick.in_relative_units(rows, "activation_matched", d)
     return {
         "x": [int(s) for s in rows["step"]],
         "y": [_or_none(v) for v in relative],
@@ -542,37 +526,18 @@ def _head_curve(rows: pd.DataFrame, n: int, space: str, d: int | None, name: str
             "size": 7, "color": colour, "line": {"color": colour, "width": 1.5},
             "symbol": [symbol if s else f"{symbol}-open" for s in significant],
         },
-        "customdata": [
-            _hover(row, name, space, d, m) for row, m in zip(rows.to_dict("records"), matched, strict=True)
-        ],
+        "customdata": fields,
     }  # fmt: skip
 
 
-def _head_hover(
-    rows: pd.DataFrame, space: str, d: int | None, matrix: str, shared: bool, group: int | None
-) -> list[tuple[dict[Hashable, Any], list[str]]]:
-    matched = pick.in_relative_units(rows, "activation_matched", d)
-    found = []
-    for row, m in zip(rows.to_dict("records"), matched, strict=True):
-        head = None if pd.isna(row["head"]) else int(row["head"])
-        name = f"{pick.head_name(int(row['layer']), head, kv=shared, group=group)} · {style.text(matrix)}"
-        found.append((row, _hover(row, name, space, d, m)))
-    return found
-
-
-def _hover(row: Any, name: str, space: str, d: int | None, matched: float) -> list[str]:
-    gradient, share = style.as_float(row.get("gradient_matched")), style.as_float(row["rounding_share"])
-    by_gradient = ""
-    if d is not None and not math.isnan(gradient):
-        excess = style.number(row.get("gradient_excess"))
-        by_gradient = f"<br>gradient-matched: {style.number(gradient * d / row['rank'])}, excess {excess}"
-    return [
-        name, str(int(row["step"])), style.number(row["relative"]),
-        f"{style.number(row['fraction'])} at k = {row['rank']}", pick.interval(row["ci_low"], row["ci_high"], space),
-        pick.isotropic(row), style.number(matched), style.number(row["excess"]), by_gradient,
-        style.number(share) + (", mostly storage" if share >= ROUNDING_DOMINATED else ""),
-        style.number(row["delta_relative_norm"]),
-    ]  # fmt: skip
+def _fields(
+    rows: pd.DataFrame, space: str, d: int | None, helds: Sequence[Held], shared: bool, group: int | None
+) -> list[list[str]]:
+    """What the hover says of each row: that of a pair's table, the step beside the head."""
+    names = [
+        f"{name}, step {int(step)}" for name, step in zip(row_names(rows, shared, group), rows["step"], strict=True)
+    ]
+    return head_fields(rows, names, space, d, helds)
 
 
 def _step_axis(steps: pd.Series) -> dict[str, Any]:

@@ -67,20 +67,86 @@ class TangentAnalysis(Result):
 
     # -- figures -------------------------------------------------------------------------------------------------
 
-    def plot_energy(self, gradient: str | None = None, **options: Any) -> go.Figure:
-        """Energy over that of the controls, by layer and step. See `plots.tangent_energy_figure`."""
+    def plot_energy(
+        self,
+        gradient: str | None = None,
+        *,
+        method: str | None = None,
+        rank: int | None = None,
+        title: str | None = None,
+        template: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> go.Figure:
+        """Energy of gradients in the basis over that of the controls, by layer and step.
+
+        Args:
+            gradient: "weight" or "activation"; None: the first there is.
+            method: "pca" or "semi_nmf"; None: the first.
+            rank: of the basis; None: the shown one.
+            title: first line of the title; None says what is shown. Plain text.
+            template: None or "light", "dark", or any plotly template.
+            width, height: pixels; None follows the page and the content.
+
+        Raises:
+            ValueError: what was not analysed.
+        """
         from tl_asymmetry.plots import tangent_energy_figure
 
-        return tangent_energy_figure(self.table, gradient=gradient, **{**self._figure_defaults(), **options})
+        return tangent_energy_figure(
+            self.table, gradient=gradient, method=method, **self._basis(rank),
+            title=title, template=template, width=width, height=height,
+        )  # fmt: skip
 
-    def plot_anisotropy(self, gradient: str | None = None, **options: Any) -> go.Figure:
-        """Isotropy gained without the basis, by layer and step. See `plots.tangent_anisotropy_figure`."""
+    def plot_anisotropy(
+        self,
+        gradient: str | None = None,
+        *,
+        method: str | None = None,
+        rank: int | None = None,
+        title: str | None = None,
+        template: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> go.Figure:
+        """Isotropy that gradients gain without the basis, by layer and step.
+
+        Args:
+            gradient: "weight" or "activation"; None: the first there is.
+            method: "pca" or "semi_nmf"; None: the first.
+            rank: of the basis; None: the shown one.
+            title: first line of the title; None says what is shown. Plain text.
+            template: None or "light", "dark", or any plotly template.
+            width, height: pixels; None follows the page and the content.
+
+        Raises:
+            ValueError: what was not analysed.
+        """
         from tl_asymmetry.plots import tangent_anisotropy_figure
 
-        return tangent_anisotropy_figure(self.table, gradient=gradient, **{**self._figure_defaults(), **options})
+        return tangent_anisotropy_figure(
+            self.table, gradient=gradient, method=method, **self._basis(rank),
+            title=title, template=template, width=width, height=height,
+        )  # fmt: skip
 
-    def plot_strata(self, **options: Any) -> go.Figure:
-        """Energy and distance to the centroid by token frequency. See `plots.tangent_strata_figure`.
+    def plot_strata(
+        self,
+        *,
+        method: str | None = None,
+        rank: int | None = None,
+        title: str | None = None,
+        template: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> go.Figure:
+        """Energy and distance to the centroid by token frequency.
+
+        Args:
+            method: "pca" or "semi_nmf"; None: the first.
+            rank: of the basis; None: the shown one.
+            title: first line of the title; None says what is shown. Plain text.
+            template: None or "light", "dark", or any plotly template.
+            width, height: pixels; None follows the page and the content.
 
         Raises:
             ValueError: analysed without strata or per-token gradients.
@@ -92,14 +158,19 @@ class TangentAnalysis(Result):
                 "expected an analysis with strata of per-token gradients, got one without; pass strata=5 and "
                 'gradients=("activation",) to analyze_tangents'
             )
-        return tangent_strata_figure(self.strata, **{"rank": self.config["shown_rank"], **options})
+        return tangent_strata_figure(
+            self.strata, method=method, rank=self.config["shown_rank"] if rank is None else rank,
+            title=title, template=template, width=width, height=height,
+        )  # fmt: skip
 
-    def _figure_defaults(self) -> dict[str, Any]:
+    def _basis(self, rank: int | None) -> dict[str, Any]:
+        """The basis of a figure: its rank, and the last step it was fitted on where later ones follow."""
         steps = self.config["basis_steps"]
         late = len(steps) < len(self.config["checkpoints"])
-        return {"rank": self.config["shown_rank"], "basis_until": float(steps[-1]) if late and steps else None}
-
-    # -- words ---------------------------------------------------------------------------------------------------
+        return {
+            "rank": self.config["shown_rank"] if rank is None else rank,
+            "basis_until": float(steps[-1]) if late and steps else None,
+        }
 
     def _title(self) -> str:
         steps = [checkpoint["step"] for checkpoint in self.config["checkpoints"]]

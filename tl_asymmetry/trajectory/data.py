@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -103,32 +104,150 @@ class TrajectoryData(Result):
 
     # -- figures -------------------------------------------------------------------------------------------------
 
-    def plot_curves(self, **options: Any) -> go.Figure:
-        """Read and write over training with intervals, heads pooled. See `plots.curves_figure`."""
+    def plot_curves(
+        self,
+        matrices: Sequence[str] | None = None,
+        *,
+        subspace: str | None = None,
+        reference: str | None = None,
+        rank: int | None = None,
+        title: str | None = None,
+        template: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> go.Figure:
+        """Read and write over training with intervals, heads pooled by energy.
+
+        Args:
+            matrices: which; None: all.
+            subspace: hold every matrix against this one; None: reads against their own input, writes against
+                "prediction".
+            reference: "first" or "previous", what changes are measured from; None: the first that was asked for.
+            rank: the only one; None: all with a slider, the shown rank first.
+            title: first line of the title; None says what is shown. Plain text.
+            template: None or "light", "dark", or any plotly template.
+            width, height: pixels; None follows the page and the content.
+
+        Raises:
+            ValueError: what was not analysed.
+        """
         from tl_asymmetry.plots import curves_figure
 
-        return curves_figure(self.curves, **{**self._figure_defaults(), **options})
+        return curves_figure(
+            self.curves, matrices=matrices, subspace=subspace, rank=rank,
+            default_rank=self.config["shown_rank"],
+            reference=self._references[0] if reference is None else reference,
+            title=title, template=template, width=width, height=height,
+        )  # fmt: skip
 
-    def plot_head_curves(self, matrix: str, layer: int, **options: Any) -> go.Figure:
-        """The heads of one layer over training, with intervals. See `plots.head_curves_figure`."""
+    def plot_head_curves(
+        self,
+        matrix: str,
+        layer: int,
+        *,
+        subspace: str | None = None,
+        reference: str | None = None,
+        rank: int | None = None,
+        title: str | None = None,
+        template: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> go.Figure:
+        """The heads of one layer over training, with intervals.
+
+        Args:
+            matrix: its name.
+            layer: which.
+            subspace: None: a read matrix's own input, "prediction" for a write matrix.
+            reference: "first" or "previous", what changes are measured from; None: the first that was asked for.
+            rank: the only one; None: all with a slider, the shown rank first.
+            title: first line of the title; None says what is shown. Plain text.
+            template: None or "light", "dark", or any plotly template.
+            width, height: pixels; None follows the page and the content.
+
+        Raises:
+            ValueError: what was not analysed.
+        """
         from tl_asymmetry.plots import head_curves_figure
 
-        options = {**self._figure_defaults(), **self._kv(matrix), **options}
-        return head_curves_figure(self.table, matrix, layer=layer, **options)
+        return head_curves_figure(
+            self.table, matrix, layer=layer, subspace=subspace, rank=rank, **self._kv(matrix),
+            default_rank=self.config["shown_rank"],
+            reference=self._references[0] if reference is None else reference,
+            title=title, template=template, width=width, height=height,
+        )  # fmt: skip
 
-    def plot_animation(self, matrix: str, **options: Any) -> go.Figure:
-        """The layer × head map of one matrix, a frame for each checkpoint. See `plots.animation_figure`."""
+    def plot_animation(
+        self,
+        matrix: str,
+        *,
+        subspace: str | None = None,
+        reference: str | None = None,
+        rank: int | None = None,
+        title: str | None = None,
+        template: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> go.Figure:
+        """The layer × head map of one matrix, a frame for each checkpoint.
+
+        Args:
+            matrix: its name.
+            subspace: None: a read matrix's own input, "prediction" for a write matrix.
+            reference: "first" or "previous", what changes are measured from; None: the first that was asked for.
+            rank: which; None: the shown one.
+            title: first line of the title; None says what is shown. Plain text.
+            template: None or "light", "dark", or any plotly template.
+            width, height: pixels; None follows the page and the content.
+
+        Raises:
+            ValueError: what was not analysed.
+        """
         from tl_asymmetry.plots import animation_figure
 
-        options = {**self._figure_defaults(), **self._kv(matrix), **options}
-        return animation_figure(self.table, matrix, **options)
+        return animation_figure(
+            self.table, matrix, subspace=subspace, rank=rank, **self._kv(matrix),
+            default_rank=self.config["shown_rank"],
+            reference=self._references[0] if reference is None else reference,
+            title=title, template=template, width=width, height=height,
+        )  # fmt: skip
 
-    def plot_emergence(self, matrix: str, *, level: float = SIGNIFICANT, **options: Any) -> go.Figure:
-        """Since which step each head has been more concentrated than chance. See `plots.emergence_figure`."""
+    def plot_emergence(
+        self,
+        matrix: str,
+        *,
+        level: float = SIGNIFICANT,
+        subspace: str | None = None,
+        reference: str | None = None,
+        rank: int | None = None,
+        title: str | None = None,
+        template: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> go.Figure:
+        """Since which step each head has been more concentrated than chance.
+
+        Args:
+            matrix: its name.
+            level: what q must stay below.
+            subspace: None: a read matrix's own input, "prediction" for a write matrix.
+            reference: "first" or "previous", what changes are measured from; None: the first that was asked for.
+            rank: the only one; None: all with a slider, the shown rank first.
+            title: first line of the title; None says what is shown. Plain text.
+            template: None or "light", "dark", or any plotly template.
+            width, height: pixels; None follows the page and the content.
+
+        Raises:
+            ValueError: what was not analysed.
+        """
         from tl_asymmetry.plots import emergence_figure
 
-        options = {**self._figure_defaults(), **self._kv(matrix), "level": level, **options}
-        return emergence_figure(self.emergence(level=level), matrix, **options)
+        return emergence_figure(
+            self.emergence(level=level), matrix, level=level, subspace=subspace, rank=rank, **self._kv(matrix),
+            default_rank=self.config["shown_rank"],
+            reference=self._references[0] if reference is None else reference,
+            title=title, template=template, width=width, height=height,
+        )  # fmt: skip
 
     @property
     def _references(self) -> list[str]:

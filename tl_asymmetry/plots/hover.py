@@ -1,0 +1,149 @@
+"""What hovers say of a head: its name, its numbers, what they are held against and what weakens them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from tl_asymmetry.names import ROUNDING_DOMINATED, SMALL_EIGENGAP
+from tl_asymmetry.plots import rows as pick
+from tl_asymmetry.plots.held import ISOTROPIC, Held
+from tl_asymmetry.plots.style import MISSING, as_float, number, text
+
+FIELDS = 8
+"""Fields of every head's hover, before those of its nulls."""
+
+
+def head_name(layer: int, head: int | None, *, kv: bool = False, group: int | None = None) -> str:
+    """L7H3; L7 for an MLP matrix; the KV head, with the query heads it serves, under grouped-query attention.
+
+    Example:
+        >>> head_name(7, 1, kv=True, group=4)
+        'L7 KV head 1 (query heads 4–7)'
+    """
+    if head is None:
+        return f"L{layer}"
+    if not kv:
+        return f"L{layer}H{head}"
+    serves = f" (query heads {head * group}–{head * group + group - 1})" if group and group > 1 else ""
+    return f"L{layer} KV head {head}{serves}"
+
+
+def interval(low: Any, high: Any, subspace: str) -> str:
+    """The 95 % interval in words; why there is none when it is NaN."""
+    if math.isnan(as_float(low)) or math.isnan(as_float(high)):
+        return "none (weights only)" if subspace == "prediction" else "none"
+    return f"{number(low)} to {number(high)}"
+
+
+def isotropic_words(row: Mapping[Any, Any]) -> str:
+    """The isotropic null of one row of a table."""
+    method = row["p_method"]
+    by = "" if not isinstance(method, str) or not method else f" ({text(method)})"
+    return (
+        f"1; z {number(row['isotropic_z'])}, p {number(row['isotropic_p'], 2)}{by}, q {number(row['isotropic_q'], 2)}"
+    )
+
+
+def excess_words(row: Mapping[Any, Any]) -> str:
+    """Another null of one row: what it expects in relative units, the excess over it with its interval, its test."""
+    parts = [] if math.isnan(as_float(row["expected"])) else [number(row["expected"])]
+    told = not math.isnan(as_float(row["low"]))
+    span = f" ({number(row['low'])} to {number(row['high'])})" if told else ""
+    if told or not math.isnan(as_float(row["excess"])):
+        parts.append(f"excess {number(row['excess'])}{span}")
+    parts += [f"{name} {number(row[name], 2)}" for name in ("p", "q") if not math.isnan(as_float(row[name]))]
+    return ", ".join(parts) or MISSING
+
+
+def held_words(held: Held, rows: pd.DataFrame, d: int | None) -> list[str]:
+    """What a hover says of a null, row by row."""
+    if held.key == ISOTROPIC:
+        return [isotropic_words(row) for row in rows.to_dict("records")]
+    numbers = held.numbers.loc[rows.index]
+    scale = (np.nan if d is None else d) / rows["rank"].to_numpy(float)
+    return [excess_words(row) for row in numbers.assign(expected=numbers["expected"] * scale).to_dict("records")]
+
+
+def head_template(matrix: str, helds: Sequence[Held], *, verdict: bool) -> str:
+    """The hover of a head, for fields in the order of `head_fields`."""
+    against = "".join(f"<br>{text(held.label)}: %{{customdata[{FIELDS + i}]}}" for i, held in enumerate(helds))
+    verdicts = f"<br>verdict: %{{customdata[{FIELDS + len(helds)}]}}" if verdict else ""
+    return (
+        f"<b>%{{customdata[0]}}</b> · {text(matrix)}"
+        "<br>relative %{customdata[1]} (fraction %{customdata[2]})"
+        f"<br>95 % interval over texts: %{{customdata[3]}}{against}{verdicts}"
+        "<br>rounding share %{customdata[4]}, without it %{customdata[5]}"
+        "<br>eigengap %{customdata[6]}<br>‖ΔW‖/‖W‖ %{customdata[7]}<extra></extra>"
+    )
+
+
+def head_fields(
+    rows: pd.DataFrame, names: Sequence[str], space: str, d: int | None, helds: Sequence[Held]
+) -> list[list[str]]:
+    """What the hover says, row by row.
+
+    Args:
+        rows: of a pair's table.
+        names: of each row's head.
+        space: the subspace.
+        d: width of the residual stream, for relative units.
+        helds: what to say besides, of these rows or more.
+    """
+    unrounded = pick.in_relative_units(rows, "fraction_unrounded", d)
+    against = [held_words(held, rows, d) for held in helds]
+    fields = []
+    for n, row in enumerate(rows.to_dict("records")):
+        gap, share = as_float(row["eigengap"]), as_float(row["rounding_share"])
+        fields.append(
+            [
+                names[n],
+                number(row["relative"]),
+                f"{number(row['fraction'])} at k = {row['rank']}",
+                interval(row["ci_low"], row["ci_high"], space),
+                number(share) + (", mostly storage" if share >= ROUNDING_DOMINATED else ""),
+                number(unrounded[n]),
+                number(gap) + (", too small to trust the edge" if gap < SMALL_EIGENGAP else ""),
+                number(row["delta_relative_norm"]),
+                *(words[n] for words in against),
+                *([text(row["verdict"])] if "verdict" in row else []),
+            ]
+        )
+    return fields
+
+
+def head_cells(
+    rows: pd.DataFrame, fields: Sequence[Sequence[str]], layers: Sequence[int], heads: Sequence[int | None],
+    *, kv: bool, group: int | None,
+) -> list[list[list[str]]]:  # fmt: skip
+    """Fields of rows laid out as [layer][head]; a cell without a row has a name only."""
+    width = len(fields[0]) if len(fields) else FIELDS
+    cells = [
+        [[head_name(layer, head, kv=kv, group=group), *[MISSING] * (width - 1)] for head in heads] for layer in layers
+    ]
+    at_layer, at_head = {v: i for i, v in enumerate(layers)}, {v: i for i, v in enumerate(heads)}
+    for layer, head, field in zip(rows["layer"], rows["head"], fields, strict=True):
+        cells[at_layer[int(layer)]][at_head[None if pd.isna(head) else int(head)]] = list(field)
+    return cells
+
+
+def cell_name(layer: int, head: int | None, matrix: str, kv: bool, group: int | None) -> str:
+    """A head and its matrix.
+
+    Example:
+        >>> cell_name(7, 3, "W_Q", False, None)
+        'L7H3 · W_Q'
+    """
+    return f"{head_name(layer, head, kv=kv, group=group)} · {text(matrix)}"
+
+
+def row_names(rows: pd.DataFrame, kv: bool, group: int | None) -> list[str]:
+    """`head_name` of each row."""
+    return [
+        head_name(int(layer), None if pd.isna(head) else int(head), kv=kv, group=group)
+        for layer, head in zip(rows["layer"], rows["head"], strict=True)
+    ]
