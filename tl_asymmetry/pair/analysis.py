@@ -23,9 +23,10 @@ from tl_asymmetry.names import kind_of
 from tl_asymmetry.pair.asymmetry import asymmetry_table
 from tl_asymmetry.pair.bases import LayerBases
 from tl_asymmetry.pair.circuits import layer_circuits
-from tl_asymmetry.pair.deltas import Delta, measure_change, stacked
+from tl_asymmetry.pair.deltas import Delta, measure_change
 from tl_asymmetry.pair.memory_plan import plan_memory
 from tl_asymmetry.pair.non_matrix_parameters import other_changes, unmatched_parameters
+from tl_asymmetry.pair.numbers import DeltaNumbers, Layout, Measurements, layer_tensors
 from tl_asymmetry.pair.plan import Plan, Sources, counted_tokens, grouped_sequences, make_plan
 from tl_asymmetry.pair.projections import Projection, keys_reference_note, project
 from tl_asymmetry.pair.result import PairAnalysis
@@ -196,15 +197,16 @@ def analyze_pair(
         )
     deltas = {matrix: [layer.deltas[matrix] for layer in layers] for matrix in plan.matrices}
     projections = {key: [layer.projections[key] for layer in layers] for key in layers[0].projections}
-    _note_deltas(deltas, aligned, hashes, notes)
-    tables = pair_tables(
-        deltas, projections, plan.ranks,
-        d=base.d_model, headed={m: base.heads(m) is not None for m in plan.matrices}, seed=seed,
-    )  # fmt: skip
+    numbers = Measurements.of_layers(
+        Layout.of(base, plan),
+        [layer_tensors(layer.deltas, list(layer.projections.values()), plan.ranks) for layer in layers],
+    )
+    _note_deltas(numbers.deltas, aligned, hashes, notes)
+    tables = pair_tables(numbers, seed=seed)
     return PairAnalysis.assemble(
         table=tables.table,
         nulls=tables.nulls,
-        asymmetry=asymmetry_table(deltas, projections, plan.ranks, d=base.d_model, n_heads=base.n_heads),
+        asymmetry=asymmetry_table(numbers),
         other_changes=other_changes(base, aligned),
         circuits=[layer.circuits for layer in layers],
         deltas=deltas,
@@ -302,13 +304,13 @@ def _captured(
 
 
 def _note_deltas(
-    deltas: Mapping[str, Sequence[Delta]],
+    deltas: Mapping[str, DeltaNumbers],
     aligned: Weights,
     hashes: Mapping[str, str],
     notes: Notes,
 ) -> None:
     """Say where nothing changed, and where so much did that the weights may belong to something else."""
-    same = [matrix for matrix, changes in deltas.items() if bool((stacked(changes, "energy") == 0).all())]
+    same = [matrix for matrix, changes in deltas.items() if bool((changes.energy == 0).all())]
     if same and hashes["base"] != hashes["aligned"]:
         if len(same) == len(deltas):
             notes.warn("the analysed matrices are the same in both models: every delta is zero and every fraction NaN")
@@ -323,9 +325,9 @@ def _note_deltas(
             )
 
 
-def _median_cosine(changes: Sequence[Delta]) -> float:
+def _median_cosine(changes: DeltaNumbers) -> float:
     """Of ⟨W, W + ΔW⟩ / ‖W‖ ‖W + ΔW‖ over heads and layers."""
-    energy, base, shrink = (stacked(changes, name) for name in ("energy", "base_energy", "shrink"))
+    base, shrink = changes.base_energy, changes.shrink
     inner = base * (1 + shrink)
-    cosine = inner / (base * (base + 2 * shrink * base + energy)).sqrt()
+    cosine = inner / (base * (base + 2 * shrink * base + changes.energy)).sqrt()
     return float(cosine.nanmedian())

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
 from tl_asymmetry.geometry.jackknife import log_jackknife_interval
-from tl_asymmetry.pair.deltas import Delta, stacked
-from tl_asymmetry.pair.projections import Projection
+from tl_asymmetry.pair.numbers import Measurements
 
 ASYMMETRY_COLUMNS = (
     "layer", "head", "rank", "read", "write", "log2_ratio", "log2_expected", "log2_excess", "ci_low", "ci_high",
@@ -25,7 +22,7 @@ WRITE_SIDE = (("W_O", "prediction"), ("W_out", "prediction"))
 
 @dataclass(frozen=True)
 class _Side:
-    """Energies of one side at one rank, `[..., layer, head]`, not yet pooled over matrices."""
+    """Energies of one side at one rank, `[..., place, head]`, not yet pooled over matrices."""
 
     inside: Tensor
     total: Tensor
@@ -68,14 +65,7 @@ class _Side:
         )
 
 
-def asymmetry_table(
-    deltas: Mapping[str, Sequence[Delta]],
-    projections: Mapping[tuple[str, str], Sequence[Projection]],
-    ranks: Sequence[int],
-    *,
-    d: int,
-    n_heads: int,
-) -> pd.DataFrame:
+def asymmetry_table(numbers: Measurements) -> pd.DataFrame:
     """log2(relative read / relative write), per head and, with heads pooled by energy, per layer (head NA).
 
     Read is W_Q and W_K against the attention input's principal directions (each query head with its key head; in a
@@ -87,43 +77,35 @@ def asymmetry_table(
         An empty table if the analysis holds W_Q, W_K, W_O or the two subspaces out.
     """
     needed = [*READ_SIDE, WRITE_SIDE[0]]
-    if any(key not in projections for key in needed):
-        return pd.DataFrame(columns=list(ASYMMETRY_COLUMNS))
+    columns = [*numbers.labels, *ASYMMETRY_COLUMNS]
+    if any(key not in numbers.held for key in needed):
+        return pd.DataFrame(columns=columns)
     frames = []
-    for column, k in enumerate(ranks):
-        if any(k > projections[key][0].energies.shape[-1] for key in needed):
-            continue
-        W_Q, W_K, W_O = (_side(deltas, projections, key, column, k) for key in needed)
+    for column in range(min(len(numbers.ranks_of(*key)) for key in needed)):
+        W_Q, W_K, W_O = (_side(numbers, key, column) for key in needed)
         layer_write = W_O.pooled()
-        if WRITE_SIDE[1] in projections:
-            layer_write = layer_write.plus(_side(deltas, projections, WRITE_SIDE[1], column, k).pooled())
-        frames.append(_rows(W_Q.pooled().plus(W_K.pooled()), layer_write, k, d, per_head=False))
-        frames.append(_rows(W_Q.plus(W_K.grouped(n_heads)), W_O, k, d, per_head=True))
+        if WRITE_SIDE[1] in numbers.held:
+            layer_write = layer_write.plus(_side(numbers, WRITE_SIDE[1], column).pooled())
+        frames.append(_rows(numbers, W_Q.pooled().plus(W_K.pooled()), layer_write, column, per_head=False))
+        frames.append(_rows(numbers, W_Q.plus(W_K.grouped(numbers.layout.n_heads)), W_O, column, per_head=True))
     table = pd.concat(frames, ignore_index=True)
-    return table.sort_values(["layer", "head", "rank"], na_position="first", ignore_index=True)
+    return table.sort_values(["run", "layer", "head", "rank"], na_position="first", ignore_index=True)[columns]
 
 
-def _side(
-    deltas: Mapping[str, Sequence[Delta]],
-    projections: Mapping[tuple[str, str], Sequence[Projection]],
-    key: tuple[str, str],
-    column: int,
-    k: int,
-) -> _Side:
-    layers = projections[key]
-    total = stacked(deltas[key[0]], "energy")
+def _side(numbers: Measurements, key: tuple[str, str], column: int) -> _Side:
+    held, total = numbers.held[key], numbers.deltas[key[0]].energy
     if key in READ_SIDE:
-        reference = stacked(layers, "activation_reference")[:, k - 1 : k]
+        reference = None if held.activation is None else held.activation[:, column : column + 1]
     else:
-        reference = stacked(layers, "gradient_reference")[..., k - 1]
-    replicates = None
-    if layers[0].replicates is not None:
-        replicates = stacked(layers, "replicates")[..., column].transpose(0, 1)
-    return _Side(stacked(layers, "energies")[..., :k].sum(-1), total, reference * total, replicates)
+        reference = None if held.gradient is None else held.gradient[..., column]
+    replicates = None if held.replicates is None else held.replicates[..., column].transpose(0, 1)
+    expected = torch.full_like(total, torch.nan) if reference is None else reference * total
+    return _Side(held.inside[..., column], total, expected, replicates)
 
 
-def _rows(read: _Side, write: _Side, k: int, d: int, *, per_head: bool) -> pd.DataFrame:
-    scale = d / k
+def _rows(numbers: Measurements, read: _Side, write: _Side, column: int, *, per_head: bool) -> pd.DataFrame:
+    k = numbers.layout.ranks[column]
+    scale = numbers.layout.d / k
     read_relative, write_relative = (side.inside / side.total * scale for side in (read, write))
     ratio = read_relative / write_relative
     expected = torch.log2(read.expected / read.total) - torch.log2(write.expected / write.total)
@@ -133,8 +115,6 @@ def _rows(read: _Side, write: _Side, k: int, d: int, *, per_head: bool) -> pd.Da
         interval = log_jackknife_interval(ratio, replicates, corrected=True)
         low, high = interval.low, interval.high
     log_ratio = torch.log2(ratio)
-    layers, heads = ratio.shape
-    head = np.tile(np.arange(heads), layers) if per_head else [pd.NA] * layers
     columns = {
         "read": read_relative,
         "write": write_relative,
@@ -144,8 +124,5 @@ def _rows(read: _Side, write: _Side, k: int, d: int, *, per_head: bool) -> pd.Da
         "ci_low": torch.log2(low),
         "ci_high": torch.log2(high),
     }
-    frame = pd.DataFrame({name: value.flatten().numpy() for name, value in columns.items()})
-    frame["layer"] = pd.array(np.repeat(np.arange(layers), heads), dtype="Int64")
-    frame["head"] = pd.array(head, dtype="Int64")
-    frame["rank"] = k
-    return frame[list(ASYMMETRY_COLUMNS)]
+    frame = numbers.rows(ratio.shape[1], headed=per_head)
+    return frame.assign(rank=k, **{name: value.flatten().numpy() for name, value in columns.items()})

@@ -28,14 +28,14 @@ class Projection:
     """‖q_iᵀ ΔW_h‖² along each direction."""
     eigenvalues: Float64[Tensor, " k"]
     """Variance along each direction; NaN where the basis has none."""
-    activation_reference: Float64[Tensor, " top"]
-    """Share of the matrix's input variance in the leading 1 … top directions, top the largest rank in use; NaN for
+    activation_reference: Float64[Tensor, " top"] | None
+    """Share of the matrix's input variance in the leading 1 … top directions, top the largest rank in use; None for
     write matrices."""
-    gradient_reference: Float64[Tensor, "head top"]
-    """Share of the output gradient's variance in the leading 1 … top directions; NaN without gradients."""
-    permuted: Float64[Tensor, "2 head top"]
+    gradient_reference: Float64[Tensor, "head top"] | None
+    """Share of the output gradient's variance in the leading 1 … top directions; None without gradients."""
+    permuted: Float64[Tensor, "2 head top"] | None
     """Lower and upper end of the 95 % range of the fraction in the leading 1 … top directions over gradients with δ
-    permuted within sequences; NaN for write matrices and without such draws."""
+    permuted within sequences; None for write matrices and without such draws."""
     replicates: Float64[Tensor, "group head rank"] | None
     """Energy in the leading `rank` directions with one group left out; None for a basis without replicates."""
 
@@ -69,20 +69,19 @@ def project(
         for Q in bases.replicates(name, top):
             for delta in deltas:
                 replicates.setdefault(delta.matrix, []).append(delta.energies(Q).cumsum(-1)[:, read])
-    nan = torch.full((subspace.rank,), torch.nan, dtype=torch.float64)
-    eigenvalues = nan if subspace.eigenvalues is None else subspace.eigenvalues.double().cpu()
+    eigenvalues = torch.full((subspace.rank,), torch.nan, dtype=torch.float64)
+    if subspace.eigenvalues is not None:
+        eigenvalues = subspace.eigenvalues.double().cpu()
     projections = []
     for delta in deltas:
-        activation_reference = nan[:top]
+        activation_reference = gradient_reference = permuted = None
         if kind_of(delta.matrix).reads:
             centred = delta.matrix == "W_K" and softmax_centres_keys
             activation_reference = bases.reference(kind_of(delta.matrix).point, name, top, within_sequences=centred)
         energies = delta.energies(subspace.basis)
-        gradient_reference = nan[:top].expand(len(energies), -1)
         if gradient is not None and kind_of(delta.matrix).writes:
             basis = subspace.basis[:, :top]
             gradient_reference = _gradient_reference(gradient, bases.layer, delta.matrix, basis, len(energies))
-        permuted = nan[:top].expand(2, len(energies), -1)
         if kind_of(delta.matrix).reads and isinstance(gradient, PermutedGradients):
             drawn = gradient.permuted_fractions(bases.layer, delta.matrix, subspace.basis[:, :top])
             if drawn is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -14,8 +14,7 @@ from tl_asymmetry.geometry.jackknife import log_jackknife_interval
 from tl_asymmetry.geometry.nulls import IsotropicNull, adjusted_p, isotropic_variance
 from tl_asymmetry.geometry.spectrum import effective_rank
 from tl_asymmetry.names import ROUNDING_DOMINATED, ROUNDING_FLAGGED, SMALL_EIGENGAP, kind_of
-from tl_asymmetry.pair.deltas import Delta, stacked
-from tl_asymmetry.pair.projections import Projection
+from tl_asymmetry.pair.numbers import Measurements
 from tl_asymmetry.results.nulls import NULL_COLUMNS
 
 PAIR_COLUMNS = {
@@ -60,37 +59,24 @@ class PairTables(NamedTuple):
     """`PairAnalysis.nulls`."""
 
 
-def pair_tables(
-    deltas: Mapping[str, Sequence[Delta]],
-    projections: Mapping[tuple[str, str], Sequence[Projection]],
-    ranks: Sequence[int],
-    *,
-    d: int,
-    headed: Mapping[str, bool],
-    seed: int,
-) -> PairTables:
-    """All rows of `PairAnalysis.table` and of `PairAnalysis.nulls`.
+def pair_tables(numbers: Measurements, *, seed: int) -> PairTables:
+    """All rows of `PairAnalysis.table` and of `PairAnalysis.nulls`; q is adjusted within each run of layers.
 
     Args:
-        deltas: by matrix, one for each layer.
-        projections: by (matrix, subspace), one for each layer.
-        ranks: ranks to read; those a subspace is too small for are left out for it.
-        d: d_model.
-        headed: whether a matrix has heads.
+        numbers: of one run of layers, or of several that the labels of their places tell apart, in that order.
         seed: of the isotropic null's draws.
     """
-    null = IsotropicNull(d, seed=seed)
+    null = IsotropicNull(numbers.layout.d, seed=seed)
     blocks = [
-        _block(deltas[matrix], layers, column, k, d=d, headed=headed[matrix], null=null)
-        for (matrix, _), layers in projections.items()
-        for column, k in enumerate(ranks)
-        if k <= layers[0].energies.shape[-1]
+        _block(numbers, matrix, subspace, column, null=null)
+        for matrix, subspace in numbers.held
+        for column in range(len(numbers.ranks_of(matrix, subspace)))
     ]
-    order = {matrix: i for i, matrix in enumerate(deltas)}
+    order = {matrix: i for i, matrix in enumerate(numbers.deltas)}
 
-    def ordered(parts: Iterable[pd.DataFrame], *further: str) -> pd.DataFrame:
+    def ordered(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:
         return pd.concat(parts, ignore_index=True).sort_values(
-            ["matrix", "subspace", "layer", "head", "rank", *further],
+            ["run", "matrix", "subspace", "layer", "head", "rank"],
             key=lambda c: c.map(order) if c.name == "matrix" else c,
             ignore_index=True,
             kind="stable",
@@ -98,38 +84,32 @@ def pair_tables(
 
     table = ordered(block.table for block in blocks)
     nulls = ordered(block.nulls for block in blocks)
-    return PairTables(table[list(PAIR_COLUMNS)], nulls[list(NULL_COLUMNS)])
+    return PairTables(table[[*numbers.labels, *PAIR_COLUMNS]], nulls[[*numbers.labels, *NULL_COLUMNS]])
 
 
-def _block(
-    deltas: Sequence[Delta],
-    projections: Sequence[Projection],
-    column: int,
-    k: int,
-    *,
-    d: int,
-    headed: bool,
-    null: IsotropicNull,
-) -> PairTables:
+def _block(numbers: Measurements, matrix: str, subspace: str, column: int, *, null: IsotropicNull) -> PairTables:
     """The rows of one matrix, subspace and rank."""
-    first = projections[0]
-    energy = stacked(deltas, "energy")
-    layers, heads = energy.shape
-    fraction = stacked(projections, "energies")[..., :k].sum(-1) / energy
+    d, k = numbers.layout.d, numbers.layout.ranks[column]
+    delta, held = numbers.deltas[matrix], numbers.held[matrix, subspace]
+    heads = delta.energy.shape[1]
+    fraction = held.inside[..., column] / delta.energy
     relative = fraction * d / k
-    spectrum = stacked(deltas, "spectrum")
-    share = spectrum / spectrum.sum(-1, keepdim=True)
+    share = delta.spectrum / delta.spectrum.sum(-1, keepdim=True)
     spread = isotropic_variance(share.square().sum(-1), d, k).sqrt()
-    p, method = null.tail(spectrum.flatten(0, 1), k, fraction.flatten())
-    activation = _wide(stacked(projections, "activation_reference")[:, k - 1], heads)
-    gradient = stacked(projections, "gradient_reference")[..., k - 1]
-    # [layer, end, head] → [end, layer, head]
-    permuted = stacked(projections, "permuted")[..., k - 1].transpose(0, 1)
-    low, high = _interval(projections, deltas, column, relative, d / k)
-    eigengap = _wide(_eigengap(stacked(projections, "eigenvalues"), k), heads)
-    ρ = stacked(deltas, "rounding")
+    p, method = null.tail(delta.spectrum.flatten(0, 1), k, fraction.flatten())
+    nan = torch.full_like(fraction, torch.nan)
+    activation = nan if held.activation is None else _wide(held.activation[:, column], heads)
+    gradient = nan if held.gradient is None else held.gradient[..., column]
+    # [place, end, head] → [end, place, head]
+    permuted = (nan, nan) if held.permuted is None else held.permuted[..., column].transpose(0, 1)
+    low, high = nan, nan
+    if held.replicates is not None:  # [place, group, head] → [group, place, head]
+        replicates = held.replicates[..., column].transpose(0, 1)
+        interval = log_jackknife_interval(relative, replicates / delta.energy * (d / k), corrected=True)
+        low, high = interval.low, interval.high
+    λ = held.eigenvalues[:, column]
+    ρ = delta.rounding
     unrounded = torch.where(ρ <= ROUNDING_HOPELESS, (fraction - ρ * k / d) / (1 - ρ), torch.nan)
-    base_energy = stacked(deltas, "base_energy")
     columns = {
         "fraction": fraction,
         "relative": relative,
@@ -141,24 +121,22 @@ def _block(
         "gradient_excess": fraction / gradient,
         "ci_low": low,
         "ci_high": high,
-        "eigengap": eigengap,
-        "delta_norm": energy.sqrt(),
-        "delta_relative_norm": (energy / base_energy).sqrt(),
-        "delta_shrink": stacked(deltas, "shrink"),
-        "delta_effective_rank": effective_rank(spectrum),
+        "eigengap": _wide(1 - λ[:, 1] / λ[:, 0], heads),
+        "delta_norm": delta.energy.sqrt(),
+        "delta_relative_norm": (delta.energy / delta.base_energy).sqrt(),
+        "delta_shrink": delta.shrink,
+        "delta_effective_rank": effective_rank(delta.spectrum),
         "rounding_share": ρ,
         "fraction_unrounded": unrounded,
     }
-    frame = pd.DataFrame({name: value.flatten().numpy() for name, value in columns.items()})
-    frame["layer"] = pd.array(np.repeat(np.arange(layers), heads), dtype="Int64")
-    frame["head"] = pd.array(np.tile(np.arange(heads), layers) if headed else [pd.NA] * layers, dtype="Int64")
-    frame["matrix"] = first.matrix
-    frame["pathway"] = kind_of(first.matrix).side
-    frame["subspace"] = first.subspace
-    frame["rank"] = k
+    frame = numbers.rows(heads, headed=numbers.layout.headed[matrix])
+    keys = frame.assign(matrix=matrix, pathway=kind_of(matrix).side, subspace=subspace, rank=k)
+    frame = keys.assign(**{name: value.flatten().numpy() for name, value in columns.items()})
     frame["isotropic_p"] = p
     frame["p_method"] = method
-    frame["isotropic_q"] = adjusted_p(p)
+    frame["isotropic_q"] = frame.groupby("run")["isotropic_p"].transform(
+        lambda together: adjusted_p(together.to_numpy())
+    )
     frame["flags"] = _flags(frame)
     nulls: dict[str, dict[str, Tensor | np.ndarray | pd.Series]] = {
         "isotropic": {
@@ -169,45 +147,28 @@ def _block(
         "gradient": {"expected": gradient},
         "permutation": {"low": fraction / permuted[1], "high": fraction / permuted[0]},
     }  # fmt: skip
-    return PairTables(frame, _null_rows(frame, nulls))
+    return PairTables(frame, _null_rows(keys, frame["fraction"], nulls))
 
 
-def _null_rows(frame: pd.DataFrame, nulls: Mapping[str, Mapping[str, Tensor | np.ndarray | pd.Series]]) -> pd.DataFrame:
+def _null_rows(
+    keys: pd.DataFrame, fraction: pd.Series, nulls: Mapping[str, Mapping[str, Tensor | np.ndarray | pd.Series]]
+) -> pd.DataFrame:
     """Rows of `PairAnalysis.nulls` for the rows of a block: where a null applies, which is where it expects something.
 
     Args:
-        frame: rows of the table, one for each layer and head.
+        keys: what tells the rows of the table apart, one for each layer and head.
+        fraction: their fractions.
         nulls: by null, what there is of `expected, low, high, p, q`, each of as many numbers as there are rows.
     """
-    keys = ["layer", "head", "matrix", "pathway", "subspace", "rank"]
     parts = []
     for null, given in nulls.items():
-        part = frame[keys].assign(
+        part = keys.assign(
             null=null, **{name: np.ravel(given[name]) if name in given else np.nan
                           for name in ("expected", "low", "high", "p", "q")},
         )  # fmt: skip
-        part.insert(len(keys) + 2, "excess", frame["fraction"] / part["expected"])
+        part.insert(keys.shape[1] + 2, "excess", fraction / part["expected"])
         parts.append(part[part[["expected", "low"]].notna().any(axis=1)])
     return pd.concat(parts, ignore_index=True)
-
-
-def _interval(
-    projections: Sequence[Projection], deltas: Sequence[Delta], column: int, relative: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    if projections[0].replicates is None:
-        nan = torch.full_like(relative, torch.nan)
-        return nan, nan
-    # [layer, group, head] → [group, layer, head]
-    energies = stacked(projections, "replicates")[..., column].transpose(0, 1)
-    interval = log_jackknife_interval(relative, energies / stacked(deltas, "energy") * scale, corrected=True)
-    return interval.low, interval.high
-
-
-def _eigengap(eigenvalues: Tensor, k: int) -> Tensor:
-    """(λ_k − λ_{k+1}) / λ_k for each layer; NaN for a basis that ends at k or has no eigenvalues."""
-    if eigenvalues.shape[-1] <= k:
-        return torch.full(eigenvalues.shape[:1], torch.nan, dtype=torch.float64)
-    return 1 - eigenvalues[:, k] / eigenvalues[:, k - 1]
 
 
 def _flags(frame: pd.DataFrame) -> list[str]:

@@ -128,7 +128,7 @@ def analyze_trajectory(
         if not sweep.steps:
             raise ValueError("expected two checkpoints at least, got one; pass the first of the run and later ones")
         return TrajectoryAnalysis.assemble(
-            run.store, sweep.steps, run.measuring, settings=run.settings, about=run.about, notes=notes.lines
+            run.store, sweep.steps, settings=run.settings, about=run.about, notes=notes.lines
         )
     finally:
         run.close()

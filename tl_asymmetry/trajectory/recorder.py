@@ -206,7 +206,7 @@ class TrajectoryRecorder:
                 f"expected a recorded step, got none up to step {self._last}; call step() after every optimiser step"
             )
         return TrajectoryAnalysis.assemble(
-            run.store, steps, run.measuring, settings=run.settings, about=run.about, notes=self._notes.lines
+            run.store, steps, settings=run.settings, about=run.about, notes=self._notes.lines
         )
 
     def callback(self) -> Any:

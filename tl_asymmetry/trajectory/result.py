@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from tl_asymmetry.names import kind_of
-from tl_asymmetry.pair.plan import Plan
+from tl_asymmetry.pair.numbers import Layout, Measurements
 from tl_asymmetry.results.report import Report
 from tl_asymmetry.store import Parts, StoreReader
 from tl_asymmetry.trajectory.data import TrajectoryData
-from tl_asymmetry.trajectory.measurements import Measured, Measuring, batches_of, checkpoint_tables
+from tl_asymmetry.trajectory.measurements import trajectory_tables
 from tl_asymmetry.trajectory.report import headline, summary_table, trajectory_report
 
 
@@ -72,59 +72,45 @@ class TrajectoryAnalysis(TrajectoryData):
             raise ValueError(f"expected the store of a trajectory, got one of {reader.kind!r}; pass another folder")
         if not reader.steps:
             raise ValueError(f"expected a finished checkpoint in {str(store)!r}, got none; run the analysis first")
-        settings, about = reader.settings, reader.about
-        shape, targets = settings["shape"], settings["targets"]
-        plan = Plan(
-            matrices=tuple(targets),
-            ranks=tuple(settings["ranks"]),
-            subspaces=tuple(dict.fromkeys(name for names in targets.values() for name in names)),
-            targets={matrix: tuple(names) for matrix, names in targets.items()},
-            given={},
-            points=(),
-            shown_rank=about["shown_rank"],
-        )
-        measuring = Measuring(
-            plan=plan,
-            intervals=about["intervals"],
-            softmax_centres_keys=False,
-            d=shape["d_model"],
-            n_layers=shape["n_layers"],
-            n_heads=shape["n_heads"],
-            headed={matrix: kind_of(matrix).heads is not None for matrix in targets},
-            seed=settings["seed"],
-        )
         return cls.assemble(
-            reader, reader.steps, measuring, settings=settings, about=about, notes=about["notes"]
-        )  # fmt: skip
+            reader, reader.steps, settings=reader.settings, about=reader.about, notes=reader.about["notes"]
+        )
 
     @classmethod
     def assemble(
         cls,
         store: Parts,
         steps: Sequence[int],
-        measuring: Measuring,
         *,
         settings: Mapping[str, Any],
         about: Mapping[str, Any],
         notes: Sequence[str],
     ) -> TrajectoryAnalysis:
         """Make the tables of some finished checkpoints, one at a time; their nulls are made here."""
+        shape, targets = settings["shape"], settings["targets"]
+        layout = Layout(
+            d=shape["d_model"],
+            n_layers=shape["n_layers"],
+            n_heads=shape["n_heads"],
+            headed={matrix: kind_of(matrix).heads is not None for matrix in targets},
+            targets={matrix: tuple(names) for matrix, names in targets.items()},
+            ranks=tuple(settings["ranks"]),
+        )
         spectra: dict[str, list[Tensor]] = {}
 
-        def measured() -> Iterator[Measured]:
+        def checkpoints() -> Iterator[tuple[int, str, Measurements]]:
             for step in steps:
                 numbers = store.arrays(step)
                 for name, value in numbers.items():
                     if name.startswith("gradients/"):
                         spectra.setdefault(f"gradient_spectrum/{name.partition('/')[2]}", []).append(value)
                 for reference in settings["references"]:
-                    for matrix in measuring.plan.matrices:
+                    for matrix in targets:
                         name = f"{matrix}/{reference}"
                         spectra.setdefault(f"spectrum/{name}", []).append(numbers[f"{reference}/{matrix}/spectrum"])
-                    yield Measured(step, reference, numbers)
+                    yield step, reference, Measurements.read(layout, numbers, delta=f"{reference}/")
 
-        made = [checkpoint_tables(batch, measuring) for batch in batches_of(measured(), measuring)]
-        tables = {name: _joined([getattr(part, name) for part in made]) for name in ("table", "asymmetry", "curves")}
+        tables = trajectory_tables(checkpoints(), layout, seed=settings["seed"])
         start = settings["start"]
         entries = [
             {
@@ -148,7 +134,9 @@ class TrajectoryAnalysis(TrajectoryData):
             "sequences": about["sequences"],
         }
         return cls(
-            **tables,
+            table=tables.table,
+            asymmetry=tables.asymmetry,
+            curves=tables.curves,
             checkpoints=pd.DataFrame(entries).astype({"previous_step": "Int64"}),
             config=config,
             notes=tuple(notes),
@@ -158,8 +146,3 @@ class TrajectoryAnalysis(TrajectoryData):
 
 def _listed(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": entry["name"], "weights_xxh3": entry["weights_xxh3"], "previous_step": entry["previous"][0]}
-
-
-def _joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """One after the other; without those that have no rows, whose columns have no type."""
-    return pd.concat([frame for frame in frames if len(frame)] or list(frames[:1]), ignore_index=True)

@@ -20,6 +20,7 @@ from tl_asymmetry.models.side_by_side import side_by_side
 from tl_asymmetry.models.texts import token_sequences, vocabulary_fingerprint
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair.bases import LayerBases
+from tl_asymmetry.pair.numbers import Layout
 from tl_asymmetry.pair.plan import counted_tokens, grouped_sequences, make_plan
 from tl_asymmetry.pair.projections import keys_reference_note
 from tl_asymmetry.results.notes import Notes
@@ -118,12 +119,9 @@ class TrajectoryRun:
         self._grouped, intervals = grouped_sequences(sequences, pair, notes)
         self.measuring = Measuring(
             plan=plan,
+            layout=Layout.of(view, plan),
             intervals=intervals,
             softmax_centres_keys=view.key_shift_invariant,
-            d=view.d_model,
-            n_layers=view.n_layers,
-            n_heads=view.n_heads,
-            headed={matrix: view.heads(matrix) is not None for matrix in plan.matrices},
             seed=pair.seed,
         )
         self._outline = _outline(view)
