@@ -305,8 +305,11 @@ class _Build:
 
     def _keep(self, name: str, model: GPT2LMHeadModel, *, step: int, curve: Sequence[float] = ()) -> None:
         path = self.out / f"{name}.safetensors"
+        tensors = tensors_from_gpt2(self.config, model)
+        if name.startswith("step"):  # half the size, as checkpoints of a training are often published
+            tensors = {key: tensor.half() for key, tensor in tensors.items()}
         # One metadata key only: safetensors writes several in no fixed order.
-        path.write_bytes(save(tensors_from_gpt2(self.config, model), metadata={"format": "pt"}))
+        path.write_bytes(save(tensors, metadata={"format": "pt"}))
         self.models[name] = {"file": path.name, "step": step, "held_out_loss": self._held_out_loss(model)}
         if curve:
             # Of its own objective, so for DPO not comparable with the other two.

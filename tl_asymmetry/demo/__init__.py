@@ -164,7 +164,8 @@ def demo_names() -> list[str]:
 def demo_checkpoints() -> dict[int, Path]:
     """Checkpoint files of the base's training by optimiser step, from step 0 to the base itself.
 
-    Each is a safetensors file with TransformerLens's names and orientation.
+    Each is a safetensors file with TransformerLens's names and orientation; the steps before the last are kept in
+    float16, as checkpoints of a training often are.
 
     Example:
         >>> min(demo_checkpoints())

@@ -98,7 +98,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of one checkpoint file, float32 on the CPU."""
-    return load_file(path)
+    return {name: tensor.float() for name, tensor in load_file(path).items()}
 
 
 def lens_model(
