@@ -1,0 +1,387 @@
+"""How to reach inside a transformers model, as it is or inside a TransformerBridge. Used by `ModelView` alone.
+
+Matrices come from `sites.layer_sites`. What a configuration may say wrongly is asked of the model itself, once, with a
+few tokens (`anatomy.py`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tl_asymmetry.models.anatomy import Anatomy, layer_anatomy, norm_gain, seen_in, sees_later_tokens, subtracts_mean
+from tl_asymmetry.models.sites import WRAPPED, Site, layer_sites, linear_maps
+
+_PROBE_TOKENS = 6
+_FOREIGN = ("vision", "visual", "audio", "image", "encoder.", "mtp")
+"""Parts of paths to lists of layers that are not the language model's."""
+_FINAL_NORMS = (
+    "norm",
+    "ln_f",
+    "final_layer_norm",
+    "final_layernorm",
+    "norm_f",
+    "final_norm",
+    "embedding_norm",
+    "layer_norm",
+)
+
+
+class _Stopped(Exception):
+    """Raised after the last wanted block, and caught again at once."""
+
+
+@dataclass(frozen=True)
+class _Configuration:
+    """What `ModelView` reads of a configuration, under TransformerLens's names."""
+
+    model_name: str
+    d_model: int
+    n_heads: int
+    n_key_value_heads: int
+    d_head: int
+    n_ctx: int
+    positional_embedding_type: str
+    attn_scores_soft_cap: float | None
+
+
+class HuggingFaceAdapter:
+    """Finds modules, matrices and parameters of a transformers model under this package's names.
+
+    Args:
+        model: a `PreTrainedModel`, or a TransformerBridge around one.
+        encoder: whether it is a BERT-style encoder.
+    """
+
+    def __init__(self, model: Any, *, encoder: bool = False) -> None:
+        self.model = model
+        self.inner: Any = getattr(model, "original_model", model)
+        self.kind = "TransformerBridge" if self.inner is not model else "transformers model"
+        self.is_encoder = encoder
+        config = self.inner.config
+        self.text_config: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self.d_model = int(self.inner.get_input_embeddings().weight.shape[-1]) if encoder else _width(self)
+        self.blocks: list[Any] = _layers(self.inner, self.text_config)
+        heads = int(getattr(self.text_config, "num_attention_heads", 0) or 1)
+        self.sites: list[dict[str, Site]] = [
+            layer_sites(block, d_model=self.d_model, n_heads=heads) for block in self.blocks
+        ]
+        if not any(self.sites):
+            raise ValueError(
+                f"expected linear maps of the residual stream in the layers of {type(self.inner).__name__}, got none; "
+                "pass a transformer"
+            )
+        self.cfg = self._configuration(heads)
+        parameters = inspect.signature(self.inner.forward).parameters.values()
+        self._takes_use_cache = any(
+            p.name == "use_cache" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters
+        )
+
+    def _configuration(self, heads: int) -> _Configuration:
+        config = self.text_config
+        widths = [site.weight.shape[-1] for sites in self.sites for name, site in sites.items() if name == "W_Q"]
+        counts = {name: [s[name].weight.shape[0] for s in self.sites if name in s] for name in ("W_Q", "W_K")}
+        rotary = any(hasattr(config, name) for name in ("rope_parameters", "rope_theta", "rotary_dim", "rotary_pct"))
+        alibi = bool(getattr(config, "alibi", False))
+        return _Configuration(
+            model_name=str(getattr(self.inner, "name_or_path", "") or type(self.inner).__name__),
+            d_model=self.d_model,
+            n_heads=max(counts["W_Q"], default=heads),
+            n_key_value_heads=max(counts["W_K"], default=heads),
+            d_head=max(widths, default=self.d_model // heads),
+            n_ctx=int(
+                _first(config, ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"), 2**31 - 1)
+            ),
+            positional_embedding_type="alibi" if alibi else "rotary" if rotary else "standard",
+            attn_scores_soft_cap=getattr(config, "attn_logit_softcapping", None),
+        )
+
+    # -- architecture ------------------------------------------------------------------------------
+
+    @cached_property
+    def _final(self) -> nn.Module | None:
+        """The norm between the last block and the unembedding."""
+        owner, path = _parent_of_layers(self.inner, self.blocks)
+        for name in _FINAL_NORMS:
+            norm = owner._modules.get(name)
+            if norm is not None:
+                return norm
+        return None
+
+    @property
+    def final_norm(self) -> str | None:
+        """ "LN", "RMS" or None, by what the norm does to a vector."""
+        if self._final is None:
+            return None
+        return "LN" if subtracts_mean(self._final, self.d_model) else "RMS"
+
+    @property
+    def norms_are_folded(self) -> bool:
+        return False
+
+    @property
+    def has_post_norms(self) -> bool:
+        return any(layer.renormed or layer.rescaled for layer in self._anatomy)
+
+    @property
+    def has_qk_norm(self) -> bool:
+        return any(
+            "norm" in name.rpartition(".")[2] and ("q_" in name or "k_" in name)
+            for name, _ in self.inner.named_modules()
+        )
+
+    @property
+    def has_sinks(self) -> bool:
+        return any(name.endswith(".sinks") for name, _ in self.inner.named_parameters())
+
+    @cached_property
+    def is_causal(self) -> bool:
+        """Whether a change of the last token leaves all earlier positions as they are."""
+        return not sees_later_tokens(self._last_stream, self._probe_tokens(), self.embedding().shape[0])
+
+    @property
+    def is_parallel(self) -> bool:
+        return any(layer.parallel for layer in self._anatomy)
+
+    def has_mlp(self, layer: int) -> bool:
+        return any(name.startswith(("W_in", "W_out")) for name in self.sites[layer])
+
+    def is_moe(self, layer: int) -> bool:
+        return any(site.unit == "expert" for site in self.sites[layer].values())
+
+    # -- matrices ----------------------------------------------------------------------------------
+
+    def matrix(self, layer: int, matrix: str) -> Tensor | None:
+        """The matrix in TransformerLens orientation; experts first where there are several; None where the layer has none."""
+        site = self.sites[layer].get(matrix)
+        return None if site is None else site.weight
+
+    def bias(self, layer: int, name: str) -> Tensor | None:
+        site = self.sites[layer].get("W" + name[1:])
+        return None if site is None else site.bias
+
+    def embedding(self) -> Tensor:
+        return self.inner.get_input_embeddings().weight
+
+    def unembedding(self) -> Tensor:
+        head = self.inner.get_output_embeddings()
+        if head is None:
+            raise ValueError(
+                f"expected a model with an unembedding, got {type(self.inner).__name__} without; pass subspaces of the "
+                "stream only, or the class that ends in ForCausalLM"
+            )
+        return head.weight.mT
+
+    def final_gain(self) -> Tensor | None:
+        return None if self._final is None else norm_gain(self._final, self.d_model)
+
+    @property
+    def is_tied(self) -> bool:
+        head = self.inner.get_output_embeddings()
+        return head is not None and _storage(head.weight) == _storage(self.embedding())
+
+    # -- modules -----------------------------------------------------------------------------------
+
+    def point(self, layer: int, point: str) -> tuple[nn.Module, str] | None:
+        """The module to watch and whether its "input" or its "output" is the wanted tensor."""
+        sites = self.sites[layer]
+
+        def entrance(*names: str) -> tuple[nn.Module, str] | None:
+            return next(((sites[n].module, "input") for n in names if n in sites), None)
+
+        match point:
+            case "resid_pre":
+                return self.blocks[layer], "input"
+            case "resid_post":
+                return self.blocks[layer], "output"
+            case "resid_mid":
+                return self._anatomy[layer].mid
+            case "attn_in":
+                others = (n for n, s in sites.items() if "." in n and s.side == "read" and not _of_mlp(n))
+                return entrance("W_Q", "W_DQ", "W_DKV", *others)
+            case "mlp_in":
+                return entrance("W_router", "W_in", "W_gate", "W_in_shared")
+            case "z":
+                return entrance("W_O")
+            case "mlp_post":
+                return None if self.is_moe(layer) else entrance("W_out")
+        return None
+
+    def projection(self, layer: int, matrix: str) -> nn.Module | None:
+        """The module whose output is `input @ matrix + bias`, where it is this matrix's alone."""
+        site = self.sites[layer].get(matrix)
+        if site is None or site.unit == "expert" or site.parameter != "weight":
+            return None
+        alone = sum(other.module is site.module for other in self.sites[layer].values()) == 1
+        return site.module if alone and isinstance(site.module, nn.Linear) else None
+
+    def norms(self, layer: int) -> dict[str, nn.Module]:
+        return {}
+
+    def norm_form(self, norm: nn.Module) -> tuple[Tensor | None, bool]:
+        return norm_gain(norm, self.d_model), subtracts_mean(norm, self.d_model)
+
+    @property
+    def splits_inputs(self) -> str | None:
+        return None
+
+    # -- running -----------------------------------------------------------------------------------
+
+    def run(self, tokens: Tensor, logits: bool, layers: int) -> Tensor | None:
+        options: dict[str, Any] = {"use_cache": False} if self._takes_use_cache else {}
+        if logits:
+            return self.inner(input_ids=tokens, **options).logits
+        handle = self.blocks[layers - 1].register_forward_hook(_stop)
+        try:
+            self.inner(input_ids=tokens, **options)
+        except _Stopped:
+            pass
+        finally:
+            handle.remove()
+        return None
+
+    def run_block(self, layer: int, *args: Any, **kwargs: Any) -> Any:
+        return self.blocks[layer](*args, **kwargs)
+
+    def all_modules(self) -> Iterator[nn.Module]:
+        seen: set[int] = set()
+        for root in (self.model, self.inner):
+            for module in root.modules():
+                if id(module) not in seen:
+                    seen.add(id(module))
+                    yield module
+
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        return self.inner.named_parameters()
+
+    # -- parameters that are no matrices -------------------------------------------------------------
+
+    def headless(self) -> dict[str, Callable[[], Tensor]]:
+        """Name → function giving the tensor, for all parameters that no site covers, under transformers' own names."""
+        entries: dict[str, Callable[[], Tensor]] = {"embed.W_E": self.embedding}
+        covered = {_storage(self.embedding())}
+        head = self.inner.get_output_embeddings()
+        if head is not None:
+            entries["unembed.W_U"] = self.unembedding
+            covered.add(_storage(head.weight))
+        for sites in self.sites:
+            covered |= {_storage(getattr(site.module, site.parameter)) for site in sites.values()}
+        for name, parameter in self.inner.named_parameters():
+            if _storage(parameter) not in covered:
+                entries[".".join(part for part in name.split(".") if part != WRAPPED)] = partial(_itself, parameter)
+        return entries
+
+    # -- what a few tokens show ----------------------------------------------------------------------
+
+    @cached_property
+    def _anatomy(self) -> list[Anatomy]:
+        with _plain(self), seen_in(self.blocks) as seen:
+            self.run(self._probe_tokens(), False, len(self.blocks))
+        return [
+            layer_anatomy(block, self.sites[i], self.point(i, "attn_in"), self.point(i, "mlp_in"), seen)
+            for i, block in enumerate(self.blocks)
+        ]
+
+    def _last_stream(self, tokens: Tensor) -> Tensor:
+        kept: list[Tensor] = []
+        handle = self.blocks[-1].register_forward_hook(
+            lambda _module, _args, out: kept.append(out[0] if isinstance(out, tuple | list) else out)
+        )
+        try:
+            with _plain(self):
+                self.run(tokens, False, len(self.blocks))
+        finally:
+            handle.remove()
+        return kept[0]
+
+    def _probe_tokens(self) -> Tensor:
+        ids = torch.arange(_PROBE_TOKENS, device=self.embedding().device) * 37 + 5
+        return (ids % self.embedding().shape[0]).unsqueeze(0)
+
+
+# -- finding -----------------------------------------------------------------------------------------------------------
+
+
+def _width(adapter: HuggingFaceAdapter) -> int:
+    config = adapter.text_config
+    return int(
+        _first(
+            config, ("hidden_size", "n_embd", "d_model", "dim"), adapter.inner.get_input_embeddings().weight.shape[-1]
+        )
+    )
+
+
+def _first(config: Any, names: tuple[str, ...], default: Any) -> Any:
+    return next((v for v in (getattr(config, n, None) for n in names) if v is not None), default)
+
+
+def _layers(model: Any, config: Any) -> list[Any]:
+    """The blocks of the language model: the longest list of modules with linear maps that is not another tower's."""
+    wanted = _first(config, ("num_hidden_layers", "n_layer", "num_layers", "n_layers"), None)
+    best: list[Any] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(
+            word in f"{name}." for word in _FOREIGN if word not in _of(model)
+        ):
+            continue
+        if ".experts" in name or not any(True for block in module for _ in linear_maps(block)):
+            continue
+        if len(module) == wanted:
+            return list(module)
+        best = list(module) if len(module) > len(best) else best
+    if not best:
+        raise ValueError(
+            f"expected a list of layers in {type(model).__name__}, got none; pass a transformer of transformers"
+        )
+    return best
+
+
+def _of(model: Any) -> str:
+    """Words that say nothing of a path: BERT's layers lie in its "encoder."."""
+    config = getattr(model, "config", None)
+    return "" if getattr(config, "is_encoder_decoder", False) else "encoder."
+
+
+def _parent_of_layers(model: Any, blocks: list[Any]) -> tuple[Any, str]:
+    for name, module in model.named_modules():
+        for child, held in module._modules.items():
+            if isinstance(held, nn.ModuleList) and len(held) == len(blocks) and held[0] is blocks[0]:
+                return module, f"{name}.{child}"
+    raise ValueError(f"expected the layers of {type(model).__name__} in one list, got none; pass a whole model")
+
+
+def _of_mlp(name: str) -> bool:
+    return any(word in name for word in ("mlp", "feed_forward", "ffn", "shared_expert"))
+
+
+@contextmanager
+def _plain(adapter: HuggingFaceAdapter) -> Iterator[None]:
+    """No gradients and no dropout inside."""
+    modes = [(module, module.training) for module in adapter.all_modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _stop(*_: Any) -> None:
+    raise _Stopped
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
