@@ -26,7 +26,9 @@ ROUNDING_DOMINATED = 0.5
 SMALLEST_EIGENVALUE = 1e-6
 """Share of the leading eigenvalue under which a direction does not exist."""
 
-POINTS: tuple[str, ...] = ("attn_in", "mlp_in", "resid_pre", "resid_mid", "resid_post", "z", "mlp_post")
+POINTS: tuple[str, ...] = (
+    "attn_in", "mlp_in", "resid_pre", "resid_mid", "resid_post", "z", "mlp_post", "mlp_post_shared",
+)  # fmt: skip
 """Places in a block whose tensors `ModelView.hooks` gives to readers."""
 
 PREDICTION = "prediction"
@@ -88,16 +90,25 @@ MATRICES: MappingProxyType[str, MatrixKind] = MappingProxyType(
             MatrixKind("W_K", "read", "attn_in", "attn", "kv"),
             MatrixKind("W_V", "read", "attn_in", "attn", "kv"),
             MatrixKind("W_O", "write", "z", "attn", "query"),
+            MatrixKind("W_attn_gate", "read", "attn_in", "attn", "query"),
+            MatrixKind("W_DQ", "read", "attn_in", "attn"),
+            MatrixKind("W_DKV", "read", "attn_in", "attn"),
+            MatrixKind("W_KR", "read", "attn_in", "attn"),
             MatrixKind("W_in", "read", "mlp_in", "mlp"),
             MatrixKind("W_gate", "read", "mlp_in", "mlp"),
             MatrixKind("W_out", "write", "mlp_post", "mlp"),
+            MatrixKind("W_router", "read", "mlp_in", "mlp"),
+            MatrixKind("W_in_shared", "read", "mlp_in", "mlp"),
+            MatrixKind("W_gate_shared", "read", "mlp_in", "mlp"),
+            MatrixKind("W_out_shared", "write", "mlp_post_shared", "mlp"),
         )
     }
 )
-"""The matrices that TransformerLens names, in the order in which results list them."""
+"""The matrices that have a name, in the order in which results list them: those of every transformer, the output gate
+and the latents of newer attentions, a mixture's router and shared experts."""
 
-ATTENTION: tuple[str, ...] = tuple(name for name, kind in MATRICES.items() if kind.part == "attn")
-"""Names of the matrices of attention, in that order."""
+ATTENTION: tuple[str, ...] = ("W_Q", "W_K", "W_V", "W_O")
+"""Names of the matrices that every attention with heads has, in that order."""
 
 
 def kind_of(matrix: str, side: Side | None = None) -> MatrixKind:

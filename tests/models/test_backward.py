@@ -38,7 +38,8 @@ def autograd_gradient(view, layer, matrix):
 
 
 def sites(view):
-    return [(layer, matrix) for layer in range(view.n_layers) for matrix in view.matrices]
+    sites = ((layer, matrix) for layer in range(view.n_layers) for matrix in view.matrices)
+    return [site for site in sites if view.projection(*site) is not None]  # a mixture's router gives more than a product
 
 
 def summed(view, loss_of):

@@ -22,7 +22,7 @@ def seen(view, tokens):
 
 @pytest.mark.parametrize("kind", ENCODER_KINDS)
 def test_view_of_an_encoder(kind):
-    view = ModelView(encoder(kind), encoders=True)
+    view = ModelView(encoder(kind))
     assert (view.encoder, view.causal, view.has_masked_lm_head, view.parallel) == (True, False, True, False)
     assert view.matrices == ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_out")
     assert view.key_shift_invariant
@@ -37,7 +37,7 @@ def test_points_are_what_hugging_face_computes(kind):
     tokens = encoder_tokens()
     with torch.no_grad():
         expected = hf_encoder(kind)(tokens, output_hidden_states=True)
-    held, logits = seen(ModelView(encoder(kind), encoders=True), tokens)
+    held, logits = seen(ModelView(encoder(kind)), tokens)
     assert torch.allclose(logits, expected.logits, atol=1e-5)
     for layer in range(2):
         for point in ("attn_in", "resid_pre"):  # post-norm: W_Q reads the stream itself
@@ -48,7 +48,7 @@ def test_points_are_what_hugging_face_computes(kind):
 
 @pytest.mark.skipif(not tiny.HOOKED_AVAILABLE, reason="HookedEncoder is gone in transformer-lens 4")
 def test_both_kinds_hold_the_same_weights():
-    bridge, hooked = (ModelView(encoder(kind), encoders=True) for kind in ("bridge", "hooked"))
+    bridge, hooked = (ModelView(encoder(kind)) for kind in ("bridge", "hooked"))
     for layer in range(2):
         for matrix in bridge.matrices:
             assert torch.equal(bridge.weight(layer, matrix), hooked.weight(layer, matrix))
@@ -57,16 +57,23 @@ def test_both_kinds_hold_the_same_weights():
 
 
 @pytest.mark.parametrize("kind", ENCODER_KINDS)
-def test_refused_where_a_decoder_is_meant(kind):
-    text = "expected a decoder-only transformer, got the encoder .*; pass a causal language model"
-    with pytest.raises(ValueError, match=text):
-        ModelView(encoder(kind))
-    with pytest.raises(ValueError, match=text):
-        analyze_pair(encoder(kind), encoder(kind), tokens=encoder_tokens())
+def test_a_pair_of_encoders_is_analysed(kind):
+    """Reads against their own input, writes against what the block hands on; nothing depends on the batch's padding."""
+    base, aligned = encoder(kind), encoder(kind)
+    with torch.no_grad():
+        for parameter in aligned.parameters():
+            parameter += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)).to(parameter)
+    tokens = [*encoder_tokens(6, 9), *encoder_tokens(6, 5)]
+    options = {"tokens": tokens, "ranks": [1, 2], "groups": 1, "progress": False}
+    one, many = (analyze_pair(base, aligned, batch_size=size, **options) for size in (1, 8))
+    own = one.table.query("matrix == 'W_Q' and subspace == 'attn_in'")
+    assert own["fraction"].between(0, 1).all()
+    assert "resid_post" in set(one.table.query("matrix == 'W_O'")["subspace"])
+    pd.testing.assert_series_equal(one.table["fraction"], many.table["fraction"], rtol=1e-5)
 
 
 def test_texts_stand_between_cls_and_sep():
-    view = ModelView(encoder("bridge", tokenizer=True), encoders=True)
+    view = ModelView(encoder("bridge", tokenizer=True))
     tokenizer = view.tokenizer
     sequences = token_sequences(view, ["w1 w2 w3", "[CLS] w4 [SEP]"], window=4, notes=lambda line: None)
     cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
@@ -86,6 +93,6 @@ def test_batches_of_one_length_need_no_padding():
 
 
 def test_an_encoder_without_its_head_says_so():
-    view = ModelView(encoder("bridge", head="BertForNextSentencePrediction"), encoders=True)
+    view = ModelView(encoder("bridge", head="BertForNextSentencePrediction"))
     assert not view.has_masked_lm_head
     assert not ModelView(tiny.build("gpt2", "bridge")).has_masked_lm_head

@@ -90,7 +90,7 @@ def adapter_of(name: str) -> HuggingFaceAdapter:
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             scale, offset = (0.3, float("norm" in key and key.endswith("weight"))) if parameter.ndim == 1 else (0.2, 0)
             parameter.copy_(offset + scale * noise)
-    return HuggingFaceAdapter(model, encoder=name in ENCODERS)
+    return HuggingFaceAdapter(model)
 
 
 def heads_out(adapter: HuggingFaceAdapter, layer: int) -> torch.Tensor:
@@ -133,7 +133,7 @@ def test_a_head_is_moved_by_its_own_matrix_alone(name, matrix):
 
 
 def test_fused_groups_that_are_no_views_lie_where_the_model_looks():
-    """Falcon 40B: kv groups of queries, then the group's key and value; CodeGen: four blocks of queries, values, keys."""
+    """Falcon 40B: groups of queries with their key and value; CodeGen: four blocks of queries, values and keys."""
     for name, order in (("falcon 40b", ("W_Q", "W_K", "W_V")), ("codegen", ("W_Q", "W_V", "W_K"))):
         site = adapter_of(name).sites[0]["W_Q"]
         rows = getattr(site.module, site.parameter).detach()

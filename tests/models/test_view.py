@@ -180,7 +180,9 @@ def test_weights_are_live_and_restorable(name: str, kind: str) -> None:
             W = view.weight(layer, matrix)
             assert view.is_live(W)
             heads = view.heads(matrix)
-            if heads is None:
+            if matrix == "W_router":
+                assert W.shape == (view.d_model, 3)
+            elif heads is None:
                 assert W.shape == ((view.d_mlp, view.d_model) if matrix == "W_out" else (view.d_model, view.d_mlp))
             else:
                 inner = (view.d_head, view.d_model) if matrix == "W_O" else (view.d_model, view.d_head)
@@ -197,7 +199,8 @@ def test_weights_are_live_and_restorable(name: str, kind: str) -> None:
 def test_key_and_value_heads_are_not_expanded(kind: str) -> None:
     view = ModelView(shared("llama", kind))
     assert (view.n_heads, view.n_kv_heads) == (4, 2)
-    assert [view.heads(m) for m in MATRICES] == [4, 2, 2, 4, None, None, None]
+    seven = ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out")
+    assert [view.heads(matrix) for matrix in seven] == [4, 2, 2, 4, None, None, None]
     assert view.weight(0, "W_K").shape[0] == view.weight(0, "W_V").shape[0] == 2
     assert [view.kv_head(h) for h in range(4)] == [0, 0, 1, 1]
     assert not view.is_live(view.weight(0, "W_Q").clone())

@@ -24,7 +24,7 @@ def loss_of(view, tokens):
 
 @pytest.mark.parametrize(("architecture", "kind", "frozen"), CASES)
 def test_gradient_is_the_sum_of_outer_products(architecture, kind, frozen):
-    view = ModelView(build(architecture, kind), encoders=True)
+    view = ModelView(build(architecture, kind))
     view.model.requires_grad_(not frozen)
     tokens = encoder_tokens(2, 9) if architecture == "encoder" else tiny.tokens(2, 9)
     sites = [(layer, matrix) for layer in range(view.n_layers) for matrix in view.matrices]

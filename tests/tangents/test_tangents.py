@@ -611,7 +611,7 @@ def test_refuses_broken_and_processed_weights():
 def test_texts_of_an_encoder_are_masked_between_their_marks():
     from tl_asymmetry.models.view import ModelView
 
-    view = ModelView(encoder("bridge", tokenizer=True), encoders=True)
+    view = ModelView(encoder("bridge", tokenizer=True))
     data = tangent_data(
         view, ["w1 w2 w3 w4 w5 w1 w1", "w2 w6"], None, max_tokens=None, exclude_first=True, strata=2, frequencies=None,
         groups=2, mask_token=3, mask_share=0.5, seed=0, notes=lambda _: None,

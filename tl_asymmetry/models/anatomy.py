@@ -109,7 +109,8 @@ def seen_in(blocks: Sequence[nn.Module]) -> Iterator[dict[Any, Tensor]]:
     def keep(module: nn.Module, side: str, x: Any) -> None:
         x = x[0] if isinstance(x, tuple | list) and x else x
         if isinstance(x, Tensor):
-            kept.setdefault((module, side), x.detach().float())
+            # A copy: some layers go on to add to a module's output in place.
+            kept.setdefault((module, side), x.detach().to(torch.float32, copy=True))
 
     def entering(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         keep(module, "input", kwargs.get("hidden_states", args[0] if args else None))

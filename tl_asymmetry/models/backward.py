@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tl_asymmetry.models.graphs import frozen
 from tl_asymmetry.models.running import own_thread
-from tl_asymmetry.models.view import ModelView, Reader
+from tl_asymmetry.models.view import ModelView, Projection, Reader, first_tensor
 from tl_asymmetry.names import kind_of
 
 Outer = tuple[int, str]
@@ -95,10 +95,10 @@ def outer_products(view: ModelView, sites: Sequence[Outer], reader: OuterReader)
     handles: list[Any] = []
     try:
         with frozen(view), view.hooks(points), torch.enable_grad():
-            handles.append(_start(view).register_forward_hook(own_thread(partial(_begin, backward))))
+            handles.append(_start(view, backward))
             for site in sites:
                 watch = partial(_watch, view, backward, inputs, site, reader)
-                handles.append(_projection(view, *site).register_forward_hook(own_thread(watch)))
+                handles.append(_projection(view, *site)[0].register_forward_hook(own_thread(watch)))
             yield backward
     finally:
         for handle in handles:
@@ -129,30 +129,37 @@ def _keep(inputs: dict[tuple[str, int], Tensor], key: tuple[str, int], x: Tensor
         inputs[key] = x.detach()
 
 
-def _start(view: ModelView) -> nn.Module:
-    module, side = view.module_at("resid_pre", 0)
-    if side != "output":
-        raise RuntimeError("resid_pre is no output")  # both adapters give the output of a hook point
-    return module
-
-
-def _begin(backward: Backward, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+def _start(view: ModelView, backward: Backward) -> Any:
     """Cut the graph off below the first block, and begin it anew: out of place, so that nobody's tensor changes."""
-    if not torch.is_grad_enabled():
-        return None
-    start = output.detach().requires_grad_()
-    backward.starts.append(start)
-    return start
+    module, side = view.module_at("resid_pre", 0)
+
+    def begin(x: Tensor) -> Tensor:
+        start = x.detach().requires_grad_()
+        backward.starts.append(start)
+        return start
+
+    def at_output(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        return begin(output) if torch.is_grad_enabled() else None
+
+    def at_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not torch.is_grad_enabled():
+            return None
+        x = begin(first_tensor(args, kwargs))
+        return (args, {**kwargs, "hidden_states": x}) if "hidden_states" in kwargs else ((x, *args[1:]), kwargs)
+
+    if side == "output":
+        return module.register_forward_hook(own_thread(at_output))
+    return module.register_forward_pre_hook(own_thread(at_input), with_kwargs=True)
 
 
-def _projection(view: ModelView, layer: int, matrix: str) -> nn.Module:
-    module = view.projection(layer, matrix)
-    if module is None:
+def _projection(view: ModelView, layer: int, matrix: str) -> Projection:
+    projection = view.projection(layer, matrix)
+    if projection is None:
         raise ValueError(
             f"expected a model that exposes the product of {matrix} in layer {layer}, got none; pass matrices without "
             f"{matrix!r}"
         )
-    return module
+    return projection
 
 
 def _watch(
@@ -171,13 +178,16 @@ def _watch(
         return
     layer, matrix = site
     a, index = inputs[kind_of(matrix).point, layer], backward.passes - 1
+    part = _projection(view, layer, matrix)[1]
+    heads, width = view.heads(matrix) or 1, view.weight(layer, matrix).shape[-1]
 
     def show(δ: Tensor) -> None:
-        δ = δ.detach()
+        δ = part(δ.detach())
         if kind_of(matrix).output_axis == "head":
-            heads = view.heads(matrix) or 1
             # a HookedTransformer may repeat key-value heads before the hook (ungroup_grouped_query_attention)
-            δ = δ.reshape(*δ.shape[:2], heads, -1, view.d_head).sum(3)
+            δ = δ.reshape(*a.shape[:2], heads, -1, width).sum(3)
+        else:
+            δ = δ.reshape(*a.shape[:2], width)  # OPT's MLP sees batch and positions in one
         reader(index, site, a, δ)
 
     y.register_hook(show)

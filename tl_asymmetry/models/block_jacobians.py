@@ -201,6 +201,8 @@ def _cuts(view: ModelView, layer: int, kept: dict[str, Tensor], needs: frozenset
         return see
 
     wanted: list[tuple[str, Edit]] = []
+    if not view._adapter.names_hooks:
+        raise NoClosedForm("a transformers model has no hook points between its modules")
     if ATTENTION in needs:
         wanted += [*((name, start(name)) for name in ("q", "k", "v")), ("z", end("z")), ("pattern", keep("pattern"))]
         if place(view, layer, "attn_scores") is not None:

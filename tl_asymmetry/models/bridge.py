@@ -24,6 +24,10 @@ class BridgeAdapter:
 
     kind = "TransformerBridge"
     is_encoder = False
+    names = tuple(_SUBMODULE)
+    """Matrices that its blocks may have."""
+    names_hooks = True
+    """Whether its blocks have TransformerLens's hook points."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -81,6 +85,11 @@ class BridgeAdapter:
     def has_mlp(self, layer: int) -> bool:
         """Whether the layer has an MLP of any sort, mixture of experts included."""
         return _child(self.blocks[layer], "mlp") is not None
+
+    def unit(self, matrix: str) -> str | None:
+        """What the first axis of a matrix counts: "head", "kv head", or None without such an axis."""
+        heads = kind_of(matrix).heads
+        return {"query": "head", "kv": "kv head"}[heads] if heads else None
 
     def is_moe(self, layer: int) -> bool:
         mlp = _child(self.blocks[layer], "mlp")
@@ -152,12 +161,12 @@ class BridgeAdapter:
                 return block.mlp.hook_post, "output"
         return None
 
-    def projection(self, layer: int, matrix: str) -> nn.Module | None:
-        """The module whose output is `input @ matrix + bias`, for the self-check."""
+    def projection(self, layer: int, matrix: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]] | None:
+        """The module whose output is `input @ matrix + bias`, and how to take that matrix's part of it: all."""
         block = self.blocks[layer]
         parent = block.attn if kind_of(matrix).part == "attn" else block.mlp
         component = _child(parent, _SUBMODULE[matrix])
-        return None if component is None else component.hook_out
+        return None if component is None else (component.hook_out, _itself)
 
     def norms(self, layer: int) -> dict[str, nn.Module]:
         """The layer's norms by where they stand: "attn_pre", "attn_post", "mlp_pre", "mlp_post"."""

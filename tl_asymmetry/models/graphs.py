@@ -38,6 +38,8 @@ def place(view: ModelView, layer: int, name: str) -> Side | None:
     adapter = view._adapter
     if name in _STREAM:
         return adapter.point(layer, name)
+    if not adapter.names_hooks:
+        return None
     block = adapter.blocks[layer]
     if name == "mlp_branch":
         # before the norm that follows the MLP in some models

@@ -23,6 +23,10 @@ class HookedAdapter:
 
     kind = "HookedTransformer"
     is_encoder = False
+    names = ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out", "W_router")
+    """Matrices that its blocks may have."""
+    names_hooks = True
+    """Whether its blocks have TransformerLens's hook points."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -79,6 +83,11 @@ class HookedAdapter:
         """Whether the layer has an MLP of any sort, mixture of experts included."""
         return not self.cfg.attn_only
 
+    def unit(self, matrix: str) -> str | None:
+        """What the first axis of a matrix counts: "head", "kv head", or None without such an axis."""
+        heads = kind_of(matrix).heads
+        return {"query": "head", "kv": "kv head"}[heads] if heads else None
+
     def is_moe(self, layer: int) -> bool:
         return hasattr(getattr(self.blocks[layer], "mlp", None), "experts")
 
@@ -89,8 +98,10 @@ class HookedAdapter:
         block = self.blocks[layer]
         if kind_of(matrix).part == "attn":
             return _unexpanded(block.attn, matrix)
-        if not self.has_mlp(layer) or self.is_moe(layer):
+        if not self.has_mlp(layer):
             return None
+        if self.is_moe(layer):  # where W_gate is the library's name for the router
+            return block.mlp.W_gate if matrix == "W_router" else None
         return getattr(block.mlp, matrix, None)
 
     def bias(self, layer: int, name: str) -> Tensor | None:
@@ -149,21 +160,21 @@ class HookedAdapter:
                 return block.mlp.hook_post, "output"
         return None
 
-    def projection(self, layer: int, matrix: str) -> nn.Module | None:
-        """The module whose output is `input @ matrix + bias`, for the self-check."""
+    def projection(self, layer: int, matrix: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]] | None:
+        """The module whose output is `input @ matrix + bias`, and how to take that matrix's part of it: all."""
         block = self.blocks[layer]
         gated = bool(self.cfg.gated_mlp)
         match matrix:
             case "W_Q" | "W_K" | "W_V":
-                return getattr(block.attn, f"hook_{matrix[-1].lower()}")
+                return getattr(block.attn, f"hook_{matrix[-1].lower()}"), _itself
             case "W_O":
-                return block.attn
+                return block.attn, _itself
             case "W_in":
-                return block.mlp.hook_pre_linear if gated else block.mlp.hook_pre
+                return (block.mlp.hook_pre_linear if gated else block.mlp.hook_pre), _itself
             case "W_gate":
-                return block.mlp.hook_pre
+                return block.mlp.hook_pre, _itself
             case "W_out":
-                return block.mlp
+                return block.mlp, _itself
         return None
 
     def norms(self, layer: int) -> dict[str, nn.Module]:

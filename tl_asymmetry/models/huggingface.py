@@ -7,7 +7,7 @@ few tokens (`anatomy.py`).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from tl_asymmetry.models.anatomy import Anatomy, layer_anatomy, norm_gain, seen_in, sees_later_tokens, subtracts_mean
 from tl_asymmetry.models.sites import WRAPPED, Site, layer_sites, linear_maps
+from tl_asymmetry.names import MATRICES
 
 _PROBE_TOKENS = 6
-_FOREIGN = ("vision", "visual", "audio", "image", "encoder.", "mtp")
+_FOREIGN = ("vision", "visual", "audio", "image", "mtp")
 """Parts of paths to lists of layers that are not the language model's."""
 _FINAL_NORMS = (
     "norm",
@@ -57,35 +58,40 @@ class HuggingFaceAdapter:
 
     Args:
         model: a `PreTrainedModel`, or a TransformerBridge around one.
-        encoder: whether it is a BERT-style encoder.
     """
 
-    def __init__(self, model: Any, *, encoder: bool = False) -> None:
+    names_hooks = False
+    """Whether its blocks have TransformerLens's hook points."""
+    tells_folded_norms = False
+    may_be_processed = False
+    """Whether its weights may have gone through TransformerLens's processing."""
+
+    def __init__(self, model: Any) -> None:
         self.model = model
         self.inner: Any = getattr(model, "original_model", model)
         self.kind = "TransformerBridge" if self.inner is not model else "transformers model"
-        self.is_encoder = encoder
-        config = self.inner.config
-        self.text_config: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
-        self.d_model = int(self.inner.get_input_embeddings().weight.shape[-1]) if encoder else _width(self)
-        self.blocks: list[Any] = _layers(self.inner, self.text_config)
-        heads = int(getattr(self.text_config, "num_attention_heads", 0) or 1)
-        self.sites: list[dict[str, Site]] = [
-            layer_sites(block, d_model=self.d_model, n_heads=heads) for block in self.blocks
-        ]
+        self.text_config = _text_config(self.inner)
+        self.d_model = _width(self.inner)
+        self.blocks = _layers(self.inner)
+        self.sites = _all_sites(self.inner)
+        if getattr(self.inner.config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"expected one residual stream, got the encoder-decoder {type(self.inner).__name__}; pass a decoder or "
+                "an encoder"
+            )
         if not any(self.sites):
             raise ValueError(
                 f"expected linear maps of the residual stream in the layers of {type(self.inner).__name__}, got none; "
                 "pass a transformer"
             )
-        self.cfg = self._configuration(heads)
+        self.cfg = self._configuration()
         parameters = inspect.signature(self.inner.forward).parameters.values()
         self._takes_use_cache = any(
             p.name == "use_cache" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters
         )
 
-    def _configuration(self, heads: int) -> _Configuration:
-        config = self.text_config
+    def _configuration(self) -> _Configuration:
+        config, heads = self.text_config, _heads_said(self.inner)
         widths = [site.weight.shape[-1] for sites in self.sites for name, site in sites.items() if name == "W_Q"]
         counts = {name: [s[name].weight.shape[0] for s in self.sites if name in s] for name in ("W_Q", "W_K")}
         rotary = any(hasattr(config, name) for name in ("rope_parameters", "rope_theta", "rotary_dim", "rotary_pct"))
@@ -103,12 +109,26 @@ class HuggingFaceAdapter:
             attn_scores_soft_cap=getattr(config, "attn_logit_softcapping", None),
         )
 
+    def raw_instead(self, flags: Sequence[str]) -> str:
+        """How to load it without some flags of processing."""
+        return "the model as transformers loads it"
+
     # -- architecture ------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Matrices that its blocks have, in the order in which results list them."""
+        found = {name for sites in self.sites for name in sites}
+        return (*(name for name in MATRICES if name in found), *sorted(found - set(MATRICES)))
+
+    def unit(self, matrix: str) -> str | None:
+        """What the first axis of a matrix counts: "head", "kv head", "expert", or None without such an axis."""
+        return next((sites[matrix].unit for sites in self.sites if matrix in sites), None)
 
     @cached_property
     def _final(self) -> nn.Module | None:
         """The norm between the last block and the unembedding."""
-        owner, path = _parent_of_layers(self.inner, self.blocks)
+        owner = _parent_of_layers(self.inner, self.blocks)
         for name in _FINAL_NORMS:
             norm = owner._modules.get(name)
             if norm is not None:
@@ -147,6 +167,15 @@ class HuggingFaceAdapter:
         return not sees_later_tokens(self._last_stream, self._probe_tokens(), self.embedding().shape[0])
 
     @property
+    def is_encoder(self) -> bool:
+        """Whether every token sees every other: what such a model predicts are masked tokens, not next ones."""
+        return not self.is_causal
+
+    @property
+    def has_masked_lm_head(self) -> bool:
+        return self.is_encoder and self.inner.get_output_embeddings() is not None
+
+    @property
     def is_parallel(self) -> bool:
         return any(layer.parallel for layer in self._anatomy)
 
@@ -159,7 +188,7 @@ class HuggingFaceAdapter:
     # -- matrices ----------------------------------------------------------------------------------
 
     def matrix(self, layer: int, matrix: str) -> Tensor | None:
-        """The matrix in TransformerLens orientation; experts first where there are several; None where the layer has none."""
+        """The matrix in TransformerLens orientation, heads or experts first; None where the layer has none."""
         site = self.sites[layer].get(matrix)
         return None if site is None else site.weight
 
@@ -214,13 +243,12 @@ class HuggingFaceAdapter:
                 return None if self.is_moe(layer) else entrance("W_out")
         return None
 
-    def projection(self, layer: int, matrix: str) -> nn.Module | None:
-        """The module whose output is `input @ matrix + bias`, where it is this matrix's alone."""
+    def projection(self, layer: int, matrix: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]] | None:
+        """The module whose output holds `input @ matrix + bias`, and how to take that matrix's part of it."""
         site = self.sites[layer].get(matrix)
-        if site is None or site.unit == "expert" or site.parameter != "weight":
-            return None
-        alone = sum(other.module is site.module for other in self.sites[layer].values()) == 1
-        return site.module if alone and isinstance(site.module, nn.Linear) else None
+        if site is None or not (isinstance(site.module, nn.Linear) or type(site.module).__name__ == "Conv1D"):
+            return None  # experts, and routers that give more than the product
+        return site.module, site.part_of_output
 
     def norms(self, layer: int) -> dict[str, nn.Module]:
         return {}
@@ -306,32 +334,71 @@ class HuggingFaceAdapter:
         return (ids % self.embedding().shape[0]).unsqueeze(0)
 
 
+# -- recognising ------------------------------------------------------------------------------------------------------
+
+
+def is_transformers_model(model: Any) -> bool:
+    """Whether a model is one of transformers: it has a configuration and embeddings for tokens."""
+    return isinstance(model, nn.Module) and hasattr(model, "config") and hasattr(model, "get_input_embeddings")
+
+
+def is_regular(bridge: Any) -> bool:
+    """Whether a TransformerBridge has the seven matrices of a transformer, in one shape and with hooks of their own.
+
+    Hybrids, mixtures, latent attention and further maps are seen through the model that it wraps; so is OPT, whose MLP
+    the Bridge's hooks see with batch and positions in one.
+    """
+    inner = bridge.original_model
+    if not all(hasattr(block, "attn") for block in bridge.blocks):
+        return False
+    if not is_transformers_model(inner) or type(inner).__name__.startswith("GPT2"):
+        return True
+    if type(inner).__name__.startswith("OPT"):
+        return False
+    shapes = [
+        {name: (site.unit, tuple(site.weight.shape)) for name, site in sites.items()} for sites in _all_sites(inner)
+    ]
+    seven = {"W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out"}
+    experts = any(unit == "expert" for unit, _ in shapes[0].values())
+    return set(shapes[0]) <= seven and not experts and all(layer == shapes[0] for layer in shapes)
+
+
 # -- finding -----------------------------------------------------------------------------------------------------------
 
 
-def _width(adapter: HuggingFaceAdapter) -> int:
-    config = adapter.text_config
-    return int(
-        _first(
-            config, ("hidden_size", "n_embd", "d_model", "dim"), adapter.inner.get_input_embeddings().weight.shape[-1]
-        )
-    )
+def _text_config(model: Any) -> Any:
+    """The configuration of the language model, where another one wraps it."""
+    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+
+
+def _width(model: Any) -> int:
+    names = ("hidden_size", "n_embd", "d_model", "dim")
+    return int(_first(_text_config(model), names, model.get_input_embeddings().weight.shape[-1]))
+
+
+def _heads_said(model: Any) -> int:
+    return int(_first(_text_config(model), ("num_attention_heads", "n_head", "n_heads", "num_heads"), 1) or 1)
+
+
+def _all_sites(model: Any) -> list[dict[str, Site]]:
+    d, heads = _width(model), _heads_said(model)
+    return [layer_sites(block, d_model=d, n_heads=heads) for block in _layers(model)]
 
 
 def _first(config: Any, names: tuple[str, ...], default: Any) -> Any:
     return next((v for v in (getattr(config, n, None) for n in names) if v is not None), default)
 
 
-def _layers(model: Any, config: Any) -> list[Any]:
+def _layers(model: Any) -> list[Any]:
     """The blocks of the language model: the longest list of modules with linear maps that is not another tower's."""
-    wanted = _first(config, ("num_hidden_layers", "n_layer", "num_layers", "n_layers"), None)
+    wanted = _first(_text_config(model), ("num_hidden_layers", "n_layer", "num_layers", "n_layers"), None)
+    # BERT's layers lie in its "encoder"; those of an encoder-decoder are another stream's.
+    foreign = (*_FOREIGN, "encoder.") if getattr(model.config, "is_encoder_decoder", False) else _FOREIGN
     best: list[Any] = []
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(
-            word in f"{name}." for word in _FOREIGN if word not in _of(model)
-        ):
+        if not isinstance(module, nn.ModuleList) or ".experts" in name or any(w in f"{name}." for w in foreign):
             continue
-        if ".experts" in name or not any(True for block in module for _ in linear_maps(block)):
+        if not any(True for block in module for _ in linear_maps(block)):
             continue
         if len(module) == wanted:
             return list(module)
@@ -343,17 +410,11 @@ def _layers(model: Any, config: Any) -> list[Any]:
     return best
 
 
-def _of(model: Any) -> str:
-    """Words that say nothing of a path: BERT's layers lie in its "encoder."."""
-    config = getattr(model, "config", None)
-    return "" if getattr(config, "is_encoder_decoder", False) else "encoder."
-
-
-def _parent_of_layers(model: Any, blocks: list[Any]) -> tuple[Any, str]:
-    for name, module in model.named_modules():
-        for child, held in module._modules.items():
+def _parent_of_layers(model: Any, blocks: list[Any]) -> nn.Module:
+    for module in model.modules():
+        for held in module._modules.values():
             if isinstance(held, nn.ModuleList) and len(held) == len(blocks) and held[0] is blocks[0]:
-                return module, f"{name}.{child}"
+                return module
     raise ValueError(f"expected the layers of {type(model).__name__} in one list, got none; pass a whole model")
 
 

@@ -1,7 +1,7 @@
-"""Which linear maps each layer of a transformers model has: names by the field's words, layouts as views of the parameters.
+"""Which linear maps each layer of a transformers model has: their names, and how they lie in the parameters.
 
-A site is one matrix of one layer. Separate projections, fused ones, stacked experts and latent attention are rows of the
-tables below; any other linear map with a residual side is listed under its module path.
+A site is one matrix of one layer. Separate projections, fused ones, stacked experts and latent attention are rows of
+the tables below; any other linear map with a residual side is listed under its module path.
 """
 
 from __future__ import annotations
@@ -76,9 +76,16 @@ class Site:
 
     @property
     def weight(self) -> Tensor:
-        """`[unit, d_model, other]` (read) or `[unit, other, d_model]` (write); without the first axis where unit is None."""
+        """`[unit, d_model, other]` (read) or `[unit, other, d_model]` (write); without a unit, without that axis."""
         stored = getattr(self.module, self.parameter).detach()
         return self.split(stored.mT if self.transposed else stored)
+
+    def part_of_output(self, y: Tensor) -> Tensor:
+        """This matrix's part of what the module gives: `[..., unit, other]` (read) or `[..., d_model]` (write)."""
+        if self.side == "write":
+            return y
+        part = self.split(y)
+        return part if self.unit is None else part.movedim(0, -2)
 
     @property
     def bias(self) -> Tensor | None:
@@ -285,11 +292,11 @@ def _by_path(path: str, module: nn.Module, parameter: str, d_model: int) -> Iter
         yield Site(path, "write", module, parameter, transposed, _whole)
 
 
-# -- paths ---------------------------------------------------------------------------------------------------------------
+# -- paths -----------------------------------------------------------------------------------------------------------
 
 
 def _attention_root(path: str) -> str:
-    """The path up to the word that says attention; empty where none does, or where another mixer or an expert has it."""
+    """The path up to the word that says attention; empty where none does, or where it is another mixer's."""
     match = _ATTENTION.search(path)
     if match is None or _OTHER_MIXER.search(path) or _EXPERTS.search(path):
         return ""
@@ -307,7 +314,7 @@ def _lies_out_in(module: nn.Module) -> bool:
     return type(module).__name__ != "Conv1D"
 
 
-# -- layouts: from [..., in, out] to heads first -------------------------------------------------------------------------
+# -- layouts: from [..., in, out] to heads first ---------------------------------------------------------------------
 
 
 def _whole(x: Tensor) -> Tensor:

@@ -17,12 +17,16 @@ from torch import Tensor, nn
 
 from tl_asymmetry.geometry.precision import exact_products, product_dtype
 from tl_asymmetry.models.bridge import BridgeAdapter
-from tl_asymmetry.models.encoders import EncoderBridgeAdapter, HookedEncoderAdapter, encoder_adapter, is_encoder
+from tl_asymmetry.models.encoders import encoder_adapter, is_encoder
 from tl_asymmetry.models.hooked import HookedAdapter
+from tl_asymmetry.models.huggingface import HuggingFaceAdapter, is_regular, is_transformers_model
 from tl_asymmetry.models.running import evaluation, own_thread
 from tl_asymmetry.names import MATRICES, POINTS, kind_of
 
 Reader = Callable[[Tensor], None]
+
+Projection = tuple[nn.Module, Callable[[Tensor], Tensor]]
+"""A module, and from its output the part that is one matrix's."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +64,17 @@ class Parameters(Mapping[str, Tensor]):
 
 
 class ModelView:
-    """A HookedTransformer or TransformerBridge, seen the same way.
+    """A HookedTransformer, a TransformerBridge or a model of transformers, seen the same way.
 
     Nothing is copied and nothing in the model is changed: `weight` gives live views, `hooks` removes what it
     added.
 
     Args:
-        model: a HookedTransformer (transformer-lens 3.x) or a decoder-only TransformerBridge (3.9 and later).
-        encoders: accept BERT-style encoders as well (a HookedEncoder, a TransformerBridge of a BERT or RoBERTa).
+        model: a HookedTransformer (transformer-lens 3.x), a TransformerBridge (3.9 and later), or a `PreTrainedModel`
+            of transformers, decoder or encoder.
 
     Raises:
-        ValueError: for anything else, encoder-decoder and state-space models included.
+        ValueError: for anything else, encoder-decoders included.
 
     Example:
         >>> view = ModelView(model)
@@ -123,9 +127,9 @@ class ModelView:
     notes: tuple[str, ...]
     """Plain sentences about what the reader of a result must know of this model."""
 
-    def __init__(self, model: Any, *, encoders: bool = False) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
-        self._adapter = adapter = _adapter_for(model, encoders)
+        self._adapter = adapter = _adapter_for(model)
         self._slots: dict[tuple[int, str], Slot] = {}
         cfg = adapter.cfg
         self.kind = adapter.kind
@@ -144,17 +148,12 @@ class ModelView:
         self.key_shift_invariant = not (
             self.positional == "rotary" or adapter.has_qk_norm or adapter.has_sinks or (cap is not None and cap > 0)
         )
-        layers = range(self.n_layers)
-        self.matrices = tuple(m for m in MATRICES if all(adapter.matrix(i, m) is not None for i in layers))
-        W_in = adapter.matrix(0, "W_in") if "W_in" in self.matrices else None
-        self.d_mlp = None if W_in is None else W_in.shape[1]
-        heads = {"query": self.n_heads, "kv": self.n_kv_heads}
-        self._heads = {matrix: heads[kind.heads] for matrix, kind in MATRICES.items() if kind.heads}
-        widths = {"residual": self.d_model, "head": self.d_head, "mlp": self.d_mlp}
-        self._shapes: dict[str, tuple[int | None, ...]] = {
-            matrix: (*([self._heads[matrix]] if kind.heads else []), widths[kind.input_axis], widths[kind.output_axis])
-            for matrix, kind in MATRICES.items()
-        }
+        shapes = {m: [None if w is None else tuple(w.shape) for w in self._everywhere(m)] for m in adapter.names}
+        # What some layers lack, or have in another shape, is left out everywhere, to compare like with like.
+        self._shapes = {m: each[0] for m, each in shapes.items() if each[0] is not None and len(set(each)) == 1}
+        self.matrices = tuple(m for m in self._shapes if m in MATRICES and adapter.unit(m) != "expert")
+        self.d_mlp = self._shapes["W_in"][1] if "W_in" in self.matrices else None
+        self._left_out = {m: sum(s is not None for s in each) for m, each in shapes.items() if m not in self.matrices}
         self.notes = self._notes()
         if self.positional == "shortformer":
             raise ValueError(
@@ -162,21 +161,20 @@ class ModelView:
                 "pass a model whose queries, keys and values have one common input"
             )
 
+    def _everywhere(self, matrix: str) -> Iterator[Tensor | None]:
+        for layer in range(self.n_layers):
+            yield self._adapter.matrix(layer, matrix)
+
     def __repr__(self) -> str:
         shape = f"{self.n_layers} layers, d_model {self.d_model}, {self.n_heads} heads"
         return f"ModelView({self.kind} {self.name!r}, {shape})"
 
     def _notes(self) -> tuple[str, ...]:
         adapter, notes = self._adapter, []
-        moe = sum(adapter.is_moe(i) for i in range(self.n_layers))
-        if moe:
-            notes.append(
-                f"{moe} of {self.n_layers} layers are mixtures of experts: their experts and routers are left out, "
-                "only attention is analysed there"
-            )
-            dense = self.n_layers - moe
-            if dense:
-                notes.append(f"the MLPs of the other {dense} layers are left out as well, to compare like with like")
+        for matrix, count in self._left_out.items():
+            if count:
+                where = "of each expert" if adapter.unit(matrix) == "expert" else "there in other shapes or not at all"
+                notes.append(f"{matrix} is left out: {count} of {self.n_layers} layers have one, {where}")
         if adapter.is_encoder:
             notes.append(
                 "post-norm encoder: W_Q, W_K and W_V read the stream itself, W_in what the block's first norm gives; a "
@@ -209,9 +207,7 @@ class ModelView:
     @property
     def has_masked_lm_head(self) -> bool:
         """Whether an encoder can predict masked tokens; False for a decoder."""
-        return isinstance(self._adapter, EncoderBridgeAdapter | HookedEncoderAdapter) and (
-            self._adapter.has_masked_lm_head
-        )
+        return getattr(self._adapter, "has_masked_lm_head", False)
 
     @property
     def tied(self) -> bool:
@@ -221,7 +217,7 @@ class ModelView:
     def heads(self, matrix: str) -> int | None:
         """Number of heads of a matrix: `n_heads`, `n_kv_heads`, or None for a matrix of the MLP."""
         self._require_matrix(matrix)
-        return self._heads.get(matrix)
+        return self._shapes[matrix][0] if kind_of(matrix).heads else None
 
     def kv_head(self, head: int) -> int:
         """The key and value head that serves query head `head`."""
@@ -347,10 +343,11 @@ class ModelView:
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter once, the matrices first (`blocks.0.attn.W_Q`, ...), then those of `headless`."""
         for layer in range(self.n_layers):
-            for matrix in MATRICES:
+            for matrix in self._adapter.names:
                 weight = self._adapter.matrix(layer, matrix)
                 if weight is not None:
-                    yield f"blocks.{layer}.{kind_of(matrix).part}.{matrix}", weight.detach()
+                    part = f"{kind_of(matrix).part}." if matrix in MATRICES else ""
+                    yield f"blocks.{layer}.{part}{matrix}", weight.detach()
         yield from self.headless().items()
 
     # -- running -----------------------------------------------------------------------------------
@@ -384,9 +381,12 @@ class ModelView:
         Raises:
             ValueError: no such point or layer, or heads that each have their own attention input.
         """
-        watches = [self._watch(point, layer, reader) for (point, layer), reader in readers.items()]
+        leading: dict[int, torch.Size] = {}
+        watches = [self._watch(point, layer, reader, leading) for (point, layer), reader in readers.items()]
         handles: list[Any] = []
         try:
+            for layer in {layer for _, layer in readers}:
+                handles.append(self._note_leading(layer, leading))
             for module, side, see in watches:
                 if side == "input":
                     handles.append(module.register_forward_pre_hook(own_thread(see), with_kwargs=True))
@@ -397,7 +397,17 @@ class ModelView:
             for handle in handles:
                 handle.remove()
 
-    def _watch(self, point: str, layer: int, reader: Reader) -> tuple[nn.Module, str, Callable[..., None]]:
+    def _note_leading(self, layer: int, leading: dict[int, torch.Size]) -> Any:
+        """Note `[batch, pos]` of what comes into a block: some modules inside see the two in one."""
+
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            leading[layer] = first_tensor(args, kwargs).shape[:2]
+
+        return self.blocks[layer].register_forward_pre_hook(note, with_kwargs=True)
+
+    def _watch(
+        self, point: str, layer: int, reader: Reader, leading: Mapping[int, torch.Size]
+    ) -> tuple[nn.Module, str, Callable[..., None]]:
         self._require_layer(layer)
         if point not in POINTS:
             raise ValueError(f"expected a point among {', '.join(POINTS)}, got {point!r}; pass one of these")
@@ -411,6 +421,7 @@ class ModelView:
         module, side = where
 
         def show(x: Tensor) -> None:
+            x = x.unflatten(0, leading[layer]) if x.ndim == 2 else x
             # the Bridge passes the heads' outputs side by side
             reader(x.unflatten(-1, (self.n_heads, self.d_head)) if point == "z" and x.ndim == 3 else x)
 
@@ -428,11 +439,12 @@ class ModelView:
         Raises:
             ValueError: no such point or layer.
         """
-        module, side, _ = self._watch(point, layer, lambda x: None)
+        module, side, _ = self._watch(point, layer, lambda x: None, {})
         return module, side
 
-    def projection(self, layer: int, matrix: str) -> nn.Module | None:
-        """The module whose (first) output is `input @ matrix + bias`, or None where the model hides that product."""
+    def projection(self, layer: int, matrix: str) -> Projection | None:
+        """The module whose (first) output holds `input @ matrix + bias`, and how to take it from there; None where the
+        model hides that product."""
         self._require_layer(layer)
         self._require_matrix(matrix)
         return self._adapter.projection(layer, matrix)
@@ -508,10 +520,10 @@ class ModelView:
     def _projection_errors(self, tokens: Tensor) -> Iterator[tuple[str, float]]:
         """For each layer and matrix with a visible product, the error of input times matrix; one forward pass."""
         sites = {
-            (layer, matrix): module
+            (layer, matrix): projection
             for layer in range(self.n_layers)
             for matrix in self.matrices
-            if (module := self._adapter.projection(layer, matrix)) is not None
+            if (projection := self._adapter.projection(layer, matrix)) is not None
         }
         inputs: dict[tuple[str, int], Tensor] = {}
         outputs: dict[tuple[int, str], Tensor] = {}
@@ -521,25 +533,26 @@ class ModelView:
             def see(*arguments: Any) -> None:
                 output = arguments[-1]
                 output = (output[0] if isinstance(output, tuple) else output).detach()
-                store[key] = output.to(product_dtype(output))
+                # A copy: some layers go on to add to a module's output in place.
+                store[key] = output.to(product_dtype(output), copy=True)
 
             return see
 
         points = {(kind_of(matrix).point, layer) for layer, matrix in sites}
         with self.hooks({point: keep(inputs, point) for point in points}):
             try:
-                for site, module in sites.items():
+                for site, (module, _) in sites.items():
                     handles.append(module.register_forward_hook(own_thread(keep(outputs, site))))
                 self.run(tokens)
             finally:
                 for handle in handles:
                     handle.remove()
         for layer, matrix in sites:
-            x, y = inputs[kind_of(matrix).point, layer], outputs[layer, matrix]
+            x, y = inputs[kind_of(matrix).point, layer], sites[layer, matrix][1](outputs[layer, matrix])
             W = self._weight(layer, matrix).to(x.dtype)
             with exact_products(x.device):
                 if kind_of(matrix).output_axis == "head":
-                    expected, y = torch.einsum("bpd,hde->bphe", x, W), y.reshape(*y.shape[:2], *W.shape[::2])
+                    expected = torch.einsum("bpd,hde->bphe", x, W)
                 elif kind_of(matrix).heads:
                     expected = torch.einsum("bphe,hed->bpd", x, W)
                 else:
@@ -547,7 +560,7 @@ class ModelView:
             bias = self.bias(layer, matrix)
             expected = expected if bias is None else expected + bias.to(x.dtype)
             scale = expected.abs().max().clamp_min(torch.finfo(x.dtype).tiny)
-            yield f"blocks.{layer} {matrix}", float((y - expected).abs().max() / scale)
+            yield f"blocks.{layer} {matrix}", float((y.reshape(expected.shape) - expected).abs().max() / scale)
 
     # -- refusals ----------------------------------------------------------------------------------
 
@@ -562,30 +575,19 @@ class ModelView:
             )
 
 
-def _adapter_for(model: Any, encoders: bool) -> HookedAdapter | BridgeAdapter:
-    got = f"got {type(model).__name__}"
+def _adapter_for(model: Any) -> HookedAdapter | BridgeAdapter | HuggingFaceAdapter:
     if is_encoder(model):
-        if encoders:
-            return encoder_adapter(model)
-        what = type(getattr(model, "original_model", model)).__name__
-        raise ValueError(
-            f"expected a decoder-only transformer, got the encoder {what}; pass a causal language model (of encoders "
-            "only analyze_tangents knows something)"
-        )
+        return encoder_adapter(model)
     if hasattr(model, "adapter") and hasattr(model, "original_model"):
-        blocks = getattr(model, "blocks", None)
-        if blocks is None or not all(hasattr(block, "attn") for block in blocks):
-            raise ValueError(
-                f"expected a decoder-only transformer with attention in every block, {got} of "
-                f"{type(model.original_model).__name__}; pass a causal language model"
-            )
-        return BridgeAdapter(model)
+        return BridgeAdapter(model) if is_regular(model) else HuggingFaceAdapter(model)
     if any(base.__name__ == "HookedTransformer" for base in type(model).__mro__):
         return HookedAdapter(model)
-    hint = "pass TransformerBridge.boot_transformers(name_or_directory)"
-    if isinstance(model, nn.Module) and hasattr(model, "config"):
-        hint = "pass TransformerBridge.boot_transformers(name_or_directory, hf_model=model)"
-    raise ValueError(f"expected a HookedTransformer or TransformerBridge, {got}; {hint}")
+    if is_transformers_model(model):
+        return HuggingFaceAdapter(model)
+    raise ValueError(
+        f"expected a HookedTransformer, a TransformerBridge or a model of transformers, got {type(model).__name__}; "
+        "pass TransformerBridge.boot_transformers(name_or_directory)"
+    )
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

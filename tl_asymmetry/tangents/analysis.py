@@ -113,9 +113,7 @@ def analyze_tangents(
     )  # fmt: skip
     options.check()
     if isinstance(checkpoints_or_model, nn.Module):
-        plan = _Plan(
-            [Checkpoint(0, ModelView(checkpoints_or_model, encoders=True).name, _given(checkpoints_or_model))], 0
-        )
+        plan = _Plan([Checkpoint(0, ModelView(checkpoints_or_model).name, _given(checkpoints_or_model))], 0)
     else:
         plan = _plan(checkpoints_or_model, total_steps, basis_from)
     with TangentProbe(texts, tokens=tokens, total_steps=plan.total_steps, store=store, options=options) as probe:

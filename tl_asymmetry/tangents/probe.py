@@ -198,7 +198,7 @@ class TangentProbe:
             ValueError: a step out of order or beyond total_steps, another model than before, weights or a loss that are
                 not finite.
         """
-        view = ModelView(model, encoders=True)
+        view = ModelView(model)
         if self._run is None:
             self._run = _Run(self, view)
         self._run.take(int(step), view, f"step {step}", None)
@@ -211,7 +211,7 @@ class TangentProbe:
             if self._run.finished(checkpoint.step, fingerprint):
                 return
         with checkpoint.open() as model:
-            view = ModelView(model, encoders=True)
+            view = ModelView(model)
             if self._run is None:
                 self._run = _Run(self, view)
                 if checkpoint.fingerprint is not None:
