@@ -38,8 +38,9 @@ def autograd_gradient(view, layer, matrix):
 
 
 def sites(view):
-    sites = ((layer, matrix) for layer in range(view.n_layers) for matrix in view.matrices)
-    return [site for site in sites if view.projection(*site) is not None]  # a mixture's router gives more than a product
+    everything = ((layer, matrix) for layer in range(view.n_layers) for matrix in view.matrices)
+    # The router of a mixture gives more than its product.
+    return [site for site in everything if view.projection(*site) is not None]
 
 
 def summed(view, loss_of):

@@ -1,5 +1,6 @@
 """BERT-style encoders: the same view of both kinds, exact inputs, and refusals where decoders are meant."""
 
+import pandas as pd
 import pytest
 import torch
 

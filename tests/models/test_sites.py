@@ -61,6 +61,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": ("Lfm2Config", LLAMA | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
     "granite 4, dense": ("GraniteMoeHybridConfig", LLAMA | {"num_local_experts": 0, "num_experts_per_tok": 0,
                          "shared_intermediate_size": 48, "layer_types": ["attention"] * 2, "residual_multiplier": 0.2,
+                         "mamba_n_heads": 8, "mamba_d_head": 8,
                          "position_embedding_type": "rope"}),
     "deepseek-v3": ("DeepseekV3Config", LLAMA | LATENT | {"moe_intermediate_size": 24, "n_routed_experts": 4,
                     "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1,
@@ -81,6 +82,7 @@ def adapter_of(name: str) -> HuggingFaceAdapter:
     """A tiny model with random norms and biases, in float64."""
     kind, options = MODELS[name]
     config = getattr(transformers, kind)(**options)
+    config._experts_implementation = "eager"  # the others know no float64
     torch.manual_seed(0)
     loader = transformers.AutoModelForMaskedLM if name in ENCODERS else transformers.AutoModelForCausalLM
     model = loader.from_config(config, attn_implementation="eager", dtype=torch.float64).eval()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests import tiny
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.names import ATTENTION, MATRICES, POINTS
+from tl_asymmetry.names import ATTENTION, POINTS
 
 CASES = [(a, k) for a in tiny.ARCHITECTURES for k in tiny.KINDS]
 TOY_CASES = [(t, k) for t in tiny.TOYS for k in tiny.KINDS if k == "hooked" or t in tiny.NATIVE_TOYS]
@@ -399,14 +399,26 @@ def test_view_imports_no_transformer_lens() -> None:
 # --- refusals ------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_no_transformerlens_model_is_refused() -> None:
+def test_what_is_no_model_is_refused() -> None:
+    text = "expected a HookedTransformer, a TransformerBridge or a model of transformers, got Linear; pass Transf"
+    with pytest.raises(ValueError, match=text):
+        ModelView(torch.nn.Linear(2, 2))
+
+
+def test_a_plain_transformers_model_shows_what_its_bridge_shows() -> None:
     from transformers import AutoModelForCausalLM
 
-    with pytest.raises(ValueError, match="expected a HookedTransformer or TransformerBridge, got Linear; pass Transf"):
-        ModelView(torch.nn.Linear(2, 2))
-    hf = AutoModelForCausalLM.from_pretrained(tiny.hf_directory("gpt2"))
-    with pytest.raises(ValueError, match=r"got GPT2LMHeadModel; pass .*boot_transformers\(.*, hf_model=model\)"):
-        ModelView(hf)
+    plain = ModelView(AutoModelForCausalLM.from_pretrained(tiny.hf_directory("gpt2"), dtype=torch.float64).eval())
+    bridge = ModelView(shared("gpt2", "bridge"))
+    assert plain.matrices == bridge.matrices
+    for layer, matrix in itertools.product(range(plain.n_layers), plain.matrices):
+        torch.testing.assert_close(plain.weight(layer, matrix), bridge.weight(layer, matrix), rtol=0, atol=0)
+    tokens = tiny.tokens()
+    ours, theirs = (seen(view, tokens, present(view)) for view in (plain, bridge))
+    assert ours.keys() == theirs.keys()
+    for key, x in ours.items():
+        torch.testing.assert_close(x, theirs[key], rtol=0, atol=1e-10)
+    assert plain.self_check(tokens) < 1e-8
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)

@@ -110,7 +110,8 @@ def gradient_covariance(
             "halves=True"
         )
     check_differentiable(view)
-    chosen = chosen_matrices(view, matrices)
+    shown = [m for m in view.matrices if all(view.projection(layer, m) is not None for layer in range(view.n_layers))]
+    chosen = chosen_matrices(view, shown if matrices is None else matrices)
     held = as_batches(view, batches, objective.batch_type, batch_size=batch_size, note=notes.add, warn=notes.warn)
     for batch in held:
         for tokens in _tokens(batch):

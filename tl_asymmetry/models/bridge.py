@@ -105,6 +105,11 @@ class BridgeAdapter:
             return None
         return getattr(block.mlp, matrix)
 
+    def shape(self, layer: int, matrix: str) -> tuple[int, ...] | None:
+        """Of `matrix`, without making it."""
+        weight = self.matrix(layer, matrix)
+        return None if weight is None else tuple(weight.shape)
+
     def bias(self, layer: int, name: str) -> Tensor | None:
         """The bias in TransformerLens shape, or None where the model has none."""
         block = self.blocks[layer]

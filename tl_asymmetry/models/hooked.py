@@ -84,8 +84,10 @@ class HookedAdapter:
         return not self.cfg.attn_only
 
     def unit(self, matrix: str) -> str | None:
-        """What the first axis of a matrix counts: "head", "kv head", or None without such an axis."""
+        """What the first axis of a matrix counts: "head", "kv head", "expert", or None without such an axis."""
         heads = kind_of(matrix).heads
+        if heads is None and matrix != "W_router" and any(self.is_moe(layer) for layer in range(len(self.blocks))):
+            return "expert"
         return {"query": "head", "kv": "kv head"}[heads] if heads else None
 
     def is_moe(self, layer: int) -> bool:
@@ -101,8 +103,18 @@ class HookedAdapter:
         if not self.has_mlp(layer):
             return None
         if self.is_moe(layer):  # where W_gate is the library's name for the router
-            return block.mlp.W_gate if matrix == "W_router" else None
+            if matrix == "W_router":
+                return block.mlp.W_gate.weight.mT
+            return torch.stack([getattr(expert, matrix).weight.mT for expert in block.mlp.experts])
         return getattr(block.mlp, matrix, None)
+
+    def shape(self, layer: int, matrix: str) -> tuple[int, ...] | None:
+        """Of `matrix`, without making it."""
+        block = self.blocks[layer]
+        if kind_of(matrix).part == "mlp" and self.is_moe(layer) and matrix != "W_router":
+            return (len(block.mlp.experts), *getattr(block.mlp.experts[0], matrix).weight.mT.shape)
+        weight = self.matrix(layer, matrix)
+        return None if weight is None else tuple(weight.shape)
 
     def bias(self, layer: int, name: str) -> Tensor | None:
         block = self.blocks[layer]
@@ -230,6 +242,8 @@ class HookedAdapter:
             leaf = name.rsplit(".", 1)[-1].removeprefix("_")
             owner = name.rsplit(".", 1)[0]
             if leaf in MATRICES and (kind_of(leaf).part == "attn" or owner.endswith(".mlp")):
+                continue
+            if owner.endswith(".mlp.W_gate"):  # a mixture's router
                 continue
             if shared_norm and ".ln2." in name:
                 continue

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_asymmetry.models.anatomy import Anatomy, layer_anatomy, norm_gain, seen_in, sees_later_tokens, subtracts_mean
+from tl_asymmetry.models.bridge import BridgeAdapter
 from tl_asymmetry.models.sites import WRAPPED, Site, layer_sites, linear_maps
 from tl_asymmetry.names import MATRICES
 
@@ -192,6 +193,11 @@ class HuggingFaceAdapter:
         site = self.sites[layer].get(matrix)
         return None if site is None else site.weight
 
+    def shape(self, layer: int, matrix: str) -> tuple[int, ...] | None:
+        """Of `matrix`, without making it."""
+        site = self.sites[layer].get(matrix)
+        return None if site is None else tuple(site.weight.shape)
+
     def bias(self, layer: int, name: str) -> Tensor | None:
         site = self.sites[layer].get("W" + name[1:])
         return None if site is None else site.bias
@@ -292,15 +298,20 @@ class HuggingFaceAdapter:
     # -- parameters that are no matrices -------------------------------------------------------------
 
     def headless(self) -> dict[str, Callable[[], Tensor]]:
-        """Name → function giving the tensor, for all parameters that no site covers, under transformers' own names."""
-        entries: dict[str, Callable[[], Tensor]] = {"embed.W_E": self.embedding}
-        covered = {_storage(self.embedding())}
+        """Name → function giving the tensor, for all parameters that no site covers.
+
+        Where a TransformerBridge has a name for them (norms, biases, embeddings beside whole attentions), that one, so
+        that a HookedTransformer of the same model has it too; transformers' own elsewhere.
+        """
+        covered = {_storage(getattr(site.module, site.parameter)) for sites in self.sites for site in sites.values()}
+        if self.inner is not self.model and all(_has_projections(block) for block in self.model.blocks):
+            entries = BridgeAdapter(self.model).headless()
+            return {name: made for name, made in entries.items() if _storage(made()) not in covered}
+        entries = {"embed.W_E": self.embedding}
         head = self.inner.get_output_embeddings()
         if head is not None:
             entries["unembed.W_U"] = self.unembedding
-            covered.add(_storage(head.weight))
-        for sites in self.sites:
-            covered |= {_storage(getattr(site.module, site.parameter)) for site in sites.values()}
+        covered |= {_storage(self.embedding()), *([] if head is None else [_storage(head.weight)])}
         for name, parameter in self.inner.named_parameters():
             if _storage(parameter) not in covered:
                 entries[".".join(part for part in name.split(".") if part != WRAPPED)] = partial(_itself, parameter)
@@ -355,12 +366,18 @@ def is_regular(bridge: Any) -> bool:
         return True
     if type(inner).__name__.startswith("OPT"):
         return False
+    # Names only: under its path the Bridge may keep a fused projection that it has split.
     shapes = [
-        {name: (site.unit, tuple(site.weight.shape)) for name, site in sites.items()} for sites in _all_sites(inner)
+        {name: (site.unit, tuple(site.weight.shape)) for name, site in sites.items() if name in MATRICES}
+        for sites in _all_sites(inner)
     ]
-    seven = {"W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out"}
     experts = any(unit == "expert" for unit, _ in shapes[0].values())
-    return set(shapes[0]) <= seven and not experts and all(layer == shapes[0] for layer in shapes)
+    return set(shapes[0]) <= set(BridgeAdapter.names) and not experts and all(layer == shapes[0] for layer in shapes)
+
+
+def _has_projections(block: Any) -> bool:
+    attention = block._modules.get("attn")
+    return attention is not None and {"q", "k", "v", "o"} <= set(attention._modules)
 
 
 # -- finding -----------------------------------------------------------------------------------------------------------

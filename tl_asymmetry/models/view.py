@@ -148,7 +148,7 @@ class ModelView:
         self.key_shift_invariant = not (
             self.positional == "rotary" or adapter.has_qk_norm or adapter.has_sinks or (cap is not None and cap > 0)
         )
-        shapes = {m: [None if w is None else tuple(w.shape) for w in self._everywhere(m)] for m in adapter.names}
+        shapes = {m: [adapter.shape(layer, m) for layer in range(self.n_layers)] for m in adapter.names}
         # What some layers lack, or have in another shape, is left out everywhere, to compare like with like.
         self._shapes = {m: each[0] for m, each in shapes.items() if each[0] is not None and len(set(each)) == 1}
         self.matrices = tuple(m for m in self._shapes if m in MATRICES and adapter.unit(m) != "expert")
@@ -160,10 +160,6 @@ class ModelView:
                 "expected positional embeddings that enter the residual stream or the scores, got 'shortformer'; "
                 "pass a model whose queries, keys and values have one common input"
             )
-
-    def _everywhere(self, matrix: str) -> Iterator[Tensor | None]:
-        for layer in range(self.n_layers):
-            yield self._adapter.matrix(layer, matrix)
 
     def __repr__(self) -> str:
         shape = f"{self.n_layers} layers, d_model {self.d_model}, {self.n_heads} heads"
