@@ -105,6 +105,10 @@ class BridgeAdapter:
             return None
         return getattr(block.mlp, matrix)
 
+    def rearranges(self, layer: int, matrix: str) -> bool:
+        """Whether a matrix is a copy although its weights are raw."""
+        return False
+
     def shape(self, layer: int, matrix: str) -> tuple[int, ...] | None:
         """Of `matrix`, without making it."""
         weight = self.matrix(layer, matrix)

@@ -108,6 +108,10 @@ class HookedAdapter:
             return torch.stack([getattr(expert, matrix).weight.mT for expert in block.mlp.experts])
         return getattr(block.mlp, matrix, None)
 
+    def rearranges(self, layer: int, matrix: str) -> bool:
+        """Whether a matrix is a copy although its weights are raw."""
+        return self.unit(matrix) == "expert"
+
     def shape(self, layer: int, matrix: str) -> tuple[int, ...] | None:
         """Of `matrix`, without making it."""
         block = self.blocks[layer]

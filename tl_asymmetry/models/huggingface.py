@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from tl_asymmetry.models.anatomy import Anatomy, layer_anatomy, norm_gain, seen_in, sees_later_tokens, subtracts_mean
 from tl_asymmetry.models.bridge import BridgeAdapter
+from tl_asymmetry.models.running import evaluation
 from tl_asymmetry.models.sites import WRAPPED, Site, layer_sites, linear_maps
 from tl_asymmetry.names import MATRICES
 
@@ -193,6 +193,11 @@ class HuggingFaceAdapter:
         site = self.sites[layer].get(matrix)
         return None if site is None else site.weight
 
+    def rearranges(self, layer: int, matrix: str) -> bool:
+        """Whether a matrix is a copy although its weights are raw: heads in an order that strides cannot give."""
+        site = self.sites[layer][matrix]
+        return _storage(site.weight) != _storage(getattr(site.module, site.parameter))
+
     def shape(self, layer: int, matrix: str) -> tuple[int, ...] | None:
         """Of `matrix`, without making it."""
         site = self.sites[layer].get(matrix)
@@ -212,7 +217,10 @@ class HuggingFaceAdapter:
                 f"expected a model with an unembedding, got {type(self.inner).__name__} without; pass subspaces of the "
                 "stream only, or the class that ends in ForCausalLM"
             )
-        return head.weight.mT
+        W_U = head.weight.mT
+        narrowing = getattr(_parent_of_layers(self.inner, self.blocks), "project_out", None)
+        # OPT 350M predicts from a narrower space, into which it projects the stream.
+        return W_U if len(W_U) == self.d_model else getattr(narrowing, WRAPPED, narrowing).weight.mT @ W_U
 
     def final_gain(self) -> Tensor | None:
         return None if self._final is None else norm_gain(self._final, self.d_model)
@@ -321,7 +329,7 @@ class HuggingFaceAdapter:
 
     @cached_property
     def _anatomy(self) -> list[Anatomy]:
-        with _plain(self), seen_in(self.blocks) as seen:
+        with torch.no_grad(), evaluation(self.model, self.all_modules()), seen_in(self.blocks) as seen:
             self.run(self._probe_tokens(), False, len(self.blocks))
         return [
             layer_anatomy(block, self.sites[i], self.point(i, "attn_in"), self.point(i, "mlp_in"), seen)
@@ -334,7 +342,7 @@ class HuggingFaceAdapter:
             lambda _module, _args, out: kept.append(out[0] if isinstance(out, tuple | list) else out)
         )
         try:
-            with _plain(self):
+            with torch.no_grad(), evaluation(self.model, self.all_modules()):
                 self.run(tokens, False, len(self.blocks))
         finally:
             handle.remove()
@@ -437,20 +445,6 @@ def _parent_of_layers(model: Any, blocks: list[Any]) -> nn.Module:
 
 def _of_mlp(name: str) -> bool:
     return any(word in name for word in ("mlp", "feed_forward", "ffn", "shared_expert"))
-
-
-@contextmanager
-def _plain(adapter: HuggingFaceAdapter) -> Iterator[None]:
-    """No gradients and no dropout inside."""
-    modes = [(module, module.training) for module in adapter.all_modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _stop(*_: Any) -> None:

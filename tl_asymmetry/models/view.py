@@ -240,7 +240,8 @@ class ModelView:
                 the fly).
         """
         weight = self._weight(layer, matrix)
-        if _address(weight):  # fake and meta tensors have none, so there a copy cannot be told from a view
+        # Fake and meta tensors have no address, so there a copy cannot be told from a view.
+        if _address(weight) and not self._adapter.rearranges(layer, matrix):
             self._slot(layer, matrix, weight)
         return weight
 
@@ -260,10 +261,10 @@ class ModelView:
             places = (Slot(module, name) for module in modules for name in module._parameters)
             slot = next((place for place in places if place.shares(weight)), None)
             if slot is None:
-                raise ValueError(
-                    f"expected a live view of blocks.{layer} {matrix}, got a copy; pass a model with raw weights "
-                    "(a TransformerBridge without enable_compatibility_mode)"
-                )
+                instead = "a model with raw weights (a TransformerBridge without enable_compatibility_mode)"
+                if self._adapter.rearranges(layer, matrix):
+                    instead = "another matrix: the model keeps this one's heads in an order that no view can give"
+                raise ValueError(f"expected a live view of blocks.{layer} {matrix}, got a copy; pass {instead}")
             self._slots[layer, matrix] = slot
         return slot
 
@@ -425,7 +426,7 @@ class ModelView:
             show(first_tensor(args, kwargs))
 
         def see_output(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            show(output[0] if isinstance(output, tuple) else output)
+            show(output[0] if isinstance(output, tuple | list) else output)
 
         return module, side, see_input if side == "input" else see_output
 
