@@ -201,7 +201,7 @@ def load_models(device: str) -> dict[str, tuple[Any, Any]]:
 
 def measure_study(kinds: dict[str, tuple[Any, Any]], device: str, rounds_wanted: int, count: int) -> dict[str, Any]:
     """Both studies by turns, on the first kind of model."""
-    from tl_asymmetry import head_delta, matched_controls, removal_edit
+    from tl_asymmetry.edits import head_delta, matched_controls, removal_edit
 
     studied = next(iter(kinds))
     base, aligned = kinds[studied]

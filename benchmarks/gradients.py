@@ -42,14 +42,14 @@ def load_model(device: str) -> Any:
 
 def token_batches(tokens: torch.Tensor) -> list[Any]:
     """All tokens but the first of each sequence are targets."""
-    from tl_asymmetry import TokenBatch
+    from tl_asymmetry.objectives import TokenBatch
 
     return [TokenBatch(part, torch.ones_like(part, dtype=torch.bool)) for part in tokens.split(BATCH)]
 
 
 def bare(model: Any, batches: list[Any], device: str) -> None:
     """The yardstick: loss and gradients of every parameter, as in training, and nothing else."""
-    from tl_asymmetry import CrossEntropy
+    from tl_asymmetry.objectives import CrossEntropy
 
     for batch in batches:
         CrossEntropy()(model, batch.to(torch.device(device))).backward()
@@ -60,8 +60,9 @@ def bare(model: Any, batches: list[Any], device: str) -> None:
 
 def frozen_bare(model: Any, batches: list[Any], device: str) -> None:
     """The same without weight gradients: back to the embedding only, which is all our own passes need."""
-    from tl_asymmetry import CrossEntropy, ModelView
+    from tl_asymmetry import ModelView
     from tl_asymmetry.models.backward import outer_products
+    from tl_asymmetry.objectives import CrossEntropy
 
     view = ModelView(model)
     for batch in batches:
@@ -73,7 +74,8 @@ def frozen_bare(model: Any, batches: list[Any], device: str) -> None:
 
 def package(model: Any, batches: list[Any], **options: Any) -> None:
     """The whole measurement, result in hand."""
-    from tl_asymmetry import CrossEntropy, gradient_covariance
+    from tl_asymmetry import gradient_covariance
+    from tl_asymmetry.objectives import CrossEntropy
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # few sequences, few groups
@@ -82,8 +84,9 @@ def package(model: Any, batches: list[Any], **options: Any) -> None:
 
 def collection(model: Any, batches: list[Any], **options: Any) -> None:
     """The moments alone, without spectra and tables: what kronfluence's covariance fit amounts to."""
-    from tl_asymmetry import CrossEntropy, ModelView
+    from tl_asymmetry import ModelView
     from tl_asymmetry.gradients.capture import capture_gradients
+    from tl_asymmetry.objectives import CrossEntropy
 
     view = ModelView(model)
     defaults = {"groups": 1, "halves": False, "permutations": 0, "seed": 0, "progress": False}

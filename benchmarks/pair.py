@@ -143,7 +143,7 @@ def measure_moments(device: str) -> dict[str, Any]:
     """One StreamingMoments against concept-erasure's LeaceFitter covariance: seconds, error, on the same batches."""
     from concept_erasure import LeaceFitter
 
-    from tl_asymmetry import StreamingMoments
+    from tl_asymmetry.geometry import StreamingMoments
 
     d, batches, rows = SHAPE["d_model"], 40, BATCH * SEQUENCE
     generator = torch.Generator().manual_seed(3)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from tl_asymmetry import RollingSVD
+from tl_asymmetry.geometry import RollingSVD
 
 WINDOW, RANK = 32, 3
 RESULTS = Path(__file__).parent / "results"

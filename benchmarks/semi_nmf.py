@@ -26,8 +26,9 @@ from typing import Any
 
 import torch
 
-from tl_asymmetry import ModelView, semi_nmf
+from tl_asymmetry import ModelView
 from tl_asymmetry.demo import demo_model, demo_texts
+from tl_asymmetry.geometry import semi_nmf
 from tl_asymmetry.models.texts import batches, token_sequences
 
 RESULTS = Path(__file__).parent / "results"

@@ -9,20 +9,9 @@ import pytest
 import torch
 
 from tests import tiny
-from tl_asymmetry import (
-    DPO,
-    ControlStudy,
-    CrossEntropy,
-    InfoNCE,
-    ModelView,
-    Optimizer,
-    PreferenceBatch,
-    TokenBatch,
-    analyze_pair,
-    contrastive_control,
-    gradient_covariance,
-)
+from tl_asymmetry import ControlStudy, ModelView, analyze_pair, contrastive_control, gradient_covariance
 from tl_asymmetry.control.table import CONTROL_COLUMNS, CORRELATION_COLUMNS
+from tl_asymmetry.objectives import DPO, CrossEntropy, InfoNCE, Optimizer, PreferenceBatch, TokenBatch
 from tl_asymmetry.plots import grades_figure
 from tl_asymmetry.results.result import load
 from tl_asymmetry.store import StoreReader

@@ -10,14 +10,8 @@ import pytest
 import torch
 
 from tests.oracles.reference import float64
-from tl_asymmetry import (
-    BlockTrajectory,
-    CouplingStudy,
-    GrokTrajectory,
-    centroid_response,
-    coupling_sensitivity,
-    direction_coupling,
-)
+from tl_asymmetry import CouplingStudy, direction_coupling
+from tl_asymmetry.coupling import BlockTrajectory, GrokTrajectory, centroid_response, coupling_sensitivity
 from tl_asymmetry.coupling.analysis import window_rows
 from tl_asymmetry.demo import demo_model
 from tl_asymmetry.grokking import Recipe, train

@@ -9,7 +9,7 @@ import torch
 from tests import tiny
 from tests.grokking.test_model import FORMS, scrambled
 from tests.oracles.reference import float64
-from tl_asymmetry import centroid_response
+from tl_asymmetry.coupling import centroid_response
 from tl_asymmetry.coupling.response import CentroidProblem, random_directions
 from tl_asymmetry.grokking import GrokShape, GrokTransformer, bridge_model, hooked_model
 from tl_asymmetry.models.parameters import ParameterVector, attention_weights

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.oracles.reference import float64
-from tl_asymmetry import RollingSVD, RollingSVDs
+from tl_asymmetry.geometry import RollingSVD, RollingSVDs
 from tl_asymmetry.geometry.sketch import RowSketch
 
 

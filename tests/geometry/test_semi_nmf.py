@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.oracles import reference_tangents as reference
-from tl_asymmetry import semi_nmf
+from tl_asymmetry.geometry import semi_nmf
 
 
 def gaussian(*shape, seed=0):

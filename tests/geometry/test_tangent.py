@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tests.oracles import reference, reference_tangents
-from tl_asymmetry import isoscore, random_subspace
+from tl_asymmetry.geometry import isoscore, random_subspace
 from tl_asymmetry.geometry.tangent import (
     anisotropy_shares,
     control_size,

@@ -10,19 +10,9 @@ from hypothesis import strategies as st
 from scipy import optimize, stats
 
 from tests import tiny
-from tl_asymmetry import (
-    ModelView,
-    RankOneEdit,
-    StreamingMoments,
-    apply_edits,
-    closed_form_edit,
-    head_delta,
-    input_at,
-    insertion_edit,
-    matched_controls,
-    principal_subspace,
-    removal_edit,
-)
+from tl_asymmetry import ModelView, RankOneEdit, apply_edits
+from tl_asymmetry.edits import closed_form_edit, head_delta, input_at, insertion_edit, matched_controls, removal_edit
+from tl_asymmetry.geometry import StreamingMoments, principal_subspace
 from tl_asymmetry.interventions.design import CONTROL_KINDS, _extreme_variance
 
 F64 = torch.float64

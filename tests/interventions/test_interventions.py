@@ -11,18 +11,9 @@ import torch
 from tests import tiny
 from tests.models.test_edits import fingerprint, make_edit
 from tests.oracles import reference_study
-from tl_asymmetry import (
-    ModelView,
-    RankOneEdit,
-    RankOneStudy,
-    Subspace,
-    apply_edits,
-    head_delta,
-    rank_one_study,
-    removal_edit,
-)
+from tl_asymmetry import ModelView, RankOneEdit, RankOneStudy, Subspace, apply_edits, rank_one_study
 from tl_asymmetry.demo import demo_model
-from tl_asymmetry.edits import commit_edits
+from tl_asymmetry.edits import commit_edits, head_delta, removal_edit
 from tl_asymmetry.interventions import analysis as module
 from tl_asymmetry.interventions.tables import study_table
 from tl_asymmetry.models.resume import EditedRuns

@@ -6,7 +6,8 @@ import torch
 from tests import tiny
 from tests.oracles import reference_jacobians as reference
 from tests.pair.test_pair_promises import state
-from tl_asymmetry import ModelView, centroids, local_centroids
+from tl_asymmetry import ModelView, centroids
+from tl_asymmetry.jacobians import local_centroids
 
 T = 5
 KIND = tiny.KINDS[0]

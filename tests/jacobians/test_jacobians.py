@@ -11,15 +11,9 @@ import tl_asymmetry.jacobians.work as work
 from tests import tiny
 from tests.oracles import reference_jacobians as reference
 from tests.pair.test_pair_promises import state
-from tl_asymmetry import (
-    LayerJacobians,
-    ModelView,
-    Subspace,
-    jacobian_sketch,
-    layer_jacobians,
-    prediction_pullback,
-    random_subspace,
-)
+from tl_asymmetry import LayerJacobians, ModelView, Subspace, layer_jacobians, prediction_pullback
+from tl_asymmetry.geometry import random_subspace
+from tl_asymmetry.jacobians import jacobian_sketch
 from tl_asymmetry.models.texts import check_tokens
 from tl_asymmetry.results.result import load
 

@@ -9,8 +9,9 @@ import torch
 import tl_asymmetry.jacobians.pullback as pullback
 from tests import tiny
 from tests.oracles import reference_jacobians as reference
-from tl_asymmetry import ModelView, PredictionPullback, Subspace, analyze_pair, prediction_pullback, prediction_subspace
+from tl_asymmetry import ModelView, PredictionPullback, Subspace, analyze_pair, prediction_pullback
 from tl_asymmetry.demo import demo_model
+from tl_asymmetry.geometry import prediction_subspace
 from tl_asymmetry.results.result import load
 
 T = 5

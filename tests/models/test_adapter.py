@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
-from tl_asymmetry import analyze_pair, stable_rank, weights_from
+from tl_asymmetry import analyze_pair, weights_from
+from tl_asymmetry.geometry import stable_rank
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import MATRICES
 from tl_asymmetry.pair.deltas import FactoredDelta, measure_change, measure_delta

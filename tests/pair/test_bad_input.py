@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tests import tiny
-from tl_asymmetry import analyze_pair, estimate_pair, random_subspace
+from tl_asymmetry import analyze_pair, estimate_pair
+from tl_asymmetry.geometry import random_subspace
 from tl_asymmetry.models.view import ModelView
 
 pytestmark = pytest.mark.usefixtures("unchecked_types")

@@ -12,7 +12,8 @@ from tests import tiny
 from tests.oracles import reference, reference_gradients
 from tests.oracles.naive_pair import NaivePair
 from tests.oracles.reference import float64
-from tl_asymmetry import CrossEntropy, TokenBatch, analyze_pair, gradient_covariance
+from tl_asymmetry import analyze_pair, gradient_covariance
+from tl_asymmetry.objectives import CrossEntropy, TokenBatch
 
 D, RANKS = tiny.D_MODEL, [1, 3, 12]
 

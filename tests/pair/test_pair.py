@@ -13,7 +13,8 @@ import torch
 from tests import tiny
 from tests.oracles import reference
 from tests.oracles.naive_pair import NaivePair
-from tl_asymmetry import PairAnalysis, Subspace, adjusted_p, analyze_pair, random_subspace
+from tl_asymmetry import PairAnalysis, Subspace, analyze_pair
+from tl_asymmetry.geometry import adjusted_p, random_subspace
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair.tables import PAIR_COLUMNS
 

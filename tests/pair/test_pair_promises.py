@@ -20,7 +20,8 @@ import torch
 
 from tests import tiny
 from tests.oracles import reference
-from tl_asymmetry import PairAnalysis, analyze_pair, capture_moments, estimate_pair
+from tl_asymmetry import PairAnalysis, analyze_pair, estimate_pair
+from tl_asymmetry.geometry import capture_moments
 from tl_asymmetry.geometry import moments as moments_module
 from tl_asymmetry.models.running import HOOK_FLAGS
 from tl_asymmetry.models.view import ModelView
@@ -325,7 +326,7 @@ def test_sensitivity_agrees_with_an_analysis_that_made_the_other_choice(options:
 
 
 def test_sensitivity_of_given_subspaces_says_why_there_is_none() -> None:
-    from tl_asymmetry import random_subspace
+    from tl_asymmetry.geometry import random_subspace
 
     result = analyze_pair(*pair(), **OPTIONS, sensitivity=True, subspaces={"mine": random_subspace(48, 8, 0)})
     with pytest.raises(ValueError, match="expected a subspace that can be chosen otherwise, got only given ones; pass"):

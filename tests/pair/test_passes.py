@@ -13,14 +13,8 @@ import pytest
 import torch
 
 from tests import tiny
-from tl_asymmetry import (
-    PairAnalysis,
-    StreamingMoments,
-    TrajectoryAnalysis,
-    analyze_pair,
-    analyze_trajectory,
-    estimate_pair,
-)
+from tl_asymmetry import PairAnalysis, TrajectoryAnalysis, analyze_pair, analyze_trajectory, estimate_pair
+from tl_asymmetry.geometry import StreamingMoments
 from tl_asymmetry.geometry.memory import free_memory
 from tl_asymmetry.models.capture import capture
 from tl_asymmetry.models.processes import ALONE, Processes, present_processes

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tests import tiny
-from tl_asymmetry import PairAnalysis, adjusted_p, analyze_pair
+from tl_asymmetry import PairAnalysis, analyze_pair
+from tl_asymmetry.geometry import adjusted_p
 from tl_asymmetry.geometry.nulls import IsotropicNull
 from tl_asymmetry.pair.stability import STABILITY_COLUMNS
 from tl_asymmetry.plots import stability_figure

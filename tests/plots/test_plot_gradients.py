@@ -5,8 +5,9 @@ import functools
 import numpy as np
 import pytest
 
-from tl_asymmetry import CrossEntropy, gradient_covariance
+from tl_asymmetry import gradient_covariance
 from tl_asymmetry.demo import demo_model, demo_texts
+from tl_asymmetry.objectives import CrossEntropy
 from tl_asymmetry.plots import effective_rank_figure
 
 

@@ -12,7 +12,8 @@ import torch
 
 from tests import tiny
 from tests.synthetic import make_asymmetry, make_table
-from tl_asymmetry import analyze_pair, marchenko_pastur_edge, plots
+from tl_asymmetry import analyze_pair, plots
+from tl_asymmetry.geometry import marchenko_pastur_edge
 from tl_asymmetry.plots import asymmetry_figure, layers_figure, rank_curve_figure, spectrum_figure
 from tl_asymmetry.results.result import KINDS
 

@@ -5,8 +5,9 @@ import functools
 import pytest
 import torch
 
-from tl_asymmetry import DPO, ORPO, ModelView, PreferenceBatch
+from tl_asymmetry import ModelView
 from tl_asymmetry.demo import demo_gpt2, demo_model, demo_preferences, demo_tokenizer
+from tl_asymmetry.objectives import DPO, ORPO, PreferenceBatch
 from tl_asymmetry.training.data import as_batches
 
 trl = pytest.importorskip("trl")

@@ -5,8 +5,9 @@ import torch
 
 from benchmarks.embedded_pair.encoding import encode_preferences
 from tests import tiny
-from tl_asymmetry import ModelView, PreferenceBatch, TokenBatch
+from tl_asymmetry import ModelView
 from tl_asymmetry.demo import demo_model, demo_preferences, demo_tokenizer
+from tl_asymmetry.objectives import PreferenceBatch, TokenBatch
 from tl_asymmetry.training.data import as_batches, rebatched, shuffled
 
 CHAT = (

@@ -20,14 +20,8 @@ import torch
 from tests import tiny
 from tests.killing import Fatal, deaths
 from tests.pair.test_pair_promises import state
-from tl_asymmetry import (
-    TrajectoryAnalysis,
-    analyze_pair,
-    analyze_trajectory,
-    capture_moments,
-    prediction_subspace,
-    random_subspace,
-)
+from tl_asymmetry import TrajectoryAnalysis, analyze_pair, analyze_trajectory
+from tl_asymmetry.geometry import capture_moments, prediction_subspace, random_subspace
 from tl_asymmetry.geometry.subspace import principal_subspace
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.store import StoreReader

@@ -94,7 +94,8 @@ def contrastive_control(
             finite, or a store that holds another study.
 
     Example:
-        >>> from tl_asymmetry import CrossEntropy, contrastive_control
+        >>> from tl_asymmetry import contrastive_control
+        >>> from tl_asymmetry.objectives import CrossEntropy
         >>> from tl_asymmetry.demo import demo_texts
         >>> grades = [CrossEntropy(), CrossEntropy(temperature=4.0)]
         >>> study = contrastive_control(model, grades, demo_texts(32), steps=2, seeds=[0], progress=False)

@@ -43,7 +43,8 @@ def effective_rank_figure(
         ValueError: no table, an unknown matrix or side.
 
     Example:
-        >>> from tl_asymmetry import CrossEntropy, gradient_covariance
+        >>> from tl_asymmetry import gradient_covariance
+        >>> from tl_asymmetry.objectives import CrossEntropy
         >>> covariance = gradient_covariance(model, CrossEntropy(), ["Mira was happy."] * 4, progress=False)
         >>> effective_rank_figure({"cross-entropy": covariance.table}).write_html("ranks.html")
     """

@@ -1,0 +1,33 @@
+"""Names of a package that are imported when they are first asked for: `import tl_asymmetry` costs nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+
+def attach(
+    package: str, rooms: Mapping[str, Sequence[str]], submodules: Sequence[str] = ()
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """What a package needs as `__getattr__`, `__dir__` and `__all__` (PEP 562).
+
+    Args:
+        package: its `__name__`.
+        rooms: from modules of `tl_asymmetry` to the names that come from them.
+        submodules: of the package, offered as attributes without being imported.
+    """
+    origin = {name: room for room, names in rooms.items() for name in names}
+
+    def get(name: str) -> Any:
+        if name in submodules:
+            return import_module(f"{package}.{name}")
+        if name not in origin:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(import_module(f"tl_asymmetry.{origin[name]}"), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    exported = sorted([*origin, *submodules])
+    return get, lambda: [*exported, *vars(sys.modules[package])], exported
