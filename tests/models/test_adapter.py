@@ -257,8 +257,11 @@ def altered(tmp_path: Path, name: str = "llama", tensors: Any = None, **config: 
             "got peft_type 'PROMPT_TUNING' in .*; pass the merged",
         ),
         ({"init_lora_weights": "loftq"}, "got init_lora_weights='loftq'"),
-        ({"r": 8}, "expected factors of rank 8 for model.layers.0.* by adapter_config.json, got 3; pass"),
-        ({"base_model_name_or_path": None}, "expected a base for the adapter .*, which names none; pass weights_from"),
+        ({"r": 8}, "expected factors of rank 8 for model.layers.0.* by the configuration of .*, got 3; pass"),
+        (
+            {"base_model_name_or_path": None},
+            "expected a base for the adapter .*, got none, given .*; pass weights_from",
+        ),
         (
             {"base_model_name_or_path": "./gone"},
             r"base './gone' to be found .*; pass weights_from",

@@ -310,7 +310,7 @@ def test_weights_that_belong_to_something_else_are_doubted() -> None:
 def test_a_configuration_transformers_does_not_know(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="expected a model configuration that transformers knows in"):
+    with pytest.raises(ValueError, match="expected a model_type that transformers .* knows in"):
         weights_from(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     with pytest.raises(ValueError, match="; pass "):

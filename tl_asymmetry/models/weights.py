@@ -88,7 +88,7 @@ def _from_folder(name: str, folder: Path, base: Any) -> WeightSource:
     has_adapter = any((folder / file).is_file() for file in ADAPTER_FILES)
     has_model = any((folder / file).is_file() for file in MODEL_FILES)
     has_config = (folder / "config.json").is_file()
-    if (folder / _ADAPTER).is_file():
+    if (folder / _ADAPTER).is_file() or (has_adapter and not has_model):
         if has_adapter and has_model and has_config:
             raise ValueError(
                 f"expected a model or an adapter, got both in {name!r} (transformers adds the adapter to the weights "

@@ -402,8 +402,8 @@ class AdapterWeights(WeightSource):
         stated = _by_pattern(adapter.get("rank_pattern"), module, adapter.get("r", 8))
         if rank != stated:
             raise ValueError(
-                f"expected factors of rank {stated} for {module} by adapter_config.json, got {rank}; pass the "
-                "configuration that belongs to these factors"
+                f"expected factors of rank {stated} for {module} by the configuration of {self.name!r}, got {rank}; "
+                "pass the configuration that belongs to these factors"
             )
         α = _by_pattern(adapter.get("alpha_pattern"), module, adapter.get("lora_alpha", 8))
         return α / math.sqrt(rank) if adapter.get("use_rslora") else α / rank

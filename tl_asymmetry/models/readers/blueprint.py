@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from tl_asymmetry.geometry.precision import product_dtype
 from tl_asymmetry.models.loading import bridge_around
+from tl_asymmetry.models.readers.files import in_short
 from tl_asymmetry.models.readers.resolution import Resolution, resolve
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import kind_of
@@ -363,15 +364,20 @@ def _wrapped(model: Any) -> Any:
 
 def _on_meta(config: Any) -> Any:
     """The model of a configuration without its weights."""
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"expected the configuration of a causal language model, got {type(config).__name__}; pass a model "
+            "directory of a supported architecture"
+        )
     with _quiet(), torch.random.fork_rng(devices=[]), torch.device("meta"):
         try:
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
         except Exception as error:  # whatever a model's own code makes of numbers that do not fit
             raise ValueError(
-                f"expected the configuration of a causal language model, got {type(config).__name__}: "
-                f"{type(error).__name__}: {error}; pass a model directory of a supported architecture"
+                f"expected the configuration of a causal language model, got {type(config).__name__} "
+                f"({in_short(error)}); pass a model directory of a supported architecture"
             ) from error
 
 

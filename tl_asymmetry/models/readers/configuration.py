@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_asymmetry.models.readers.base import Weights, WeightSource, as_weights
-from tl_asymmetry.models.readers.files import read_json
+from tl_asymmetry.models.readers.files import in_short, read_json
 from tl_asymmetry.models.readers.hub import local_or_hub
 from tl_asymmetry.models.view import ModelView
 
@@ -37,16 +37,24 @@ def read_config(folder: Path, names: Iterable[str] = ()) -> Any:
         ValueError: none there, sizes that cannot be, more layers than the tensors have, or a model that transformers
             does not know; naming the file.
     """
-    from transformers import AutoConfig
+    import transformers
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     path = folder / "config.json"
-    _check_sizes(read_json(path), path, layers_of(names))
+    document = read_json(path)
+    _check_sizes(document, path, layers_of(names))
+    if document.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(
+            f"expected a model_type that transformers {transformers.__version__} knows in {str(path)!r}, got "
+            f"{str(document.get('model_type'))[:80]!r} (code that comes with a checkpoint is not run); pass a loaded "
+            "model, or one of a known type"
+        )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a configuration's own code, and classes that vary by version
         raise ValueError(
-            f"expected a model configuration that transformers knows in {str(path)!r}, got {type(error).__name__}: "
-            f"{error}; pass a folder written by save_pretrained"
+            f"expected a model configuration that transformers can read in {str(path)!r}, got {in_short(error)}; pass "
+            "a folder written by save_pretrained"
         ) from error
 
 
@@ -122,8 +130,8 @@ def config_beside(trained_from: str | None, name: str, folder: Path, base: Any) 
         return config_like(as_weights(base))
     if not trained_from:
         raise ValueError(
-            f"expected a base for the adapter {name!r}, which names none; pass weights_from(adapter, base=...), a "
-            "model or a transformers configuration"
+            f"expected a base for the adapter {name!r}, got none, given or named by it; pass weights_from(adapter, "
+            "base=...), a model or a transformers configuration"
         )
     from transformers import AutoConfig
 
@@ -137,8 +145,8 @@ def config_beside(trained_from: str | None, name: str, folder: Path, base: Any) 
         return AutoConfig.from_pretrained(trained_from, trust_remote_code=False)
     except Exception as error:  # the Hub's client, a configuration's own code
         raise ValueError(
-            f"expected the adapter's base {trained_from!r} to be found for its configuration, got {error}; pass "
-            "weights_from(adapter, base=...), a model or a transformers configuration"
+            f"expected the adapter's base {trained_from!r} to be found for its configuration, got {in_short(error)}; "
+            "pass weights_from(adapter, base=...), a model or a transformers configuration"
         ) from error
 
 

@@ -26,6 +26,9 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _STATE_KEYS = ("state_dict", "model", "module", "model_state_dict")
 """Where Lightning, training loops and DeepSpeed put the weights in what they save beside them."""
 
+_WORDS = 240
+"""Of another library's message are shown."""
+
 _PIECE = 1 << 22
 """Entries of a tensor that are compared at once."""
 
@@ -195,7 +198,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"expected JSON in {str(path)!r}, got {error}; pass the file downloaded again") from error
+        raise ValueError(
+            f"expected JSON in {str(path)!r}, got {in_short(error)}; pass the file downloaded again"
+        ) from error
     if not isinstance(document, dict):
         raise ValueError(f"expected a JSON object in {str(path)!r}, got {type(document).__name__}; pass another file")
     return document
@@ -240,9 +245,14 @@ def _torch_file(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def in_short(error: Exception) -> str:
+    """Another library's words in one line that leaves out their end, where advice is that is not for here."""
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words[:_WORDS]}{'…' if len(words) > _WORDS else ''}"
+
+
 def _damaged(path: Path, error: Exception) -> ValueError:
-    line = (str(error).splitlines() or [""])[0]
     return ValueError(
-        f"expected a whole file of tensors, got {path.name} that cannot be read ({type(error).__name__}: {line}); pass "
-        f"the file downloaded or copied again ({str(path)!r})"
+        f"expected a whole file of tensors, got {path.name} that cannot be read ({in_short(error)}); pass the file "
+        f"downloaded or copied again ({str(path)!r})"
     )

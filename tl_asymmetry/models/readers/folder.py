@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tl_asymmetry.models.readers.base import WeightSource
 from tl_asymmetry.models.readers.blueprint import Skeleton, blueprint_of, skeleton_of, untied
-from tl_asymmetry.models.readers.files import TensorFiles
+from tl_asymmetry.models.readers.files import TensorFiles, in_short
 from tl_asymmetry.models.readers.resolution import Resolution, leftovers_note, nearest, wrappers_note
 from tl_asymmetry.models.readers.stored import StoredParameters, take_dimensions
 from tl_asymmetry.models.view import Parameters
@@ -34,10 +34,10 @@ class HuggingFaceWeights(WeightSource):
     def __init__(self, name: str, config: Any, files: TensorFiles, folder: Path | None) -> None:
         refuse_quantised(config, name)
         self.name, self.bytes = name, files.bytes
-        skeleton, resolved = _resolved(config, files)
+        skeleton, resolved = _resolved(name, config, files)
         if _has_two_heads(skeleton, resolved, files):
             config = untied(config)
-            skeleton, resolved = _resolved(config, files)
+            skeleton, resolved = _resolved(name, config, files)
             self.notes += (
                 f"the configuration of {name!r} ties the unembedding to the embedding, but its files hold two that "
                 "differ: both are read, as transformers does",
@@ -64,9 +64,12 @@ class HuggingFaceWeights(WeightSource):
         return self._stored.extras(include_tied=include_tied, tied=self.tied)
 
 
-def _resolved(config: Any, files: TensorFiles) -> tuple[Skeleton, Resolution]:
+def _resolved(name: str, config: Any, files: TensorFiles) -> tuple[Skeleton, Resolution]:
     """The parameters of a configuration and where they are; of tied ones either name does."""
-    skeleton = skeleton_of(config)
+    try:
+        skeleton = skeleton_of(config)
+    except ValueError as error:
+        raise ValueError(f"{error} (the configuration of {name!r})") from error
     resolved = skeleton.resolve(files)
     for tied, source in skeleton.tied.items():
         if source not in resolved.found and tied in resolved.found:
@@ -149,6 +152,6 @@ def read_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers' and tokenizers' own classes, which vary by version
         raise ValueError(
-            f"expected a tokenizer that transformers can load in {str(folder)!r}, got {error}; pass a folder with a "
-            "whole one, or with none"
+            f"expected a tokenizer that transformers can load in {str(folder)!r}, got {in_short(error)}; pass a folder "
+            "with a whole one, or with none"
         ) from error

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_asymmetry.geometry.precision import exact_products
+from tl_asymmetry.models.readers.files import in_short
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def merged(
         except Exception as error:  # PEFT's own refusals come in many classes
             raise ValueError(
                 f"expected an adapter that PEFT {peft.__version__} can merge, got {kind} at {module}: "
-                f"{type(error).__name__}: {error}; pass the merged model (merge_and_unload, save_pretrained)"
+                f"{in_short(error)}; pass the merged model (merge_and_unload, save_pretrained)"
             ) from error
 
 
