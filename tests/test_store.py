@@ -92,7 +92,14 @@ def test_memory_keeps_what_a_disk_would() -> None:
 
 def test_tensors_that_share_memory_and_those_that_are_not_contiguous(tmp_path: Path) -> None:
     whole = torch.arange(12.0).view(3, 4)
-    shared = {"whole": whole, "row": whole[1], "turned": whole.mT, "again": whole}
+    shared = {
+        "one": torch.ones(1).expand(1, 1),
+        "none": torch.ones(0, 3),
+        "whole": whole,
+        "row": whole[1],
+        "turned": whole.mT,
+        "again": whole,
+    }
     with opened(tmp_path) as store:
         store.put("x", shared, {})
         assert same(store.arrays("x"), {name: tensor.contiguous() for name, tensor in shared.items()})

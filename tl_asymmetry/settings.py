@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tl_asymmetry.geometry.subspace import Subspace
 from tl_asymmetry.models.checks import check_pair, check_raw, finite_check
+from tl_asymmetry.models.readers.hub import public_name
 from tl_asymmetry.models.texts import token_sequences
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.models.weights import Weights, WeightSource, opened
@@ -169,7 +170,7 @@ def open_pair(
     for warning in check_pair(base, aligned):
         notes.warn(warning)
     for note in (*base.notes, *(aligned.notes if isinstance(aligned, WeightSource) else ())):
-        notes.add(note)
+        notes.add(note.replace(aligned.name, public_name(aligned.name)))  # which may be a whole path
     return OpenPair(base, aligned, sequences, notes)
 
 

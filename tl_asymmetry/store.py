@@ -488,7 +488,8 @@ def _digest(arrays: Mapping[str, Tensor]) -> str:
     digest = xxhash.xxh3_128()
     for name, array in arrays.items():
         digest.update(f"{name}\n{array.dtype} {tuple(array.shape)}\n".encode())
-        digest.update(array.reshape(-1).view(torch.uint8).numpy().data)
+        flat = array.as_strided((array.numel(),), (1,))  # also of one number, whose strides may be anything
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,11 @@ _ANSWERS_OF_TRANSFORMER_LENS = (
 
 
 def open_model(
-    name_or_path: str | Path, dtype: torch.dtype = torch.float32, *, device: str | torch.device | None = None
+    name_or_path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
 ) -> Any:
     """A TransformerBridge with raw weights, from a local Hugging Face directory or a name on the Hub.
 
@@ -25,6 +30,8 @@ def open_model(
         name_or_path: a directory with config.json and weights, or a name such as "EleutherAI/pythia-160m".
         dtype: of the weights.
         device: where to put it; CUDA if there is one, else the CPU.
+        trust_remote_code: run the Python files that its configuration names; without this they are never read, nor is
+            anyone asked whether they may be.
 
     Raises:
         ValueError: no such directory, a directory that holds no model, a name that cannot be loaded; a multimodal model
@@ -46,13 +53,25 @@ def open_model(
     from transformers import AutoConfig
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with _loading(str(name_or_path)):
+        config = AutoConfig.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code)
+    _refuse_to_install(config, str(name_or_path))
+    if not trust_remote_code:
+        _refuse_remote_code(config, str(name_or_path))
+    with _loading(str(name_or_path)):
+        return TransformerBridge.boot_transformers(
+            str(name_or_path), device=device, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
     try:
-        _refuse_to_install(AutoConfig.from_pretrained(str(name_or_path), trust_remote_code=False), str(name_or_path))
-        return TransformerBridge.boot_transformers(str(name_or_path), device=device, dtype=dtype)
+        yield
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"expected a causal language model that TransformerLens can load, got {str(name_or_path)!r}: {error}; pass "
-            "a directory written by save_pretrained, or the name of a supported model"
+            f"expected a causal language model that TransformerLens can load, got {name!r}: {error}; pass a directory "
+            "written by save_pretrained, or the name of a supported model"
         ) from error
 
 
@@ -144,6 +163,22 @@ def stand_in_tokenizer() -> Any:
     )
     tokenizer.init_kwargs |= {"add_bos_token": True, "name_or_path": ""}
     return tokenizer
+
+
+def _refuse_remote_code(config: Any, name: str) -> None:
+    """Refuse a model that only code of its own could build: transformers would ask on standard input whether to run it.
+
+    Raises:
+        ValueError: naming the code.
+    """
+    from transformers import AutoModelForCausalLM
+
+    own = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    if own is not None and type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(
+            f"expected an architecture that transformers itself knows, got {name!r}, which brings code of its own "
+            f"({own}); pass open_model(…, trust_remote_code=True) if you have read that code and trust it"
+        )
 
 
 def _refuse_to_install(config: Any, name: str) -> None:

@@ -20,6 +20,7 @@ from tl_asymmetry.models.bridge import BridgeAdapter
 from tl_asymmetry.models.encoders import encoder_adapter, is_encoder
 from tl_asymmetry.models.hooked import HookedAdapter
 from tl_asymmetry.models.huggingface import HuggingFaceAdapter, is_regular, is_transformers_model
+from tl_asymmetry.models.readers.hub import public_name
 from tl_asymmetry.models.running import evaluation, own_thread
 from tl_asymmetry.names import MATRICES, POINTS, kind_of
 
@@ -133,7 +134,7 @@ class ModelView:
         self._slots: dict[tuple[int, str], Slot] = {}
         cfg = adapter.cfg
         self.kind = adapter.kind
-        self.name = str(getattr(cfg, "model_name", None) or "unnamed")
+        self.name = public_name(getattr(cfg, "model_name", None) or "unnamed")
         self.n_layers = len(adapter.blocks)
         self.d_model, self.d_head, self.n_heads = int(cfg.d_model), int(cfg.d_head), int(cfg.n_heads)
         self.n_kv_heads = int(getattr(cfg, "n_key_value_heads", None) or cfg.n_heads)

@@ -16,6 +16,7 @@ from tl_asymmetry.geometry.subspace import Subspace
 from tl_asymmetry.models.capture import capture
 from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.processes import ALONE, Processes, present_processes
+from tl_asymmetry.models.readers.hub import public_name
 from tl_asymmetry.models.side_by_side import side_by_side
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.models.weights import Weights, WeightSource
@@ -320,8 +321,8 @@ def _note_deltas(
         unlike = [matrix for matrix, changes in deltas.items() if _median_cosine(changes) < _UNRELATED]
         if unlike:
             notes.warn(
-                f"{', '.join(unlike)} in {aligned.name!r} point elsewhere than the base's (median cosine of a head's "
-                f"weights under {_UNRELATED:g}): is this the base that they were trained from?"
+                f"{', '.join(unlike)} in {public_name(aligned.name)!r} point elsewhere than the base's (median cosine "
+                f"of a head's weights under {_UNRELATED:g}): is this the base that they were trained from?"
             )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from tl_asymmetry.disk import replace_file
 from tl_asymmetry.names import thresholds
 from tl_asymmetry.plots import style
 
@@ -114,7 +115,7 @@ def write_image(figure: go.Figure, path: Path, *, format: str, width: int, scale
         height=(still.layout.height or 450) - menu - slider,
         margin={"t": (margin.t or 0) - menu, "b": (margin.b or 0) - slider} if menu or slider else {},
     )
-    still.write_image(path, format=format, scale=scale)
+    replace_file(path, still.to_image(format=format, scale=scale))
     return path
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tl_asymmetry.disk import replace_file
 from tl_asymmetry.results.definitions import Citation
 from tl_asymmetry.results.sections import MARKS, Definition, FigureSection, TableSection
 
@@ -49,17 +50,18 @@ def document(title: str, body: str, scripts: str, *, css: str = "") -> str:
 
 
 def write_page(path: str | Path, content: str) -> Path:
-    """Write a page (UTF-8) and return its path.
+    """Write a page (UTF-8) in one step and return its path; an earlier page stays until this one is whole.
 
     Raises:
         ValueError: a path that is a folder, or in none.
+        OSError: no room (errno ENOSPC).
     """
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"expected the path of a file, got the folder {path}; pass e.g. {path / 'report.html'}")
     if not path.parent.is_dir():
         raise ValueError(f"expected an existing folder, got {path.parent}; create it or pass another path")
-    path.write_text(content, encoding="utf-8")
+    replace_file(path, content.encode("utf-8", "replace"))  # half a surrogate pair is no character
     return path
 
 

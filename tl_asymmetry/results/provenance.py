@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from tl_asymmetry.geometry.precision import product_dtype
 from tl_asymmetry.geometry.rounding import coarser, storage_dtype
 from tl_asymmetry.geometry.subspace import Subspace
 from tl_asymmetry.models.readers.base import Weights, WeightSource
+from tl_asymmetry.models.readers.hub import public_name
 from tl_asymmetry.models.view import ModelView
 
 _PACKAGES = ("tl-asymmetry", "torch", "transformer-lens", "transformers", "numpy", "scipy", "pandas")
@@ -30,7 +32,7 @@ def versions() -> dict[str, str | None]:
 def model_record(view: Weights, weights: str) -> dict[str, Any]:
     """Which model: name, kind, dtype, storage, device and `weights`, its `weights_hash`. JSON-ready."""
     return {
-        "name": view.name,
+        "name": public_name(view.name),
         "kind": view.kind,
         "dtype": str(view.dtype),
         "storage": str(_storage(view)),
@@ -60,6 +62,8 @@ def described(**arguments: Any) -> dict[str, Any]:
 def _described(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, Path):
+        return public_name(value)
     if isinstance(value, Subspace):
         return _described(value.basis)
     if isinstance(value, torch.Tensor):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from tl_asymmetry.disk import make_folder
 from tl_asymmetry.results.definitions import CITATIONS, DEFINITIONS, Citation
 from tl_asymmetry.results.markup import (
     Html,
@@ -169,7 +170,7 @@ def write_images(
     from tl_asymmetry.plots.page import write_image  # here, since it brings plotly
 
     report = result if isinstance(result, Report) else result._report()
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    make_folder(Path(folder))
     paths: list[Path] = []
     for section in report.figures:
         several = section.figure if isinstance(section.figure, Mapping) else {"": section.figure}

@@ -18,6 +18,7 @@ from torch import nn
 
 from tl_asymmetry.geometry.memory import return_freed_memory
 from tl_asymmetry.models.loading import open_model
+from tl_asymmetry.models.readers.hub import public_name
 
 _STEP = re.compile(r"(?:^|[^a-z])(?:checkpoint|step|global_step|iter)[-_]?(\d+)$", re.IGNORECASE)
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
@@ -113,7 +114,7 @@ def _one(entry: Any, several: bool) -> Checkpoint:
 def _of_path(step: int, path: str | Path) -> Checkpoint:
     here = Path(path)
     known = (lambda: _directory_fingerprint(here)) if here.is_dir() else None
-    return Checkpoint(step, str(path), lambda: made_model(lambda: open_model(path)), known)
+    return Checkpoint(step, public_name(path), lambda: made_model(lambda: open_model(path)), known)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from tl_asymmetry.models.checks import finite_check
 from tl_asymmetry.models.loading import open_model
 from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.processes import ALONE, Processes
+from tl_asymmetry.models.readers.hub import public_name
 from tl_asymmetry.models.side_by_side import side_by_side
 from tl_asymmetry.models.texts import token_sequences, vocabulary_fingerprint
 from tl_asymmetry.models.view import ModelView
@@ -68,9 +69,10 @@ class TrajectorySettings:
 
     def described(self) -> dict[str, Any]:
         """Every setting, JSON-ready."""
+        source = self.subspaces_from
         own = described(
-            reference=self.reference, subspaces_from=self.subspaces_from, gradient=self.gradient,
-            duplicates=self.duplicates,
+            reference=self.reference, subspaces_from=public_name(source) if isinstance(source, str) else source,
+            gradient=self.gradient, duplicates=self.duplicates,
         )  # fmt: skip
         return self.pair.described() | own
 

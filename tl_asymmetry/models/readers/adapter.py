@@ -33,6 +33,7 @@ from tl_asymmetry.models.readers.base import Factors, Weights, WeightSource, as_
 from tl_asymmetry.models.readers.blueprint import Blueprint, Skeleton, blueprint_of, skeleton_of, untied
 from tl_asymmetry.models.readers.changes import Change, Merged, Offset, Product, Rescaled, Rows, Whole
 from tl_asymmetry.models.readers.files import TensorFiles
+from tl_asymmetry.models.readers.hub import public_name
 from tl_asymmetry.models.readers.resolution import candidates, leftovers_note, nearest
 from tl_asymmetry.models.readers.stored import read_float, take_dimensions
 from tl_asymmetry.models.readers.tuners import TUNERS
@@ -645,4 +646,5 @@ def _origin_note(adapter: Mapping[str, Any], base: Weights | None) -> list[str]:
     trained_from = adapter.get("base_model_name_or_path")
     if base is None or not trained_from or Path(trained_from).name == Path(base.name).name:
         return []
-    return [f"the adapter says that it was trained from {trained_from!r}; the base here is {base.name!r}"]
+    theirs, ours = public_name(trained_from), public_name(base.name)
+    return [f"the adapter says that it was trained from {theirs!r}; the base here is {ours!r}"]

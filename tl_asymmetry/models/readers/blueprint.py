@@ -373,7 +373,9 @@ def _on_meta(config: Any) -> Any:
         )
     with _quiet(), torch.random.fork_rng(devices=[]), torch.device("meta"):
         try:
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+            return AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+            )
         except Exception as error:  # whatever a model's own code makes of numbers that do not fit
             raise ValueError(
                 f"expected the configuration of a causal language model, got {type(config).__name__} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -10,6 +11,19 @@ _WEIGHTS = ("*.safetensors", "*.bin")
 _WANTED = ("*.json", "*.safetensors", "tokenizer.model", "*.txt")
 _PICKLED = ("pytorch_model*.bin", "adapter_model.bin")
 _FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".json")
+
+
+def public_name(name: str | Path) -> str:
+    """What a result or a page may say of where a model came from: a folder's last part, or a name on the Hub.
+
+    Example:
+        >>> public_name("/home/me/secret/checkpoint-500"), public_name("EleutherAI/pythia-160m")
+        ('checkpoint-500', 'EleutherAI/pythia-160m')
+    """
+    path = Path(name)
+    if path.is_absolute() or path.exists() or len(path.parts) > 2:
+        return Path(os.path.abspath(path)).name
+    return str(name)
 
 
 def local_or_hub(name_or_path: str | Path) -> Path | None:
