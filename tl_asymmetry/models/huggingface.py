@@ -116,6 +116,12 @@ class HuggingFaceAdapter:
 
     # -- architecture ------------------------------------------------------------------------------
 
+    @cached_property
+    def _declared(self) -> BridgeAdapter | None:
+        """What the Bridge's configuration says, for a model without weights: it cannot be asked by running it."""
+        tensors = (*self.inner.parameters(), *self.inner.buffers())
+        return BridgeAdapter(self.model) if any(tensor.is_meta for tensor in tensors) else None
+
     @property
     def names(self) -> tuple[str, ...]:
         """Matrices that its blocks have, in the order in which results list them."""
@@ -139,6 +145,8 @@ class HuggingFaceAdapter:
     @property
     def final_norm(self) -> str | None:
         """ "LN", "RMS" or None, by what the norm does to a vector."""
+        if self._declared is not None:
+            return self._declared.final_norm
         if self._final is None:
             return None
         return "LN" if subtracts_mean(self._final, self.d_model) else "RMS"
@@ -149,6 +157,8 @@ class HuggingFaceAdapter:
 
     @property
     def has_post_norms(self) -> bool:
+        if self._declared is not None:
+            return self._declared.has_post_norms
         return any(layer.renormed or layer.rescaled for layer in self._anatomy)
 
     @property
@@ -165,6 +175,8 @@ class HuggingFaceAdapter:
     @cached_property
     def is_causal(self) -> bool:
         """Whether a change of the last token leaves all earlier positions as they are."""
+        if self._declared is not None:
+            return self._declared.is_causal
         return not sees_later_tokens(self._last_stream, self._probe_tokens(), self.embedding().shape[0])
 
     @property
@@ -178,6 +190,8 @@ class HuggingFaceAdapter:
 
     @property
     def is_parallel(self) -> bool:
+        if self._declared is not None:
+            return self._declared.is_parallel
         return any(layer.parallel for layer in self._anatomy)
 
     def has_mlp(self, layer: int) -> bool:
