@@ -45,7 +45,7 @@ def test_a_click_opens_the_heads_own_numbers(look, pair):
     assert told["relative at k = 4"].startswith(f"{expected['relative']:.3g} ")
     assert told["95 % interval over texts"] == f"{expected['ci_low']:.3g} to {expected['ci_high']:.3g}"
     assert told["isotropic null"].startswith(f"z {expected['isotropic_z']:.3g}, ")
-    assert told["activation-matched"].endswith(f"excess {expected['excess']:.3g}")
+    assert told["activation-matched reference"].endswith(f"excess {expected['excess']:.3g}")
     drawn = page.evaluate("Array.from(document.querySelectorAll('.card .chart')).map((c) => c.data)")
     curve, spectrum = drawn[0], drawn[1]
     points = next(t for t in curve if "q <" in t["name"].replace("&lt;", "<"))
@@ -97,6 +97,17 @@ def test_deep_link_opens_several_side_by_side(look):
     until(page, "document.getElementById('said').textContent.includes('names no head')")
 
 
+def test_the_open_head_stands_beside_the_map_and_both_stay_in_sight(look):
+    page = look("#L1H2/W_Q")
+    page.locator("td[data-layer='2'][data-head='1']").click()
+    boxes = [page.locator(which).bounding_box() for which in ("#map", ".card")]
+    assert boxes[1]["x"] > boxes[0]["x"] + boxes[0]["width"] / 2
+    assert all(0 <= box["y"] < 900 for box in boxes)
+    narrow = look("#L1H2/W_Q", width=390)
+    boxes = [narrow.locator(which).bounding_box() for which in ("#map", ".card")]
+    assert boxes[1]["y"] > boxes[0]["y"] + boxes[0]["height"]
+
+
 def test_pin_keeps_a_head_beside_the_next(look):
     page = look("#L0H0/W_Q")
     page.get_by_role("button", name="Pin", exact=True).click()
@@ -114,7 +125,10 @@ def test_menus_and_slider_show_the_tables_numbers_in_the_map(look, pair):
     words = page.locator("td[data-layer='2'][data-head='1']").get_attribute("aria-label")
     expected = row(pair[0], 2, 1, "W_V", "attn_in", 16)
     assert words.startswith(f"L2H1: {expected['excess']:.3g}")
-    assert ("q below 0.05" in words) == (expected["isotropic_q"] < 0.05)
+    assert "q <" not in words  # what is shown has no test
+    page.locator("#choose-value").select_option(label="relative fraction over the isotropic null")
+    words = page.locator("td[data-layer='2'][data-head='1']").get_attribute("aria-label")
+    assert ("above it (q < 0.05)" in words) == (expected["isotropic_q"] < 0.05)
     page.locator("#choose-map").select_option(label="W_in in mlp_in")
     assert page.locator("#map td").count() == 4
 
@@ -122,7 +136,8 @@ def test_menus_and_slider_show_the_tables_numbers_in_the_map(look, pair):
 def test_search_sort_filter_and_download(look, pair):
     page = look()
     page.locator("#choose-rows").select_option("all")
-    page.locator("#search").fill("L2 relative>2 isotropic_q<0.05")
+    page.locator("#search").fill("L2 relative > 2 q< 0.05")
+    assert "Understood: L2, relative > 2, isotropic_q < 0.05." in page.locator("#found").inner_text()
     table = pair[0].table
     wanted = table[
         (table["rank"] == 4) & (table["layer"] == 2) & (table["relative"] > 2) & (table["isotropic_q"] < 0.05)

@@ -23,6 +23,7 @@ from tl_asymmetry.explore.pack import Pack
 from tl_asymmetry.explore.page import SCRIPT
 from tl_asymmetry.geometry.spectrum import marchenko_pastur_edge
 from tl_asymmetry.pair.all_directions import all_directions, context_words
+from tl_asymmetry.results.nulls import NULLS
 
 KIND = tiny.KINDS[-1]
 BAD = '</script><img src=x onerror="alert(1)">'
@@ -110,6 +111,25 @@ def test_every_number_of_the_table_is_in_the_page(name, tmp_path):
         keys = [m for m in page["maps"] if m["matrix"] == "W_K"]
         assert {m["kv"] for m in keys} == {True}
         assert {m["group"] for m in keys} == {2}
+
+
+def test_every_number_of_the_nulls_is_in_the_page_and_their_words_are_the_registrys(tmp_path):
+    result = analysed("llama")
+    page = held(result.to_explorer(tmp_path / "explorer.html", directions=0))
+    assert [null["key"] for null in page["nulls"]] == ["isotropic", "sgd"]
+    assert all(null["label"] == NULLS[null["key"]].label for null in page["nulls"])
+    found = 0
+    for each in page["maps"]:
+        rows = result.nulls[
+            (result.nulls["matrix"] == each["matrix"]) & (result.nulls["subspace"] == each["subspace"])
+        ].sort_values(["layer", "head", "rank"])
+        assert list(each["nulls"]) == list(dict.fromkeys(rows["null"]))
+        for null, columns in each["nulls"].items():
+            here = rows[rows["null"] == null]
+            for name in ("expected", "excess", "low", "high", "p", "q"):
+                np.testing.assert_allclose(columns[name], here[name], rtol=1e-6, err_msg=name)
+            found += len(here)
+    assert found == len(result.nulls)
 
 
 def test_spectra_and_their_edge(tmp_path):

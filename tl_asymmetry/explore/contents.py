@@ -16,6 +16,9 @@ from tl_asymmetry.pair.all_directions import MatrixDirections, context_words
 from tl_asymmetry.pair.data import PairData
 from tl_asymmetry.pair.tables import PAIR_COLUMNS
 from tl_asymmetry.plots import rows as pick
+from tl_asymmetry.plots.held import held_against
+from tl_asymmetry.plots.maps import VERDICTS
+from tl_asymmetry.results.nulls import described
 
 KEYS = ("layer", "head", "matrix", "subspace", "rank", "pathway")
 CURVE_POINTS = 40
@@ -28,10 +31,11 @@ _CONTEXT_TOKENS = 12
 
 
 def maps(result: PairData, pack: Pack) -> list[dict[str, Any]]:
-    """Each matrix against each subspace: all columns of the table, as arrays [layer, head, rank]."""
+    """Each matrix against each subspace: all columns of the table and of its nulls, as arrays [layer, head, rank]."""
     table, ranks = result.table, result.config["ranks"]
     layers = pick.layers_of(table)
-    described = []
+    helds = held_against(table, described(result.nulls))
+    found = []
     for (matrix, subspace), rows in table.groupby(["matrix", "subspace"], sort=False):
         heads = pick.heads_of(rows)
         shared, group = pick.kv_group(table, str(matrix), None)
@@ -45,6 +49,11 @@ def maps(result: PairData, pack: Pack) -> list[dict[str, Any]]:
             ]
         )
         full = keyed.reindex(at)
+        nulls = {}
+        for held in (held.of(rows) for held in helds):
+            if held.there:
+                laid_out = held.numbers.assign(relation=held.relation).set_axis(keyed.index).reindex(at)
+                nulls[held.key] = {name: pack.numbers(values) for name, values in laid_out.items()}
         columns: dict[str, Any] = {}
         for name in (c for c in table.columns if c not in KEYS):
             column = full[name]
@@ -52,14 +61,25 @@ def maps(result: PairData, pack: Pack) -> list[dict[str, Any]]:
                 columns[name] = pack.numbers(column.to_numpy(float, na_value=np.nan))
             else:
                 columns[name] = pack.words(column.fillna(""))
-        described.append(
+        found.append(
             {
                 "matrix": str(matrix), "subspace": str(subspace), "pathway": str(rows["pathway"].iloc[0]),
                 "heads": None if heads == [None] else len(heads), "kv": shared, "group": group or 1,
-                "columns": columns,
+                "columns": columns, "nulls": nulls,
             }
         )  # fmt: skip
-    return described
+    return found
+
+
+def nulls(result: PairData) -> list[dict[str, str]]:
+    """The nulls that some row is held against, in words."""
+    words = described(result.nulls).drop_duplicates("null")[["null", "label", "meaning", "applies"]]
+    return [{"key": str(row.pop("null")), **row} for row in words.to_dict("records")]
+
+
+def verdicts() -> list[dict[str, str]]:
+    """Verdicts with their sign and colour."""
+    return [{"verdict": verdict, "sign": sign, "color": color} for verdict, (sign, color) in VERDICTS.items()]
 
 
 def usual_subspaces(result: PairData) -> dict[str, str]:

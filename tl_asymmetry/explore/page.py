@@ -70,6 +70,8 @@ def explorer(
         "ranks": config["ranks"],
         "shown": config["shown_rank"],
         "columns": [str(c) for c in result.table.columns],
+        "nulls": contents.nulls(result),
+        "verdicts": contents.verdicts(),
         "maps": contents.maps(result, pack),
         "usual": contents.usual_subspaces(result),
         "curves": contents.curves(result, pack),

@@ -44,14 +44,27 @@ function card(item) {
   const interval = Number.isNaN(get("ci_low"))
     ? "none" + (item.subspace === "prediction" ? " (weights only)" : "")
     : number(get("ci_low")) + " to " + number(get("ci_high"));
-  const why = {
-    activation_matched: map.pathway === "write" ? "none: a write matrix's residual side is its output" : "unknown",
-    gradient_matched: map.pathway === "read" ? "none: for write matrices only" : "unknown without gradients",
+  // What a null says of this head.
+  const against = (n) => {
+    const of = (name) => held(map, n.key, name, layer, head, r);
+    const parts = [];
+    if (!Number.isNaN(of("expected"))) {
+      parts.push(number(inRelative(of("expected"), r)));
+    }
+    if (!Number.isNaN(of("excess")) || !Number.isNaN(of("low"))) {
+      parts.push(
+        "excess " +
+          number(of("excess")) +
+          (Number.isNaN(of("low")) ? "" : " (" + number(of("low")) + " to " + number(of("high")) + ")"),
+      );
+    }
+    ["p", "q"].forEach((name) => {
+      if (!Number.isNaN(of(name))) {
+        parts.push(name + " " + number(of(name), 2));
+      }
+    });
+    return parts.length ? parts.join(", ") : "none: for " + n.applies;
   };
-  const matched = (column, excess) =>
-    Number.isNaN(get(column))
-      ? why[column]
-      : number(inRelative(get(column), r)) + ", excess " + number(get(excess));
   const gap = get("eigengap"),
     rounding = get("rounding_share");
   const facts = [
@@ -61,7 +74,7 @@ function card(item) {
     ],
     ["95 % interval over texts", interval],
     [
-      "isotropic null",
+      chance.label,
       "z " +
         number(get("isotropic_z")) +
         ", p " +
@@ -72,8 +85,8 @@ function card(item) {
         get("p_method") +
         ")",
     ],
-    ["activation-matched", matched("activation_matched", "excess")],
-    ["gradient-matched", matched("gradient_matched", "gradient_excess")],
+    ...others.map((n) => [n.label, against(n)]),
+    ...(map.columns.verdict ? [["verdict", get("verdict") || "none"]] : []),
     [
       "rounding share",
       number(rounding) +

@@ -11,19 +11,18 @@ function curve(item) {
       low: at(map, "ci_low", layer, head, r),
       high: at(map, "ci_high", layer, head, r),
       q: at(map, "isotropic_q", layer, head, r),
-      matched: inRelative(at(map, "activation_matched", layer, head, r), r),
-      gradient: inRelative(at(map, "gradient_matched", layer, head, r), r),
+      expected: others.map((n) => inRelative(held(map, n.key, "expected", layer, head, r), r)),
     }))
     .filter((p) => Number.isFinite(p.relative));
-  const held = data.curves[item.matrix + "/" + item.subspace];
-  const line = held
-    ? held.k.map((k, n) => (held.fraction[(layer * map.count + head) * held.k.length + n] * data.d) / k)
+  const profile = data.curves[item.matrix + "/" + item.subspace];
+  const line = profile
+    ? profile.k.map((k, n) => (profile.fraction[(layer * map.count + head) * profile.k.length + n] * data.d) / k)
     : [];
   const seen = points
-    .flatMap((p) => [p.relative, p.low, p.high, p.matched, p.gradient])
+    .flatMap((p) => [p.relative, p.low, p.high, ...p.expected])
     .concat(line)
     .filter((v) => v > 0);
-  return {points, k: held ? held.k : [], line, seen};
+  return {points, k: profile ? profile.k : [], line, seen};
 }
 
 function drawCurve(box, item, range) {
@@ -33,21 +32,9 @@ function drawCurve(box, item, range) {
     box.style.minHeight = 0;
     return;
   }
-  const [blue, orange, green] = theme().template.layout.colorway;
+  const [blue, orange] = theme().template.layout.colorway;
   const traces = [];
-  const banded = points.filter((p) => Number.isFinite(p.low) && Number.isFinite(p.high));
-  if (banded.length) {
-    traces.push({
-      x: banded.map((p) => p.k).concat(banded.map((p) => p.k).reverse()),
-      y: banded.map((p) => p.low).concat(banded.map((p) => p.high).reverse()),
-      fill: "toself",
-      mode: "none",
-      fillcolor: blue,
-      opacity: 0.22,
-      hoverinfo: "skip",
-      name: "95 % interval (texts)",
-    });
-  }
+  const told = points.some((p) => Number.isFinite(p.low) && Number.isFinite(p.high));
   traces.push({
     x: k,
     y: line,
@@ -56,19 +43,17 @@ function drawCurve(box, item, range) {
     name: "relative",
     hovertemplate: "relative %{y:.3g} at k = %{x}<extra></extra>",
   });
-  [
-    ["matched", "activation-matched", orange, "dash"],
-    ["gradient", "gradient-matched", green, "dashdot"],
-  ].forEach(([key, name, color, dash]) => {
-    const told = points.filter((p) => Number.isFinite(p[key]));
-    if (told.length) {
+  const dashes = ["dash", "dashdot", "longdash", "longdashdot", "dot"];
+  others.forEach((n, i) => {
+    const known = points.filter((p) => Number.isFinite(p.expected[i]));
+    if (known.length) {
       traces.push({
-        x: told.map((p) => p.k),
-        y: told.map((p) => p[key]),
+        x: known.map((p) => p.k),
+        y: known.map((p) => p.expected[i]),
         mode: "lines",
-        line: {color, dash, width: 2},
-        name,
-        hovertemplate: name + " %{y:.3g} at k = %{x}<extra></extra>",
+        line: {color: orange, dash: dashes[i % dashes.length], width: 2},
+        name: n.label,
+        hovertemplate: n.label + " %{y:.3g} at k = %{x}<extra></extra>",
       });
     }
   });
@@ -76,12 +61,22 @@ function drawCurve(box, item, range) {
     x: points.map((p) => p.k),
     y: points.map((p) => p.relative),
     mode: "markers",
-    name: `filled: q &lt; ${SIGNIFICANT}`,
+    name: `filled: q &lt; ${SIGNIFICANT}` + (told ? "; whiskers: 95 % interval" : ""),
     marker: {
       size: 9,
       color: blue,
       symbol: points.map((p) => (p.q < SIGNIFICANT ? "circle" : "circle-open")),
       line: {color: blue, width: 1.5},
+    },
+    error_y: {
+      visible: told,
+      type: "data",
+      symmetric: false,
+      array: points.map((p) => p.high - p.relative),
+      arrayminus: points.map((p) => p.relative - p.low),
+      color: blue,
+      thickness: 1.5,
+      width: 4,
     },
     customdata: points.map((p) => [
       Number.isFinite(p.low) ? number(p.low) + " to " + number(p.high) : "none",
@@ -137,17 +132,17 @@ function octaves(range) {
 }
 
 function drawSpectrum(box, item) {
-  const held = data.spectra[item.matrix],
+  const spectrum = data.spectra[item.matrix],
     map = mapOf(item.matrix, item.subspace);
   const where = item.layer * map.count + item.head;
-  const y = Array.from(held.share.slice(where * held.length, (where + 1) * held.length));
+  const y = Array.from(spectrum.share.slice(where * spectrum.length, (where + 1) * spectrum.length));
   if (!y.some((v) => v > 0)) {
     box.textContent = "No spectrum: the delta is zero.";
     box.style.minHeight = 0;
     return;
   }
   const [blue, , green] = theme().template.layout.colorway,
-    edge = held.edge[where];
+    edge = spectrum.edge[where];
   // Beyond the delta's rank only rounding is left; it would stretch the axis.
   const floor = y[0] * 1e-9,
     x = y.map((_, i) => i + 1);
@@ -164,7 +159,7 @@ function drawSpectrum(box, item) {
   ];
   if (Number.isFinite(edge)) {
     traces.push({
-      x: [1, held.length],
+      x: [1, spectrum.length],
       y: [edge, edge],
       mode: "lines",
       line: {color: green, dash: "dash", width: 1.5},

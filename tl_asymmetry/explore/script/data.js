@@ -42,34 +42,57 @@ function at(map, column, layer, head, rank) {
 
 const inRelative = (fraction, rank) => (fraction * data.d) / data.ranks[rank];
 
+// A number of a null (expected, excess, low, high, p, q, relation) of a map's head; NaN where it does not apply.
+function held(map, key, name, layer, head, rank) {
+  const null_ = map.nulls[key];
+  return null_ ? null_[name][(layer * map.count + head) * data.ranks.length + rank] : NaN;
+}
+
+const ISOTROPIC = "isotropic";
+const chance = data.nulls.find((n) => n.key === ISOTROPIC);
+const others = data.nulls.filter((n) => n.key !== ISOTROPIC);
+const codes = Object.fromEntries(data.verdicts.map((v, i) => [v.verdict, i]));
+
+// What a map can show; `null` is the null whose test its dots mean.
 const VALUES = {
   relative: {
-    label: "relative fraction over the isotropic null",
+    label: "relative fraction over the " + chance.label,
     ratio: true,
-    meaning: "1 = chance: what a random subspace of the same rank holds.",
+    meaning: chance.meaning,
+    null: ISOTROPIC,
     of: (m, l, h, r) => at(m, "relative", l, h, r),
   },
-  excess: {
-    label: "excess over the activation-matched reference",
+};
+for (const n of others) {
+  VALUES[n.key] = {
+    label: "excess over the " + n.label,
     ratio: true,
-    meaning: "1 = what a plain sum of gradients on these inputs would hold. Write matrices have no such reference.",
-    of: (m, l, h, r) => at(m, "excess", l, h, r),
-  },
-  gradient_excess: {
-    label: "excess over the gradient-matched reference",
-    ratio: true,
-    meaning: "1 = what the named objective's gradients would hold.",
-    of: (m, l, h, r) => at(m, "gradient_excess", l, h, r),
+    meaning: n.meaning + " For " + n.applies + ".",
+    null: n.key,
+    of: (m, l, h, r) => held(m, n.key, "excess", l, h, r),
+  };
+}
+Object.assign(VALUES, {
+  verdict: {
+    label: "verdict",
+    verdict: true,
+    meaning: "What the tests of both nulls say together.",
+    of: (m, l, h, r) => {
+      const code = codes[at(m, "verdict", l, h, r)];
+      return code === undefined ? NaN : code;
+    },
   },
   unrounded: {
-    label: "relative fraction over the isotropic null, rounding removed",
+    label: "relative fraction over the " + chance.label + ", rounding removed",
     ratio: true,
-    meaning: "1 = chance: what a random subspace of the same rank holds.",
+    meaning: chance.meaning,
+    null: ISOTROPIC,
     of: (m, l, h, r) => inRelative(at(m, "fraction_unrounded", l, h, r), r),
   },
   z: {
     label: "isotropic z",
     meaning: "0 = chance: standard deviations of a random subspace from its mean.",
+    null: ISOTROPIC,
     of: (m, l, h, r) => at(m, "isotropic_z", l, h, r),
   },
   delta_relative_norm: {
@@ -84,11 +107,19 @@ const VALUES = {
     meaning: "Share of ‖ΔW‖² that storing the weights explains by itself.",
     of: (m, l, h, r) => at(m, "rounding_share", l, h, r),
   },
-};
+});
 for (const name of Object.keys(VALUES)) {
   // offer only what some map has
-  const column = {unrounded: "fraction_unrounded", z: "isotropic_z"}[name] || name;
-  const there = maps.some((m) => m.columns[column] && m.columns[column].some((v) => !Number.isNaN(v)));
+  const there = maps.some((m) => {
+    for (let l = 0; l < data.layers; l += 1) {
+      for (let h = 0; h < m.count; h += 1) {
+        if (data.ranks.some((_, r) => !Number.isNaN(VALUES[name].of(m, l, h, r)))) {
+          return true;
+        }
+      }
+    }
+    return false;
+  });
   if (!there && name !== "relative") {
     delete VALUES[name];
   }

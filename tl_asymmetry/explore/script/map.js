@@ -28,16 +28,17 @@ function drawMap() {
     const row = element("tr", {}, element("th", {scope: "row"}, String(l)));
     for (let h = 0; h < map.count; h += 1) {
       const value = kind.of(map, l, h, state.rank);
-      const q = at(map, "isotropic_q", l, h, state.rank),
+      const relation = kind.null ? held(map, kind.null, "relation", l, h, state.rank) : 0,
         rounding = at(map, "rounding_share", l, h, state.rank);
       const where = place(value, kind, limit);
       const stored = rounding >= ROUNDING_DOMINATED ? "✕" : rounding >= ROUNDING_FLAGGED ? "◆" : "";
-      const marks = stored + (q < SIGNIFICANT ? "●" : "");
+      const told = kind.verdict && value >= 0 ? data.verdicts[value].sign : relation > 0 ? "●" : relation < 0 ? "○" : "";
+      const marks = stored + told;
       const words =
         headName(map, l, h) +
         ": " +
-        number(value) +
-        (q < SIGNIFICANT ? `, q below ${SIGNIFICANT}` : "") +
+        (kind.verdict ? at(map, "verdict", l, h, state.rank) : number(value)) +
+        (relation > 0 ? `, above it (q < ${SIGNIFICANT})` : relation < 0 ? `, below it (q < ${SIGNIFICANT})` : "") +
         (rounding >= ROUNDING_DOMINATED
           ? ", mostly rounding"
           : rounding >= ROUNDING_FLAGGED
@@ -61,7 +62,7 @@ function drawMap() {
       if (Number.isNaN(where)) {
         cell.classList.add("none");
       } else {
-        cell.style.backgroundColor = mix(stops, where);
+        cell.style.backgroundColor = kind.verdict ? data.verdicts[value].color : mix(stops, where);
       }
       if (rounding >= ROUNDING_DOMINATED) {
         cell.classList.add("dominated");
@@ -90,12 +91,28 @@ function drawMap() {
       " of " +
       data.layers * map.count +
       " heads match." +
+      (hits.understood.length ? " Understood: " + hits.understood.join(", ") + "." : "") +
       (hits.unknown.length ? " Not understood: " + hits.unknown.join(" ") : "");
   $("meaning").textContent = map.matrix + " against " + map.subspace + ": " + kind.label + ". " + kind.meaning;
   drawLegend(kind, limit, stops);
 }
 
 function drawLegend(kind, limit, stops) {
+  const null_ = data.nulls.find((n) => n.key === kind.null);
+  $("dots").hidden = !null_;
+  if (null_) {
+    $("dots").querySelector("span").textContent = `the ${null_.label} (q < ${SIGNIFICANT})`;
+  }
+  if (kind.verdict) {
+    $("legend").replaceChildren(
+      ...data.verdicts.map((v) => {
+        const sample = element("b", {className: "mark verdict-sample", "aria-hidden": "true"}, v.sign);
+        sample.style.backgroundColor = v.color;
+        return element("span", {}, sample, " " + v.verdict);
+      }),
+    );
+    return;
+  }
   const first = kind.amount ? 0.5 : 0;
   const ramp = element("div", {className: "ramp"});
   ramp.style.background =

@@ -6,15 +6,13 @@ const COLUMNS = [
   ["ci_high", "to"],
   ["isotropic_z", "z"],
   ["isotropic_q", "q"],
-  ["activation_matched", "matched (relative)"],
-  ["excess", "excess"],
-  ["gradient_excess", "gradient excess"],
+  ...others.map((n) => ["null:" + n.key, "excess over the " + n.label]),
   ["rounding_share", "rounding"],
   ["delta_relative_norm", "‖ΔW‖/‖W‖"],
 ];
 const shownValue = (row, column) =>
-  column === "activation_matched"
-    ? inRelative(at(row.map, column, row.layer, row.head, state.rank), state.rank)
+  column.startsWith("null:")
+    ? held(row.map, column.slice(5), "excess", row.layer, row.head, state.rank)
     : at(row.map, column, row.layer, row.head, state.rank);
 
 function tableRows() {
@@ -58,7 +56,9 @@ function tableRows() {
 function drawTable() {
   const rows = tableRows();
   const columns = COLUMNS.filter(([name]) =>
-    maps.some((m) => m.columns[name] && m.columns[name].some((v) => !Number.isNaN(v))),
+    name.startsWith("null:")
+      ? name.slice(5) in VALUES
+      : maps.some((m) => m.columns[name] && m.columns[name].some((v) => !Number.isNaN(v))),
   );
   const head = ["head", "matrix", "against"].map((name) => element("th", {scope: "col"}, name));
   columns.forEach(([name, label]) => {

@@ -34,8 +34,8 @@ function mix(stops, where) {
 
 // Where a value lies on the scale, 0 to 1: chance in the middle, an amount in the upper half.
 function place(value, kind, limit) {
-  if (Number.isNaN(value)) {
-    return NaN;
+  if (Number.isNaN(value) || kind.verdict) {
+    return value;
   }
   if (kind.amount) {
     return 0.5 + 0.5 * Math.min(1, value / limit);
