@@ -1,5 +1,6 @@
 """Edits of a model's weights, and the controls they are held against: what a user of single edits imports.
 
+>>> import torch
 >>> from tl_asymmetry.edits import apply_edits, closed_form_edit
 >>> edit = closed_form_edit(0, "W_Q", 1, torch.randn(64), torch.randn(16))
 >>> with apply_edits(model, edit):
@@ -18,15 +19,15 @@ from tl_asymmetry.interventions.design import (
 )
 from tl_asymmetry.interventions.planner import EditPlanner
 from tl_asymmetry.interventions.result import RankOneStudy
-from tl_asymmetry.models.edits import RankOneEdit, Rewind, SubspaceEdit, apply_edits, commit_edits
+from tl_asymmetry.models.edits import MatrixEdit, RankOneEdit, Rewind, apply_edits, commit_edits
 
 __all__ = [
     "EditPlanner",
     "MatchedControls",
+    "MatrixEdit",
     "RankOneEdit",
     "RankOneStudy",
     "Rewind",
-    "SubspaceEdit",
     "apply_edits",
     "closed_form_edit",
     "commit_edits",

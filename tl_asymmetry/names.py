@@ -7,9 +7,11 @@ is seen, whose heads it has. The experts of a mixture are of the kind of the den
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 SIGNIFICANT = 0.05
 """Level of every test: what p, or q where there are several tests, must stay below."""
@@ -150,3 +152,56 @@ def thresholds() -> dict[str, float]:
         "rounding_flagged": ROUNDING_FLAGGED,
         "rounding_dominated": ROUNDING_DOMINATED,
     }
+
+
+class Place(NamedTuple):
+    """One matrix of a model: a head's, an expert's, or a whole layer's.
+
+    Example:
+        >>> str(Place(7, "W_Q", 3)), str(Place(7, "W_in"))
+        ('L7H3.W_Q', 'L7.W_in')
+    """
+
+    layer: int
+    """Which block."""
+    matrix: str
+    """Its name, as in `MATRICES`."""
+    head: int | None = None
+    """Which head; None for a matrix without heads."""
+    expert: int | None = None
+    """Which expert; None outside mixtures."""
+
+    def __str__(self) -> str:
+        head = "" if self.head is None else f"H{self.head}"
+        expert = "" if self.expert is None else f"E{self.expert}"
+        return f"L{self.layer}{head}{expert}.{self.matrix}"
+
+
+PlaceLike: TypeAlias = str | Sequence[Any]
+"""How a place may be said: "L7H3.W_Q", "L7.W_in", "L7E12.W_in", or (layer, matrix, head)."""
+
+_SPELLED = re.compile(r"L(\d+)(?:H(\d+)|E(\d+))?\.(\w[\w.]*)")
+
+
+def place_of(place: PlaceLike) -> Place:
+    """A place however it is said: spelled, or in the order layer, matrix, head (or none), expert (or none).
+
+    Raises:
+        ValueError: something else.
+
+    Example:
+        >>> place_of("L7H3.W_Q") == place_of((7, "W_Q", 3))
+        True
+        >>> place_of("L7E12.W_in").expert
+        12
+    """
+    if isinstance(place, str):
+        found = _SPELLED.fullmatch(place)
+        if found is not None:
+            layer, head, expert = (None if number is None else int(number) for number in found.groups()[:3])
+            return Place(int(layer or 0), found[4], head, expert)
+    elif isinstance(place, Sequence) and 2 <= len(place) <= 4:
+        layer, matrix, *rest = place
+        if isinstance(layer, int) and isinstance(matrix, str) and all(n is None or isinstance(n, int) for n in rest):
+            return Place(layer, matrix, *rest)
+    raise ValueError(f'expected a place, got {place!r}; pass "L7H3.W_Q", "L7.W_in" or (layer, matrix, head)')

@@ -10,8 +10,17 @@ from hypothesis import strategies as st
 from scipy import optimize, stats
 
 from tests import tiny
-from tl_asymmetry import ModelView, RankOneEdit, apply_edits
-from tl_asymmetry.edits import closed_form_edit, head_delta, input_at, insertion_edit, matched_controls, removal_edit
+from tl_asymmetry import ModelView
+from tl_asymmetry.edits import (
+    RankOneEdit,
+    apply_edits,
+    closed_form_edit,
+    head_delta,
+    input_at,
+    insertion_edit,
+    matched_controls,
+    removal_edit,
+)
 from tl_asymmetry.geometry import StreamingMoments, principal_subspace
 from tl_asymmetry.interventions.design import CONTROL_KINDS, _extreme_variance
 
@@ -205,7 +214,7 @@ def an_edit(d=24, e=6, matrix="W_Q", seed=0, head=2):
     return RankOneEdit(1, matrix, head, normal(d, seed=seed), normal(e, seed=seed + 1), -0.7)
 
 
-@pytest.mark.parametrize("kind", CONTROL_KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in CONTROL_KINDS if kind != "undo_matched"])
 @pytest.mark.parametrize("matrix", ["W_Q", "W_O"])
 def test_controls_keep_everything_but_what_they_vary(kind, matrix):
     edit, C = an_edit(matrix=matrix), moment(24)
@@ -228,6 +237,72 @@ def test_controls_keep_everything_but_what_they_vary(kind, matrix):
     if kind != "low_variance":  # which differs in its signs alone
         assert any(c != o for c, o in zip(controls, matched_controls(edit, kind, 5, 4, second_moment=C, heads=8),
                                           strict=True))  # fmt: skip
+
+
+def falling(d, e, seed=0, power=1.0):
+    """A delta with a falling spectrum."""
+    U, V = (torch.linalg.qr(normal(n, min(d, e), seed=seed + n)).Q for n in (d, e))
+    return (U * torch.arange(1, min(d, e) + 1, dtype=F64) ** -power) @ V.mT
+
+
+@pytest.mark.parametrize("matrix", ["W_Q", "W_O"])
+@pytest.mark.parametrize("which", [0, -1, None])
+def test_undo_matched_controls_undo_as_much_of_the_delta_as_the_edit(matrix, which):
+    """Each is −P ΔW, P the projection on random directions (the last in part), of the edit's own norm."""
+    ΔW = falling(24, 8)
+    q = normal(24, seed=5) if which is None else torch.linalg.svd(ΔW).U[:, :8][:, which]
+    given = ΔW if matrix == "W_Q" else ΔW.mT
+    for make, sign in ((removal_edit, -1), (insertion_edit, 1)):
+        edit = make(1, matrix, 2, given, q)
+        controls = matched_controls(edit, "undo_matched", 12, seed=3, delta=given)
+        assert controls.norm_matched
+        kinds = set()
+        for control in controls:
+            assert (control.layer, control.matrix, control.head) == (1, matrix, 2)
+            change = sign * (control.change() if matrix == "W_Q" else control.change().mT)
+            assert change.norm().item() == pytest.approx(edit.norm, rel=1e-9)
+            if isinstance(control, RankOneEdit):
+                r = control.residual
+                assert r.norm().item() == pytest.approx(1)
+                c = edit.norm / (ΔW.mT @ r).norm().item()
+                assert c <= 1.5
+                torch.testing.assert_close(change, c * torch.outer(r, ΔW.mT @ r))
+            else:
+                # P ΔW with 0 ≤ P ≤ 1 symmetric, so that ΔWᵀ P ΔW lies between 0 and ΔWᵀΔW
+                inner = ΔW.mT @ change
+                torch.testing.assert_close(inner, inner.mT)
+                for part in (inner, ΔW.mT @ ΔW - inner):
+                    assert torch.linalg.eigvalsh(part).min() > -1e-9
+                assert 2 <= int((torch.linalg.svdvals(change) > 1e-9).sum()) <= 8
+            kinds.add(type(control).__name__)
+        assert ("MatrixEdit" in kinds) == (which != -1)
+    again = matched_controls(edit, "undo_matched", 12, seed=3, delta=given)
+    assert all(torch.equal(a.change(), b.change()) for a, b in zip(controls, again, strict=True))
+
+
+def test_undoing_a_rank_one_delta_is_undoing_all_of_it():
+    ΔW = torch.outer(normal(12), normal(5, seed=1))
+    edit = removal_edit(0, "W_V", 1, ΔW, ΔW[:, 0])
+    for control in matched_controls(edit, "undo_matched", 5, delta=ΔW):
+        torch.testing.assert_close(control.change(), edit.change(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("direction", ["haar", "top"])
+def test_the_size_of_p_from_undo_matched_controls(direction):
+    """Effects that know nothing of the delta: p ≤ 0.05 in about one of twenty, for a random and for a top direction.
+
+    500 repetitions: the bound is 0.05 and three standard errors.
+    """
+    hits = 0
+    for i in range(500):
+        ΔW = falling(16, 6, seed=3 * i, power=0.5)
+        effect = moment(16, seed=3 * i + 1)
+        q = normal(16, seed=3 * i + 2) if direction == "haar" else torch.linalg.svd(ΔW).U[:, 0]
+        edit = removal_edit(0, "W_Q", i, ΔW, q)
+        values = [(c.change().mT @ effect @ c.change()).trace().item()
+                  for c in (edit, *matched_controls(edit, "undo_matched", 19, seed=1, delta=ΔW))]  # fmt: skip
+        hits += values[0] >= max(values[1:])
+    assert hits / 500 <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 500)
 
 
 def test_complement_and_equal_variance_are_orthogonal_to_the_target():
@@ -336,8 +411,11 @@ def test_bad_controls_are_refused():
     edit, C = an_edit(), moment(24)
     headless = RankOneEdit(0, "W_in", None, normal(24), normal(5))
     for arguments, message in [
-        (dict(kind="orthogonal"), "expected a kind among random, .* got 'orthogonal'; pass one of these"),
+        (dict(kind="orthogonal"), "expected a kind among undo_matched, random, .* got 'orthogonal'; pass one of these"),
         (dict(kind="random", draws=0), "expected at least one draw, got 0"),
+        (dict(kind="undo_matched"), "expected the delta that 'undo_matched' controls undo as much of, got none"),
+        (dict(kind="undo_matched", delta=normal(24, 6)), "expected an edit that takes out or puts in what the delta"),
+        (dict(kind="undo_matched", delta=normal(6, 24)), "expected the delta of one head with d_model 24"),
         (dict(kind="equal_variance"), "expected the second moment that 'equal_variance' controls are matched by"),
         (dict(kind="low_variance", draws=25, second_moment=C), "expected at most 24 draws, one for each eigenvector"),
         (dict(kind="low_variance", second_moment=moment(5)), r"expected a second moment \[24, 24\], got \(5, 5\)"),

@@ -15,6 +15,8 @@ from tl_asymmetry import ModelView, RankOneEdit, RankOneStudy, Subspace, apply_e
 from tl_asymmetry.demo import demo_model
 from tl_asymmetry.edits import commit_edits, head_delta, removal_edit
 from tl_asymmetry.interventions import analysis as module
+from tl_asymmetry.interventions import runs
+from tl_asymmetry.interventions.design import CONTROL_KINDS
 from tl_asymmetry.interventions.tables import study_table
 from tl_asymmetry.models.resume import EditedRuns
 from tl_asymmetry.results.result import load
@@ -55,7 +57,7 @@ def small():
         return rank_one_study(
             base, aligned, tokens=tiny.tokens(3, 9), preferences=preferred(2), directions=("delta", "prediction"),
             interventions=("removal", "insertion"), draws=3, scales=(0.5, 2.0), n_directions=2,
-            controls=("random", "complement", "low_variance", "equal_variance", "permuted_heads"), progress=False,
+            controls=CONTROL_KINDS, progress=False,
             sites=[(1, "W_O", 2), (0, "W_Q", 1), (1, "W_in", None)], seed=4,
         )  # fmt: skip
 
@@ -144,7 +146,10 @@ def test_a_planted_edit_is_found_and_its_removal_undoes_the_shift(architecture, 
         assert pd.isna(first["head"]) if head is None else first["head"] == head
         assert first["shift"] >= 0.99
         assert first["delta_share"] == pytest.approx(1, abs=1e-3)
-        assert first["p_random"] == 1 / 20
+        assert first["percentile_random"] == 100
+        # A rank-1 delta has no other part: what undoes as much as its direction undoes all of it.
+        assert first["percentile_undo_matched"] == 50
+        assert first["p"] == 1
         assert second["shift"] == 0
     q = removal_edit(1, matrix, head, edit.change(), edit.residual)
     assert abs(q.norm - edit.norm) < 1e-9 * edit.norm
@@ -162,7 +167,7 @@ def test_a_model_against_itself_shows_nothing(kind):
     known = study.table[~study.table["outcome"].isin(["shift", "margin_shift"])]
     assert len(known) == 2 * 16 * 3 * 3 * 3
     assert (known["effect"] == 0).all()
-    assert (known["p"] == 1).all()
+    assert known[["p", "q", "percentile"]].isna().all().all()  # where nothing is edited there is no test
     assert (study.edits[["kl", "ce", "margin", "norm"]] == 0).all().all()
     # of no difference there is no share
     assert study.table.loc[study.table["outcome"] == "shift", ["effect", "p"]].isna().all().all()
@@ -236,27 +241,95 @@ def test_preferences_may_be_rows_of_a_dataset():
 
 def test_a_headline_counts_cells_in_which_something_was_edited():
     base, aligned, _ = planted("gpt2", tiny.KINDS[0], "W_Q", 2)
-    study = rank_one_study(base, aligned, tokens=tiny.tokens(3, 8), controls=["random"], draws=19, progress=False)
+    options = dict(tokens=tiny.tokens(3, 8), draws=19, progress=False)
+    study = rank_one_study(base, aligned, controls=["random"], **options)
     (said,) = (sentence for sentence in study._headline() if sentence.startswith("Removal"))
     assert "the strongest of 1 cells" in said
-    assert "1 of 1 cells exceed all their random controls (0.05 expected by chance)" in said
+    assert "no controls that undo as much, so no test" in said
+    assert study.table["p"].isna().all()
+    study = rank_one_study(base, aligned, controls=["random", "undo_matched"], **options)
+    (said,) = (sentence for sentence in study._headline() if sentence.startswith("Removal"))
+    assert "0 of 1 cells exceed all their controls that undo as much (0.05 expected by chance)" in said
+    assert study.table["p"].notna().sum() == 3  # one cell, three outcomes: the other heads are no tests
+
+
+def test_sites_without_a_delta_do_not_dilute_q():
+    """One of sixteen heads changed: 19 draws are enough for a q over the one test that there is."""
+    base, aligned, _ = planted("gpt2", tiny.KINDS[0], "W_V", 2)
+    apply = make_edit(ModelView(aligned), 1, "W_V", 2, seed=5, scale=0.02)
+    commit_edits(aligned, apply)
+    study = rank_one_study(base, aligned, tokens=tiny.tokens(3, 8), draws=19, progress=False)
+    tested = study.table[study.table["control"] == "undo_matched"]
+    assert len(tested) == 16 * 2 * 3
+    assert tested["q"].notna().sum() == 3
+    assert not any("q is NaN" in note for note in study.notes)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_models_that_predict_fewer_tokens_than_they_read(kind):
+    """Two outputs, sixteen tokens: predictions are compared, targets are not."""
+    if kind == "bridge":
+        pytest.skip("a Bridge's unembedding is as wide as its embedding")
+    base = tiny.toy(d_vocab=16, d_vocab_out=2)
+    aligned = tiny.perturbed(base, 0.1)
+    tokens = tiny.tokens(3, 8) % 16
+    options, largest = dict(tokens=tokens, draws=2, progress=False, sites="L1H2.W_O"), int(tokens.max())
+    study = rank_one_study(base, aligned, **options)
+    assert study.config["outcomes"] == ["kl", "shift"]
+    assert (study.table["effect"] != 0).all()
+    assert any(f"ce left out: the texts have tokens up to {largest} as targets" in note for note in study.notes)
+    with pytest.raises(
+        ValueError, match=f"got tokens up to {largest} as targets of ce where the models predict the first 2;"
+    ):
+        rank_one_study(base, aligned, outcomes=["kl", "ce"], **options)
+
+
+def test_predictions_in_pieces_are_the_same(monkeypatch):
+    base, aligned = pair()
+    options = dict(
+        tokens=tiny.tokens(5, 9), preferences=preferred(), draws=2, progress=False, sites=["L1H0.W_V", (0, "W_Q", 1)]
+    )
+    expected = rank_one_study(base, aligned, **options)
+    monkeypatch.setattr(runs, "_FLOATS_OF_LOGITS", 7 * tiny.D_VOCAB)
+    monkeypatch.setattr(runs, "_FLOATS_OF_STREAMS", 2 * 40 * tiny.D_MODEL)
+    found = rank_one_study(base, aligned, **options)
+    pd.testing.assert_frame_equal(found.edits, expected.edits, rtol=1e-9)
+    pd.testing.assert_frame_equal(found.baseline, expected.baseline, rtol=1e-9)
+
+
+def test_too_little_memory_is_said_before_anything_runs(monkeypatch):
+    base, aligned = pair()
+    monkeypatch.setattr(module, "free_memory", lambda _: 1 << 20)
+    with pytest.raises(
+        ValueError, match=r"expected 0\.\d+ GB of free memory on cpu .* got 0.001; pass a smaller batch"
+    ):
+        rank_one_study(base, aligned, tokens=tiny.tokens(), progress=False)
+
+
+def test_the_bar_counts_whole_passes(capsys):
+    base, aligned = pair()
+    rank_one_study(base, aligned, tokens=tiny.tokens(3, 8), draws=2, sites=["L0H1.W_Q", "L1.W_in"], batch_size=2)
+    last = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
+    assert " 20/20 " in last  # two sites, five edits each, two batches
 
 
 def test_an_aligned_vocabulary_with_more_tokens_is_cut():
     base, aligned = pair()
     wide = ModelView(aligned)
-    extra = torch.full((tiny.D_MODEL, 3), 5.0, dtype=torch.float64)
-    runs = wide.run
-    wide_logits = lambda tokens, logits=False: torch.cat(  # noqa: E731
-        [runs(tokens, logits=True), torch.zeros(*tokens.shape, extra.shape[1], dtype=torch.float64)], -1
-    )
+    run = wide.run
+
+    def wide_run(tokens, logits=False):
+        narrow = run(tokens, logits=logits)
+        more = torch.full((*tokens.shape, 3), 5.0, dtype=torch.float64)
+        return torch.cat([narrow, more], -1) if logits else None
+
     from tl_asymmetry.interventions.runs import evaluation_batches, measure
 
     evaluated = evaluation_batches(list(tiny.tokens(2, 6)), None, 2)
     edits = [make_edit(wide, 0, "W_Q")]
-    expected = measure(wide, ModelView(base), edits, evaluated, d_vocab=tiny.D_VOCAB)
-    wide.run = wide_logits
-    found = measure(wide, ModelView(base), edits, evaluated, d_vocab=tiny.D_VOCAB)
+    expected = measure(wide, ModelView(base), edits, evaluated, outputs=tiny.D_VOCAB)
+    wide.run = wide_run
+    found = measure(wide, ModelView(base), edits, evaluated, outputs=tiny.D_VOCAB)
     torch.testing.assert_close(found[0], expected[0])
     assert found[1] == expected[1]
 
@@ -265,7 +338,7 @@ def test_an_aligned_vocabulary_with_more_tokens_is_cut():
 
 
 def test_rows_are_complete(small):
-    sites, directions, kinds, outcomes = 3, 4, 5, 5
+    sites, directions, kinds, outcomes = 3, 4, 6, 5
     headless = 2 * 4 * outcomes  # a matrix of the MLP has no permuted heads
     assert len(small.table) == 2 * sites * directions * kinds * outcomes - headless
     draws = small.edits[small.edits["control"] != "target"].groupby([*CELL, "control"], dropna=False).size()
@@ -278,7 +351,7 @@ def test_rows_are_complete(small):
 
 
 def test_percentiles_and_p_are_those_of_the_controls(small):
-    for row in small.table.sample(40, random_state=1).to_dict("records"):
+    for row in small.table.sample(80, random_state=1).to_dict("records"):
         mine = np.logical_and.reduce(
             [small.edits[c].isna() if pd.isna(row[c]) else (small.edits[c] == row[c]).fillna(False) for c in CELL]
         )
@@ -286,7 +359,10 @@ def test_percentiles_and_p_are_those_of_the_controls(small):
         effect = row["effect"]
         if row["outcome"] in ("ce", "margin"):
             controls, effect = np.abs(controls), abs(effect)
-        assert row["p"] == (1 + (controls >= effect).sum()) / 4
+        if row["control"] == "undo_matched":
+            assert row["p"] == (1 + (controls >= effect).sum()) / 4
+        else:
+            assert np.isnan(row["p"])
         assert row["percentile"] == pytest.approx(100 * (controls < effect).mean())
         assert row["draws"] == 3
 
@@ -298,7 +374,7 @@ def made_up(sites, draws, effect):
                 "direction": "delta", "index": 1, "dose": 1.0, "norm_ratio": 1.0, "norm_matched": True,
                 "overlap": 0.1, "delta_share": 0.5, "norm": 1.0}  # fmt: skip
         rows.append({**cell, "control": "target", "draw": None, "kl": effect(site)})
-        rows += [{**cell, "control": "random", "draw": i, "kl": float(i)} for i in range(draws)]
+        rows += [{**cell, "control": "undo_matched", "draw": i, "kl": float(i)} for i in range(draws)]
     return pd.DataFrame(rows)
 
 
@@ -326,7 +402,8 @@ def test_strongest_sorts_and_filters(small):
     assert (top["intervention"] == "insertion").all()
     assert (top["direction"] == "prediction").all()
     assert top["kl"].is_monotonic_decreasing
-    assert {"percentile_random", "p_equal_variance", "margin_shift"} <= set(top.columns)
+    assert {"percentile_random", "percentile_undo_matched", "p", "q", "margin_shift"} <= set(top.columns)
+    assert not {"p_random", "p_equal_variance"} & set(top.columns)
     by_size = small.strongest(50, outcome="ce")["ce"].abs()
     assert by_size.is_monotonic_decreasing
     assert len(by_size) == 24
@@ -452,10 +529,11 @@ def test_bad_arguments_are_refused_before_anything_runs(monkeypatch):
     monkeypatch.setattr(ModelView, "run", lambda *_, **__: pytest.fail("a model ran"))
     d = tiny.D_MODEL
     cases = [
-        (dict(sites=[(2, "W_Q", 0)]), r"expected sites that the model has \(2 layers; .*got \(2, 'W_Q', 0\)"),
-        (dict(sites=[(0, "W_Q", None)]), r"got \(0, 'W_Q', None\); pass \(layer, matrix, head\)"),
-        (dict(sites=[(0, "W_in", 0)]), r"got \(0, 'W_in', 0\)"),
-        (dict(sites=["W_Q"]), "expected sites .layer, matrix, head., got 'W_Q'"),
+        (dict(sites=[(2, "W_Q", 0)]), r"expected sites that the model has \(2 layers; .*got L2H0.W_Q"),
+        (dict(sites=[(0, "W_Q", None)]), r"got L0.W_Q; pass \(layer, matrix, head\)"),
+        (dict(sites=["L0H0.W_in"]), r"got L0H0.W_in"),
+        (dict(sites="L0E1.W_in"), r"got L0E1.W_in"),
+        (dict(sites=["W_Q"]), r"expected a place, got 'W_Q'; pass \"L7H3.W_Q\""),
         (dict(sites=[]), "expected at least one site, got none"),
         (dict(sites=[(0, "W_Q", 0)], matrices=["W_Q"]), "expected sites or matrices, got both"),
         (dict(matrices=["W_gate"]), "expected matrices among"),
@@ -467,7 +545,7 @@ def test_bad_arguments_are_refused_before_anything_runs(monkeypatch):
         (dict(directions={"a": [torch.ones(d)] * 3}), "expected columns, or 2 of them, for 'a', got 3"),
         (dict(n_directions=0), "expected n_directions of at least 1, got 0"),
         (dict(n_directions=d + 1), rf"expected n_directions up to {d} \(d_model\)"),
-        (dict(controls=["placebo"]), "expected controls among random, .* got"),
+        (dict(controls=["placebo"]), "expected controls among undo_matched, random, .* got"),
         (dict(controls=["random", "random"]), "expected each of controls once"),
         (dict(interventions=[]), "expected interventions among removal, insertion, got"),
         (dict(draws=0), "expected at least one draw of each control, got 0"),

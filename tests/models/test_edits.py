@@ -11,8 +11,8 @@ import torch
 
 from tests import tiny
 from tl_asymmetry import ModelView
-from tl_asymmetry.edits import RankOneEdit, Rewind, SubspaceEdit, apply_edits, commit_edits
-from tl_asymmetry.names import MATRICES
+from tl_asymmetry.edits import MatrixEdit, RankOneEdit, Rewind, apply_edits, commit_edits
+from tl_asymmetry.names import MATRICES, kind_of
 from tl_asymmetry.results.provenance import weights_hash
 
 CASES = [(architecture, kind) for architecture in tiny.ARCHITECTURES for kind in tiny.KINDS]
@@ -23,7 +23,7 @@ def make_edit(view: ModelView, layer: int, matrix: str, head: int | None = 0, *,
     weight = view.weight(layer, matrix)
     head = None if weight.ndim == 2 else head
     axes = tuple(weight.shape[-2:])
-    residual, other = axes if matrix in ("W_Q", "W_K", "W_V", "W_in", "W_gate") else axes[::-1]
+    residual, other = axes if kind_of(matrix).reads else axes[::-1]
     generator = torch.Generator().manual_seed(seed)
     return RankOneEdit(
         layer, matrix, head,
@@ -432,30 +432,25 @@ def test_rewinding_moves_a_head_towards_given_weights():
         torch.testing.assert_close(W[2], 0.75 * original[2] + 0.25 * target)
     with apply_edits(aligned, Rewind(1, "W_O", 2, target, 0.0)):
         assert fingerprint(aligned.model) == before
-    with pytest.raises(ValueError, match=r"expected a target of shape \(12, 48\) for W_O, got \(48, 12\); pass"):
+    with pytest.raises(ValueError, match=r"expected a matrix of shape \(12, 48\) for W_O, got \(48, 12\); pass"):
         apply_edits(aligned, Rewind(1, "W_O", 2, target.mT))
     assert fingerprint(aligned.model) == before
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("matrix", ["W_Q", "W_O"])
-def test_a_subspace_edit_is_the_sum_of_its_rank_one_edits(matrix, dtype):
+def test_a_matrix_is_added_and_rounded_once(matrix, dtype):
     view = ModelView(tiny.build("gpt2", tiny.KINDS[-1], dtype))
-    before = fingerprint(view.model)
-    R, others = (torch.randn(3, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (48, 12))
-    edit, place = SubspaceEdit(0, matrix, 1, R, others, -0.1), view.weight(0, matrix)[1]
-    terms = [RankOneEdit(0, matrix, 1, r, other, -0.1).change() for r, other in zip(R, others, strict=True)]
-    total = torch.stack(terms).sum(0)
-    torch.testing.assert_close(edit.change(), total)
-    assert edit.norm == pytest.approx(total.norm().item(), rel=1e-12)
-    expected = place.double() + total
-    # half a unit in the last place of the sum, and the rounding of four terms in float32 or float64
-    wide = max(dtype, torch.float32, key=lambda d: d.itemsize)
-    rounding = torch.finfo(dtype).eps / 2 * expected.abs()
-    rounding += 4 * torch.finfo(wide).eps * (place.double().abs() + sum(term.abs() for term in terms))
+    before, place = fingerprint(view.model), view.weight(0, matrix)[1]
+    added = torch.randn(place.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    edit, wide = MatrixEdit(0, matrix, 1, added), dtype if dtype == torch.float64 else torch.float32
+    assert edit.norm == pytest.approx(added.norm().item(), rel=1e-12)
+    expected = (place.to(wide) + added.to(wide)).to(dtype)
     with apply_edits(view, edit):
-        assert bool(((place.double() - expected).abs() <= rounding).all())
+        assert torch.equal(place, expected)
     assert fingerprint(view.model) == before
+    with pytest.raises(ValueError, match="expected a matrix of shape .* for W_., got .*; pass one in TransformerLens"):
+        apply_edits(view, MatrixEdit(0, matrix, 1, added.mT))
 
 
 def test_a_copy_of_an_edited_model_keeps_the_edit():

@@ -21,12 +21,12 @@ def test_edits_of_every_matrix_and_layer_give_the_logits_of_whole_passes(archite
     assert resumes(view, tokens[:1], layers) == (True, "")
     with torch.no_grad(), view.evaluating():
         runs = EditedRuns(view, tokens, layers)
-        torch.testing.assert_close(runs.logits, clean, rtol=0, atol=0)
-        got = torch.cat(list(runs.under(edits)))
+        torch.testing.assert_close(runs.logits(runs.final), clean.flatten(0, 1), rtol=tolerance, atol=tolerance)
+        got = runs.logits(torch.cat(list(runs.under(edits))))
     assert len(got) == len(edits)
     for edit, ours in zip(edits, got, strict=True):
         with apply_edits(view, edit):
-            torch.testing.assert_close(ours, logits(view, tokens), rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(ours, logits(view, tokens).flatten(0, 1), rtol=tolerance, atol=tolerance)
     assert fingerprint(view.model) == before
     assert all("forward" not in block.__dict__ for block in view.blocks)
     torch.testing.assert_close(logits(view, tokens), clean, rtol=0, atol=0)
@@ -38,10 +38,29 @@ def test_toys(toy):
     edits = [make_edit(view, 0, m, seed=i) for i, m in enumerate(view.matrices)]
     assert resumes(view, tokens, [0, 1])[0]
     with torch.no_grad(), view.evaluating():
-        got = torch.cat(list(EditedRuns(view, tokens, [0]).under(edits)))
+        runs = EditedRuns(view, tokens, [0])
+        got = runs.logits(torch.cat(list(runs.under(edits))))
     for edit, ours in zip(edits, got, strict=True):
         with apply_edits(view, edit):
-            torch.testing.assert_close(ours, logits(view, tokens), rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(ours, logits(view, tokens).flatten(0, 1), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("architecture", "kind"), [("gpt2", k) for k in tiny.KINDS] + [("neox", tiny.KINDS[-1])])
+def test_edits_made_together_run_on_from_the_lowest_block(architecture, kind):
+    view, tokens = ModelView(tiny.build(architecture, kind, torch.float64)), tiny.tokens(3, 7)
+    before = fingerprint(view.model)
+    first, second = (make_edit(view, layer, "W_V", 1, seed=layer) for layer in (0, 1))
+    trials = [[second, make_edit(view, 1, "W_O")], [first, second], [], second, [second]]
+    rows, positions = torch.tensor([0, 2, 2]), torch.tensor([6, 0, 3])
+    with torch.no_grad(), view.evaluating():
+        for kept in ([0, 1], [1], []):
+            runs = EditedRuns(view, tokens, kept, (rows, positions))
+            got = runs.logits(torch.cat(list(runs.under(trials))))
+            for trial, ours in zip(trials, got, strict=True):
+                with apply_edits(view, trial):
+                    expected = logits(view, tokens)[rows, positions]
+                torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+    assert fingerprint(view.model) == before
 
 
 def test_lower_blocks_do_not_run_and_upper_ones_run_once(monkeypatch):
@@ -52,14 +71,16 @@ def test_lower_blocks_do_not_run_and_upper_ones_run_once(monkeypatch):
         runs = EditedRuns(view, tokens, [1])
         watch = view.hooks({("attn_in", layer): lambda x, i=layer: ran.append((i, len(x))) for layer in (0, 1)})
         with watch:
-            assert [x.shape[0] for x in runs.under(edits)] == [6]
+            assert [x.shape for x in runs.under(edits)] == [(6, 10, tiny.D_MODEL)]
         assert ran == [(1, 2)] * 6  # the edited block itself, once for each edit; block 0 never
         ran.clear()
         runs = EditedRuns(view, tokens, [0])
         with view.hooks({("attn_in", layer): lambda x, i=layer: ran.append((i, len(x))) for layer in (0, 1)}):
             list(runs.under([make_edit(view, 0, "W_Q", seed=s) for s in range(6)]))
         assert ran == [(0, 2)] * 6 + [(1, 12)]
-        monkeypatch.setattr(resume, "_LOGITS_PER_PASS", {"other": 1, "cpu": 4 * runs.logits.numel()})
+        room = 4 * tokens.numel() * 4 * tiny.D_MODEL
+        monkeypatch.setattr(resume, "_FLOATS_PER_PASS", {"other": 1, "cpu": room})
+        runs = EditedRuns(view, tokens, [1])
         assert [len(x) for x in runs.under(edits)] == [4, 2]
 
 
@@ -79,7 +100,7 @@ def test_a_model_that_cannot_be_resumed_is_found_out(kind):
     finally:
         handle.remove()
     assert not fine
-    assert "off after block 0" in why
+    assert "off after the last block" in why
     assert resumes(view, tokens, [0, 1]) == (True, "")
 
 
@@ -94,7 +115,8 @@ def test_whole_passes_give_the_same():
     view, tokens = ModelView(tiny.build("gpt2", tiny.KINDS[0], torch.float64)), tiny.tokens()
     edits = [make_edit(view, layer, "W_V", 1) for layer in (0, 1)]
     with torch.no_grad(), view.evaluating():
-        short = torch.cat(list(EditedRuns(view, tokens, [0, 1]).under(edits)))
+        runs = EditedRuns(view, tokens, [0, 1])
+        short = runs.logits(torch.cat(list(runs.under(edits))))
         whole = torch.cat(list(EditedRuns(view, tokens, [0, 1], whole=True).under(edits)))
     torch.testing.assert_close(short, whole, rtol=1e-10, atol=1e-10)
 

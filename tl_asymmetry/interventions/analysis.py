@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_asymmetry.geometry.memory import free_memory
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.gradients.analysis import data_fingerprint
 from tl_asymmetry.interventions.planner import (
@@ -26,14 +27,21 @@ from tl_asymmetry.interventions.planner import (
     study_moments,
 )
 from tl_asymmetry.interventions.result import RankOneStudy
-from tl_asymmetry.interventions.runs import MEASURED, Baseline, EvaluationBatch, evaluation_batches, measure
+from tl_asymmetry.interventions.runs import (
+    MEASURED,
+    Baseline,
+    EvaluationBatch,
+    evaluation_batches,
+    measure,
+    memory_needed,
+)
 from tl_asymmetry.interventions.tables import OUTCOMES, baseline_row, edit_table, outcomes_of, study_table
 from tl_asymmetry.models.checks import check_finite, check_pair, check_raw
 from tl_asymmetry.models.loading import open_model
 from tl_asymmetry.models.resume import resumes
 from tl_asymmetry.models.texts import check_tokens, token_sequences
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.names import SIGNIFICANT, kind_of
+from tl_asymmetry.names import SIGNIFICANT, Place, PlaceLike, kind_of
 from tl_asymmetry.results.notes import Notes
 from tl_asymmetry.results.provenance import described, model_record, shape_record, versions, weights_hash
 from tl_asymmetry.store import Parts, open_store
@@ -43,7 +51,7 @@ from tl_asymmetry.training.data import as_batches, rebatched
 KIND = "rank-one study"
 _CHECK_TOKENS = 16
 _EDITS_AT_A_TIME = 512
-_BYTES_AT_A_TIME = 1 << 26
+_BYTES_AT_A_TIME = 1 << 27
 _DEGENERATE = 0.5
 
 
@@ -55,12 +63,12 @@ def rank_one_study(
     *,
     tokens: Int[Tensor, "batch pos"] | None = None,
     preferences: Any = None,
-    sites: Sequence[EditSite] | None = None,
+    sites: PlaceLike | Sequence[PlaceLike] | None = None,
     matrices: Sequence[str] | None = None,
     directions: Directions = ("delta",),
     n_directions: int = 1,
     interventions: Sequence[str] = ("removal",),
-    controls: Sequence[str] = ("random", "equal_variance"),
+    controls: Sequence[str] = ("undo_matched", "random"),
     draws: int = 20,
     scales: Sequence[float | int] = (1.0,),
     outcomes: Sequence[str] | None = None,
@@ -91,7 +99,8 @@ def rank_one_study(
         tokens: token ids `[batch, pos]` instead of texts; every one counts.
         preferences: chosen and rejected continuations, for the preference margin: a `PreferenceBatch`, or rows with the
             columns prompt, chosen, rejected, such as a Hugging Face dataset: see `training.data.as_batches`.
-        sites: `(layer, matrix, head)`, head None for a matrix of the MLP; all heads of W_Q, W_K, W_V, W_O by default.
+        sites: places such as "L7H3.W_Q", "L7.W_in" or `(layer, matrix, head)`, one or a list; all heads of W_Q, W_K,
+            W_V, W_O by default.
         matrices: all heads of these matrices instead.
         directions: names out of "delta" (top singular directions of that head's ΔW on the residual axis), "activation"
             (top eigenvectors of the second moment of the matrix's own input; for W_O and W_out of the stream it writes
@@ -99,14 +108,16 @@ def rank_one_study(
             columns `[d_model, n]`, one for all layers or one for each.
         n_directions: how many of each kind.
         interventions: "removal" from the aligned model, "insertion" into the base, or both.
-        controls: kinds of `matched_controls`.
+        controls: kinds of `matched_controls`. A p comes from "undo_matched" alone: the others undo nothing, so that a
+            rank among them describes and tests nothing.
         draws: controls of each kind; there are never more of "permuted_heads" than other heads.
         scales: doses of the edit itself; 1 is always done, and is what the controls are given.
         outcomes: names out of "kl", "ce", "shift", "margin", "margin_shift" (see `RankOneStudy.table`); all by
-            default, those of the margin with preferences only.
+            default, those of the margin with preferences only, "ce" only where the models can predict the tokens.
         exclude_first: leave the first position of each sequence out of the moments that directions and controls are
             made from. Predictions are compared at every position.
-        batch_size: sequences per pass; about six times batch × pos × vocabulary numbers are held at a time.
+        batch_size: sequences per pass. Of each edit the stream after the last block is kept and predictions are made
+            in pieces, so that some 0.4 GB are held beside the models and a pass, whatever the vocabulary.
         max_tokens: use no more tokens of the texts than this.
         store: a folder in which every finished site is kept at once; a study with the same settings goes on from there.
         seed: of the controls.
@@ -116,8 +127,9 @@ def rank_one_study(
         A frozen `RankOneStudy`.
 
     Raises:
-        ValueError: models that cannot be compared, a site, direction, control or outcome that does not exist, a store
-            of another study: before anything heavy runs, saying what to pass instead.
+        ValueError: models that cannot be compared, a site, direction, control or outcome that does not exist, cross-
+            entropy of tokens that the models cannot predict, too little memory, a store of another study: before
+            anything heavy runs, saying what to pass instead.
 
     Example:
         >>> from tl_asymmetry.demo import demo_texts
@@ -138,16 +150,20 @@ def rank_one_study(
     placed = chosen_sites(base, sites, matrices)
     given = given_directions(directions, base, n_directions)
     pairs = _preference_pairs(base, preferences, notes)
-    wanted = _outcomes(outcomes, pairs)
     sequences = token_sequences(base, texts, tokens, max_tokens=max_tokens, notes=notes.add)
-    sequences = _predictable(sequences, notes)
+    sequences = predictable(sequences, notes)
     for half in () if pairs is None else (pairs.chosen, pairs.rejected):
         check_tokens(base, half.tokens)
     if isinstance(model_aligned, str | Path):
         model_aligned = open_model(model_aligned, device=base.device)
     aligned = ModelView(model_aligned)
-    hashes = _check_models(base, aligned, sequences, notes)
+    outputs = common_outputs(base, aligned)
+    wanted = chosen_outcomes(outcomes, pairs, sequences, outputs, notes)
+    hashes = check_models(base, aligned, sequences, notes)
     evaluated = evaluation_batches(sequences, pairs, batch_size)
+    layers = sorted({layer for layer, _, _ in placed})
+    whole = any([whole_passes(view, sequences, layers, notes) for view in (base, aligned)])
+    check_memory(base, evaluated, outputs, whole=whole)
     config = {
         "arguments": arguments,
         "versions": versions(),
@@ -173,10 +189,10 @@ def rank_one_study(
         maker = EditPlanner(
             base, aligned, moments, directions, n_directions=n_directions, controls=controls, draws=draws, seed=seed
         )
+        doses = tuple(sorted({1.0, *map(float, scales)}))
         for intervention in interventions:
             view, other = (aligned, base) if intervention == "removal" else (base, aligned)
-            study = _Study(view, other, maker, evaluated, base.d_vocab, tuple(map(float, scales)), intervention, kept)
-            study.whole = _whole_passes(view, sequences, placed, notes)
+            study = _Study(view, other, maker, evaluated, outputs, doses, intervention, kept, whole)
             found, baseline = study.run(placed, progress=progress)
             rows += found
             baselines.append(baseline_row(intervention, {"base": base.name, "aligned": aligned.name}, baseline))
@@ -187,7 +203,7 @@ def rank_one_study(
             f"q is NaN: with {draws} draws p cannot get below {1 / (draws + 1):.3g}, too much for {len(placed)} sites "
             f"at {SIGNIFICANT}; pass draws={lacking}, or fewer sites, for q"
         )
-    _note_controls(edits, notes)
+    note_controls(edits, notes)
     return RankOneStudy.assemble(table, edits, baselines, config, notes.lines)
 
 
@@ -199,26 +215,25 @@ class _Study:
     other: ModelView
     maker: EditPlanner
     evaluated: Sequence[EvaluationBatch]
-    d_vocab: int
-    scales: tuple[float, ...]
+    outputs: int
+    doses: tuple[float, ...]
     intervention: str
     store: Parts
-    whole: bool = False
+    whole: bool
 
     def run(self, sites: Sequence[EditSite], *, progress: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Rows of single edits in the order of sites, and sums of the unedited models."""
         records = {site: self.store.entry(part) for site in sites if (part := self._part(site)) in self.store}
         todo = [site for site in sites if site not in records]
-        bar = tqdm(total=len(todo), desc=self.intervention, unit="site", disable=not progress)
-        finished = 0
-        with bar:
+        passes = len(self.evaluated) * sum(self._edits(site) for site in todo)
+        with tqdm(total=passes, desc=self.intervention, unit="pass", disable=not progress) as bar:
             for group in self._groups(todo):
+                before = bar.n
                 planned = [(site, list(self._planned(site))) for site in group]
                 edits = [entry["edit"] for _, entries in planned for entry in entries if entry["edit"] is not None]
-                share = len(group) / max(1, len(edits) * len(self.evaluated))
                 sums, baseline = measure(
-                    self.view, self.other, edits, self.evaluated, d_vocab=self.d_vocab, whole=self.whole,
-                    advance=lambda done, share=share: bar.update(done * share),  # type: ignore[misc]
+                    self.view, self.other, edits, self.evaluated, outputs=self.outputs, whole=self.whole,
+                    advance=bar.update,
                 )  # fmt: skip
                 unedited = _baseline_sums(baseline)
                 measured = iter(sums.tolist())
@@ -226,30 +241,35 @@ class _Study:
                     effects = [self._effects(entry, measured, unedited) for entry in entries]
                     records[site] = {"rows": effects, "baseline": unedited}
                     self.store.put(self._part(site), {}, records[site])
-                finished += len(group)
-                bar.update(finished - bar.n)
+                # Sites without a delta need no pass.
+                bar.update(before + len(self.evaluated) * sum(map(self._edits, group)) - bar.n)
         rows = [row for site in sites for row in records[site]["rows"]]
         return rows, records[sites[0]]["baseline"]
 
     def _part(self, site: EditSite) -> str:
-        layer, matrix, head = site
-        return f"{self.intervention}-L{layer}{'' if head is None else f'H{head}'}.{matrix}"
+        return f"{self.intervention}-{Place(*site)}"
+
+    def _edits(self, site: EditSite) -> int:
+        """How many edits a site has where its delta is not zero."""
+        controls = sum(self.maker.draws(kind, site[1]) for kind in self.maker.kinds)
+        return (controls + len(self.doses)) * self.maker.directions_at_a_site
 
     def _groups(self, sites: Sequence[EditSite]) -> Iterator[list[EditSite]]:
         """Sites together in one sweep over the texts: many, so that the unedited models run seldom."""
         group: list[EditSite] = []
         edits = size = 0
         for site in sites:
-            matrix = site[1]
-            count = sum(self.maker.draws(kind, matrix) for kind in self.maker.kinds) + len({*self.scales, 1.0})
-            count *= self.maker.directions_at_a_site
-            other = self.view.weight(site[0], matrix)
-            length = sum(other.shape[-2:])
-            if group and (edits + count > _EDITS_AT_A_TIME or size + 8 * count * length > _BYTES_AT_A_TIME):
+            layer, matrix, _ = site
+            count = self._edits(site)
+            rows, columns = self.view.weight(layer, matrix).shape[-2:]
+            matrices = self.maker.draws("undo_matched", matrix) if "undo_matched" in self.maker.kinds else 0
+            # A control that is a subspace is a whole matrix.
+            needed = 8 * (count * (rows + columns) + matrices * self.maker.directions_at_a_site * rows * columns)
+            if group and (edits + count > _EDITS_AT_A_TIME or size + needed > _BYTES_AT_A_TIME):
                 yield group
                 group, edits, size = [], 0, 0
             group.append(site)
-            edits, size = edits + count, size + 8 * count * length
+            edits, size = edits + count, size + needed
         if group:
             yield group
 
@@ -257,7 +277,7 @@ class _Study:
         """Every edit of a site with its part of the row; `edit` None where there is nothing to change."""
         for cell in self.maker.cells(site, self.intervention):
             target = {"control": "target", "draw": None, "norm_ratio": 1.0, "norm_matched": True, "overlap": math.nan}
-            for dose in sorted({1.0, *map(float, self.scales)}):
+            for dose in self.doses:
                 edit = None if cell.target is None else cell.target.scaled(dose)
                 yield {"edit": edit, "row": {**_identity(cell), **target, "dose": dose}}
             if cell.target is None:
@@ -310,20 +330,65 @@ def _preference_pairs(view: ModelView, preferences: Any, notes: Notes) -> Prefer
     return whole
 
 
-def _outcomes(outcomes: Sequence[str] | None, preferences: PreferenceBatch | None) -> tuple[str, ...]:
+def common_outputs(base: ModelView, aligned: ModelView) -> int:
+    """How many tokens both models predict: an aligned vocabulary may have more."""
+    return min(view.unembedding()[0].shape[1] for view in (base, aligned))
+
+
+def chosen_outcomes(
+    outcomes: Sequence[str] | None,
+    preferences: PreferenceBatch | None,
+    sequences: Sequence[Tensor],
+    outputs: int,
+    notes: Notes,
+) -> tuple[str, ...]:
+    """Outcomes in their own order, without those that cannot be measured.
+
+    Raises:
+        ValueError: one that is unknown, of a margin without preferences, or of tokens that the models cannot predict.
+    """
+    halves = () if preferences is None else (preferences.chosen.tokens, preferences.rejected.tokens)
+    largest = [max(int(tokens.max()) for tokens in some) for some in (sequences, halves) if len(some)]
+    needs = {"ce": largest[:1], "margin": largest[1:], "margin_shift": largest[1:]}
+    beyond = {name: of[0] for name, of in needs.items() if of and of[0] >= outputs}
     available = [name for name in OUTCOMES if preferences is not None or not name.startswith("margin")]
-    if outcomes is None:
-        return tuple(available)
-    unknown = [name for name in outcomes if name not in available]
-    if isinstance(outcomes, str) or unknown or not outcomes:
+    asked = available if outcomes is None else outcomes
+    unknown = [name for name in asked if name not in available]
+    if isinstance(outcomes, str) or unknown or not asked:
         margins = "" if preferences is not None else " (those of the margin need preferences=)"
         raise ValueError(
             f"expected outcomes among {', '.join(available)}{margins}, got {outcomes!r}; pass a list of those"
         )
-    return tuple(name for name in available if name in outcomes)
+    impossible = [name for name in asked if name in beyond]
+    if impossible:
+        why = (
+            f"tokens up to {beyond[impossible[0]]} as targets of {' and '.join(impossible)} where the models predict "
+            f"the first {outputs}"
+        )
+        if outcomes is not None:
+            raise ValueError(
+                f"expected targets that the models can predict, got {why}; pass outcomes that need none: kl, shift"
+            )
+        notes.add(f"{' and '.join(impossible)} left out: the texts have {why}")
+    return tuple(name for name in available if name in asked and name not in beyond)
 
 
-def _predictable(sequences: Sequence[Tensor], notes: Notes) -> list[Tensor]:
+def check_memory(view: ModelView, evaluated: Sequence[EvaluationBatch], outputs: int, *, whole: bool) -> None:
+    """Refuse batches that do not fit.
+
+    Raises:
+        ValueError: saying what is needed and what there is.
+    """
+    needed = max(memory_needed(view, batch, outputs, whole=whole) for batch in evaluated)
+    free = free_memory(view.device)
+    if free is not None and needed > free:
+        raise ValueError(
+            f"expected {needed / 1e9:.2g} GB of free memory on {view.device} for predictions at a time, got "
+            f"{free / 1e9:.2g}; pass a smaller batch_size"
+        )
+
+
+def predictable(sequences: Sequence[Tensor], notes: Notes) -> list[Tensor]:
     """Sequences of two tokens or more: a single one predicts nothing that is known."""
     kept = [sequence for sequence in sequences if len(sequence) > 1]
     if not kept:
@@ -333,7 +398,7 @@ def _predictable(sequences: Sequence[Tensor], notes: Notes) -> list[Tensor]:
     return kept
 
 
-def _check_models(base: ModelView, aligned: ModelView, sequences: Sequence[Tensor], notes: Notes) -> dict[str, str]:
+def check_models(base: ModelView, aligned: ModelView, sequences: Sequence[Tensor], notes: Notes) -> dict[str, str]:
     for warning in check_pair(base, aligned):
         notes.warn(warning)
     if not base.causal:
@@ -356,9 +421,9 @@ def _check_models(base: ModelView, aligned: ModelView, sequences: Sequence[Tenso
     return hashes
 
 
-def _whole_passes(view: ModelView, sequences: Sequence[Tensor], sites: Sequence[EditSite], notes: Notes) -> bool:
+def whole_passes(view: ModelView, sequences: Sequence[Tensor], layers: Sequence[int], notes: Notes) -> bool:
     """Whether every edit needs a pass of the whole model, because running on from a block gives something else."""
-    fine, why = resumes(view, sequences[0][:_CHECK_TOKENS].unsqueeze(0), sorted({layer for layer, _, _ in sites}))
+    fine, why = resumes(view, sequences[0][:_CHECK_TOKENS].unsqueeze(0), layers)
     if not fine:
         notes.warn(
             f"{view.name} cannot be resumed above an edited block ({why}): every edit runs the whole model, which is "
@@ -388,7 +453,7 @@ def _describe(sites: Sequence[EditSite], controls: Sequence[str], view: ModelVie
         notes.add("heads of W_K and W_V are key-value heads, each of which serves several query heads")
 
 
-def _note_controls(edits: Any, notes: Notes) -> None:
+def note_controls(edits: Any, notes: Notes) -> None:
     controls = edits[(edits["control"] != "target") & (edits["norm"] > 0)]
     unmatched = controls[~controls["norm_matched"]]
     if len(unmatched):

@@ -19,16 +19,23 @@ from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.precision import exact_products, product_dtype, with_fresh_settings
 from tl_asymmetry.geometry.seeds import seeded
 from tl_asymmetry.geometry.subspace import Subspace, principal_subspace
-from tl_asymmetry.models.edits import RankOneEdit
+from tl_asymmetry.models.edits import HeadEdit, MatrixEdit, RankOneEdit
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import kind_of
 
-CONTROL_KINDS = ("random", "complement", "low_variance", "equal_variance", "permuted_heads")
+CONTROL_KINDS = ("undo_matched", "random", "complement", "low_variance", "equal_variance", "permuted_heads")
 """What `matched_controls` can make."""
+
+EXCHANGEABLE = ("undo_matched",)
+"""Kinds that undo (or install) as much of the delta as the edit itself, so that a rank among them is a test."""
+
+LONGEST_UNDOING = 1.5
+"""By how much one direction of an undo-matched control may be overdone; beyond it the control is a subspace."""
 
 VARIANCE_TOLERANCE = 0.05
 """How near a control's variance must come to the target's to count as equal."""
 
+_SAME_PART = 1e-6
 _TILTS = (-64.0, 64.0)
 _HALVINGS = 44
 
@@ -189,7 +196,7 @@ def insertion_edit(
     ΔW = delta.detach().to(product_dtype(delta))
     if not bool(ΔW.isfinite().all()):
         raise ValueError("expected a finite delta, got NaN or infinite entries; pass weights of sound models")
-    ΔW = ΔW.mT if kind_of(matrix).writes else ΔW
+    ΔW = _residual_first(matrix, ΔW)
     if ΔW.ndim != 2 or len(ΔW) != len(q):
         axis = "last" if kind_of(matrix).writes else "first"
         raise ValueError(
@@ -205,43 +212,44 @@ def insertion_edit(
 
 
 @dataclass(frozen=True, eq=False)
-class MatchedControls(Sequence[RankOneEdit]):
+class MatchedControls(Sequence[HeadEdit]):
     """Edits to hold another one against: a sequence of them, and how well they match. Made by `matched_controls`."""
 
     kind: str
     """One of `CONTROL_KINDS`."""
-    edits: tuple[RankOneEdit, ...]
-    """One for each draw."""
+    edits: tuple[HeadEdit, ...]
+    """One for each draw: a `RankOneEdit`, or a `MatrixEdit` where the control is a subspace."""
     norm_matched: bool
     """Whether all have the Frobenius norm of the edit they are held against."""
     norm_ratios: Float64[Tensor, " draw"]
     """Their norms over its norm."""
     overlap: float
     """Mean squared cosine between the residual directions of two draws: 1/d for independent ones in R^d; near 1 the
-    draws are almost one and the same, and a p-value from them says less than their number. NaN for one draw, and for
-    permuted heads."""
+    draws are almost one and the same, and a p-value from them says less than their number. NaN for one draw, for
+    permuted heads and for subspaces."""
 
     @overload
-    def __getitem__(self, index: int) -> RankOneEdit: ...
+    def __getitem__(self, index: int) -> HeadEdit: ...
     @overload
-    def __getitem__(self, index: slice) -> tuple[RankOneEdit, ...]: ...
-    def __getitem__(self, index: int | slice) -> RankOneEdit | tuple[RankOneEdit, ...]:
+    def __getitem__(self, index: slice) -> tuple[HeadEdit, ...]: ...
+    def __getitem__(self, index: int | slice) -> HeadEdit | tuple[HeadEdit, ...]:
         return self.edits[index]
 
     def __len__(self) -> int:
         return len(self.edits)
 
-    def __iter__(self) -> Iterator[RankOneEdit]:
+    def __iter__(self) -> Iterator[HeadEdit]:
         return iter(self.edits)
 
 
 @with_fresh_settings
 def matched_controls(
     edit: RankOneEdit,
-    kind: str,
+    kind: str = "undo_matched",
     draws: int = 20,
     seed: int = 0,
     *,
+    delta: Float[Tensor, "rows columns"] | None = None,
     second_moment: StreamingMoments | Subspace | Float[Tensor, "d_model d_model"] | None = None,
     heads: int | None = None,
 ) -> MatchedControls:
@@ -249,14 +257,20 @@ def matched_controls(
 
     Args:
         edit: what they are held against; q is its residual direction.
-        kind: "random": a Haar-random direction. "complement": a random one orthogonal to q. "low_variance": the
-            eigenvectors of C with the lowest eigenvalues (any basis of its null space, where it has one), signs random.
-            "equal_variance": a random r ⟂ q, tilted towards directions of more or less variance until rᵀCr = qᵀCq;
-            where no r ⟂ q comes within 5 % (q is a top principal component), a random r ⟂ q scaled to equal rᵀCr, with
-            `norm_matched` False. "permuted_heads": the same edit at another head of the same matrix and layer, each
-            head at most once.
+        kind: "undo_matched": takes out (or puts in) as much of ΔW as the edit does, ‖qᵀΔW‖, along a Haar-random r
+            instead of q: c · r rᵀΔW with c = ‖qᵀΔW‖ / ‖rᵀΔW‖; where c would be above 1.5, so that r would be overdone,
+            along a random subspace of just as many directions as that takes, the last of them in part. Only these are
+            exchangeable with the edit, where q does no more for each unit undone than a random direction: the others
+            keep `other` and so inject a foreign product that undoes nothing. "random": a Haar-random direction.
+            "complement": a random one orthogonal to q. "low_variance": the eigenvectors of C with the lowest
+            eigenvalues (any basis of its null space, where it has one), signs random. "equal_variance": a random r ⟂ q,
+            tilted towards directions of more or less variance until rᵀCr = qᵀCq; where no r ⟂ q comes within 5 % (q is
+            a top principal component), a random r ⟂ q scaled to equal rᵀCr, with `norm_matched` False.
+            "permuted_heads": the same edit at another head of the same matrix and layer, each head at most once.
         draws: how many.
         seed: equal seeds give equal controls for the same site and kind; sites and kinds do not share draws.
+        delta: ΔW of that head in TransformerLens orientation, of which the edit removes or inserts the part along q;
+            needed by "undo_matched".
         second_moment: C, uncentred, on the residual stream's side: of the matrix's input for a read matrix, of the
             stream it writes into for a write matrix. A `Subspace` with all its eigenvalues saves solving for them.
             Needed by the two kinds of variance.
@@ -266,13 +280,14 @@ def matched_controls(
         The controls, float64 on CPU.
 
     Raises:
-        ValueError: an unknown kind, draws < 1 or more than there are, C or `heads` missing where needed, C of another
-            size.
+        ValueError: an unknown kind, draws < 1 or more than there are, ΔW, C or `heads` missing where needed, C of
+            another size, an edit that is no part of ΔW.
 
     Example:
-        >>> edit = RankOneEdit(0, "W_Q", 1, torch.randn(64), torch.randn(16))
-        >>> controls = matched_controls(edit, "complement", 5, seed=1)
-        >>> len(controls), bool((controls[0].residual @ edit.residual.double()).abs() < 1e-6)
+        >>> delta = head_delta(base, aligned, 2, "W_O", 1)
+        >>> edit = removal_edit(2, "W_O", 1, delta, torch.randn(64))
+        >>> controls = matched_controls(edit, "undo_matched", 5, seed=1, delta=delta)
+        >>> len(controls), max(abs(control.norm / edit.norm - 1) for control in controls) < 1e-9
         (5, True)
     """
     if kind not in CONTROL_KINDS:
@@ -283,6 +298,8 @@ def matched_controls(
     edit = replace(edit.to("cpu"), residual=edit.residual.cpu().double())
     if kind == "permuted_heads":
         return _permuted_heads(edit, draws, heads, generator)
+    if kind == "undo_matched":
+        return _undo_matched(edit, draws, delta, generator)
     length, d = edit.residual.norm(), len(edit.residual)
     q = edit.residual / length
     if kind in ("random", "complement"):
@@ -305,6 +322,62 @@ def matched_controls(
         norm_ratios=scales,
         overlap=_overlap(R),
     )
+
+
+def _undo_matched(edit: RankOneEdit, draws: int, delta: Tensor | None, generator: torch.Generator) -> MatchedControls:
+    """As much of ΔW undone along random directions as the edit undoes along its own."""
+    if delta is None:
+        raise ValueError("expected the delta that 'undo_matched' controls undo as much of, got none; pass delta=")
+    ΔW = _residual_first(edit.matrix, delta).double().cpu()
+    if ΔW.ndim != 2 or len(ΔW) != len(edit.residual):
+        raise ValueError(
+            f"expected the delta of one head with d_model {len(edit.residual)} in TransformerLens orientation, got "
+            f"{tuple(delta.shape)}; pass head_delta(model_base, model_aligned, ...)"
+        )
+    undone, part = edit.scale * edit.other.double() * edit.residual.norm(), ΔW.mT @ _unit(edit.residual)
+    wanted = undone.norm()
+    if not bool((undone @ part).abs() >= (1 - _SAME_PART) * wanted * part.norm()) or wanted == 0:
+        raise ValueError(
+            "expected an edit that takes out or puts in what the delta does along its direction, got another one; pass "
+            "one of removal_edit or insertion_edit"
+        )
+    sign = torch.sign(undone @ part)
+    return MatchedControls(
+        kind="undo_matched",
+        edits=tuple(_undoing(edit, ΔW, wanted, sign, generator) for _ in range(draws)),
+        norm_matched=True,
+        norm_ratios=torch.ones(draws, dtype=torch.float64),
+        overlap=math.nan,
+    )
+
+
+def _undoing(
+    edit: RankOneEdit, ΔW: Float64[Tensor, "d_model other"], wanted: Tensor, sign: Tensor, generator: torch.Generator
+) -> HeadEdit:
+    """One control: a direction, or where that would be overdone a subspace, along which ΔW changes by `wanted`."""
+    d = len(ΔW)
+    r = _unit(torch.randn(d, dtype=torch.float64, generator=generator))
+    part = ΔW.mT @ r
+    c = (wanted / part.norm()).item()
+    if c <= LONGEST_UNDOING:
+        return RankOneEdit(edit.layer, edit.matrix, edit.head, r, c * part, sign.item())
+    share = (wanted.square() / ΔW.square().sum()).item()
+    count = min(d, math.ceil(1.2 * share * d) + 8)
+    while True:
+        # The first direction stays r: drawing more of them does not depend on what came before.
+        others = torch.randn(d, count - 1, dtype=torch.float64, generator=generator)
+        R = torch.linalg.qr(torch.cat([r.unsqueeze(-1), others], -1)).Q
+        parts = R.mT @ ΔW
+        reached = parts.square().sum(-1).cumsum(0)
+        if count == d or bool(reached[-1] >= wanted.square()):
+            break
+        count = min(d, 2 * count)
+    last = min(int((reached < wanted.square()).sum()), d - 1)
+    before = reached[last - 1] if last else reached.new_zeros(())
+    fraction = ((wanted.square() - before) / parts[last].square().sum()).clamp(0, 1).sqrt()
+    parts[last] *= fraction
+    change = sign * (R[:, : last + 1] @ parts[: last + 1])
+    return MatrixEdit(edit.layer, edit.matrix, edit.head, change if kind_of(edit.matrix).reads else change.mT)
 
 
 def _permuted_heads(edit: RankOneEdit, draws: int, heads: int | None, generator: torch.Generator) -> MatchedControls:
@@ -391,6 +464,10 @@ def _extreme_variance(λ: Tensor, c: Tensor, largest: bool) -> Tensor:
         above = torch.where(c == 0, torch.zeros_like(terms), terms).sum() < 0
         low, high = torch.where(above, μ, low), torch.where(above, high, μ)
     return low
+
+
+def _residual_first(matrix: str, ΔW: Tensor) -> Tensor:
+    return ΔW.mT if kind_of(matrix).writes else ΔW
 
 
 def _overlap(R: Tensor) -> float:

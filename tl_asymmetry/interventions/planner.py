@@ -16,10 +16,10 @@ from tl_asymmetry.geometry.seeds import seeded
 from tl_asymmetry.geometry.subspace import Subspace, ordered_eigh, principal_subspace
 from tl_asymmetry.interventions.design import CONTROL_KINDS, head_delta, insertion_edit, matched_controls, removal_edit
 from tl_asymmetry.models.capture import capture
-from tl_asymmetry.models.edits import RankOneEdit
+from tl_asymmetry.models.edits import HeadEdit, RankOneEdit
 from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.names import ATTENTION
+from tl_asymmetry.names import ATTENTION, Place, PlaceLike, place_of
 from tl_asymmetry.pair.deltas import residual_first
 
 EditSite: TypeAlias = tuple[int, str, int | None]
@@ -40,7 +40,7 @@ class ControlDraw:
     """One control of a cell."""
 
     kind: str
-    edit: RankOneEdit
+    edit: HeadEdit
     norm_ratio: float
     norm_matched: bool
     overlap: float
@@ -115,7 +115,7 @@ class EditPlanner:
                     index=index,
                     target=edit if changes else None,
                     delta_share=(edit.other.square().sum() / energy).item() if edit is not None else float("nan"),
-                    controls=tuple(self._drawn(edit, name, index)) if edit is not None and changes else (),
+                    controls=tuple(self._drawn(edit, ΔW, name, index)) if edit is not None and changes else (),
                     draws={kind: self.draws(kind, matrix) for kind in self.kinds if self.draws(kind, matrix)},
                 )
 
@@ -146,7 +146,7 @@ class EditPlanner:
     def _spectrum(self, point: str, layer: int) -> Subspace:
         return principal_subspace(self._moments[point, layer])
 
-    def _drawn(self, edit: RankOneEdit, name: str, index: int) -> Iterator[ControlDraw]:
+    def _drawn(self, edit: RankOneEdit, ΔW: Tensor, name: str, index: int) -> Iterator[ControlDraw]:
         for kind in self.kinds:
             draws = self.draws(kind, edit.matrix)
             if draws == 0:
@@ -154,7 +154,7 @@ class EditPlanner:
             needs = kind in ("low_variance", "equal_variance")
             spectrum = self.spectrum(self.base.residual_point(edit.matrix), edit.layer) if needs else None
             controls = matched_controls(
-                edit, kind, draws, _mixed(self._seed, name, index),
+                edit, kind, draws, _mixed(self._seed, name, index), delta=ΔW,
                 second_moment=spectrum, heads=self.base.heads(edit.matrix),
             )  # fmt: skip
             for control, ratio in zip(controls, controls.norm_ratios.tolist(), strict=True):
@@ -186,7 +186,7 @@ def study_moments(
 
 
 def chosen_sites(
-    view: ModelView, sites: Sequence[EditSite] | None, matrices: Sequence[str] | None
+    view: ModelView, sites: PlaceLike | Sequence[PlaceLike] | None, matrices: Sequence[str] | None
 ) -> tuple[EditSite, ...]:
     """The sites in the order of layers; all heads of the attention matrices by default.
 
@@ -210,20 +210,25 @@ def chosen_sites(
     if matrices is not None:
         raise ValueError("expected sites or matrices, got both; pass one of them")
     checked: list[EditSite] = []
-    for site in sites:
-        if not isinstance(site, Sequence) or isinstance(site, str) or len(site) != 3:
-            raise ValueError(f'expected sites (layer, matrix, head), got {site!r}; pass e.g. (0, "W_Q", 1)')
-        layer, matrix, head = site
-        if matrix not in view.matrices or layer not in range(view.n_layers) or head not in _heads(view, matrix):
+    for layer, matrix, head, expert in _places(sites):
+        missing = matrix not in view.matrices or layer not in range(view.n_layers) or expert is not None
+        if missing or head not in _heads(view, matrix):
             raise ValueError(
                 f"expected sites that the model has ({view.n_layers} layers; {_described_heads(view)}), got "
-                f"{tuple(site)!r}; pass (layer, matrix, head), head=None for a matrix of the MLP"
+                f"{Place(layer, matrix, head, expert)}; pass (layer, matrix, head), head=None for a matrix of the MLP, "
+                'or e.g. "L0H1.W_Q"'
             )
         checked.append((layer, matrix, head))
     if not checked:
         raise ValueError("expected at least one site, got none; pass sites=None for all heads")
     order = {matrix: i for i, matrix in enumerate(view.matrices)}
     return tuple(sorted(set(checked), key=lambda s: (s[0], order[s[1]], -1 if s[2] is None else s[2])))
+
+
+def _places(sites: PlaceLike | Sequence[PlaceLike]) -> list[Place]:
+    """Places from a list of them, or from a single one."""
+    single = isinstance(sites, str) or (isinstance(sites, tuple) and sites and isinstance(sites[0], int))
+    return [place_of(site) for site in ([sites] if single else sites)]
 
 
 def _heads(view: ModelView, matrix: str) -> list[int | None]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 
+from tl_asymmetry.interventions.design import EXCHANGEABLE
 from tl_asymmetry.interventions.tables import BASELINE_COLUMNS, CELL, OUTCOMES
 from tl_asymmetry.names import SIGNIFICANT
 from tl_asymmetry.results.report import CITATIONS, Definition, FigureSection, Report, TableSection
@@ -48,8 +49,8 @@ class RankOneStudy(Result):
             intervention, direction: of one kind only; all by default.
 
         Returns:
-            Columns of the site and direction, every outcome measured, `delta_share`, and for each kind of control
-            `percentile_<kind>` and `p_<kind>` of the outcome sorted by.
+            Columns of the site and direction, every outcome measured, `delta_share`, for each kind of control
+            `percentile_<kind>`, and `p` and `q` against undo-matched controls, of the outcome sorted by.
 
         Raises:
             ValueError: an outcome, intervention or direction that was not studied.
@@ -66,7 +67,9 @@ class RankOneStudy(Result):
             found[name] = effects[name]
         for kind, block in rows.groupby("control", sort=False):
             of_kind = block.set_index(list(CELL))
-            found[f"percentile_{kind}"], found[f"p_{kind}"] = of_kind["percentile"], of_kind["p"]
+            found[f"percentile_{kind}"] = of_kind["percentile"]
+            if kind in EXCHANGEABLE:
+                found["p"], found["q"] = of_kind["p"], of_kind["q"]
         size = found[outcome].abs() if outcome in ("ce", "margin") else found[outcome]
         order = size.sort_values(ascending=False, kind="stable").index
         return found.loc[order].head(n).reset_index()
@@ -248,14 +251,16 @@ def _headline(study: RankOneStudy) -> Sequence[str]:
         best = study.strongest(1, intervention=intervention, direction=direction).iloc[0]
         verb = {"shift": "moves {:.1%} of the way to the other model", "margin_shift": "moves {:.1%} of the margin"}
         did = verb.get(outcome, outcome + " {:.3g}").format(best[outcome])
+        tests = rows[rows["p"].notna()]
         beaten = [
-            f"{int((of['p'] <= 1 / (1 + of['draws'])).sum())} of {len(of)} cells exceed all their {kind} controls "
-            f"({len(of) / (1 + of['draws'].mean()):.3g} expected by chance)"
-            for kind, of in rows.groupby("control", sort=False)
+            f"{int((of['p'] <= 1 / (1 + of['draws'])).sum())} of {len(of)} cells exceed all their controls that undo "
+            f"as much ({len(of) / (1 + of['draws'].mean()):.3g} expected by chance)"
+            for _, of in tests.groupby("control", sort=False)
         ]
         sentences.append(
             f"{intervention.capitalize()} of {direction} directions: the strongest of {len(cells)} cells, "
-            f"{_site(best)} #{best['index']}, {did}; {'; '.join(beaten)}."
+            f"{_site(best)} #{best['index']}, {did}"
+            f"{'; ' + '; '.join(beaten) if beaten else '; no controls that undo as much, so no test'}."
         )
     q = table.loc[table["outcome"] == outcome, "q"]
     if q.notna().any():
@@ -284,15 +289,19 @@ DEFINITIONS = (
     ),
     Definition(
         "Controls", "[choice]",
-        "Edits that keep everything but the residual direction. random: any; complement: orthogonal to q; "
+        "undo_matched [ours]: as much of ΔW taken out or put in as by the edit, ‖qᵀΔW‖, along a random direction, or, "
+        "where that one would be overdone by more than half, along a random subspace. The others keep everything but "
+        "the residual direction, and so inject a product that undoes nothing. random: any; complement: none of q; "
         "low_variance: the eigenvectors of least variance; equal_variance: orthogonal to q with the same variance of "
-        "the stream, or, where there is none such, scaled to it and marked as not norm-matched. permuted_heads [ours]: "
-        "the same edit at another head.",
+        "the stream, or, where there is none such, scaled to it and marked as not norm-matched. permuted_heads: the "
+        "same edit at another head.",
     ),
     Definition(
         "Percentile, p, q", "[ours]",
-        "Standing of the effect among its controls; p = (1 + controls at least as large) / (1 + draws), one-sided. "
-        "q by Benjamini–Hochberg over sites, given only where that many draws can reach 0.05.",
+        "Percentile: standing of the effect among its controls. p = (1 + controls at least as large) / (1 + draws), "
+        "one-sided, from undo_matched controls only: these are exchangeable with the edit where its direction does no "
+        "more for each unit undone than a random one. Sites without a delta are no tests. q by Benjamini–Hochberg over "
+        "sites, given only where that many draws can reach 0.05.",
     ),
     *(Definition(f"Outcome: {name}", "[choice]", meaning[0].upper() + meaning[1:] + ".") for name, meaning in
       OUTCOMES.items()),
@@ -306,7 +315,8 @@ def _report(study: RankOneStudy) -> Report:
     if bool((study.edits["norm"] > 0).any()):
         figures = [
             FigureSection(
-                "Which heads carry it", {m: study.plot_heads(m) for m in matrices}, "A dot: above all controls.",
+                "Which heads carry it", {m: study.plot_heads(m) for m in matrices},
+                "A dot: above all controls that undo as much.",
                 "matrix",
             ),
             FigureSection(

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from tl_asymmetry.geometry.nulls import adjusted_p
+from tl_asymmetry.interventions.design import EXCHANGEABLE
 from tl_asymmetry.names import SIGNIFICANT
 
 CELL = ("layer", "head", "matrix", "pathway", "intervention", "direction", "index")
@@ -49,7 +50,7 @@ STUDY_COLUMNS = {
     "control_high": "95 % quantile",
     "percentile": "share of controls with a smaller effect, ties counting half, in per cent",
     "p": "(1 + number of controls with as large an effect or a larger one) / (1 + draws), one-sided; ce and margin by "
-    "size",
+    "size; only from undo_matched controls, which undo as much as the edit: the others describe",
     "q": "Benjamini–Hochberg over sites of one intervention, direction, outcome and control; NaN where so few draws "
     "could not reach 0.05",
     "draws": "number of controls",
@@ -60,6 +61,9 @@ STUDY_COLUMNS = {
     "delta_share": "share of ‖ΔW‖² that the edit removes or inserts",
 }
 """Columns of a study's table, in this order, and what they mean."""
+
+ROUNDING = 1e-4
+"""Relative difference below which two effects are one: a control that undoes all of a rank-1 delta is its target."""
 
 BASELINE_COLUMNS = (
     "intervention", "original", "other", "ce_original", "ce_other", "kl_other", "margin_original", "margin_other",
@@ -132,7 +136,7 @@ def study_table(edits: pd.DataFrame, outcomes: Sequence[str]) -> tuple[pd.DataFr
                         **cell,
                         "outcome": outcome,
                         "control": kind,
-                        **standing(float(target[outcome]), controls[outcome].to_numpy(float), outcome),
+                        **_standing(target, controls, outcome, tested=kind in EXCHANGEABLE),
                         "norm_matched": bool(controls["norm_matched"].all()),
                         "norm_ratio": float(controls["norm_ratio"].mean()),
                         "overlap": float(controls["overlap"].mean()),
@@ -145,20 +149,30 @@ def study_table(edits: pd.DataFrame, outcomes: Sequence[str]) -> tuple[pd.DataFr
     lacking = 0
     for _, family in table.groupby(["intervention", "direction", "index", "outcome", "control"], sort=False):
         p = family["p"].to_numpy(float)
-        needed = math.ceil(np.isfinite(p).sum() / SIGNIFICANT) - 1
-        if len(family) and family["draws"].min() >= needed:
+        tests = int(np.isfinite(p).sum())
+        needed = math.ceil(tests / SIGNIFICANT) - 1
+        if tests and family["draws"].min() >= needed:
             table.loc[family.index, "q"] = adjusted_p(p)
-        else:
+        elif tests:
             lacking = max(lacking, needed)
     return table, lacking
 
 
+def _standing(target: pd.Series, controls: pd.DataFrame, outcome: str, *, tested: bool) -> dict[str, Any]:
+    effect, of_controls = float(target[outcome]), controls[outcome].to_numpy(float)
+    if target["norm"] == 0:  # nothing was edited: no test, and nothing to hold anything against
+        of_controls = np.full_like(of_controls, math.nan)
+    found = standing(effect, of_controls, outcome)
+    return found if tested else {**found, "p": math.nan}
+
+
 def standing(effect: float, controls: np.ndarray, outcome: str) -> dict[str, Any]:
-    """Where an effect stands among those of its controls."""
+    """Where an effect stands among those of its controls; effects within rounding of each other are tied."""
     if math.isnan(effect) or np.isnan(controls).any():
         known = ("control_mean", "control_low", "control_median", "control_high", "percentile", "p")
         return {"effect": effect, **dict.fromkeys(known, math.nan), "draws": len(controls)}
     size, sizes = (abs(effect), np.abs(controls)) if outcome in BY_MAGNITUDE else (effect, controls)
+    sizes = np.where(np.isclose(sizes, size, rtol=ROUNDING, atol=0), size, sizes)
     low, median, high = np.quantile(controls, [0.05, 0.5, 0.95])
     return {
         "effect": effect,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -16,9 +16,10 @@ from tl_asymmetry.models.view import ModelView, Slot
 from tl_asymmetry.names import MATRICES, kind_of
 
 _EMBEDDINGS = ("W_E", "W_U", "W_pos")
-_NUMBER_OF_AXES = {1: "a vector", 2: "a matrix"}
+EditT = TypeVar("EditT", bound="HeadEdit")
 
-FactoredT = TypeVar("FactoredT", bound="_FactoredEdit")
+_WIDE = (torch.float32, torch.float64)
+"""Types of weights that are changed where they lie; narrower ones are widened and rounded once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,92 +58,17 @@ class HeadEdit:
         """Refuse weights of another shape than the edit's."""
         raise NotImplementedError
 
+    def to(self: EditT, device: torch.device | str) -> EditT:
+        """The same edit with its tensors on another device."""
+        raise NotImplementedError
+
     def put_into(self, weights: Tensor) -> None:
         """Change weights `[rows, columns]` in TransformerLens orientation, in place; 16 bits are rounded once."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
-class _FactoredEdit(HeadEdit):
-    """Adds `scale · Σ residual otherᵀ`, the residual factors on the d_model axis, whichever side that is."""
-
-    residual: Tensor
-    other: Tensor
-    scale: float | int = 1.0
-
-    _AXES: ClassVar[int]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("residual", "other"):
-            factor = getattr(self, name)
-            if not isinstance(factor, Tensor) or factor.ndim != self._AXES or factor.numel() == 0:
-                got = f"shape {tuple(factor.shape)}" if isinstance(factor, Tensor) else type(factor).__name__
-                raise ValueError(
-                    f"expected {name} as {_NUMBER_OF_AXES[self._AXES]}, got {got}; pass a "
-                    f"{'one' if self._AXES == 1 else 'two'}-dimensional tensor"
-                )
-            factor = factor.detach().to(torch.float64 if factor.dtype == torch.float64 else torch.float32, copy=True)
-            if not bool(factor.isfinite().all()):
-                raise ValueError(f"expected a finite {name}, got NaN or infinite entries; pass finite numbers")
-            object.__setattr__(self, name, factor)
-        object.__setattr__(self, "scale", float(self.scale))
-        if not math.isfinite(self.scale):
-            raise ValueError(f"expected a finite scale, got {self.scale}; pass a number")
-        if not bool(self.residual.any()):
-            raise ValueError("expected a residual direction, got a vector of zeros; pass a direction of some length")
-
-    @property
-    def norm(self) -> float:
-        """Frobenius norm of what is added."""
-        R, others = (torch.atleast_2d(factor).double() for factor in (self.residual, self.other))
-        return abs(self.scale) * ((R @ R.mT) * (others @ others.mT)).sum().clamp(min=0).sqrt().item()
-
-    def change(self) -> Float[Tensor, "rows columns"]:
-        """What is added, as a matrix in TransformerLens orientation, float64."""
-        first, second = (torch.atleast_2d(f) for f in self._in_order(torch.float64, self.residual.device))
-        return self.scale * (first.mT @ second)
-
-    def scaled(self: FactoredT, factor: float | int) -> FactoredT:
-        """The same edit, `factor` times as strong."""
-        return replace(self, scale=self.scale * factor)
-
-    def to(self: FactoredT, device: torch.device | str) -> FactoredT:
-        """The same edit with its factors on another device."""
-        return replace(self, residual=self.residual.to(device), other=self.other.to(device))
-
-    def check_fits(self, weights: Tensor) -> None:
-        residual, other = weights.shape if kind_of(self.matrix).reads else weights.shape[::-1]
-        given = self.residual.shape[-1], self.other.shape[-1]
-        if given != (residual, other):
-            raise ValueError(
-                f"expected residual and other of {residual} and {other} entries for {self.matrix}, got {given[0]} and "
-                f"{given[1]}; pass vectors of these lengths"
-            )
-
-    def put_into(self, weights: Tensor) -> None:
-        if weights.dtype in (torch.float32, torch.float64):
-            self._add_to(weights)
-            return
-        wide = weights.float()
-        self._add_to(wide)
-        _narrow_into(weights, wide, self)
-
-    def _add_to(self, weights: Tensor) -> None:
-        first, second = self._in_order(weights.dtype, weights.device)
-        if self._AXES == 1:
-            weights.addr_(first, second, alpha=self.scale)
-        else:
-            weights.addmm_(first.mT, second, alpha=self.scale)
-
-    def _in_order(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The two factors in the order of the matrix's axes."""
-        residual, other = self.residual.to(device, dtype), self.other.to(device, dtype)
-        return (other, residual) if kind_of(self.matrix).writes else (residual, other)
-
-
-@dataclass(frozen=True, eq=False)
-class RankOneEdit(_FactoredEdit):
+class RankOneEdit(HeadEdit):
     """Adds `scale · residual otherᵀ` to one head's matrix, `residual` on its d_model axis, whichever side that is.
 
     With y = x W: a read matrix (W_Q, W_K, W_V, W_in, W_gate) then adds `scale · (x · residual)` times `other` to its
@@ -171,7 +97,56 @@ class RankOneEdit(_FactoredEdit):
     scale: float | int = 1.0
     """What the outer product is multiplied by; −1 takes out, 0.5 is half a dose."""
 
-    _AXES: ClassVar[int] = 1
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("residual", "other"):
+            vector = getattr(self, name)
+            if not isinstance(vector, Tensor) or vector.ndim != 1 or vector.numel() == 0:
+                got = f"shape {tuple(vector.shape)}" if isinstance(vector, Tensor) else type(vector).__name__
+                raise ValueError(f"expected {name} as a vector, got {got}; pass a one-dimensional tensor")
+            vector = vector.detach().to(torch.float64 if vector.dtype == torch.float64 else torch.float32, copy=True)
+            if not bool(vector.isfinite().all()):
+                raise ValueError(f"expected a finite {name}, got NaN or infinite entries; pass a finite vector")
+            object.__setattr__(self, name, vector)
+        object.__setattr__(self, "scale", float(self.scale))
+        if not math.isfinite(self.scale):
+            raise ValueError(f"expected a finite scale, got {self.scale}; pass a number")
+        if not bool(self.residual.any()):
+            raise ValueError("expected a residual direction, got a vector of zeros; pass a direction of some length")
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of what is added."""
+        return abs(self.scale) * (self.residual.double().norm() * self.other.double().norm()).item()
+
+    def change(self) -> Float[Tensor, "rows columns"]:
+        """What is added, as a matrix in TransformerLens orientation, float64."""
+        first, second = self._in_order(torch.float64, self.residual.device)
+        return self.scale * torch.outer(first, second)
+
+    def scaled(self, factor: float | int) -> RankOneEdit:
+        """The same edit, `factor` times as strong."""
+        return replace(self, scale=self.scale * factor)
+
+    def to(self, device: torch.device | str) -> RankOneEdit:
+        """The same edit with its vectors on another device."""
+        return replace(self, residual=self.residual.to(device), other=self.other.to(device))
+
+    def check_fits(self, weights: Tensor) -> None:
+        """As `HeadEdit.check_fits`."""
+        residual, other = weights.shape if kind_of(self.matrix).reads else weights.shape[::-1]
+        given = self.residual.numel(), self.other.numel()
+        if given != (residual, other):
+            raise ValueError(
+                f"expected residual and other of {residual} and {other} entries for {self.matrix}, got {given[0]} and "
+                f"{given[1]}; pass vectors of these lengths"
+            )
+
+    def put_into(self, weights: Tensor) -> None:
+        """As `HeadEdit.put_into`."""
+        wide = weights if weights.dtype in _WIDE else weights.float()
+        wide.addr_(*self._in_order(wide.dtype, wide.device), alpha=self.scale)
+        _narrow_into(weights, wide, self)
 
     def with_residual(self, residual: Float[Tensor, " d_model"]) -> RankOneEdit:
         """The same edit along another direction of the residual stream."""
@@ -217,28 +192,51 @@ class RankOneEdit(_FactoredEdit):
         head = "" if self.head is None else f" head {self.head}"
         return f"RankOneEdit(layer {self.layer} {self.matrix}{head}, norm {self.norm:.4g}, scale {self.scale:g})"
 
+    def _in_order(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The two vectors in the order of the matrix's axes."""
+        residual, other = self.residual.to(device, dtype), self.other.to(device, dtype)
+        return (other, residual) if kind_of(self.matrix).writes else (residual, other)
+
 
 @dataclass(frozen=True, eq=False)
-class SubspaceEdit(_FactoredEdit):
-    """Adds `scale · Σ_i residual_i other_iᵀ` to one head's matrix: several rank-1 edits at once, rounded once.
-
-    Raises:
-        ValueError: what `RankOneEdit` refuses, for matrices `[direction, d_model]` and `[direction, other]`.
+class MatrixEdit(HeadEdit):
+    """Adds a given matrix to one head's, whatever its rank.
 
     Example:
-        >>> edit = SubspaceEdit(0, "W_Q", 1, torch.eye(64)[:3], torch.ones(3, 16), scale=-1.0)
-        >>> edit.change().abs().sum().item()
-        48.0
+        >>> edit = MatrixEdit(0, "W_Q", 1, torch.eye(64)[:, :16])
+        >>> edit.norm
+        4.0
+        >>> with apply_edits(model, edit):
+        ...     trace = model.blocks[0].attn.W_Q[1].diagonal().sum().item()
+        >>> round(trace - model.blocks[0].attn.W_Q[1].diagonal().sum().item(), 4)
+        16.0
     """
 
-    residual: Float[Tensor, "direction d_model"]
-    """Directions on the d_model axis."""
-    other: Float[Tensor, "direction other"]
-    """What each is multiplied with on the other axis."""
-    scale: float | int = 1.0
-    """What the sum is multiplied by."""
+    added: Float[Tensor, "rows columns"]
+    """What is added, in TransformerLens orientation."""
 
-    _AXES: ClassVar[int] = 2
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of what is added."""
+        return self.added.double().norm().item()
+
+    def change(self) -> Float[Tensor, "rows columns"]:
+        """What is added, float64."""
+        return self.added.double()
+
+    def to(self, device: torch.device | str) -> MatrixEdit:
+        """The same edit with its matrix on another device."""
+        return replace(self, added=self.added.to(device))
+
+    def check_fits(self, weights: Tensor) -> None:
+        """As `HeadEdit.check_fits`."""
+        _check_shape(self.added, weights, self.matrix)
+
+    def put_into(self, weights: Tensor) -> None:
+        """As `HeadEdit.put_into`."""
+        wide = weights if weights.dtype in _WIDE else weights.float()
+        wide.add_(self.added.to(wide))
+        _narrow_into(weights, wide, self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,17 +260,15 @@ class Rewind(HeadEdit):
         return replace(self, target=self.target.to(device))
 
     def check_fits(self, weights: Tensor) -> None:
-        if self.target.shape != weights.shape:
-            raise ValueError(
-                f"expected a target of shape {tuple(weights.shape)} for {self.matrix}, got {tuple(self.target.shape)}; "
-                "pass the weights of the same head of a model of this shape"
-            )
+        """As `HeadEdit.check_fits`."""
+        _check_shape(self.target, weights, self.matrix)
 
     def put_into(self, weights: Tensor) -> None:
+        """As `HeadEdit.put_into`."""
         if self.share == 1:
             weights.copy_(self.target)
         elif self.share != 0:
-            wide = weights.to(torch.promote_types(weights.dtype, torch.float32), copy=True)
+            wide = weights if weights.dtype in _WIDE else weights.float()
             wide.lerp_(self.target.to(wide), float(self.share))
             _narrow_into(weights, wide, self)
 
@@ -398,7 +394,18 @@ def _place(view: ModelView, edit: HeadEdit) -> _Place:
     return _Place(edit, weight, slot, weight.data_ptr())
 
 
+def _check_shape(given: Tensor, weights: Tensor, matrix: str) -> None:
+    if given.shape != weights.shape:
+        raise ValueError(
+            f"expected a matrix of shape {tuple(weights.shape)} for {matrix}, got {tuple(given.shape)}; pass one in "
+            "TransformerLens orientation, of one head where there are heads"
+        )
+
+
 def _narrow_into(weights: Tensor, wide: Tensor, edit: HeadEdit) -> None:
+    """Round what was computed beside 16-bit weights into them."""
+    if wide is weights:
+        return
     if weights.dtype == torch.float16 and not bool((wide.abs() <= torch.finfo(torch.float16).max).all()):
         raise ValueError(f"expected an edit that float16 weights can hold, got an overflow by {edit}; pass a smaller "
                          "scale or a model in another type")  # fmt: skip

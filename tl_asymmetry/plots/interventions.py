@@ -25,9 +25,13 @@ NAMES = {
     "margin": "change of the preference margin, nats",
     "margin_shift": "share of the margin undone or installed",
 }
-CONTROL_SYMBOLS = {"random": "circle", "complement": "square", "low_variance": "triangle-down",
-                   "equal_variance": "diamond", "permuted_heads": "cross"}  # fmt: skip
-CONTROL_COLOURS = dict(zip(CONTROL_SYMBOLS, ("#6f7b88", "#2f7fc1", "#94801a", "#0f8a68", "#a55fb0"), strict=True))
+CONTROL_SYMBOLS = {
+    "undo_matched": "hexagon", "random": "circle", "complement": "square", "low_variance": "triangle-down",
+    "equal_variance": "diamond", "permuted_heads": "cross",
+}  # fmt: skip
+CONTROL_COLOURS = dict(
+    zip(CONTROL_SYMBOLS, ("#b03060", "#6f7b88", "#2f7fc1", "#94801a", "#0f8a68", "#a55fb0"), strict=True)
+)
 TARGET_COLOUR = "#c2602a"
 
 
@@ -169,7 +173,7 @@ def effects_figure(
     )  # fmt: skip
     above = [
         (j, i) for i, layer in enumerate(layers) for j, head in enumerate(heads)
-        if (layer, head) in at and at[layer, head]["p"] <= 1 / (1 + at[layer, head]["draws"])
+        if (layer, head) in at and at[layer, head]["percentile"] == 100
     ]  # fmt: skip
     page = "dark" if style.is_dark(layout.get("template")) else "light"
     figure.add_trace(
