@@ -43,6 +43,12 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as below
     from tl_asymmetry.pair.result import PairAnalysis
     from tl_asymmetry.results.report import report
     from tl_asymmetry.results.result import load
+    from tl_asymmetry.rewinding.analysis import rewind_study
+    from tl_asymmetry.rewinding.result import RewindStudy
+    from tl_asymmetry.shift.analysis import activation_shift
+    from tl_asymmetry.shift.result import ActivationShift
+    from tl_asymmetry.stages.analysis import analyze_stages
+    from tl_asymmetry.stages.result import StageAnalysis
     from tl_asymmetry.tangents.analysis import analyze_tangents
     from tl_asymmetry.tangents.probe import TangentProbe
     from tl_asymmetry.tangents.result import TangentAnalysis
@@ -80,6 +86,13 @@ __getattr__, __dir__, __all__ = attach(
         "interventions.analysis": ["rank_one_study"],
         "interventions.result": ["RankOneStudy"],
         "models.edits": ["RankOneEdit", "apply_edits"],
+        "rewinding.analysis": ["rewind_study"],
+        "rewinding.result": ["RewindStudy"],
+        # stages of training, and what the weights explain
+        "stages.analysis": ["analyze_stages"],
+        "stages.result": ["StageAnalysis"],
+        "shift.analysis": ["activation_shift"],
+        "shift.result": ["ActivationShift"],
         # the geometry of learning
         "tangents.analysis": ["analyze_tangents"],
         "tangents.probe": ["TangentProbe"],

@@ -15,8 +15,11 @@ from tl_asymmetry.plots.heads import heads_figure
 from tl_asymmetry.plots.interventions import controls_figure, doses_figure, effects_figure
 from tl_asymmetry.plots.layers import layers_figure
 from tl_asymmetry.plots.rank_curve import rank_curve_figure
+from tl_asymmetry.plots.rewinding import rewind_curve_figure, rewind_heads_figure, rewind_path_figure
+from tl_asymmetry.plots.shift import shift_figure
 from tl_asymmetry.plots.spectrum import spectrum_figure
 from tl_asymmetry.plots.stability import stability_figure
+from tl_asymmetry.plots.stages import stage_cosines_figure, stage_flow_figure
 from tl_asymmetry.plots.style import template
 from tl_asymmetry.plots.tangents import tangent_anisotropy_figure, tangent_energy_figure, tangent_strata_figure
 from tl_asymmetry.plots.trajectory import (
@@ -46,8 +49,14 @@ __all__ = [
     "layers_figure",
     "overlap_figure",
     "rank_curve_figure",
+    "rewind_curve_figure",
+    "rewind_heads_figure",
+    "rewind_path_figure",
+    "shift_figure",
     "spectrum_figure",
     "stability_figure",
+    "stage_cosines_figure",
+    "stage_flow_figure",
     "tangent_anisotropy_figure",
     "tangent_energy_figure",
     "tangent_strata_figure",

@@ -19,6 +19,7 @@ from tl_asymmetry.results.report import Report, write_report
 from tl_asymmetry.store import read_part, write_part
 
 KINDS = {
+    "ActivationShift": "tl_asymmetry.shift.result",
     "Comparison": "tl_asymmetry.comparison.result",
     "ControlStudy": "tl_asymmetry.control.result",
     "CouplingStudy": "tl_asymmetry.coupling.result",
@@ -28,6 +29,8 @@ KINDS = {
     "PairAnalysis": "tl_asymmetry.pair.result",
     "PredictionPullback": "tl_asymmetry.jacobians.pullback_result",
     "RankOneStudy": "tl_asymmetry.interventions.result",
+    "RewindStudy": "tl_asymmetry.rewinding.result",
+    "StageAnalysis": "tl_asymmetry.stages.result",
     "TangentAnalysis": "tl_asymmetry.tangents.result",
     "TrajectoryAnalysis": "tl_asymmetry.trajectory.result",
 }

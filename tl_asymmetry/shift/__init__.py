@@ -1,0 +1,1 @@
+"""Does the change of the weights explain the shift of the activations?"""
