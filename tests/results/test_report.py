@@ -310,20 +310,39 @@ def test_images_need_kaleido_and_say_so(tmp_path, monkeypatch):
 
 
 def test_images_show_the_figure_without_its_controls(tmp_path, monkeypatch):
-    written = {}
+    written = []
     monkeypatch.setattr(page, "_kaleido_installed", lambda: True)
-    monkeypatch.setattr(go.Figure, "write_image", lambda self, path, **options: written.update({path.name: self}))
+    monkeypatch.setattr(go.Figure, "to_image", lambda self, **options: written.append(self) or b"image")
     table = synthetic.make_table()
     figures = {"W_Q": heads_figure(table, "W_Q"), "../W_O": heads_figure(table, "W_O")}
     paths = write_images(Result("t", figures=[FigureSection("Heads", figures)]), tmp_path / "images", format="pdf")
-    assert [p.name for p in paths] == ["01-Heads-W_Q.pdf", "02-Heads-W_O.pdf"] == list(written)
-    still, whole = written["01-Heads-W_Q.pdf"], figures["W_Q"]
+    assert [p.name for p in paths] == ["01-Heads-W_Q.pdf", "02-Heads-W_O.pdf"]
+    assert [p.read_bytes() for p in paths] == [b"image"] * 2
+    still, whole = written[0], figures["W_Q"]
     assert not still.layout.updatemenus
     assert not still.layout.sliders
     assert len(whole.layout.updatemenus) == 1  # the figure itself is left alone
     assert still.layout.height == whole.layout.height - sum(page.controls_height(whole))
     plot = still.layout.height - still.layout.margin.t - still.layout.margin.b
     assert plot == whole.layout.height - whole.layout.margin.t - whole.layout.margin.b
+
+
+@pytest.mark.parametrize(("width", "pixels"), [("single", 312), ("double", 648)])
+def test_images_for_a_papers_columns_leave_the_title_to_the_caption(tmp_path, monkeypatch, width, pixels):
+    written = []
+    monkeypatch.setattr(page, "_kaleido_installed", lambda: True)
+    monkeypatch.setattr(go.Figure, "to_image", lambda self, **options: written.append(self) or b"image")
+    whole = heads_figure(synthetic.make_table(), "W_Q")
+    write_images(Result("t", figures=[FigureSection("Heads", whole)]), tmp_path, width=width)
+    (still,) = written
+    assert still.layout.width == pixels
+    assert not still.layout.title.text
+    plots = [f.layout.height - f.layout.margin.t - f.layout.margin.b for f in (still, whole)]
+    assert plots[0] == plots[1]
+    with pytest.raises(
+        ValueError, match="expected a width in pixels, 'single' or 'double', got 'wide'; pass width='si"
+    ):
+        write_images(Result("t", figures=[FigureSection("Heads", whole)]), tmp_path, width="wide")
 
 
 def test_write_report(tmp_path):

@@ -12,7 +12,7 @@ from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair.all_directions import all_directions
 from tl_asymmetry.pair.data import PairData
-from tl_asymmetry.results.markup import document, write_page
+from tl_asymmetry.results.pages import Html, document, write_page
 
 SCRIPT = ("data", "state", "words", "search", "map", "cards", "charts", "details", "table", "wiring")
 """Parts of the page's script, in order: each a file under `script`, all in one scope."""
@@ -86,14 +86,14 @@ def explorer(
     own = files(__package__)
     title = f"Head explorer: {result._title()}"
     body = own.joinpath("explorer.html").read_text(encoding="utf-8").replace("{title}", html.escape(title))
-    scripts = (
+    scripts = Html(
         page.page_settings()
         + page.packed(pack.block(header), "explorer-data")
         + page.plotly_script()
         + page.script(_script())
     )
     css = own.joinpath("explorer.css").read_text(encoding="utf-8")
-    return write_page(path, document(title, body, scripts, css=css))
+    return write_page(path, document(title, Html(body), scripts, css=css))
 
 
 def _script() -> str:

@@ -25,6 +25,10 @@ from tl_asymmetry.plots import style
 
 PACK_ABOVE = 100_000
 """Characters of JSON above which a figure is packed: a map of 32 × 32 heads shrinks to a third."""
+COLUMNS = {"single": 312, "double": 648}
+"""Pixels (96 to an inch) of one and of two columns of a paper: 3.25 and 6.75 inches."""
+_BARE_TOP = 12
+"""Pixels above a plot without a title."""
 _FACTORY = ', () => {\n"use strict"'
 """How the function that holds plotly.js 4 begins."""
 _ASSETS = files("tl_asymmetry.plots") / "assets"
@@ -98,22 +102,35 @@ def controls_height(figure: go.Figure) -> tuple[int, int]:
     return int(meta.get("menu", 0)), int(meta.get("slider", 0))
 
 
-def write_image(figure: go.Figure, path: Path, *, format: str, width: int, scale: float) -> Path:
+def write_image(figure: go.Figure, path: Path, *, format: str, width: int | str, scale: float) -> Path:
     """Write what a figure shows first as a static image, without the menus and sliders nobody can press on paper.
+
+    Args:
+        figure: what a plot_* method returns.
+        path: the file.
+        format: "svg", "pdf", "png", "jpg" or "webp".
+        width: pixels; or a name of `COLUMNS`, where the title is left to the caption.
+        scale: pixels of a bitmap for each pixel of the figure.
 
     Raises:
         ImportError: kaleido is not installed.
+        ValueError: another width.
     """
     if not _kaleido_installed():
         raise ImportError("expected kaleido to be installed; pip install 'tl-asymmetry[report]'")
+    if isinstance(width, str) and width not in COLUMNS:
+        raise ValueError(f"expected a width in pixels, 'single' or 'double', got {width!r}; pass width='single'")
     still = go.Figure(figure)
     menu, slider = controls_height(figure)
-    margin = still.layout.margin
+    top, bottom = (getattr(still.layout.margin, side) or 0 for side in ("t", "b"))
+    cut = top - menu - _BARE_TOP if isinstance(width, str) and still.layout.title.text else 0
+    if cut:
+        still.layout.title.text = None
     still.layout.updatemenus = still.layout.sliders = ()
     still.update_layout(
-        width=width,
-        height=(still.layout.height or 450) - menu - slider,
-        margin={"t": (margin.t or 0) - menu, "b": (margin.b or 0) - slider} if menu or slider else {},
+        width=COLUMNS[width] if isinstance(width, str) else width,
+        height=(still.layout.height or 450) - menu - slider - cut,
+        margin={"t": top - menu - cut, "b": bottom - slider} if menu or slider or cut else {},
     )
     replace_file(path, still.to_image(format=format, scale=scale))
     return path

@@ -6,7 +6,6 @@ does so for any results. plotly is imported only when a page is built.
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,18 +13,14 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from tl_asymmetry.disk import make_folder
 from tl_asymmetry.results.definitions import CITATIONS, DEFINITIONS, Citation
-from tl_asymmetry.results.markup import (
+from tl_asymmetry.results.pages import (
     Html,
-    citations_list,
-    definitions_list,
     document,
-    figures_boxes,
-    inline,
+    figure_boxes,
     page_scripts,
-    prose,
-    settings_table,
+    render,
+    settings_rows,
     table_box,
-    terms_list,
     write_page,
 )
 from tl_asymmetry.results.sections import MARKS, Definition, FigureSection, TableSection
@@ -148,7 +143,12 @@ def report_html(report: Report, *, max_rows: int = 200) -> str:
 
 
 def write_images(
-    result: Reportable | Report, folder: str | Path, *, format: str = "svg", width: int = 800, scale: float = 2.0
+    result: Reportable | Report,
+    folder: str | Path,
+    *,
+    format: str = "svg",
+    width: int | str = 800,
+    scale: float = 2.0,
 ) -> list[Path]:
     """Write every figure of a result as a static image, e.g. for a paper. Needs the extra `report` (kaleido).
 
@@ -158,7 +158,7 @@ def write_images(
         result: a result, or a `Report`.
         folder: made if need be; images are named after their headings and numbered.
         format: "svg", "pdf", "png", "jpg" or "webp".
-        width: pixels.
+        width: pixels; or "single" or "double", a paper's columns, where the title is left to the caption.
         scale: pixels of a bitmap for each of these.
 
     Returns:
@@ -166,6 +166,7 @@ def write_images(
 
     Raises:
         ImportError: kaleido is not installed.
+        ValueError: another width.
     """
     from tl_asymmetry.plots.page import write_image  # here, since it brings plotly
 
@@ -186,36 +187,15 @@ def _page(reports: Sequence[Report], title: str | None, max_rows: int) -> str:
         raise ValueError(f"expected max_rows >= 1, got {max_rows}; pass a positive number of rows")
     single = len(reports) == 1
     page_title = title if title is not None else reports[0].title if single else f"{len(reports)} analyses"
-    contents, body = "", ""
-    held: list[str] = []
+    results, held = [], []
     for n, each in enumerate(reports):
-        prefix = "" if single else f"result-{n}-"
-        parts = _parts(each, prefix, max_rows)
+        key = f"result-{n}"
+        parts = _parts(each, "" if single else f"{key}-", max_rows)
+        results.append({"report": each, "key": key, "parts": parts})
         held += [element for part in parts for element in part.held]
-        links, sections = _links(parts), _sections(parts, level=2 if single else 3)
-        if single:
-            contents, body = links, sections
-            continue
-        name, key = html.escape(each.title), f"result-{n}"
-        subtitle = f'<p class="subtitle">{inline(each.subtitle)}</p>' if each.subtitle else ""
-        contents += f'<li class="result"><a href="#{key}">{name}</a><ul>{links}</ul></li>'
-        body += (
-            f'<section id="{key}" class="result" aria-labelledby="{key}-title"><h2 id="{key}-title">{name}</h2>'
-            f"{subtitle}{sections}</section>"
-        )
-    shared = _shared_parts(reports)
-    contents += _links(shared)
-    body += _sections(shared, level=2)
-    subtitle = f'<p class="subtitle">{inline(reports[0].subtitle)}</p>' if single and reports[0].subtitle else ""
-    return document(
-        page_title,
-        '<a class="skip" href="#content">Skip to content</a>'
-        f"<header><h1>{html.escape(page_title)}</h1>{subtitle}</header>"
-        "<noscript><p>Figures and downloads need JavaScript; this page asks the network for nothing.</p></noscript>"
-        f'<nav aria-label="Contents"><ul>{contents}</ul></nav>'
-        f'<main id="content" tabindex="-1">{body}</main>',
-        page_scripts(held[:1], held[1:], figures=any(each.figures for each in reports)) if held else "",
-    )
+    body = render("report.html", title=page_title, results=results, shared=_shared_parts(reports), marks=MARKS)
+    figures = any(each.figures for each in reports)
+    return document(page_title, body, page_scripts(held[:1], held[1:], figures=figures) if held else Html())
 
 
 class _Part(NamedTuple):
@@ -225,8 +205,12 @@ class _Part(NamedTuple):
     """Heading, and in the contents."""
     key: str
     """Its id."""
-    markup: str
-    """What stands under the heading."""
+    kind: str
+    """Which part of the template shows it."""
+    what: Any
+    """What is shown."""
+    boxes: Any = None
+    """Where its figures or its table stand."""
     held: Sequence[str] = ()
     """Elements of the data it shows, which stand at the end of the page."""
 
@@ -235,20 +219,19 @@ def _parts(report: Report, prefix: str, max_rows: int) -> list[_Part]:
     """What a result says of itself."""
     parts: list[_Part] = []
     if report.summary:
-        parts.append(_Part("Summary", f"{prefix}summary", prose(report.summary)))
+        parts.append(_Part("Summary", f"{prefix}summary", "prose", report.summary))
     if report.notes:
-        items = "".join(f"<li>{inline(note)}</li>" for note in report.notes)
-        parts.append(_Part("Notes", f"{prefix}notes", f'<ul class="notes">{items}</ul>'))
+        parts.append(_Part("Notes", f"{prefix}notes", "notes", report.notes))
     for i, section in enumerate(report.figures):
-        boxes, held = figures_boxes(section, f"{prefix}{i}")
-        parts.append(_Part(section.heading, f"{prefix}figure-{i}", prose(section.prose) + boxes, held))
+        boxes, held = figure_boxes(section, f"{prefix}{i}")
+        parts.append(_Part(section.heading, f"{prefix}figure-{i}", "figures", section, boxes, held))
     for i, table in enumerate(report.tables):
         box, held = table_box(table, max_rows, f"{prefix}table-{i}")
-        parts.append(_Part(table.heading, f"{prefix}table-{i}", prose(table.prose) + box, held))
+        parts.append(_Part(table.heading, f"{prefix}table-{i}", "table", table, box, held))
     if report.methods:
-        parts.append(_Part("How it was measured", f"{prefix}methods", terms_list(report.methods)))
+        parts.append(_Part("How it was measured", f"{prefix}methods", "methods", report.methods))
     if report.config:
-        parts.append(_Part("Settings and versions", f"{prefix}config", settings_table(report.config)))
+        parts.append(_Part("Settings and versions", f"{prefix}config", "settings", settings_rows(report.config)))
     return parts
 
 
@@ -257,20 +240,8 @@ def _shared_parts(reports: Sequence[Report]) -> list[_Part]:
     parts: list[_Part] = []
     definitions = list(dict.fromkeys(d for each in reports for d in each.definitions))
     if definitions:
-        parts.append(_Part("Definitions", "definitions", definitions_list(definitions)))
+        parts.append(_Part("Definitions", "definitions", "definitions", definitions))
     citations = list(dict.fromkeys(c for each in reports for c in each.citations))
     if citations:
-        parts.append(_Part("How to cite", "citations", citations_list(citations)))
+        parts.append(_Part("How to cite", "citations", "citations", citations))
     return parts
-
-
-def _links(parts: Sequence[_Part]) -> str:
-    return "".join(f'<li><a href="#{key}">{html.escape(name)}</a></li>' for name, key, *_ in parts)
-
-
-def _sections(parts: Sequence[_Part], *, level: int) -> str:
-    return "".join(
-        f'<section id="{key}" aria-labelledby="{key}-title">'
-        f'<h{level} id="{key}-title">{html.escape(name)}</h{level}>{markup}</section>'
-        for name, key, markup, _ in parts
-    )

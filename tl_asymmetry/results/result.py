@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import importlib
 import json
 from collections.abc import Mapping
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tl_asymmetry.disk import make_folder
-from tl_asymmetry.results.report import Report, write_report
+from tl_asymmetry.results.pages import Html, render
+from tl_asymmetry.results.report import Report, write_images, write_report
 from tl_asymmetry.store import read_part, write_part
 
 KINDS = {
@@ -106,14 +106,34 @@ class Result:
     def _repr_html_(self) -> str:
         """For a notebook; names are escaped."""
         table = self._summary_table().to_html(index=False, float_format="{:.3g}".format, na_rep="–", border=0)
-        sentences = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in self._headline())
-        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
-        listed = f"<details><summary>Notes ({len(self.notes)})</summary><ul>{notes}</ul></details>" if notes else ""
-        return f"<div><h4>{html.escape(self._title())}</h4>{table}{sentences}{listed}</div>"
+        return render(
+            "notebook.html", title=self._title(), facts=self._facts(), table=Html(table), sentences=self._headline(),
+            notes=self.notes,
+        )  # fmt: skip
 
     def to_html(self, path: str | Path) -> Path:
         """Write the report: one self-contained page that opens offline. Returns its path."""
         return write_report(path, self._report())
+
+    def write_images(
+        self, folder: str | Path, *, format: str = "svg", width: int | str = 800, scale: float = 2.0
+    ) -> list[Path]:
+        """Write every figure of the report as a static image. Needs the extra `report` (kaleido).
+
+        Args:
+            folder: made if need be; images are named after their headings and numbered.
+            format: "svg", "pdf", "png", "jpg" or "webp".
+            width: pixels; or "single" or "double", a paper's columns, where the title is left to the caption.
+            scale: pixels of a bitmap for each of these.
+
+        Returns:
+            The paths, in reading order.
+
+        Raises:
+            ImportError: kaleido is not installed.
+            ValueError: another width.
+        """
+        return write_images(self, folder, format=format, width=width, scale=scale)
 
     # -- disk ----------------------------------------------------------------------------------------------------
 
