@@ -43,6 +43,15 @@ def test_every_public_name_is_documented():
         assert callable(thing) <= bool((thing.__doc__ or "").strip()), place
 
 
+def test_no_module_hides_a_public_name_of_its_package():
+    """Once imported, a module is an attribute of its package, whatever `__getattr__` would have given."""
+    for room in ("", *ROOMS):
+        path = ROOT / "tl_asymmetry" / room
+        modules = {file.stem for file in path.iterdir()} if path.is_dir() else set()
+        things = {place.rpartition(".")[2]: thing for place, thing in exported(room).items()}
+        assert not {n for n, thing in things.items() if not isinstance(thing, types.ModuleType)} & modules, room
+
+
 def test_about_thirty_functions_and_their_results_stand_on_top():
     functions = [name for name in exported() if name.rpartition(".")[2].islower()]
     assert 20 <= len(functions) <= 35

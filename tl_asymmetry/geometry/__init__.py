@@ -12,10 +12,10 @@ from tl_asymmetry._lazy import attach
 if TYPE_CHECKING:  # for editors and type checkers; the same names as below
     from tl_asymmetry.geometry.fraction import energy_profile, subspace_fraction
     from tl_asymmetry.geometry.moments import StreamingMoments
+    from tl_asymmetry.geometry.nonnegative import SemiNMF, semi_nmf
     from tl_asymmetry.geometry.nulls import adjusted_p, isotropic_null
     from tl_asymmetry.geometry.rolling_svd import RollingSVD, RollingSVDs
     from tl_asymmetry.geometry.rounding import rounding_noise, storage_dtype
-    from tl_asymmetry.geometry.semi_nmf import SemiNMF, semi_nmf
     from tl_asymmetry.geometry.spectrum import (
         effective_rank,
         isoscore,
@@ -33,7 +33,7 @@ __getattr__, __dir__, __all__ = attach(
         # subspaces and what lies in them
         "geometry.subspace": ["Subspace", "principal_subspace", "random_subspace"],
         "geometry.fraction": ["energy_profile", "subspace_fraction"],
-        "geometry.semi_nmf": ["SemiNMF", "semi_nmf"],
+        "geometry.nonnegative": ["SemiNMF", "semi_nmf"],
         "geometry.rolling_svd": ["RollingSVD", "RollingSVDs"],
         # spectra
         "geometry.spectrum": [

@@ -13,8 +13,8 @@ import xxhash
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_asymmetry.geometry.nonnegative import semi_nmf
 from tl_asymmetry.geometry.sample import RowSample
-from tl_asymmetry.geometry.semi_nmf import semi_nmf
 from tl_asymmetry.geometry.subspace import Subspace, principal_subspace
 from tl_asymmetry.geometry.tangent import Control, control_subspaces, moment_energies
 from tl_asymmetry.models.capture import merged
