@@ -132,12 +132,12 @@ def averages(model: Any) -> dict[str, Callable[[], Any]]:
     """Ways to an averaged Jacobian of one block over 128 tokens, each as a user would call it."""
     from tl_asymmetry import layer_jacobians, prediction_pullback
 
-    tokens, options = tokens_of(TOKENS), {"progress": False}
+    options: dict[str, Any] = {"tokens": tokens_of(TOKENS), "progress": False}
     ways: dict[str, Callable[[], Any]] = {
-        "mean, same position": lambda: layer_jacobians(model, tokens, [LAYER], **options),
-        "mean, summed over sources": lambda: layer_jacobians(model, tokens, [LAYER], sources="sum", **options),
-        "pullback, summed over sources": lambda: prediction_pullback(model, tokens, [0], sources="sum", **options),
-        "pullback, same position": lambda: prediction_pullback(model, tokens, [0], **options),
+        "mean, same position": lambda: layer_jacobians(model, layers=LAYER, **options),
+        "mean, summed over sources": lambda: layer_jacobians(model, layers=LAYER, sources="sum", **options),
+        "pullback, summed over sources": lambda: prediction_pullback(model, layers=0, sources="sum", **options),
+        "pullback, same position": lambda: prediction_pullback(model, layers=0, **options),
     }
     try:
         from transformer_lens.tools.analysis import JacobianLens

@@ -94,16 +94,16 @@ RUNS: dict[str, Callable[[], Any]] = {
         models()[0], {"ce": CrossEntropy(), "soft": CrossEntropy(temperature=2)}, [batch()], 2, [0], batch_size=6,
         matrices=["W_Q"], ranks=[4], **QUIET
     ),
-    "layer_jacobians": lambda: tla.layer_jacobians(models()[0], TOKENS[:1], layers=[1], **QUIET),
-    "jacobian_sketch": lambda: jacobian_sketch(models()[0], TOKENS[:1], C[:, :2], **QUIET),
-    "prediction_pullback": lambda: [s.basis for s in tla.prediction_pullback(models()[0], TOKENS[:1], **QUIET)],
-    "centroids": lambda: tla.centroids(models()[0], TOKENS[:2], noise=0.1, draws=2),
+    "layer_jacobians": lambda: tla.layer_jacobians(models()[0], tokens=TOKENS[:1], layers=1, **QUIET),
+    "jacobian_sketch": lambda: jacobian_sketch(models()[0], C[:, :2], tokens=TOKENS[:1], **QUIET),
+    "prediction_pullback": lambda: [s.basis for s in tla.prediction_pullback(models()[0], tokens=TOKENS[:1], **QUIET)],
+    "centroids": lambda: tla.centroids(models()[0], tokens=TOKENS[:2], noise=0.1, draws=2),
     "rank_one_study": lambda: tla.rank_one_study(*models(), tokens=TOKENS, sites=[(0, "W_O", 0)], draws=2, **QUIET),
     "analyze_tangents": lambda: tla.analyze_tangents(
         {0: models()[0], 9: models()[1]}, tokens=TOKENS, rank=4, draws=19, strata=0, groups=3, **QUIET
     ),
     "TangentProbe": observed,
-    "capture_moments": lambda: capture_moments(models()[0], TOKENS, ["attn_in"])["attn_in", 0].second_moment,
+    "capture_moments": lambda: capture_moments(models()[0], ("attn_in", 0), tokens=TOKENS, **QUIET)["attn_in", 0].mean,
     "prediction_subspace": lambda: prediction_subspace(models()[0]).basis,
     "closed_form_edit": lambda: closed_form_edit(1, "W_Q", 0, q, u, C).other,
     "input_at": lambda: input_at(models()[0], TOKENS[0], 1, "W_Q"),

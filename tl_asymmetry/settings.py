@@ -16,7 +16,7 @@ from tl_asymmetry.models.readers.hub import public_name
 from tl_asymmetry.models.texts import token_sequences
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.models.weights import Weights, WeightSource, opened
-from tl_asymmetry.results.notes import Notes
+from tl_asymmetry.notes import Notes
 from tl_asymmetry.results.provenance import described, weights_hash
 
 OPTIMIZERS = ("sgd", "adam", "muon")

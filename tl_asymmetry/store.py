@@ -29,7 +29,7 @@ from torch import Tensor
 
 from tl_asymmetry.disk import PART, make_folder, replace_file, room_for
 from tl_asymmetry.models.processes import ALONE, Processes
-from tl_asymmetry.results.notes import warn
+from tl_asymmetry.notes import warn
 
 SCHEMA = 2
 _SETTINGS, _PARTS, _LOCK, _ENDING = "store.json", "parts", "lock", ".safetensors"

@@ -183,11 +183,13 @@ def test_centroids_are_those_of_the_package(architecture, kind):
 
     model, tokens = tiny.build(architecture, kind, torch.float64), tiny.tokens(2, 5)
     block = CentroidProblem(model, tokens, centroid="attention", layer=1, position=3).centroids()
-    theirs = centroids(model, tokens, part="attn", layer=1, position=3)
+    theirs = centroids(model, tokens=tokens, part="attn", layer=1, position=3)
     torch.testing.assert_close(block, theirs, rtol=1e-4, atol=1e-6)
     targets = torch.tensor([5, 7])
     logit = CentroidProblem(model, tokens, targets=targets).centroids()
-    torch.testing.assert_close(logit, centroids(model, tokens, kind="logit", targets=targets), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        logit, centroids(model, tokens=tokens, kind="logit", targets=targets), rtol=1e-4, atol=1e-6
+    )
 
 
 def models():

@@ -35,19 +35,21 @@ def test_model_and_parts(architecture, kind):
     tolerance = 2e-6 if architecture in ("llama", "gemma2") and kind == "bridge" else 1e-9
     whole, x = logits_function(model, tokens, 0)
     gradient = torch.func.grad
-    assert close(centroids(model, tokens)[0], gradient(lambda x: whole(x).sum())(x), tolerance)
-    assert close(centroids(model, tokens, position=1)[0], gradient(lambda x: whole(x)[1].sum())(x), tolerance)
+    assert close(centroids(model, tokens=tokens)[0], gradient(lambda x: whole(x).sum())(x), tolerance)
+    assert close(centroids(model, tokens=tokens, position=1)[0], gradient(lambda x: whole(x)[1].sum())(x), tolerance)
     first = int(whole(x)[-1].argmax())
-    assert close(centroids(model, tokens, kind="logit")[0], gradient(lambda x: whole(x)[-1, first])(x), tolerance)
+    assert close(
+        centroids(model, tokens=tokens, kind="logit")[0], gradient(lambda x: whole(x)[-1, first])(x), tolerance
+    )
     y = torch.tensor([7])
-    found = centroids(model, tokens, kind="logit", targets=y, position=0)[0]
+    found = centroids(model, tokens=tokens, kind="logit", targets=y, position=0)[0]
     assert close(found, gradient(lambda x: whole(x)[0, 7])(x), tolerance)
     for part in ("block", "attn"):
         function, x1 = reference.part_function(model, tokens, 1, part)
-        found = centroids(model, tokens, part=part, layer=1)[0]
+        found = centroids(model, tokens=tokens, part=part, layer=1)[0]
         assert close(found, gradient(lambda x, f=function: f(x).sum())(x1), tolerance)
     later, x1 = logits_function(model, tokens, 1)
-    found = centroids(model, tokens, part="block", layer=-1, kind="logit", targets=y)[0]
+    found = centroids(model, tokens=tokens, part="block", layer=-1, kind="logit", targets=y)[0]
     assert close(found, gradient(lambda x: later(x)[-1, 7])(x1), tolerance)
 
 
@@ -56,30 +58,32 @@ def test_mlp_is_the_jacobian_times_ones(architecture):
     from tl_asymmetry import layer_jacobians
 
     model, tokens = tiny.build(architecture, KIND, torch.float64), tiny.tokens(2, T)
-    J = layer_jacobians(model, tokens, layers=[1], part="mlp", reduce=None, progress=False).per_token(1)
-    torch.testing.assert_close(centroids(model, tokens, part="mlp", layer=1), J.sum(-2), rtol=1e-9, atol=1e-11)
+    J = layer_jacobians(model, tokens=tokens, layers=[1], part="mlp", reduce=None, progress=False).per_token(1)
+    torch.testing.assert_close(centroids(model, tokens=tokens, part="mlp", layer=1), J.sum(-2), rtol=1e-9, atol=1e-11)
 
 
 def test_values_in_the_place_of_tokens():
     model, tokens = tiny.build("gpt2", KIND, torch.float64), tiny.tokens(2, T)
     for part, layer in (("model", None), ("block", 1)):
         x = torch.cat([reference.part_function(model, row[None], layer or 0, "block")[1][None] for row in tokens])
-        by_values = centroids(model, x, part=part, layer=layer)
-        torch.testing.assert_close(by_values, centroids(model, tokens, part=part, layer=layer), rtol=1e-9, atol=1e-11)
+        by_values = centroids(model, values=x, part=part, layer=layer)
+        torch.testing.assert_close(
+            by_values, centroids(model, tokens=tokens, part=part, layer=layer), rtol=1e-9, atol=1e-11
+        )
 
 
 def test_local_centroid_is_a_seeded_mean():
     model, tokens = tiny.build("gpt2", KIND, torch.float64), tiny.tokens(2, T)
     function, _ = logits_function(model, tokens[:1], 0)
-    one = centroids(model, tokens, noise=0.3, draws=3, seed=5)
-    assert torch.equal(one, centroids(model, tokens, noise=0.3, draws=3, seed=5))
-    assert not torch.equal(one, centroids(model, tokens, noise=0.3, draws=3, seed=6))
+    one = centroids(model, tokens=tokens, noise=0.3, draws=3, seed=5)
+    assert torch.equal(one, centroids(model, tokens=tokens, noise=0.3, draws=3, seed=5))
+    assert not torch.equal(one, centroids(model, tokens=tokens, noise=0.3, draws=3, seed=6))
     generator = torch.Generator().manual_seed(5)
     x = torch.cat([reference.part_function(model, row[None], 0, "block")[1][None] for row in tokens])
     draws = [x + 0.3 * torch.randn(x.shape, generator=generator, dtype=torch.float64) for _ in range(3)]
     expected = sum(torch.func.grad(lambda x: function(x).sum())(draw[0]) for draw in draws) / 3
     assert close(one[0], expected)
-    assert torch.equal(centroids(model, tokens, noise=0.0, draws=1), centroids(model, tokens))
+    assert torch.equal(centroids(model, tokens=tokens, noise=0.0, draws=1), centroids(model, tokens=tokens))
 
 
 def test_of_any_function():
@@ -103,18 +107,18 @@ def test_centroids_can_be_differentiated_by_the_weights(kind):
     parameter = dict(model.named_parameters())[name]
     weights = torch.randn(1, T, tiny.D_MODEL, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     options = dict(kind="logit", targets=torch.tensor([4]), position=0)
-    μ = centroids(model, tokens, create_graph=True, **options)
+    μ = centroids(model, tokens=tokens, create_graph=True, **options)
     (gradient,) = torch.autograd.grad((μ * weights).sum(), parameter)
     v = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     values = []
     for sign in (1, -1):
         with torch.no_grad():
             parameter.add_(sign * 1e-5 * v)
-        values.append((centroids(model, tokens, **options) * weights).sum())
+        values.append((centroids(model, tokens=tokens, **options) * weights).sum())
         with torch.no_grad():
             parameter.sub_(sign * 1e-5 * v)
     assert float((gradient * v).sum()) == pytest.approx(float(values[0] - values[1]) / 2e-5, rel=1e-6)
-    assert not centroids(model, tokens, **options).requires_grad
+    assert not centroids(model, tokens=tokens, **options).requires_grad
 
 
 @pytest.mark.usefixtures("unchecked_types")
@@ -125,12 +129,12 @@ def test_the_model_comes_back_as_it_was(kind):
     next(iter(model.parameters())).requires_grad_(False)
     ModelView(model).run(tokens)
     before = state(model)
-    centroids(model, tokens, noise=0.1, draws=2)
-    centroids(model, tokens, part="mlp", layer=0, create_graph=True)
+    centroids(model, tokens=tokens, noise=0.1, draws=2)
+    centroids(model, tokens=tokens, part="mlp", layer=0, create_graph=True)
     handle = model.blocks[1].attn.register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     interrupted = state(model)
     with pytest.raises(KeyboardInterrupt):
-        centroids(model, tokens, kind="logit", noise=0.1)
+        centroids(model, tokens=tokens, kind="logit", noise=0.1)
     assert state(model) == interrupted
     handle.remove()
     assert state(model) == before
@@ -155,12 +159,12 @@ def test_the_model_comes_back_as_it_was(kind):
 @pytest.mark.usefixtures("unchecked_types")
 def test_bad_input(options, message):
     with pytest.raises(ValueError, match=message):
-        centroids(tiny.build("gpt2", KIND), tiny.tokens(1, T), **options)
+        centroids(tiny.build("gpt2", KIND), tokens=tiny.tokens(1, T), **options)
 
 
 def test_bad_values():
     model = tiny.build("gpt2", KIND)
-    with pytest.raises(ValueError, match=r"expected values \[batch, pos, 48\] with pos up to 64, got \[1, 3, 5\]"):
-        centroids(model, torch.ones(1, 3, 5))
+    with pytest.raises(ValueError, match=r"expected values .* got torch.float32 \[1, 3, 5\]"):
+        centroids(model, values=torch.ones(1, 3, 5))
     with pytest.raises(ValueError, match="expected token ids from 0 to 95, got 96"):
-        centroids(model, torch.full((1, 3), 96))
+        centroids(model, tokens=torch.full((1, 3), 96))

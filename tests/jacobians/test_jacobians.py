@@ -35,7 +35,7 @@ def jacobians(model, tokens, **options):
     options = {"reduce": None, "progress": False, **options}
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        return layer_jacobians(model, tokens, **options)
+        return layer_jacobians(model, tokens=tokens, **options)
 
 
 def largest_error(found, expected):
@@ -225,6 +225,25 @@ def test_chunks_and_batches_change_nothing(model, sources, method, chunk):
     assert parts[0].config["memory"]["chunk"] == chunk
 
 
+def test_texts_of_different_lengths_count_by_their_tokens(model):
+    texts = ["w1 w2 w3 w4 w5", "w6 w7"]
+    found = layer_jacobians(model, texts, progress=False)
+    alone = [layer_jacobians(model, [text], progress=False) for text in texts]
+    assert [part.config["tokens"] for part in alone] == [6, 3]
+    torch.testing.assert_close(found.mean(1), (6 * alone[0].mean(1) + 3 * alone[1].mean(1)) / 9, rtol=1e-9, atol=1e-12)
+    V = torch.eye(model.cfg.d_model, dtype=torch.float64)[:, :2]
+    sketch = jacobian_sketch(model, V, texts, layers=1, progress=False)
+    torch.testing.assert_close(sketch[0], found.mean(1) @ V, rtol=1e-9, atol=1e-12)
+    last = layer_jacobians(model, texts, positions=-1, layers=1, progress=False)
+    assert last.arrays["tokens"].flatten().tolist() == [8, 10]  # w5 and w7
+    with pytest.raises(ValueError, match=r"expected positions from 0 to 2 .*, got 4; pass such positions"):
+        layer_jacobians(model, texts, positions=[4], progress=False)
+    with pytest.raises(
+        ValueError, match="expected sequences of one length with reduce=None, got several lengths; pass"
+    ):
+        layer_jacobians(model, texts, reduce=None, progress=False)
+
+
 @pytest.mark.parametrize("sources", ["same", "sum"])
 def test_positions_and_layers_choose(model, result, sources):
     tokens = tiny.tokens(2, 6)
@@ -262,9 +281,9 @@ def test_sketch_is_the_product(model, sources, part, method):
     V = torch.randn(tiny.D_MODEL, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     whole = jacobians(model, tokens, part=part, sources=sources)
     options = dict(part=part, sources=sources, method=method, progress=False, chunk=2)
-    mean = jacobian_sketch(model, tokens, V, **options)
+    mean = jacobian_sketch(model, V, tokens=tokens, **options)
     torch.testing.assert_close(mean, whole.arrays["mean"] @ V, rtol=1e-9, atol=1e-11)
-    every = jacobian_sketch(model, tokens, V, reduce=None, **options)
+    every = jacobian_sketch(model, V, tokens=tokens, reduce=None, **options)
     torch.testing.assert_close(every, whole.arrays["per_token"] @ V, rtol=1e-9, atol=1e-11)
 
 
@@ -357,13 +376,13 @@ def test_auto_falls_back_where_the_closed_form_is_wrong(model):
     handle = ModelView(model)._adapter.point(1, "resid_post")[0].register_forward_hook(lambda m, a, out: out * out)
     try:
         with pytest.warns(UserWarning, match="computed by autograd, since the closed form does not hold here: it is"):
-            found = layer_jacobians(model, tokens, layers=[1], reduce=None, progress=False)
+            found = layer_jacobians(model, tokens=tokens, layers=[1], reduce=None, progress=False)
         assert found.config["method"] == "autograd"
         assert any("computed by autograd" in note for note in found.notes)
         plain = jacobians(model, tokens, layers=[1], method="autograd")
         assert torch.equal(found.arrays["per_token"], plain.arrays["per_token"])
         with pytest.raises(ValueError, match="expected a block with a closed form, but it is .* off autograd"):
-            layer_jacobians(model, tokens, layers=[1], method="einsum", progress=False)
+            layer_jacobians(model, tokens=tokens, layers=[1], method="einsum", progress=False)
     finally:
         handle.remove()
 
@@ -394,7 +413,7 @@ def test_the_model_comes_back_as_it_was(kind, method, interrupted, monkeypatch):
 
     def both():
         for sources in ("same", "sum"):
-            layer_jacobians(model, tokens, method=method, sources=sources, progress=False)
+            layer_jacobians(model, tokens=tokens, method=method, sources=sources, progress=False)
 
     if interrupted:
         calls.clear()
@@ -438,7 +457,7 @@ def test_result_does_not_depend_on_the_caller_s_mode(model):
 )
 def test_bad_input(model, options, message):
     with pytest.raises(ValueError, match=message):
-        layer_jacobians(model, tiny.tokens(1, T), progress=False, **options)
+        layer_jacobians(model, tokens=tiny.tokens(1, T), progress=False, **options)
 
 
 @pytest.mark.usefixtures("unchecked_types")
@@ -462,11 +481,11 @@ def test_weights_that_are_not_finite_are_named():
 
 def test_bad_tokens_and_directions(model):
     with pytest.raises(ValueError, match="expected token ids from 0 to 95, got 96"):
-        layer_jacobians(model, torch.full((1, 3), 96))
+        layer_jacobians(model, tokens=torch.full((1, 3), 96))
     with pytest.raises(ValueError, match="expected sequences of at most 64 tokens"):
-        layer_jacobians(model, tiny.tokens(1, 65))
+        layer_jacobians(model, tokens=tiny.tokens(1, 65))
     with pytest.raises(ValueError, match=r"expected directions \[48, c\], got \[3, 2\]; pass them in columns"):
-        jacobian_sketch(model, tiny.tokens(1, T), torch.ones(3, 2))
+        jacobian_sketch(model, torch.ones(3, 2), tokens=tiny.tokens(1, T))
     with pytest.raises(ValueError, match="expected tokens as an integer tensor"):
         check_tokens(ModelView(model), torch.ones(2))
 
@@ -477,13 +496,13 @@ def test_a_part_the_model_does_not_have():
         with pytest.raises(
             ValueError, match="expected a part that layer 0 has, got 'mlp'; pass one of block, attn, ln"
         ):
-            layer_jacobians(attention, tiny.tokens(1, T), part="mlp")
+            layer_jacobians(attention, tokens=tiny.tokens(1, T), part="mlp")
         bare = tiny.toy("no_norm", "hooked")
         with pytest.raises(ValueError, match="got 'ln'; pass one of block, attn, mlp"):
-            layer_jacobians(bare, tiny.tokens(1, T), part="ln")
+            layer_jacobians(bare, tokens=tiny.tokens(1, T), part="ln")
     attention = tiny.toy("attn_only", "bridge")
     with pytest.raises(ValueError, match="expected a part that layer 0 has, got 'mlp'"):
-        layer_jacobians(attention, tiny.tokens(1, T), part="mlp")
+        layer_jacobians(attention, tokens=tiny.tokens(1, T), part="mlp")
 
 
 def test_what_cannot_fit_is_refused_beforehand(model, monkeypatch):
@@ -496,7 +515,7 @@ def test_what_cannot_fit_is_refused_beforehand(model, monkeypatch):
     monkeypatch.setattr("tl_asymmetry.jacobians.layers.closed_forms", work.closed_forms)
     message = r"fits into the 0.0005 GB free on the CPU, got one that needs about .* GB \(26 matrices of 48 × 48"
     with pytest.raises(ValueError, match=message) as error:
-        layer_jacobians(model, tokens, reduce=None, method="autograd", progress=False)
+        layer_jacobians(model, tokens=tokens, reduce=None, method="autograd", progress=False)
     assert 'pass reduce="mean", fewer layers, positions or sequences' in str(error.value)
     assert not ran
     monkeypatch.setattr(work, "free_memory", lambda device: None)  # a system that does not say

@@ -22,7 +22,7 @@ FAMILIES = [(a, k) for a in ("gpt2", "neox", "llama", "gemma2", "mixtral") for k
 def pulled(model, tokens, layers=None, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        return prediction_pullback(model, tokens, layers, **{"progress": False, **options})
+        return prediction_pullback(model, tokens=tokens, layers=layers, **{"progress": False, **options})
 
 
 def close(found, expected, tolerance):
@@ -135,11 +135,11 @@ def test_attention_both_ways_takes_autograd():
     with pytest.warns(
         UserWarning, match="since attention looks both ways, so that paths through other positions count"
     ):
-        found = prediction_pullback(model, tokens, progress=False)
+        found = prediction_pullback(model, tokens=tokens, progress=False)
     full = reference.jacobian(*reference.part_function(model, tokens, 1, "block", until=2))
     assert close(found.mean(0), reference.same_position(full).mean(0).detach(), 1e-9)
     with pytest.raises(ValueError, match="expected a product of blocks in closed form, but attention looks both ways"):
-        prediction_pullback(model, tokens, method="einsum", progress=False)
+        prediction_pullback(model, tokens=tokens, method="einsum", progress=False)
 
 
 def test_into_a_pair_analysis():
@@ -201,7 +201,7 @@ def test_sequence_table_words_and_disk(tmp_path):
 def test_bad_input(options, message):
     model = tiny.build("gpt2", KIND)
     with pytest.raises(ValueError, match=message):
-        prediction_pullback(model, tiny.tokens(1, T), progress=False, **options)
+        prediction_pullback(model, tokens=tiny.tokens(1, T), progress=False, **options)
 
 
 def test_no_tokens_and_no_memory(monkeypatch):
@@ -209,10 +209,10 @@ def test_no_tokens_and_no_memory(monkeypatch):
     with pytest.raises(
         ValueError, match="expected tokens to average Jacobians over, got None; pass tokens or jacobians="
     ):
-        prediction_pullback(model, None)
+        prediction_pullback(model)
     monkeypatch.setattr(pullback, "free_memory", lambda device: 1000)
     with pytest.raises(ValueError, match="expected a call that fits into 1e-06 GB, got one that needs about"):
-        prediction_pullback(model, tiny.tokens(1, T), progress=False)
+        prediction_pullback(model, tokens=tiny.tokens(1, T), progress=False)
 
 
 def test_a_wrong_closed_form_is_found_out(monkeypatch):
@@ -222,5 +222,5 @@ def test_a_wrong_closed_form_is_found_out(monkeypatch):
     with pytest.warns(
         UserWarning, match="take autograd, `rank` backward passes per token, since it is .* off autograd"
     ):
-        found = prediction_pullback(model, tokens, progress=False)
+        found = prediction_pullback(model, tokens=tokens, progress=False)
     assert found.config["method"] == "autograd"

@@ -20,7 +20,7 @@ import torch
 
 from tests import tiny
 from tests.oracles import reference
-from tl_asymmetry import PairAnalysis, analyze_pair, estimate_pair
+from tl_asymmetry import PairAnalysis, analyze_pair, centroids, estimate_pair
 from tl_asymmetry.geometry import capture_moments
 from tl_asymmetry.geometry import moments as moments_module
 from tl_asymmetry.models.running import HOOK_FLAGS
@@ -125,6 +125,27 @@ def test_everything_is_left_as_it_was(kind: str, end: str) -> None:
         assert state(base, aligned) == before
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_what_was_put_into_a_model_is_named(kind: str) -> None:
+    base, aligned = tiny.build("llama", kind), tiny.build("llama", kind, delta=0.05)
+    base(TOKENS)  # the libraries' own hooks, which come with the first pass, are nobody's edit
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert ModelView(base).foreign_hooks() == ModelView(aligned).foreign_hooks() == []
+    base.blocks[1].hook_resid_pre.add_hook(lambda x, hook: 2 * x, is_permanent=True)
+    base.blocks[0].mlp.register_forward_hook(lambda *_: None)
+    aligned.blocks[0].hook_resid_post = torch.nn.Identity()  # as a sparse autoencoder is put in
+    said = (
+        r"1 hook on blocks.0\S*.mlp, 1 hook on blocks.1.hook_(resid_pre|in); where that edits activations the numbers"
+    )
+    inside = "Identity in the place of blocks.0.hook_resid_post"
+    with pytest.warns(UserWarning, match=said), pytest.warns(UserWarning, match=inside):
+        result = analyze_pair(base, aligned, **OPTIONS)
+    assert sum("is analysed with what has been put into it" in note for note in result.notes) == 2
+    with pytest.warns(UserWarning, match=said):
+        centroids(base, tokens=TOKENS[:1])
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -503,7 +524,7 @@ def test_capture_runs_on_fake_cuda_tensors(name: str, monkeypatch: pytest.Monkey
         view = ModelView(model)
         assert view.device.type == "cuda"
         points = [p for p in POINTS if view.has_point(p)]
-        moments = capture_moments(model, list(tokens.unbind()), points, batch_size=2)
+        moments = capture_moments(model, points, tokens=list(tokens.unbind()), batch_size=2, progress=False)
         for (point, _), m in moments.items():
             assert m.second_moment.device.type == "cpu", point
             assert m.second_moment.shape == (m.d, m.d)

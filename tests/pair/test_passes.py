@@ -20,9 +20,9 @@ from tl_asymmetry.models.capture import capture
 from tl_asymmetry.models.processes import ALONE, Processes, present_processes
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import POINTS
+from tl_asymmetry.notes import Notes
 from tl_asymmetry.pair import memory_plan
 from tl_asymmetry.pair.plan import Plan, make_plan
-from tl_asymmetry.results.notes import Notes
 from tl_asymmetry.settings import PairSettings
 from tl_asymmetry.store import StoreReader
 

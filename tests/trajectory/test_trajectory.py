@@ -130,7 +130,7 @@ def test_the_interval_delta_is_the_pair_of_neighbours() -> None:
 
 
 def first_subspaces(point: str) -> list[Any]:
-    moments = capture_moments(run()[0], TOKENS, [point])
+    moments = capture_moments(run()[0], point, tokens=TOKENS, progress=False)
     return [principal_subspace(moments[point, layer]) for layer in range(tiny.N_LAYERS)]
 
 
@@ -156,7 +156,7 @@ def test_subspaces_from_one_model() -> None:
     pair = analyze_pair(checkpoints[0], last, **OPTIONS, activations="aligned").table
     captured = pair["subspace"] != "prediction"
     close(rows(result, "table", 100, "first")[captured], pair[captured])
-    moments = capture_moments(last, TOKENS, ["attn_in"])
+    moments = capture_moments(last, "attn_in", tokens=TOKENS, progress=False)
     given = {"attn_in": [principal_subspace(moments["attn_in", layer]) for layer in range(tiny.N_LAYERS)]}
     first = analyze_pair(checkpoints[0], checkpoints[10], **OPTIONS, subspaces=given, matrices=["W_Q"]).table
     ours = rows(result, "table", 10, "first")

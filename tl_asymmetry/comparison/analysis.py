@@ -17,9 +17,9 @@ from tl_asymmetry.geometry.jackknife import MINIMUM_GROUPS
 from tl_asymmetry.geometry.nulls import IsotropicNull, adjusted_p, isotropic_variance
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.names import SMALLEST_EIGENVALUE
+from tl_asymmetry.notes import Notes
 from tl_asymmetry.pair.asymmetry import READ_SIDE
 from tl_asymmetry.pair.result import PairAnalysis
-from tl_asymmetry.results.notes import Notes
 from tl_asymmetry.results.provenance import versions
 
 _KEYS = ["layer", "head", "matrix", "subspace", "rank"]

@@ -18,10 +18,10 @@ from tl_asymmetry.gradients.analysis import data_fingerprint, gradient_covarianc
 from tl_asymmetry.gradients.result import GradientCovariance
 from tl_asymmetry.models.backward import check_differentiable
 from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.notes import Notes
 from tl_asymmetry.pair.analysis import analyze_pair
 from tl_asymmetry.pair.plan import chosen_matrices
 from tl_asymmetry.pair.result import PairAnalysis
-from tl_asymmetry.results.notes import Notes
 from tl_asymmetry.results.provenance import described, model_record, shape_record, versions, weights_hash
 from tl_asymmetry.store import Parts, open_store
 from tl_asymmetry.training.batches import Batch, PreferenceBatch, TokenBatch

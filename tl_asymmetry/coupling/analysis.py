@@ -17,7 +17,7 @@ from tl_asymmetry.coupling.result import CouplingStudy
 from tl_asymmetry.coupling.trajectories import Trajectory, as_trajectory
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.rolling_svd import RollingSVD
-from tl_asymmetry.results.notes import Notes
+from tl_asymmetry.notes import Notes
 from tl_asymmetry.results.provenance import versions
 
 ESTIMATORS = ("update", "gradient")

@@ -14,14 +14,14 @@ from tl_asymmetry.gradients.capture import capture_gradients
 from tl_asymmetry.gradients.result import GradientCovariance
 from tl_asymmetry.gradients.table import cross_table, gradient_table, layer_sides
 from tl_asymmetry.models.backward import check_differentiable
-from tl_asymmetry.models.checks import check_finite
+from tl_asymmetry.models.checks import check_finite, check_unedited
 from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.side_by_side import side_by_side
 from tl_asymmetry.models.texts import check_tokens
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import kind_of
+from tl_asymmetry.notes import Notes
 from tl_asymmetry.pair.plan import chosen_matrices
-from tl_asymmetry.results.notes import Notes
 from tl_asymmetry.results.provenance import described, model_record, shape_record, versions, weights_hash
 from tl_asymmetry.training.batches import Batch, PreferenceBatch
 from tl_asymmetry.training.data import as_batches
@@ -124,6 +124,8 @@ def gradient_covariance(
             "more data"
         )
     check_finite(view)
+    for warning in check_unedited(view):
+        notes.warn(warning)
     _describe(view, objective, notes, full_mlp=full_mlp, matrices=chosen)
     with torch.no_grad():
         view.self_check(_tokens(held[0])[0][:1, :_SELF_CHECK_TOKENS])

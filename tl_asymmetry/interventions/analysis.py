@@ -42,7 +42,7 @@ from tl_asymmetry.models.resume import resumes
 from tl_asymmetry.models.texts import check_tokens, token_sequences
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import SIGNIFICANT, Place, PlaceLike, kind_of
-from tl_asymmetry.results.notes import Notes
+from tl_asymmetry.notes import Notes
 from tl_asymmetry.results.provenance import described, model_record, shape_record, versions, weights_hash
 from tl_asymmetry.store import Parts, open_store
 from tl_asymmetry.training.batches import PreferenceBatch

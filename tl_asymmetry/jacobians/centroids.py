@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,9 +12,11 @@ from torch import Tensor
 
 from tl_asymmetry.geometry.precision import exact_products, with_fresh_settings
 from tl_asymmetry.models.block_jacobians import part_ends
+from tl_asymmetry.models.checks import check_unedited
 from tl_asymmetry.models.graphs import Edit, Side, frozen, place, run_edited
-from tl_asymmetry.models.texts import check_tokens
+from tl_asymmetry.models.texts import token_sequences
 from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.notes import warn
 
 KINDS = ("full", "logit")
 
@@ -22,8 +24,12 @@ KINDS = ("full", "logit")
 @with_fresh_settings
 def centroids(
     model: Any,
-    inputs: Int[Tensor, "batch pos"] | Float[Tensor, "batch pos d_model"],
+    texts: Any = None,
     *,
+    tokens: Any = None,
+    mask: Any = None,
+    max_tokens: int | None = None,
+    values: Float[Tensor, "batch pos d_model"] | None = None,
     part: str = "model",
     layer: int | None = None,
     kind: str = "full",
@@ -51,7 +57,12 @@ def centroids(
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        inputs: token ids, or the values of x themselves (embeddings, hidden states).
+        texts: strings or lists of chat messages, of as many tokens each; without texts, tokens and values the package's
+            calibration texts.
+        tokens: token ids instead, `[batch, pos]`, or what a tokenizer returns.
+        mask: which tokens are real, of the shape of `tokens`: False at padding.
+        max_tokens: use no more tokens than this.
+        values: the values of x themselves (embeddings, hidden states) instead of texts or tokens.
         part: "model", "block", "attn" or "mlp".
         layer: which layer, for a part of one.
         kind: "full" or "logit".
@@ -70,21 +81,26 @@ def centroids(
 
     Example:
         >>> tokens = torch.arange(24).view(2, 12)
-        >>> centroids(model, tokens, part="mlp", layer=1).shape
+        >>> centroids(model, tokens=tokens, part="mlp", layer=1).shape
         torch.Size([2, 12, 64])
-        >>> local = centroids(model, tokens, kind="logit", noise=0.01, draws=4)
+        >>> local = centroids(model, tokens=tokens, kind="logit", noise=0.01, draws=4)
     """
-    view = model if isinstance(model, ModelView) else ModelView(model)
-    tokens, given = _tokens_and_values(view, inputs)
+    view = ModelView(model)
+    for warning in check_unedited(view):
+        warn(warning)
+    if values is None:
+        read, given = _rectangle(token_sequences(view, texts, tokens, mask, max_tokens=max_tokens, notes=warn)), None
+    else:
+        read, given = _placeholders(view, values, texts, tokens)
     begin, finish = _ends(view, part, layer)
     if kind not in KINDS:
         raise ValueError(f'expected kind "full" or "logit", got {kind!r}; pass kind="full"')
-    n = tokens.shape[1]
+    n = read.shape[1]
     if position is not None and not -n <= position < n:
         raise ValueError(f"expected a position from 0 to {n - 1}, got {position}; pass such a position")
-    if targets is not None and (kind != "logit" or targets.shape != (len(tokens),) or targets.is_floating_point()):
+    if targets is not None and (kind != "logit" or targets.shape != (len(read),) or targets.is_floating_point()):
         raise ValueError(
-            f"expected targets as {len(tokens)} token ids with kind='logit', got {list(targets.shape)} {targets.dtype} "
+            f"expected targets as {len(read)} token ids with kind='logit', got {list(targets.shape)} {targets.dtype} "
             f"with kind={kind!r}; pass one id for each sequence"
         )
     if targets is not None and not 0 <= int(targets.min()) <= int(targets.max()) < view.unembedding()[0].shape[1]:
@@ -96,7 +112,7 @@ def centroids(
     where = -1 if position is None and kind == "logit" else position
 
     def output(x: Tensor) -> Tensor:
-        return _output(view, tokens, x, begin, None if read_logits else finish)
+        return _output(view, read, x, begin, None if read_logits else finish)
 
     def score(out: Tensor) -> Tensor:
         if kind == "full":
@@ -107,7 +123,7 @@ def centroids(
 
     with exact_products(view.device), view.evaluating(), _maybe_frozen(view, not create_graph):
         if given is None:
-            given = _value_at(view, tokens, begin)
+            given = _value_at(view, read, begin)
         return local_centroids(
             output, given, score=score, noise=noise, draws=draws, seed=seed, create_graph=create_graph
         )  # fmt: skip
@@ -162,17 +178,30 @@ def local_centroids(
     return total / draws
 
 
-def _tokens_and_values(view: ModelView, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Token ids to run, and values of x where those were given: then the ids do not matter."""
-    if isinstance(inputs, Tensor) and inputs.is_floating_point():
-        if inputs.ndim != 3 or inputs.shape[-1] != view.d_model or not 1 <= inputs.shape[1] <= view.n_ctx:
-            raise ValueError(
-                f"expected values [batch, pos, {view.d_model}] with pos up to {view.n_ctx}, got {list(inputs.shape)}; "
-                "pass hidden states or embeddings of this model"
-            )
-        return torch.zeros(inputs.shape[:2], dtype=torch.int64), inputs.to(view.device, view.dtype)
-    check_tokens(view, inputs)
-    return inputs, None
+def _rectangle(sequences: Sequence[Int[Tensor, " _pos"]]) -> Int[Tensor, "batch pos"]:
+    lengths = {len(sequence) for sequence in sequences}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"expected sequences of one length, got lengths from {min(lengths)} to {max(lengths)}; pass those of one "
+            "length in each call"
+        )
+    return torch.stack(list(sequences))
+
+
+def _placeholders(view: ModelView, values: Any, texts: Any, tokens: Any) -> tuple[Tensor, Tensor]:
+    """Token ids to run, which do not matter, and the values of x that take their place."""
+    if texts is not None or tokens is not None:
+        raise ValueError("expected values, texts or tokens, got several of them; pass one of the three")
+    if (
+        not isinstance(values, Tensor) or not values.is_floating_point() or values.ndim != 3
+        or values.shape[-1] != view.d_model or not 1 <= values.shape[1] <= view.n_ctx
+    ):  # fmt: skip
+        got = f"{values.dtype} {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(
+            f"expected values [batch, pos, {view.d_model}] with pos up to {view.n_ctx}, got {got}; pass hidden states "
+            "or embeddings of this model"
+        )
+    return torch.zeros(values.shape[:2], dtype=torch.int64), values.to(view.device, view.dtype)
 
 
 def _ends(view: ModelView, part: str, layer: int | None) -> tuple[Side, Side | None]:

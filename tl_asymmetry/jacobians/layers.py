@@ -28,19 +28,24 @@ from tl_asymmetry.jacobians.work import (
     working_dtype,
 )
 from tl_asymmetry.models.block_jacobians import GraphJacobian
+from tl_asymmetry.models.checks import check_unedited
+from tl_asymmetry.models.texts import token_sequences
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.results.notes import Notes
+from tl_asymmetry.notes import Notes
 from tl_asymmetry.results.provenance import described, model_record, shape_record, versions, weights_hash
 
 
 @with_fresh_settings
 def layer_jacobians(
     model: Any,
-    tokens: Int[Tensor, "batch pos"],
-    layers: Sequence[int] | None = None,
+    texts: Any = None,
     *,
+    tokens: Any = None,
+    mask: Any = None,
+    max_tokens: int | None = None,
+    layers: int | Sequence[int] | None = None,
     part: str = "block",
-    positions: Sequence[int] | None = None,
+    positions: int | Sequence[int] | None = None,
     reduce: str | None = "mean",
     method: str = "auto",
     sources: str = "same",
@@ -74,11 +79,15 @@ def layer_jacobians(
 
     Args:
         model: a HookedTransformer or TransformerBridge; processed weights are fine.
-        tokens: token ids `[batch, pos]`; every one counts, so no padding.
+        texts: strings or lists of chat messages; without texts and tokens the package's calibration texts.
+        tokens: token ids instead, `[batch, pos]`, sequences of different lengths, or what a tokenizer returns.
+        mask: which tokens are real, of the shape of `tokens`: False at padding.
+        max_tokens: use no more tokens than this.
         layers: which layers; all by default. Negative ones count from the end.
         part: "block", "attn", "mlp", "ln" or "ln2".
         positions: which positions t; all by default. Negative ones count from the end. Sources are never restricted.
-        reduce: "mean" over all sequences and positions, or None to keep every token's matrix as well.
+        reduce: "mean" over all sequences and positions, or None to keep every token's matrix as well (sequences of one
+            length).
         method: "auto" takes "einsum" where it holds and agrees with autograd on a few tokens, else "autograd".
         sources: "same" or "sum".
         per_head: also average what each head adds (part "attn" or "block", same position, closed form): the heads sum
@@ -95,7 +104,7 @@ def layer_jacobians(
             more memory needed than there is.
 
     Example:
-        >>> jacobians = layer_jacobians(model, torch.arange(24).view(2, 12), layers=[0, 1], progress=False)
+        >>> jacobians = layer_jacobians(model, tokens=torch.arange(24).view(2, 12), layers=[0, 1], progress=False)
         >>> jacobians.mean(0).shape, jacobians.config["method"]
         (torch.Size([64, 64]), 'einsum')
     """
@@ -105,20 +114,31 @@ def layer_jacobians(
         tokens=tokens, layers=layers, part=part, positions=positions, reduce=reduce, method=method, sources=sources,
         per_head=per_head, chunk=chunk, seed=seed, progress=progress,
     )  # fmt: skip
-    request = make_request(model, tokens, layers, part, sources, positions)
+    view, notes = ModelView(model), Notes()
+    sequences = token_sequences(view, texts, tokens, mask, max_tokens=max_tokens, notes=notes.add)
+    request = make_request(view, sequences, layers, part, sources, positions)
+    longest = max(sequences, key=len)
+    even = all(len(sequence) == len(longest) for sequence in sequences)
+    if reduce is None and not even:
+        raise ValueError(
+            "expected sequences of one length with reduce=None, got several lengths; pass tokens=[batch, pos] without "
+            'padding, or reduce="mean"'
+        )
     if per_head and (part not in ("attn", "block") or sources != "same"):
         raise ValueError(
             f'expected part "attn" or "block" and sources "same" with per_head=True, got {part!r} and {sources!r}; '
             "pass these or per_head=False"
         )
-    notes = Notes()
-    view, L, kept = request.view, len(request.layers), len(request.where) * len(tokens)
+    for warning in check_unedited(view):
+        notes.warn(warning)
+    requests = [request.of(len(sequence)) for sequence in sequences]
+    L, kept = len(request.layers), sum(len(own.where) for own in requests)
     with exact_products(view.device):
-        used = chosen_method(request, tokens[0], method, notes, seed=seed)
+        used = chosen_method(request, longest, method, notes, seed=seed)
     if per_head and used != "einsum":
         raise ValueError("expected a block with a closed form for per_head=True, got none; pass per_head=False")
     matrices = L * (1 + (kept if reduce is None else 0) + (view.n_heads if per_head else 0))
-    memory = plan_memory(request, tokens, used, matrices=matrices, chunk=chunk)
+    memory = plan_memory(request, len(longest), used, matrices=matrices, chunk=chunk)
     _say_what_matters(request, used, notes)
 
     d, dtype = view.d_model, working_dtype(view)
@@ -126,29 +146,32 @@ def layer_jacobians(
     every = torch.empty(L, kept if reduce is None else 0, d, d, dtype=dtype)
     heads = torch.zeros(L, view.n_heads if per_head else 0, d, d, dtype=torch.float64)
     index = {layer: i for i, layer in enumerate(request.layers)}
-    bar = tqdm(total=len(tokens) * L, desc="jacobians", unit="layer", disable=not progress)
+    bar = tqdm(total=len(sequences) * L, desc="jacobians", unit="layer", disable=not progress)
     with bar, exact_products(view.device):
-        for i, sequence in enumerate(tokens):
-            for layer, jacobian in _of_sequence(request, sequence, used, memory):
+        for i, (sequence, own) in enumerate(zip(sequences, requests, strict=True)):
+            share = len(own.where) / kept
+            for layer, jacobian in _of_sequence(own, sequence, used, memory):
                 with torch.no_grad() if used == "einsum" else torch.enable_grad():
                     if reduce is None:
-                        first = i * len(request.where)
-                        mean = _kept(jacobian, every[index[layer], first : first + len(request.where)], request, memory)
+                        first = i * len(own.where)
+                        mean = _kept(jacobian, every[index[layer], first : first + len(own.where)], own, memory)
                     else:
-                        mean = _mean(jacobian, request, memory)
+                        mean = _mean(jacobian, own, memory)
                     for head in range(heads.shape[1]):
                         branch = jacobian if part == "attn" else jacobian.attention  # type: ignore[union-attr]
                         assert isinstance(branch, BranchJacobian)
-                        heads[index[layer], head] += branch.head(head).mean(memory.chunk).double().cpu() / len(tokens)
-                means[layer] = means.get(layer, 0) + mean.double().cpu() / len(tokens)
+                        heads[index[layer], head] += share * branch.head(head).mean(memory.chunk).double().cpu()
+                means[layer] = means.get(layer, 0) + share * mean.double().cpu()
                 bar.update()
     J = torch.stack([means[layer] for layer in request.layers])
     arrays = {
         "mean": J.to(dtype),
         "singular_values": torch.stack([_singular_values(J[i], view.device) for i in range(L)]),
         "layers": torch.tensor(request.layers),
-        "positions": torch.tensor(request.where),
-        "tokens": tokens[:, list(request.where)].cpu().long(),
+        "positions": torch.tensor(request.where if even else [t for own in requests for t in own.where]),
+        "tokens": (torch.stack if even else torch.cat)(
+            [s[list(r.where)] for s, r in zip(sequences, requests, strict=True)]
+        ),
     }
     if reduce is None:
         arrays["per_token"] = every
@@ -167,7 +190,7 @@ def layer_jacobians(
             "method": used,
             "memory": memory.described(),
             "tokens": kept,
-            "sequences": len(tokens),
+            "sequences": len(sequences),
         },
         notes=tuple(notes.lines),
         arrays=arrays,
@@ -177,12 +200,15 @@ def layer_jacobians(
 @with_fresh_settings
 def jacobian_sketch(
     model: Any,
-    tokens: Int[Tensor, "batch pos"],
     directions: Float[Tensor, "d_model c"],
-    layers: Sequence[int] | None = None,
+    texts: Any = None,
     *,
+    tokens: Any = None,
+    mask: Any = None,
+    max_tokens: int | None = None,
+    layers: int | Sequence[int] | None = None,
     part: str = "block",
-    positions: Sequence[int] | None = None,
+    positions: int | Sequence[int] | None = None,
     reduce: str | None = "mean",
     method: str = "auto",
     sources: str = "same",
@@ -193,8 +219,10 @@ def jacobian_sketch(
     """`J V` for a few directions V, without forming J: what becomes of them on their way through a part.
 
     Args:
-        model, tokens, layers, part, positions, method, sources, chunk, seed, progress: as in `layer_jacobians`.
+        model: a HookedTransformer or TransformerBridge.
         directions: V, in columns.
+        texts, tokens, mask, max_tokens, layers, part, positions, method, sources, chunk, seed, progress: as in
+            `layer_jacobians`.
         reduce: "mean" over all tokens, or None for every token's: the axis after the layers is then sequences ×
             positions, in that order.
 
@@ -206,32 +234,36 @@ def jacobian_sketch(
 
     Example:
         >>> directions = torch.eye(64)[:, :3]
-        >>> jacobian_sketch(model, torch.arange(12).view(1, 12), directions, layers=[2], progress=False).shape
+        >>> jacobian_sketch(model, directions, tokens=torch.arange(12).view(1, 12), layers=[2], progress=False).shape
         torch.Size([1, 64, 3])
     """
     if reduce not in ("mean", None):
         raise ValueError(f'expected reduce "mean" or None, got {reduce!r}; pass reduce="mean"')
-    request, notes = make_request(model, tokens, layers, part, sources, positions), Notes()
-    view = request.view
+    view, notes = ModelView(model), Notes()
+    sequences = token_sequences(view, texts, tokens, mask, max_tokens=max_tokens, notes=notes.add)
+    request = make_request(view, sequences, layers, part, sources, positions)
+    longest = max(sequences, key=len)
     if directions.ndim != 2 or len(directions) != view.d_model:
         raise ValueError(
             f"expected directions [{view.d_model}, c], got {list(directions.shape)}; pass them in columns of R^d_model"
         )
     with exact_products(view.device):
-        used = chosen_method(request, tokens[0], method, notes, seed=seed)
-    memory = plan_memory(request, tokens, used, matrices=0, chunk=chunk)
+        used = chosen_method(request, longest, method, notes, seed=seed)
+    memory = plan_memory(request, len(longest), used, matrices=0, chunk=chunk)
     dtype = working_dtype(view)
     V = directions.to(view.device, dtype)
     found: dict[int, list[Tensor]] = {layer: [] for layer in request.layers}
-    bar = tqdm(total=len(tokens) * len(request.layers), desc="sketches", unit="layer", disable=not progress)
+    kept = sum(len(request.of(len(sequence)).where) for sequence in sequences)
+    bar = tqdm(total=len(sequences) * len(request.layers), desc="sketches", unit="layer", disable=not progress)
     with bar, exact_products(view.device):
-        for sequence in tokens:
-            for layer, jacobian in _of_sequence(request, sequence, used, memory):
+        for sequence in sequences:
+            own = request.of(len(sequence))
+            for layer, jacobian in _of_sequence(own, sequence, used, memory):
                 with torch.no_grad() if used == "einsum" else torch.enable_grad():
-                    JV = _pushed(jacobian, V, request, memory)
-                found[layer].append(JV.double().mean(0, keepdim=True).cpu() if reduce else JV.cpu())
+                    JV = _pushed(jacobian, V, own, memory)
+                found[layer].append(JV.double().sum(0).cpu() / kept if reduce else JV.cpu())
                 bar.update()
-    return torch.stack([torch.cat(parts).mean(0).to(dtype) if reduce else torch.cat(parts) for parts in found.values()])
+    return torch.stack([sum(parts).to(dtype) if reduce else torch.cat(parts) for parts in found.values()])
 
 
 def _say_what_matters(request: Request, used: str, notes: Notes) -> None:

@@ -26,11 +26,11 @@ from tl_asymmetry.jacobians.work import (
     working_dtype,
 )
 from tl_asymmetry.models.block_jacobians import NoClosedForm, stream_graph
-from tl_asymmetry.models.checks import check_finite
+from tl_asymmetry.models.checks import check_finite, check_unedited
 from tl_asymmetry.models.prediction import prediction_gram
-from tl_asymmetry.models.texts import check_tokens
+from tl_asymmetry.models.texts import token_sequences
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.results.notes import Notes
+from tl_asymmetry.notes import Notes
 from tl_asymmetry.results.provenance import described, model_record, shape_record, versions, weights_hash
 
 _MOST_BYTES = 1 << 29
@@ -42,13 +42,16 @@ _CHECK_TOKENS = 12
 @with_fresh_settings
 def prediction_pullback(
     model: Any,
-    tokens: Int[Tensor, "batch pos"] | None,
-    layers: Sequence[int] | None = None,
+    texts: Any = None,
     *,
+    tokens: Any = None,
+    mask: Any = None,
+    max_tokens: int | None = None,
+    layers: int | Sequence[int] | None = None,
     sources: str = "same",
     jacobians: Any = None,
     rank: int | None = None,
-    positions: Sequence[int] | None = None,
+    positions: int | Sequence[int] | None = None,
     method: str = "auto",
     d_vocab: int | None = None,
     chunk: int | None = None,
@@ -70,7 +73,10 @@ def prediction_pullback(
 
     Args:
         model: a HookedTransformer or TransformerBridge with raw weights.
-        tokens: token ids `[batch, pos]`; every one counts, so no padding. None with `jacobians`.
+        texts: strings or lists of chat messages; without texts and tokens the package's calibration texts.
+        tokens: token ids instead, `[batch, pos]`, sequences of different lengths, or what a tokenizer returns.
+        mask: which tokens are real, of the shape of `tokens`: False at padding.
+        max_tokens: use no more tokens than this.
         layers: which layers; all by default, which is what `analyze_pair(subspaces={"pullback": …})` takes. Negative
             ones count from the end.
         sources: "same" or "sum".
@@ -93,7 +99,7 @@ def prediction_pullback(
     Example:
         >>> from tl_asymmetry import analyze_pair
         >>> tokens = torch.arange(48).view(4, 12)
-        >>> pulled = prediction_pullback(base, tokens, progress=False)
+        >>> pulled = prediction_pullback(base, tokens=tokens, progress=False)
         >>> pair = analyze_pair(base, aligned, tokens=tokens, ranks=[4], subspaces={"pullback": pulled}, progress=False)
         >>> pair.table["subspace"].unique().tolist()
         ['pullback']
@@ -102,7 +108,7 @@ def prediction_pullback(
         tokens=tokens, layers=layers, sources=sources, jacobians=jacobians, rank=rank, positions=positions,
         method=method, d_vocab=d_vocab, chunk=chunk, seed=seed, progress=progress,
     )  # fmt: skip
-    view = model if isinstance(model, ModelView) else ModelView(model)
+    view = ModelView(model)
     chosen, notes, d = chosen_layers(view, layers), Notes(), view.d_model
     if rank is not None and not 1 <= rank <= d:
         raise ValueError(f"expected a rank from 1 to {d}, got {rank}; pass such a rank or None for all directions")
@@ -111,6 +117,8 @@ def prediction_pullback(
     if method not in METHODS:
         raise ValueError(f"expected a method among {', '.join(METHODS)}, got {method!r}; pass one of these")
     check_finite(view)
+    for warning in check_unedited(view):
+        notes.warn(warning)
     G = prediction_gram(view, d_vocab=d_vocab)
     prediction = principal_subspace(G, name="prediction")
     assert prediction.eigenvalues is not None
@@ -124,22 +132,21 @@ def prediction_pullback(
         pulled = {layer: rows @ J for layer, J in _given(jacobians, chosen, view).items()}
         used, count, sources = "given", 0, "given"
     else:
-        if tokens is None:
-            raise ValueError("expected tokens to average Jacobians over, got None; pass tokens or jacobians=")
-        check_tokens(view, tokens)
-        where = chosen_positions(tokens.shape[1], positions)
+        sequences = token_sequences(view, texts, tokens, mask, max_tokens=max_tokens, notes=notes.add)
+        asked = [chosen_positions(len(sequence), positions) for sequence in sequences]
+        longest = max(range(len(sequences)), key=lambda i: len(sequences[i]))
         with exact_products(view.device):
-            used = _method(view, tokens[0], chosen, sources, method, notes, seed=seed)
-        run = _Run(view, chosen, where, sources, rows.to(view.device, working_dtype(view)))
-        at_once = run.chunk(tokens.shape[1], used, chunk)
+            used = _method(view, sequences[longest], chosen, sources, method, notes, seed=seed)
+        rows = rows.to(view.device, working_dtype(view))
+        runs = [_Run(view, chosen, where, sources, rows) for where in asked]
+        at_once = runs[longest].chunk(len(sequences[longest]), used, chunk)
         memory = {"chunk": at_once}
-        total = dict.fromkeys(chosen, torch.zeros(len(rows), d, dtype=torch.float64))
-        with tqdm(tokens, desc="pullback", unit="seq", disable=not progress) as bar, exact_products(view.device):
-            for sequence in bar:
+        pulled = dict.fromkeys(chosen, torch.zeros(len(rows), d, dtype=torch.float64))
+        count = sum(map(len, asked))
+        with tqdm(sequences, desc="pullback", unit="seq", disable=not progress) as bar, exact_products(view.device):
+            for sequence, run in zip(bar, runs, strict=True):
                 mean = run.factored(sequence, at_once) if used == "einsum" else run.by_autograd(sequence, at_once)
-                total = {layer: total[layer] + mean[layer] for layer in chosen}
-        pulled = {layer: X / len(tokens) for layer, X in total.items()}
-        count = len(tokens) * len(where)
+                pulled = {layer: pulled[layer] + len(run.where) / count * mean[layer] for layer in chosen}
     subspaces = [_subspace(X.mT @ G @ X if rank is None else X.mT @ X, rank, layer) for layer, X in pulled.items()]
     arrays = {
         "basis": torch.stack([subspace.basis for subspace in subspaces]),
@@ -281,7 +288,7 @@ class _Run:
         first, last = min(self.layers), self.view.n_layers - 1
         total = {layer: torch.zeros_like(self.rows, dtype=torch.float64, device="cpu") for layer in self.layers}
         above = tuple(range(first + 1, last + 1))
-        request = Request(self.view, above, "block", "same", self.where)
+        request = Request(self.view, above, "block", "same", self.where, self.where)
         blocks = dict(closed_forms(request, tokens)) if above else {}
         for start in range(0, len(self.rows), chunk):
             part = slice(start, start + chunk)

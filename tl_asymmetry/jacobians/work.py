@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import index
 from typing import Any
 
@@ -28,9 +28,8 @@ from tl_asymmetry.models.block_jacobians import (
     traced_blocks,
 )
 from tl_asymmetry.models.checks import check_finite
-from tl_asymmetry.models.texts import check_tokens
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.results.notes import Notes
+from tl_asymmetry.notes import Notes
 
 SOURCES = {
     "same": "same-position ∂ out[t] / ∂ in[t]",
@@ -64,8 +63,14 @@ class Request:
     layers: tuple[int, ...]
     part: str
     sources: str
+    positions: tuple[int, ...] | None
+    """Which positions, as asked for; None: all."""
     where: tuple[int, ...]
-    """Positions, the same in every sequence."""
+    """The positions in a sequence of one length, none negative."""
+
+    def of(self, length: int) -> Request:
+        """The question about a sequence of another length."""
+        return replace(self, where=chosen_positions(length, self.positions))
 
     @property
     def summed(self) -> bool:
@@ -74,16 +79,19 @@ class Request:
 
 
 def make_request(
-    model: Any, tokens: Tensor, layers: Sequence[int] | None, part: str, sources: str, positions: Sequence[int] | None
+    view: ModelView,
+    sequences: Sequence[Int[Tensor, " _pos"]],
+    layers: int | Sequence[int] | None,
+    part: str,
+    sources: str,
+    positions: int | Sequence[int] | None,
 ) -> Request:
-    """Check what does not need the model to run.
+    """Check what does not need the model to run; the request is that of the longest sequence.
 
     Raises:
         ValueError: an unknown part, kind, layer or position, a part the model does not have, or weights that are not
             finite.
     """
-    view = model if isinstance(model, ModelView) else ModelView(model)
-    check_tokens(view, tokens)
     if part not in PARTS:
         raise ValueError(f"expected a part among {', '.join(PARTS)}, got {part!r}; pass one of these")
     if sources not in SOURCES:
@@ -92,10 +100,14 @@ def make_request(
     for layer in chosen:
         part_ends(view, layer, part)
     check_finite(view)
-    return Request(view, chosen, part, sources, chosen_positions(tokens.shape[1], positions))
+    asked = None if positions is None else tuple(_integers(positions, "positions"))
+    lengths = sorted({len(sequence) for sequence in sequences})
+    for length in lengths:
+        where = chosen_positions(length, asked)
+    return Request(view, chosen, part, sources, asked, where)
 
 
-def chosen_layers(view: ModelView, layers: Sequence[int] | None) -> tuple[int, ...]:
+def chosen_layers(view: ModelView, layers: int | Sequence[int] | None) -> tuple[int, ...]:
     """The layers asked for, all by default; negative ones count from the end."""
     if layers is None:
         return tuple(range(view.n_layers))
@@ -107,7 +119,7 @@ def chosen_layers(view: ModelView, layers: Sequence[int] | None) -> tuple[int, .
     return tuple(dict.fromkeys(layer % L for layer in listed))
 
 
-def chosen_positions(length: int, positions: Sequence[int] | None) -> tuple[int, ...]:
+def chosen_positions(length: int, positions: int | Sequence[int] | None) -> tuple[int, ...]:
     """The positions asked for, all by default; negative ones count from the end."""
     if positions is None:
         return tuple(range(length))
@@ -122,8 +134,9 @@ def chosen_positions(length: int, positions: Sequence[int] | None) -> tuple[int,
 
 
 def _integers(given: Any, what: str) -> list[int]:
-    """A list, range, array or vector of whole numbers as a list."""
+    """A whole number, or a list, range, array or vector of them, as a list."""
     values = given.tolist() if hasattr(given, "tolist") else given
+    values = [values] if hasattr(values, "__index__") else values
     if not isinstance(values, Sequence) or not values or not all(hasattr(value, "__index__") for value in values):
         raise ValueError(f"expected a list of {what}, got {given!r}; pass {what}=[0] or leave it out")
     return [index(value) for value in values]
@@ -168,7 +181,7 @@ def disagreement(request: Request, tokens: Int[Tensor, " pos"], *, seed: int) ->
     """Largest relative difference between the two ways, over the layers, at a few positions along a random vector."""
     n = len(tokens)
     where = tuple(sorted({0, n // 2, n - 1}))[:_CHECK_POSITIONS]
-    short = Request(request.view, request.layers, request.part, request.sources, where)
+    short = replace(request, where=where)
     generator = torch.Generator().manual_seed(seed)
     d, worst = request.view.d_model, 0.0
     vectors = torch.randn(len(where), 1, d, generator=generator, dtype=torch.float64)
@@ -252,14 +265,12 @@ class MemoryPlan:
         }  # fmt: skip
 
 
-def plan_memory(
-    request: Request, tokens: Int[Tensor, "batch pos"], method: str, *, matrices: int, chunk: int | None
-) -> MemoryPlan:
+def plan_memory(request: Request, length: int, method: str, *, matrices: int, chunk: int | None) -> MemoryPlan:
     """Estimate what a call holds, choose how much is at work at once, and refuse what cannot fit.
 
     Args:
         request: the question.
-        tokens: all sequences.
+        length: of the longest sequence.
         method: "einsum" or "autograd".
         matrices: d × d matrices in the result.
         chunk: how many units to have at work at once; None chooses.
@@ -267,7 +278,7 @@ def plan_memory(
     Raises:
         ValueError: chunk < 1, or more memory needed than there is: says how much, and what to lower.
     """
-    view, n = request.view, tokens.shape[1]
+    view, n = request.view, length
     size = working_dtype(view).itemsize
     d, m, inner = view.d_model, view.d_mlp or 4 * view.d_model, view.n_heads * view.d_head
     gated = 2 if "W_gate" in view.matrices else 1

@@ -15,8 +15,9 @@ from tl_asymmetry.geometry.memory import return_freed_memory
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.models.processes import ALONE, Processes
-from tl_asymmetry.models.texts import batches
+from tl_asymmetry.models.texts import batches, token_sequences
 from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.notes import warn
 
 Site = tuple[str, int]
 """A hook point and a layer."""
@@ -48,13 +49,15 @@ def merged(parts: Iterable[StreamingMoments]) -> StreamingMoments:
 @with_fresh_settings
 def capture_moments(
     model: Any,
-    tokens: Int[Tensor, "batch pos"] | Sequence[Int[Tensor, " _pos"]],
-    hook_points: Sequence[str | Site],
+    hook_points: str | Site | Sequence[str | Site],
+    texts: Any = None,
     *,
-    mask: Bool[Tensor, "batch pos"] | None = None,
+    tokens: Any = None,
+    mask: Any = None,
+    max_tokens: int | None = None,
     exclude_first: bool = True,
     batch_size: int = 8,
-    progress: bool = False,
+    progress: bool = True,
 ) -> dict[Site, StreamingMoments]:
     """Mean, second moment and covariance of the activations at some hook points, in one forward pass.
 
@@ -63,10 +66,12 @@ def capture_moments(
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        tokens: `[batch, pos]` token ids, or sequences of different lengths.
         hook_points: names out of `attn_in, mlp_in, resid_pre, resid_mid, resid_post, z, mlp_post` (every layer), or
-            pairs `(name, layer)`. "z" is taken with its heads side by side, `[n_heads · d_head]`.
-        mask: which tokens are real, `[batch, pos]`; padding must be on the right. Default: all.
+            pairs `(name, layer)`; one or a list. "z" is taken with its heads side by side, `[n_heads · d_head]`.
+        texts: strings or lists of chat messages; without texts and tokens the package's calibration texts.
+        tokens: token ids instead, `[batch, pos]`, sequences of different lengths, or what a tokenizer returns.
+        mask: which tokens are real, of the shape of `tokens`: False at padding.
+        max_tokens: use no more tokens than this.
         exclude_first: leave the first position of each sequence out.
         batch_size: sequences per forward pass; the result does not depend on it.
         progress: show a progress bar.
@@ -75,21 +80,23 @@ def capture_moments(
         `{(name, layer): StreamingMoments}`.
 
     Raises:
-        ValueError: a point the model does not have, or padding that is not on the right.
+        ValueError: a point the model does not have, or what `token_sequences` refuses.
 
     Example:
         >>> from tl_asymmetry.demo import demo_model
-        >>> moments = capture_moments(demo_model("base"), torch.arange(24).view(2, 12), ["attn_in"])
+        >>> tokens = torch.arange(24).view(2, 12)
+        >>> moments = capture_moments(demo_model("base"), "attn_in", tokens=tokens, progress=False)
         >>> moments["attn_in", 0].count
         22
     """
     view = ModelView(model)
+    single = isinstance(hook_points, str) or (isinstance(hook_points, tuple) and isinstance(hook_points[-1], int))
     sites = [
         site
-        for point in hook_points
+        for point in ([hook_points] if single else hook_points)
         for site in ([(point, layer) for layer in range(view.n_layers)] if isinstance(point, str) else [point])
     ]
-    sequences = list(tokens) if mask is None else [_unpadded(t, m) for t, m in zip(tokens, mask, strict=True)]
+    sequences = token_sequences(view, texts, tokens, mask, max_tokens=max_tokens, notes=warn)
     captured = capture(view, [sequences], sites, exclude_first=exclude_first, batch_size=batch_size, progress=progress)
     return captured.groups[0]
 
@@ -179,10 +186,3 @@ def _reader(
             first.update(x[:, 0])
 
     return read
-
-
-def _unpadded(tokens: Int[Tensor, " pos"], mask: Bool[Tensor, " pos"]) -> Int[Tensor, " pos"]:
-    length = int(mask.sum())
-    if not bool(mask[:length].all()):
-        raise ValueError("expected padding on the right only, got a masked token before a real one; pass right padding")
-    return tokens[:length]

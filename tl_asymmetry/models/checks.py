@@ -22,6 +22,9 @@ _ARCHITECTURE = ("norm", "positional", "parallel", "causal", "matrices")
 _PIECE = 1 << 24
 """Entries of a tensor that are summed at once."""
 
+_NAMED = 4
+"""So many hooks are named in a warning."""
+
 _PROBES = (
     "The quick brown fox, it's said, jumped over 12,345 lazy dogs!",
     "def f(x):\n    return {'a': x ** 2}  # naïve café – 東京 🙂",
@@ -40,14 +43,14 @@ def check_raw(view: Weights) -> list[str]:
     zero, is not refused.
 
     Returns:
-        Warnings: what cannot be told from the weights.
+        Warnings: what cannot be told from the weights, and what `check_unedited` says.
 
     Raises:
         ValueError: names every processing flag found and says how to load without.
     """
     flags, warnings = (stored_processing_flags(view), []) if isinstance(view, WeightSource) else processing_flags(view)
     if not flags:
-        return warnings
+        return warnings + (check_unedited(view) if isinstance(view, ModelView) else [])
     if isinstance(view, WeightSource):
         instead = "the state dict of a model loaded with from_pretrained_no_processing"
     else:
@@ -56,6 +59,18 @@ def check_raw(view: Weights) -> list[str]:
         f"expected raw weights, got {view.kind} {view.name!r} with processed weights ({', '.join(flags)}); "
         f"pass {instead}"
     )
+
+
+def check_unedited(view: ModelView) -> list[str]:
+    """A warning that names the hooks, and the modules in hook points, with which a model does not compute as loaded."""
+    found = view.foreign_hooks()
+    if not found:
+        return []
+    listed = ", ".join(found[:_NAMED]) + (f" and {len(found) - _NAMED} more" if len(found) > _NAMED else "")
+    return [
+        f"{view.name!r} is analysed with what has been put into it: {listed}; where that edits activations the numbers "
+        "are those of the edited model (model.reset_hooks() takes hooks off)"
+    ]
 
 
 def stored_processing_flags(source: WeightSource) -> list[str]:

@@ -72,6 +72,35 @@ def _switch(model: Any, flag: str, on: bool) -> None:
         setter(on)
 
 
+def foreign_hooks(modules: Iterable[tuple[str, nn.Module]]) -> list[str]:
+    """What a user has put into a model that may change what it computes, in words: hooks of TransformerLens and torch,
+    and modules (sparse autoencoders) in the place of hook points.
+
+    Hooks that the libraries register for themselves are left out.
+    """
+    found = []
+    for name, module in modules:
+        if name.rpartition(".")[2].startswith("hook_") and not _is_hook_point(module):
+            found.append(f"{type(module).__name__} in the place of {name}")
+        own = [hook for kind in _HOOKS for hook in getattr(module, kind).values() if not _of_a_library(hook)]
+        count = len(own) + sum(len(getattr(module, kind, ())) for kind in ("fwd_hooks", "bwd_hooks"))
+        if count:
+            found.append(f"{count} {'hook' if count == 1 else 'hooks'} on {name or 'the model'}")
+    return found
+
+
+def _is_hook_point(module: nn.Module) -> bool:
+    return any(kind.__name__ == "HookPoint" for kind in type(module).__mro__)
+
+
+def _of_a_library(hook: Any) -> bool:
+    module = getattr(getattr(hook, "func", hook), "__module__", None) or type(hook).__module__
+    return str(module).partition(".")[0] in ("transformer_lens", "transformers", "tl_asymmetry")
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def own_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
     """The hook for passes of this thread alone: what another thread sends through the same model goes by unseen."""
     owner = threading.get_ident()

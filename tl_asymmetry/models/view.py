@@ -21,7 +21,7 @@ from tl_asymmetry.models.encoders import encoder_adapter, is_encoder
 from tl_asymmetry.models.hooked import HookedAdapter
 from tl_asymmetry.models.huggingface import HuggingFaceAdapter, is_regular, is_transformers_model
 from tl_asymmetry.models.readers.hub import public_name
-from tl_asymmetry.models.running import evaluation, own_thread
+from tl_asymmetry.models.running import evaluation, foreign_hooks, own_thread
 from tl_asymmetry.names import MATRICES, POINTS, kind_of
 
 Reader = Callable[[Tensor], None]
@@ -450,6 +450,12 @@ class ModelView:
     def all_modules(self) -> Iterator[nn.Module]:
         """Every module of the model, the wrapped Hugging Face model's included, each once."""
         return self._adapter.all_modules()
+
+    def foreign_hooks(self) -> list[str]:
+        """Hooks and modules in hook points that a user has put into the model, in words."""
+        roots = (getattr(self.model, "original_model", None), self.model)
+        named = {id(m): (name, m) for root in roots if root is not None for name, m in root.named_modules()}
+        return foreign_hooks(named.values())
 
     def __call__(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits, as `run(tokens, logits=True)`: a view is a language model to any objective."""

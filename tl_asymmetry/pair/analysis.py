@@ -21,6 +21,7 @@ from tl_asymmetry.models.side_by_side import side_by_side
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.models.weights import Weights, WeightSource
 from tl_asymmetry.names import kind_of
+from tl_asymmetry.notes import Notes
 from tl_asymmetry.pair.asymmetry import asymmetry_table
 from tl_asymmetry.pair.bases import LayerBases
 from tl_asymmetry.pair.circuits import layer_circuits
@@ -33,7 +34,6 @@ from tl_asymmetry.pair.projections import Projection, keys_reference_note, proje
 from tl_asymmetry.pair.result import PairAnalysis
 from tl_asymmetry.pair.sensitivity import SensitivityProfiles, prediction_variants, stacked_variants
 from tl_asymmetry.pair.tables import pair_tables
-from tl_asymmetry.results.notes import Notes
 from tl_asymmetry.results.provenance import described, model_record, shape_record, versions
 from tl_asymmetry.settings import GradientMoments, OpenPair, PairSettings, open_pair
 

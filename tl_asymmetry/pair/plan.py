@@ -17,7 +17,7 @@ from tl_asymmetry.models.capture import Capture, Site, balanced_groups, merged
 from tl_asymmetry.models.checks import check_ranks, check_token_count
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import kind_of
-from tl_asymmetry.results.notes import Notes
+from tl_asymmetry.notes import Notes
 from tl_asymmetry.settings import PairSettings
 
 STREAM_SUBSPACES = ("attn_in", "mlp_in", "resid_pre", "resid_mid", "resid_post")

@@ -29,7 +29,7 @@ from tl_asymmetry.models.loading import open_model
 from tl_asymmetry.models.texts import token_sequences
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import ATTENTION
-from tl_asymmetry.results.notes import Notes
+from tl_asymmetry.notes import Notes
 from tl_asymmetry.results.provenance import described, model_record, shape_record, versions
 from tl_asymmetry.rewinding.result import CURVE_COLUMNS, PATH_COLUMNS, UNIT_COLUMNS, RewindStudy
 from tl_asymmetry.rewinding.units import (

@@ -25,7 +25,7 @@ from tl_asymmetry.models.texts import token_sequences
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.models.weights import Weights, WeightSource, weights_from
 from tl_asymmetry.names import kind_of
-from tl_asymmetry.results.notes import Notes
+from tl_asymmetry.notes import Notes
 from tl_asymmetry.results.provenance import described, versions
 from tl_asymmetry.settings import checked_hash
 from tl_asymmetry.stages.result import LEDGER_COLUMNS, PAIR_COLUMNS, PREDICTION_COLUMNS, StageAnalysis

@@ -19,7 +19,7 @@ from tl_asymmetry.geometry.tangent import Control, check_controls
 from tl_asymmetry.models.checks import check_finite, check_raw, check_token_count
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import kind_of
-from tl_asymmetry.results.notes import Notes
+from tl_asymmetry.notes import Notes
 from tl_asymmetry.results.provenance import described, model_record, shape_record, versions, weights_hash
 from tl_asymmetry.store import Parts, open_store
 from tl_asymmetry.tangents.bases import METHODS, TangentBases, bases_from, fit_bases

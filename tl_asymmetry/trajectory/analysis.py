@@ -15,7 +15,7 @@ from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.subspace import Subspace
 from tl_asymmetry.models.processes import ALONE, present_processes
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.results.notes import Notes
+from tl_asymmetry.notes import Notes
 from tl_asymmetry.settings import GradientMoments, PairSettings
 from tl_asymmetry.trajectory.checkpoints import Checkpoint, checkpoints_of
 from tl_asymmetry.trajectory.measurements import WeightsSnapshot

@@ -15,7 +15,7 @@ from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.subspace import Subspace
 from tl_asymmetry.models.loading import bridge_around
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.results.notes import Notes
+from tl_asymmetry.notes import Notes
 from tl_asymmetry.settings import GradientMoments, PairSettings
 from tl_asymmetry.store import PartStore
 from tl_asymmetry.trajectory.measurements import WeightsSnapshot

@@ -20,11 +20,11 @@ from tl_asymmetry.models.readers.hub import public_name
 from tl_asymmetry.models.side_by_side import side_by_side
 from tl_asymmetry.models.texts import token_sequences, vocabulary_fingerprint
 from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.notes import Notes
 from tl_asymmetry.pair.bases import LayerBases
 from tl_asymmetry.pair.numbers import Layout
 from tl_asymmetry.pair.plan import counted_tokens, grouped_sequences, make_plan
 from tl_asymmetry.pair.projections import keys_reference_note
-from tl_asymmetry.results.notes import Notes
 from tl_asymmetry.results.provenance import described, model_record, shape_record, versions, weights_hash
 from tl_asymmetry.settings import GradientMoments, PairSettings, check_products, checked_hash
 from tl_asymmetry.store import DamagedFile, Parts, PartStore, StoreReader, open_store

@@ -11,7 +11,7 @@ from types import FrameType
 import jaxtyping
 import torch
 
-_PACKAGE = str(Path(__file__).parents[1]) + os.sep
+_PACKAGE = str(Path(__file__).parent) + os.sep
 _DECORATORS = tuple(str(Path(str(module.__file__)).parent) + os.sep for module in (torch, jaxtyping))
 
 
