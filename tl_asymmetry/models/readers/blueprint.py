@@ -35,6 +35,10 @@ from tl_asymmetry.names import kind_of
 _GAP = 4
 _FLOAT32_INTEGERS = 2**24
 
+_SAME_MATRICES = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+"""Language models inside multimodal ones that transformers has no class of their own for, and whose matrices theirs
+are: they differ in the rotation of positions alone."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -160,7 +164,13 @@ class Blueprint:
         self.skeleton = skeleton
         self.n_layers = skeleton.n_layers
         self._lock = threading.Lock()
-        rows, columns = _Probe(skeleton.config, axis=0), _Probe(skeleton.config, axis=1)
+        try:
+            rows, columns = _Probe(skeleton.config, axis=0), _Probe(skeleton.config, axis=1)
+        except NotImplementedError as error:  # it would have to be run, and there are no weights
+            raise ValueError(
+                f"expected an architecture whose matrices TransformerLens names in every layer, got "
+                f"{skeleton.architecture}, which only a loaded model shows; pass the model loaded"
+            ) from error
         self.view, self._parameters = columns.view, columns.parameters
         self.layouts = {matrix: _layout(matrix, rows, columns) for matrix in rows.view.matrices}
         self.extras = {name: _extra(name, maker, rows) for name, maker in rows.makers.items()}
@@ -271,6 +281,11 @@ def language_model_config(config: Any) -> Any:
     if text is config:
         return config
     text = copy.deepcopy(text)
+    if text.model_type in _SAME_MATRICES:
+        from transformers import AutoConfig
+
+        sizes = {name: value for name, value in text.to_dict().items() if name not in ("model_type", "rope_parameters")}
+        text = AutoConfig.for_model(_SAME_MATRICES[text.model_type], **sizes)
     text.tie_word_embeddings = config.tie_word_embeddings  # what counts is the outer one's
     return text
 
@@ -358,6 +373,7 @@ def _extra(name: str, maker: Callable[[], Tensor], rows: _Probe) -> Extra:
 
 
 def _wrapped(model: Any) -> Any:
+    model.config.architectures = [type(model).__name__]  # that of a multimodal model would be the whole's
     with _quiet():
         return bridge_around(model, "skeleton")
 

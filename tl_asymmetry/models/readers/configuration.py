@@ -105,7 +105,8 @@ def config_of(base: Any) -> Any:
     if isinstance(base, WeightSource):
         return base.config
     model = base.model if isinstance(base, ModelView) else base
-    return getattr(getattr(model, "original_model", None), "config", None)
+    config = getattr(getattr(model, "original_model", model), "config", None)
+    return config if is_config(config) else None
 
 
 def config_beside(trained_from: str | None, name: str, folder: Path, base: Any) -> Any:
