@@ -275,7 +275,8 @@ def test_undo_matched_controls_undo_as_much_of_the_delta_as_the_edit(matrix, whi
                     assert torch.linalg.eigvalsh(part).min() > -1e-9
                 assert 2 <= int((torch.linalg.svdvals(change) > 1e-9).sum()) <= 8
             kinds.add(type(control).__name__)
-        assert ("MatrixEdit" in kinds) == (which != -1)
+        if which is not None:
+            assert kinds == {"MatrixEdit" if which == 0 else "RankOneEdit"}
     again = matched_controls(edit, "undo_matched", 12, seed=3, delta=given)
     assert all(torch.equal(a.change(), b.change()) for a, b in zip(controls, again, strict=True))
 
@@ -287,22 +288,24 @@ def test_undoing_a_rank_one_delta_is_undoing_all_of_it():
         torch.testing.assert_close(control.change(), edit.change(), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("direction", ["haar", "top"])
-def test_the_size_of_p_from_undo_matched_controls(direction):
-    """Effects that know nothing of the delta: p ≤ 0.05 in about one of twenty, for a random and for a top direction.
+@pytest.mark.parametrize("outcome", ["kl", "shift"])
+@pytest.mark.parametrize(("direction", "bound"), [("haar", 0.05), ("top", 0.10)])
+def test_the_size_of_p_from_undo_matched_controls(direction, bound, outcome):
+    """Effects that know nothing of the delta: how often the edit stands above 19 controls, nominally 0.05.
 
-    500 repetitions: the bound is 0.05 and three standard errors.
+    Held for a random direction. A top singular one is held against subspaces, whose effect varies less: up to twice
+    the nominal here (0.20 to 0.25 against controls that undo nothing). 300 repetitions, three standard errors.
     """
     hits = 0
-    for i in range(500):
-        ΔW = falling(16, 6, seed=3 * i, power=0.5)
-        effect = moment(16, seed=3 * i + 1)
+    for i in range(300):
+        ΔW, A = falling(16, 6, seed=3 * i, power=0.5), moment(16, seed=3 * i + 1)
         q = normal(16, seed=3 * i + 2) if direction == "haar" else torch.linalg.svd(ΔW).U[:, 0]
         edit = removal_edit(0, "W_Q", i, ΔW, q)
-        values = [(c.change().mT @ effect @ c.change()).trace().item()
-                  for c in (edit, *matched_controls(edit, "undo_matched", 19, seed=1, delta=ΔW))]  # fmt: skip
-        hits += values[0] >= max(values[1:])
-    assert hits / 500 <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 500)
+        changes = [c.change() for c in (edit, *matched_controls(edit, "undo_matched", 19, seed=1, delta=ΔW))]
+        # a divergence is second order in what is changed, a share undone first order
+        values = [(E.mT @ A @ E).trace() if outcome == "kl" else -(ΔW.mT @ A @ E).trace() for E in changes]
+        hits += bool(values[0] >= max(values[1:]))
+    assert hits / 300 <= bound + 3 * math.sqrt(bound * (1 - bound) / 300)
 
 
 def test_complement_and_equal_variance_are_orthogonal_to_the_target():

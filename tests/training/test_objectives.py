@@ -7,6 +7,7 @@ import torch
 
 from tests import tiny
 from tests.training.test_objective_formulas import Toy, naive_log_prob, rows
+from tl_asymmetry import analyze_tangents, gradient_covariance
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.training.objectives import (
     DPO,
@@ -205,3 +206,32 @@ def test_refusals():
     ):
         with pytest.raises(ValueError, match=message):
             make()
+
+
+@pytest.mark.parametrize("objective", [CrossEntropy(), Mix([(1.0, CrossEntropy())]), ORPO()])
+def test_targets_that_the_model_cannot_predict_are_refused(objective):
+    """A model that reads 16 tokens and predicts two."""
+
+    def two_outputs(tokens):
+        return torch.zeros(*tokens.shape, 2, dtype=torch.float64)
+
+    half = TokenBatch(torch.tensor([[1, 0, 1], [1, 15, 0]]), torch.ones(2, 3, dtype=torch.bool))
+    batch = PreferenceBatch(half, half) if objective.batch_type is PreferenceBatch else half
+    with pytest.raises(
+        ValueError, match="expected targets that the model can predict, tokens 0 to 1, got token 15; pass a"
+    ):
+        objective(two_outputs, batch)
+    within = TokenBatch(half.tokens.clamp(max=1), half.mask)
+    batch = PreferenceBatch(within, within) if objective.batch_type is PreferenceBatch else within
+    assert bool(objective(two_outputs, batch).isfinite())
+
+
+def test_gradients_and_tangents_refuse_them_in_the_same_words():
+    if not tiny.HOOKED_AVAILABLE:
+        pytest.skip("a Bridge's unembedding is as wide as its embedding")
+    model = tiny.toy(d_vocab=16, d_vocab_out=2)
+    tokens = tiny.tokens(16, 12) % 16
+    with pytest.raises(ValueError, match="expected targets that the model can predict, tokens 0 to 1, got token 1"):
+        gradient_covariance(model, CrossEntropy(), [TokenBatch(tokens, torch.ones_like(tokens).bool())], progress=False)
+    with pytest.raises(ValueError, match="expected targets that the model can predict, tokens 0 to 1, got token 1"):
+        analyze_tangents({0: model, 1: tiny.perturbed(model)}, tokens=tokens, rank=2, progress=False)

@@ -300,8 +300,10 @@ DEFINITIONS = (
         "Percentile, p, q", "[ours]",
         "Percentile: standing of the effect among its controls. p = (1 + controls at least as large) / (1 + draws), "
         "one-sided, from undo_matched controls only: these are exchangeable with the edit where its direction does no "
-        "more for each unit undone than a random one. Sites without a delta are no tests. q by Benjamini–Hochberg over "
-        "sites, given only where that many draws can reach 0.05.",
+        "more for each unit undone than a random one. Where no single direction undoes as much, the control is a "
+        "subspace, whose effect varies less: in simulations p ≤ 0.05 came in 0 to 4 % for random directions, and for "
+        "top singular directions in 1 to 8 % of effects that are shares undone and in 2 to 13 % of KL. Sites without a "
+        "delta are no tests. q by Benjamini–Hochberg over sites, given only where that many draws can reach 0.05.",
     ),
     *(Definition(f"Outcome: {name}", "[choice]", meaning[0].upper() + meaning[1:] + ".") for name, meaning in
       OUTCOMES.items()),

@@ -129,9 +129,20 @@ def sequence_log_probs(model: LanguageModel, batch: TokenBatch) -> Float[Tensor,
 def _log_probs(model: LanguageModel, batch: TokenBatch) -> tuple[Tensor, Tensor]:
     """Log-probability of every token from the second position on, and which of them count; `[batch, pos - 1]`."""
     logits = next_token_logits(model, batch.tokens)
+    _require_outputs(batch.tokens[:, 1:], logits.shape[-1])
     targets = batch.tokens[:, 1:].to(logits.device)
     counted = batch.mask[:, 1:].to(logits.device)
     return logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0], counted
+
+
+def _require_outputs(targets: Tensor, outputs: int) -> None:
+    """Refuse tokens that a model reads but cannot predict."""
+    largest = int(targets.max()) if targets.numel() else 0
+    if largest >= outputs:
+        raise ValueError(
+            f"expected targets that the model can predict, tokens 0 to {outputs - 1}, got token {largest}; pass a "
+            "model that predicts the tokens it reads, or an objective without targets such as InfoNCE"
+        )
 
 
 def _targets(batch: TokenBatch) -> Tensor:
@@ -171,6 +182,7 @@ class CrossEntropy:
     def __call__(self, model: LanguageModel, batch: TokenBatch) -> Float[Tensor, ""]:
         _require(batch, TokenBatch, "CrossEntropy")
         logits = next_token_logits(model, batch.tokens) / self.temperature
+        _require_outputs(batch.tokens[:, 1:][batch.mask[:, 1:]], logits.shape[-1])
         counted = batch.mask[:, 1:].to(logits.device)
         targets = batch.tokens[:, 1:].to(logits.device)
         return F.cross_entropy(logits[counted], targets[counted], label_smoothing=self.label_smoothing)
