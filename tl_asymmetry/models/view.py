@@ -124,7 +124,9 @@ class ModelView:
     """Whether a shift of all keys by one vector leaves attention unchanged: no rotary embedding, query-key norm, score
     soft cap or attention sink."""
     matrices: tuple[str, ...]
-    """Those of `MATRICES` that every layer of this model has."""
+    """Those of `MATRICES` that every layer of this model has, in one shape."""
+    irregular: tuple[str, ...]
+    """Those that some layers lack or have in another shape, or of which each expert has its own."""
     notes: tuple[str, ...]
     """Plain sentences about what the reader of a result must know of this model."""
 
@@ -150,11 +152,11 @@ class ModelView:
             self.positional == "rotary" or adapter.has_qk_norm or adapter.has_sinks or (cap is not None and cap > 0)
         )
         shapes = {m: [adapter.shape(layer, m) for layer in range(self.n_layers)] for m in adapter.names}
-        # What some layers lack, or have in another shape, is left out everywhere, to compare like with like.
-        self._shapes = {m: each[0] for m, each in shapes.items() if each[0] is not None and len(set(each)) == 1}
-        self.matrices = tuple(m for m in self._shapes if m in MATRICES and adapter.unit(m) != "expert")
-        self.d_mlp = self._shapes["W_in"][1] if "W_in" in self.matrices else None
-        self._left_out = {m: sum(s is not None for s in each) for m, each in shapes.items() if m not in self.matrices}
+        self._shapes = {matrix: each for matrix, each in shapes.items() if any(shape is not None for shape in each)}
+        regular = [m for m, each in self._shapes.items() if len(set(each)) == 1 and adapter.unit(m) != "expert"]
+        self.matrices = tuple(m for m in regular if m in MATRICES)
+        self.irregular = tuple(m for m in self._shapes if m in MATRICES and m not in regular)
+        self.d_mlp = self._shapes["W_in"][0][1] if "W_in" in self.matrices else None
         self.notes = self._notes()
         if self.positional == "shortformer":
             raise ValueError(
@@ -168,10 +170,13 @@ class ModelView:
 
     def _notes(self) -> tuple[str, ...]:
         adapter, notes = self._adapter, []
-        for matrix, count in self._left_out.items():
-            if count:
-                where = "of each expert" if adapter.unit(matrix) == "expert" else "there in other shapes or not at all"
-                notes.append(f"{matrix} is left out: {count} of {self.n_layers} layers have one, {where}")
+        for matrix in self.irregular:
+            count = sum(self.has(layer, matrix) for layer in range(self.n_layers))
+            each = f", one for each of {self.experts(matrix)} experts" if self.experts(matrix) else ""
+            notes.append(f"{count} of {self.n_layers} layers have {matrix}{each}")
+        unnamed = [matrix for matrix in self._shapes if matrix not in MATRICES]
+        if unnamed:
+            notes.append(f"left out, known by their module paths only: {', '.join(unnamed)}")
         if adapter.is_encoder:
             notes.append(
                 "post-norm encoder: W_Q, W_K and W_V read the stream itself, W_in what the block's first norm gives; a "
@@ -212,9 +217,23 @@ class ModelView:
         return self._adapter.is_tied
 
     def heads(self, matrix: str) -> int | None:
-        """Number of heads of a matrix: `n_heads`, `n_kv_heads`, or None for a matrix of the MLP."""
+        """Number of heads of a matrix: `n_heads`, `n_kv_heads`, or None for a matrix without heads.
+
+        Where layers differ, the most that one has.
+        """
         self._require_matrix(matrix)
-        return self._shapes[matrix][0] if kind_of(matrix).heads else None
+        return max(shape[0] for shape in self._shapes[matrix] if shape is not None) if kind_of(matrix).heads else None
+
+    def experts(self, matrix: str) -> int | None:
+        """Number of experts that have a matrix of their own, in the layer with the most; None where none has."""
+        self._require_matrix(matrix)
+        counts = [shape[0] for shape in self._shapes[matrix] if shape is not None and len(shape) == 3]
+        return max(counts) if self._adapter.unit(matrix) == "expert" and counts else None
+
+    def has(self, layer: int, matrix: str) -> bool:
+        """Whether a layer has a matrix of that name."""
+        self._require_layer(layer)
+        return matrix in self._shapes and self._shapes[matrix][layer] is not None
 
     def kv_head(self, head: int) -> int:
         """The key and value head that serves query head `head`."""
@@ -273,15 +292,16 @@ class ModelView:
         self._require_layer(layer)
         self._require_matrix(matrix)
         weight = self._adapter.matrix(layer, matrix)
-        if weight is None:  # cannot happen: self.matrices are those that all layers have
-            raise RuntimeError(f"blocks.{layer} {matrix} has gone since the view was made")
+        if weight is None:
+            there = ", ".join(m for m in (*self.matrices, *self.irregular) if self.has(layer, m))
+            raise ValueError(f"expected a matrix that layer {layer} has, got {matrix!r}; pass one of {there}")
         weight = weight.detach()
         if not weight.is_floating_point() or weight.dtype.itemsize < 2:
             raise ValueError(
                 f"expected floating-point weights of 16 bits or more, got {weight.dtype} in blocks.{layer} {matrix}; "
                 "pass the model loaded without quantisation"
             )
-        expected = self._shapes[matrix]
+        expected = self._shapes[matrix][layer]
         if tuple(weight.shape) != expected:
             raise ValueError(
                 f"expected blocks.{layer} {matrix} of shape {expected}, got {tuple(weight.shape)}; "
@@ -573,10 +593,9 @@ class ModelView:
             raise ValueError(f"expected a layer from 0 to {self.n_layers - 1}, got {layer}; pass one of these")
 
     def _require_matrix(self, matrix: str) -> None:
-        if matrix not in self.matrices:
-            raise ValueError(
-                f"expected a matrix among {', '.join(self.matrices)}, got {matrix!r}; pass one this model has"
-            )
+        there = (*self.matrices, *self.irregular)
+        if matrix not in there:
+            raise ValueError(f"expected a matrix among {', '.join(there)}, got {matrix!r}; pass one this model has")
 
 
 def _adapter_for(model: Any) -> HookedAdapter | BridgeAdapter | HuggingFaceAdapter:
