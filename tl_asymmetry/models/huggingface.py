@@ -54,6 +54,10 @@ class _Configuration:
     attn_scores_soft_cap: float | None
 
 
+PLAIN = "transformers model"
+"""The kind of a model that no class of TransformerLens wraps."""
+
+
 class HuggingFaceAdapter:
     """Finds modules, matrices and parameters of a transformers model under this package's names.
 
@@ -70,7 +74,7 @@ class HuggingFaceAdapter:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.inner: Any = getattr(model, "original_model", model)
-        self.kind = "TransformerBridge" if self.inner is not model else "transformers model"
+        self.kind = "TransformerBridge" if self.inner is not model else PLAIN
         self.text_config = _text_config(self.inner)
         self.d_model = _width(self.inner)
         self.blocks = _layers(self.inner)
@@ -386,14 +390,20 @@ def is_regular(bridge: Any) -> bool:
         return False
     if not is_transformers_model(inner) or type(inner).__name__.startswith("GPT2"):
         return True
-    if type(inner).__name__.startswith("OPT"):
-        return False
-    # Names only: under its path the Bridge may keep a fused projection that it has split.
+    return not type(inner).__name__.startswith("OPT") and has_like_layers(inner)
+
+
+def has_like_layers(model: Any) -> bool:
+    """Whether all layers of a transformers model have the same matrices of those that any transformer has, no others.
+
+    Weights are not looked at: a model on the meta device will do.
+    """
+    # Names only: under its path a Bridge may keep a fused projection that it has split.
     shapes = [
         {name: (site.unit, tuple(site.weight.shape)) for name, site in sites.items() if name in MATRICES}
-        for sites in _all_sites(inner)
+        for sites in _all_sites(model)
     ]
-    experts = any(unit == "expert" for unit, _ in shapes[0].values())
+    experts = any(unit == "expert" for layer in shapes for unit, _ in layer.values())
     return set(shapes[0]) <= set(BridgeAdapter.names) and not experts and all(layer == shapes[0] for layer in shapes)
 
 

@@ -75,6 +75,46 @@ def _loading(name: str) -> Iterator[None]:
         ) from error
 
 
+def transformers_model(
+    name_or_path: str | Path,
+    dtype: torch.dtype | str = "auto",
+    *,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+) -> Any:
+    """A model of transformers as it is, in evaluation mode: of an architecture that TransformerLens need not know.
+
+    Args:
+        name_or_path: a local directory, or a name on the Hub.
+        dtype: of the weights; "auto" for the one they are stored in.
+        device: where to put it.
+        trust_remote_code: as `open_model`.
+
+    Raises:
+        ValueError: a directory that holds no language model, or a name that cannot be loaded.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+    name = str(name_or_path)
+    with _loading(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    if not trust_remote_code:
+        _refuse_remote_code(config, name)
+    masked = predicts_masked_tokens(config)
+    with _loading(name), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_pretrained(
+            name, dtype=dtype, attn_implementation="eager", trust_remote_code=trust_remote_code
+        )
+        return model.to(device).eval()
+
+
+def predicts_masked_tokens(config: Any) -> bool:
+    """Whether a configuration is that of an encoder with a masked-language-model head."""
+    kinds = getattr(config, "architectures", None) or ()
+    return any(kind.endswith(("ForMaskedLM", "ForPreTraining")) for kind in kinds)
+
+
 def bridge_around(
     hf_model: Any,
     name: str,

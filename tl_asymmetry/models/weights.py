@@ -8,8 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from tl_asymmetry.models.huggingface import PLAIN
+from tl_asymmetry.models.loading import predicts_masked_tokens
 from tl_asymmetry.models.readers.adapter import AdapterWeights
 from tl_asymmetry.models.readers.base import Factors, Weights, WeightSource, as_weights
+from tl_asymmetry.models.readers.blueprint import skeleton_of
 from tl_asymmetry.models.readers.configuration import (
     config_beside,
     config_of,
@@ -25,8 +28,9 @@ from tl_asymmetry.models.readers.files import (
     read_json,
     refuse_foreign,
 )  # fmt: skip
-from tl_asymmetry.models.readers.folder import HuggingFaceWeights
+from tl_asymmetry.models.readers.folder import HuggingFaceWeights, refuse_quantised
 from tl_asymmetry.models.readers.hub import fetched, local_or_hub
+from tl_asymmetry.models.readers.loaded import LoadedWeights
 from tl_asymmetry.models.readers.state_dict import MARK, StateWeights
 from tl_asymmetry.models.view import ModelView
 
@@ -98,14 +102,14 @@ def _from_folder(name: str, folder: Path, base: Any) -> WeightSource:
         files = open_files(folder, ADAPTER_FILES if has_adapter else (*ADAPTER_FILES, *MODEL_FILES))
         if has_adapter or _is_tuned(files) or not has_config:
             return _adapter(name, folder, files, base)
-        source = HuggingFaceWeights(name, read_config(folder, files), files, folder)
+        source = _model(name, folder, files, base)
         source.notes += (f"{name!r} holds whole weights beside an {_ADAPTER} without an adapter's: they are read",)
         return source
     if has_config:
         files = open_files(folder)
         if _is_tuned(files):
             return _adapter(name, folder, files, base)
-        return HuggingFaceWeights(name, read_config(folder, files), files, folder)
+        return _model(name, folder, files, base)
     if not any(folder.glob("*.safetensors")) and not has_model:
         refuse_foreign(folder)
         raise ValueError(
@@ -113,6 +117,16 @@ def _from_folder(name: str, folder: Path, base: Any) -> WeightSource:
             "save_pretrained, an adapter's, or a name on the Hub"
         )
     return _from_files(name, open_files(folder), folder, base)
+
+
+def _model(name: str, folder: Path, files: TensorFiles, base: Any) -> WeightSource:
+    """A model directory: read tensor by tensor where all layers are alike, loaded whole where they are not."""
+    config = read_config(folder, files)
+    refuse_quantised(config, name)
+    if not predicts_masked_tokens(config) and skeleton_of(config).has_like_layers:
+        plain = isinstance(base, ModelView) and base.kind == PLAIN
+        return HuggingFaceWeights(name, config, files, folder, plain=plain)
+    return LoadedWeights(name, folder, base)
 
 
 def _from_file(name: str, path: Path, base: Any) -> WeightSource:

@@ -68,7 +68,9 @@ class WeightSource:
     tied: bool
     """Whether the unembedding is the embedding."""
     matrices: tuple[str, ...]
-    """The matrices that every layer has."""
+    """The matrices that every layer has, in one shape."""
+    irregular: tuple[str, ...] = ()
+    """Those that some layers lack or have in another shape, or of which each expert has its own."""
     notes: tuple[str, ...] = ()
     """What was left out or is to be known of these files."""
     only_changes: bool = False
@@ -95,6 +97,10 @@ class WeightSource:
             ValueError: no such layer or matrix; an adapter that was given no base.
         """
         raise NotImplementedError
+
+    def has(self, layer: int, matrix: str) -> bool:
+        """Whether a layer has a matrix of that name."""
+        return 0 <= layer < self.n_layers and matrix in self.matrices
 
     def delta(self, layer: int, matrix: str, base: Any = None) -> Tensor:
         """W − W_base in float32, the shape of `weight`.

@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_asymmetry.geometry.precision import product_dtype
+from tl_asymmetry.models.huggingface import has_like_layers
 from tl_asymmetry.models.loading import bridge_around
 from tl_asymmetry.models.readers.files import in_short
 from tl_asymmetry.models.readers.resolution import Resolution, resolve
@@ -103,6 +104,8 @@ class Skeleton:
     """Parameters stored `[in, out]`."""
     n_layers: int
     """Number of blocks."""
+    has_like_layers: bool
+    """Whether all layers have the same matrices, and no experts."""
 
     def __init__(self, config: Any) -> None:
         self.config = config = language_model_config(config)
@@ -114,6 +117,7 @@ class Skeleton:
         heads = [name for name, module in whole.named_modules() if module is whole.get_output_embeddings()]
         self.head = frozenset(f"{name}.{leaf}" for name in heads for leaf in ("weight", "bias"))
         self.conv1d = frozenset(f"{n}.weight" for n, m in whole.named_modules() if type(m).__name__ == "Conv1D")
+        self.has_like_layers = has_like_layers(whole)
         self.layer_list = _layer_list(whole, self.n_layers)
         self._rename = _renaming(whole)
         self._buffers = _ignored(whole)

@@ -24,6 +24,7 @@ class HuggingFaceWeights(WeightSource):
         config: the model's transformers configuration; of a multimodal one the language model is read.
         files: its tensors.
         folder: where its tokenizer lies, if anywhere.
+        plain: call what is no matrix by transformers' own names, as a plain model of transformers does.
 
     Raises:
         ValueError: a missing parameter or one of another shape, quantised weights.
@@ -31,9 +32,9 @@ class HuggingFaceWeights(WeightSource):
 
     kind = "Hugging Face weights"
 
-    def __init__(self, name: str, config: Any, files: TensorFiles, folder: Path | None) -> None:
+    def __init__(self, name: str, config: Any, files: TensorFiles, folder: Path | None, *, plain: bool = False) -> None:
         refuse_quantised(config, name)
-        self.name, self.bytes = name, files.bytes
+        self.name, self.bytes, self._plain = name, files.bytes, plain
         skeleton, resolved = _resolved(name, config, files)
         if _has_two_heads(skeleton, resolved, files):
             config = untied(config)
@@ -61,7 +62,8 @@ class HuggingFaceWeights(WeightSource):
         return self._stored.matrix(layer, matrix)
 
     def headless(self, *, include_tied: bool = False) -> Parameters:
-        return self._stored.extras(include_tied=include_tied, tied=self.tied)
+        extras = self._stored.plain_extras if self._plain else self._stored.extras
+        return extras(include_tied=include_tied, tied=self.tied)
 
 
 def _resolved(name: str, config: Any, files: TensorFiles) -> tuple[Skeleton, Resolution]:

@@ -12,10 +12,11 @@ from tl_asymmetry.models.readers.base import WeightSource
 from tl_asymmetry.models.readers.blueprint import Blueprint
 from tl_asymmetry.models.view import Parameters
 
-_DIMENSIONS = (
+DIMENSIONS = (
     "d_model", "n_heads", "n_kv_heads", "d_head", "d_mlp", "d_vocab", "n_ctx", "norm", "positional", "parallel",
     "causal",
 )  # fmt: skip
+"""What a source knows of its architecture, as a view of a loaded model does."""
 
 
 class StoredParameters:
@@ -64,6 +65,20 @@ class StoredParameters:
             makers.pop("unembed.W_U", None)
         return Parameters(makers)
 
+    def plain_extras(self, *, include_tied: bool, tied: bool) -> Parameters:
+        """All parameters in the files that are no matrix, as stored, by transformers' names but for the embeddings."""
+        known = {name: self._blueprint.extras.get(name) for name in ("embed.W_E", "unembed.W_U")}
+        vocabulary = {str(extra.parameter): name for name, extra in known.items() if extra is not None}
+        makers: dict[str, Callable[[], Tensor]] = {}
+        for parameter in self._names:
+            if parameter in vocabulary:
+                makers[vocabulary[parameter]] = partial(self.extra, vocabulary[parameter], parameter)
+            elif not any(self._blueprint.matrices_in(parameter)):
+                makers[parameter] = partial(self.read, parameter)
+        if tied and not include_tied:
+            makers.pop("unembed.W_U", None)
+        return Parameters(makers)
+
 
 def read_float(files: Mapping[str, Tensor], name: str, *, as_stored: bool = False) -> Tensor:
     """A stored tensor in float32, or float64 if stored so; or in the type it is stored in.
@@ -83,5 +98,5 @@ def read_float(files: Mapping[str, Tensor], name: str, *, as_stored: bool = Fals
 def take_dimensions(source: WeightSource, blueprint: Blueprint) -> None:
     """Give a source the dimensions and kinds of its architecture."""
     source.n_layers = blueprint.n_layers
-    for field in _DIMENSIONS:
+    for field in DIMENSIONS:
         setattr(source, field, getattr(blueprint.view, field))
