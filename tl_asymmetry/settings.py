@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tl_asymmetry.geometry.subspace import Subspace
 from tl_asymmetry.models.checks import check_pair, check_raw, finite_check
+from tl_asymmetry.models.configurations import differing_settings
 from tl_asymmetry.models.readers.hub import public_name
 from tl_asymmetry.models.texts import token_sequences
 from tl_asymmetry.models.view import ModelView
@@ -167,9 +168,16 @@ def open_pair(
     base, notes = ModelView(model_base), Notes()
     sequences = token_sequences(base, texts, tokens, mask, max_tokens=max_tokens, notes=notes.add)
     aligned = opened(model_aligned, base, runs=run_aligned)
-    for warning in check_pair(base, aligned):
+    if run_aligned and (highest := max(int(sequence.max()) for sequence in sequences)) >= aligned.d_vocab:
+        raise ValueError(
+            f"expected token ids below the aligned model's {aligned.d_vocab}, which reads them as well, got {highest}; "
+            'pass activations="base"'
+        )
+    read = {int(token) for sequence in sequences for token in sequence.unique()} if tokens is None else set()
+    for warning in check_pair(base, aligned, read):
         notes.warn(warning)
-    for note in (*base.notes, *(aligned.notes if isinstance(aligned, WeightSource) else ())):
+    of_aligned = aligned.notes if isinstance(aligned, WeightSource) else ()
+    for note in (*base.notes, *of_aligned, *differing_settings(base, aligned)):
         notes.add(note.replace(aligned.name, public_name(aligned.name)))  # which may be a whole path
     return OpenPair(base, aligned, sequences, notes)
 

@@ -248,6 +248,20 @@ def test_tokenizers_of_one_vocabulary_that_split_differently_are_refused() -> No
         check_tokenizers(with_tokenizer(base), with_tokenizer(aligned))
 
 
+def test_tokenizers_that_differ_in_what_is_not_used_are_a_note() -> None:
+    """Renamed special tokens, where texts use none of them or ids were given."""
+    swapped = list(tiny.WORDS)
+    swapped[10], swapped[11] = swapped[11], swapped[10]
+    base, aligned = with_tokenizer(tiny.tokenizer()), with_tokenizer(tiny.tokenizer(tuple(swapped), name="swapped"))
+    for read in ({12, 13}, set()):
+        notes = check_tokenizers(base, aligned, read)
+        assert notes[0].startswith(
+            "the tokenizers have 2 that differ, the first being 'w7': 10 (base) and 11 (aligned)"
+        )
+    with pytest.raises(ValueError, match="got 1 that differ, the first being 'w8': 11 .base. and 10 .*or tokens= made"):
+        check_tokenizers(base, aligned, {11, 12})
+
+
 def test_a_missing_tokenizer_is_a_warning() -> None:
     base, aligned = with_tokenizer(tiny.tokenizer()), with_tokenizer(None)
     assert check_tokenizers(base, aligned) == [

@@ -6,7 +6,7 @@ carry.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -218,16 +218,22 @@ def finite_check(weights: Weights, role: str = "model") -> Callable[[str, Tensor
 # --- pairs ----------------------------------------------------------------------------------------
 
 
-def check_pair(base: ModelView, aligned: Weights) -> list[str]:
+def check_pair(base: ModelView, aligned: Weights, read: Collection[int] | None = None) -> list[str]:
     """Refuse two models whose matrices cannot be subtracted entry by entry.
 
+    Args:
+        base: the base.
+        aligned: the aligned model.
+        read: the token ids that texts were read as, empty where ids were given, for weights that are compared and not
+            run: tokenizers that differ in no others are noted, not refused, and of two vocabularies the rows count that
+            both have. None: every token counts.
+
     Returns:
-        Warnings: extra rows of the aligned vocabulary that are left out, tokenizers that could not be
-            compared.
+        Warnings: rows of a vocabulary that only one of the two has, tokenizers that could not be compared, or differ in
+            what is not used.
 
     Raises:
-        ValueError: different shapes, architectures or tokenizers. An aligned vocabulary of which the
-            base's is a prefix (chat or padding tokens added at the end) is accepted.
+        ValueError: different shapes, architectures, or tokenizers of the texts.
     """
     for field in _SHAPES + _ARCHITECTURE:
         ours, theirs = getattr(base, field), getattr(aligned, field)
@@ -241,22 +247,23 @@ def check_pair(base: ModelView, aligned: Weights) -> list[str]:
             f"expected as many positions in both models, got n_ctx {base.n_ctx} (base) and {aligned.n_ctx} (aligned); "
             "pass the base that the aligned model was trained from"
         )
-    return check_tokenizers(base, aligned)
+    return check_tokenizers(base, aligned, read)
 
 
-def check_tokenizers(base: ModelView, aligned: Weights) -> list[str]:
+def check_tokenizers(base: ModelView, aligned: Weights, read: Collection[int] | None = None) -> list[str]:
     """Refuse models that read texts differently; the part of `check_pair` about vocabularies."""
     warnings = []
-    if aligned.d_vocab < base.d_vocab:
+    if aligned.d_vocab < base.d_vocab and read is None:
         raise ValueError(
             f"expected an aligned vocabulary that begins with the base's {base.d_vocab} tokens, got {aligned.d_vocab}; "
             "pass the base that the aligned model was trained from"
         )
-    if aligned.d_vocab > base.d_vocab:
-        extra = aligned.d_vocab - base.d_vocab
+    if aligned.d_vocab != base.d_vocab:
+        apart = aligned.d_vocab - base.d_vocab
+        more, whose = ("more", "its") if apart > 0 else ("fewer", "the base's")
         warnings.append(
-            f"the aligned model has {extra} more tokens than the base ({aligned.d_vocab} and {base.d_vocab}): these "
-            "rows of its embedding and unembedding are left out"
+            f"the aligned model has {abs(apart)} {more} tokens than the base ({aligned.d_vocab} and {base.d_vocab}): "
+            f"these rows of {whose} embedding and unembedding are left out"
         )
     ours, theirs = base.tokenizer, aligned.tokenizer
     if isinstance(aligned, WeightSource) and aligned.only_changes:
@@ -269,17 +276,23 @@ def check_tokenizers(base: ModelView, aligned: Weights) -> list[str]:
     if vocabulary_fingerprint(ours) != vocabulary_fingerprint(theirs):
         base_vocabulary, aligned_vocabulary = ours.get_vocab(), theirs.get_vocab()
         moved = [t for t, i in base_vocabulary.items() if aligned_vocabulary.get(t) != i]
+        in_use = moved if read is None else [token for token in moved if base_vocabulary[token] in read]
         if moved:
-            token = min(moved, key=base_vocabulary.__getitem__)
+            token = min(in_use or moved, key=base_vocabulary.__getitem__)
             there = aligned_vocabulary.get(token, "missing")
-            raise ValueError(
-                f"expected tokenizers with the same tokens, got {len(moved)} that differ, the first being {token!r}: "
-                f"{base_vocabulary[token]} (base) and {there} (aligned); pass models with one tokenizer, the aligned "
-                "one with tokens added at the end at most"
+            difference = (
+                f"{len(in_use or moved)} that differ, the first being {token!r}: {base_vocabulary[token]} (base) and "
+                f"{there} (aligned)"
             )
-        added = len(aligned_vocabulary) - len(base_vocabulary)
+            if in_use:
+                raise ValueError(
+                    f"expected tokenizers with the same tokens, got {difference}; pass models with one tokenizer, the "
+                    "aligned one with tokens added at the end at most, or tokens= made by the base's"
+                )
+            warnings.append(f"the tokenizers have {difference}; none of them is used here")
+        added = len(set(aligned_vocabulary) - set(base_vocabulary))
         warnings.append(f"the aligned tokenizer has {added} added tokens; texts are read with the base's tokenizer")
-    for probe in _PROBES:
+    for probe in () if read is not None and not read else _PROBES:  # ids that were given are not split
         a, b = (t.encode(probe, add_special_tokens=False) for t in (ours, theirs))
         if a != b:
             raise ValueError(

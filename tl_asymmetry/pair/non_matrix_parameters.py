@@ -23,7 +23,7 @@ _PIECE = 1 << 18
 def other_changes(base: ModelView, aligned: Weights) -> pd.DataFrame:
     """One row per parameter that is no matrix of the main table: norms and the shrink component of its change.
 
-    `layer` is NA for what belongs to no block. Of an aligned vocabulary with extra rows, only the base's rows count.
+    `layer` is NA for what belongs to no block. Of two vocabularies only the rows that both have count.
     """
     ours, theirs = _headless(base, aligned)
     unchanged = ours if _only_changes(aligned) else {}
@@ -51,7 +51,8 @@ def _only_changes(aligned: Weights) -> bool:
 
 
 def _row(name: str, base: Tensor, aligned: Tensor) -> tuple[int | None, str, float, float, float, float]:
-    aligned = aligned.to(base.device)[tuple(slice(0, n) for n in base.shape)]
+    common = tuple(slice(0, min(sizes)) for sizes in zip(base.shape, aligned.shape, strict=True))
+    base, aligned = base[common], aligned.to(base.device)[common]
     dtype = product_dtype(base, aligned)
     base_energy = energy = inner = 0.0
     # In pieces that stay in the processor's cache: an embedding is the largest tensor of a small model.
