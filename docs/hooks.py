@@ -20,6 +20,7 @@ DEFINED = {
     "The shift of activations: `activation_shift`": "tl_asymmetry.shift.result.DEFINITIONS",
     "Jacobians: `layer_jacobians`": "tl_asymmetry.jacobians.result.DEFINITIONS",
     "Pullback: `prediction_pullback`": "tl_asymmetry.jacobians.pullback_result.DEFINITIONS",
+    "The base's own frame: `analyze_spectra`": "tl_asymmetry.spectra.report.SPECTRAL_DEFINITIONS",
     "Tangent proxies: `analyze_tangents`": "tl_asymmetry.tangents.report.TANGENT_DEFINITIONS",
     "Training directions: `direction_coupling`": "tl_asymmetry.coupling.result.DEFINITIONS",
 }

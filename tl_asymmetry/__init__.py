@@ -47,6 +47,8 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as below
     from tl_asymmetry.rewinding.result import RewindStudy
     from tl_asymmetry.shift.analysis import activation_shift
     from tl_asymmetry.shift.result import ActivationShift
+    from tl_asymmetry.spectra.analysis import analyze_spectra
+    from tl_asymmetry.spectra.result import SpectralAnalysis
     from tl_asymmetry.stages.analysis import analyze_stages
     from tl_asymmetry.stages.result import StageAnalysis
     from tl_asymmetry.tangents.analysis import analyze_tangents
@@ -64,6 +66,8 @@ __getattr__, __dir__, __all__ = attach(
         "pair.analysis": ["analyze_pair"],
         "pair.estimate": ["PairEstimate", "estimate_pair"],
         "pair.result": ["PairAnalysis"],
+        "spectra.analysis": ["analyze_spectra"],
+        "spectra.result": ["SpectralAnalysis"],
         "comparison.analysis": ["compare"],
         "comparison.result": ["Comparison"],
         # a training run

@@ -1,4 +1,4 @@
-"""The command line: `tl-asymmetry demo | analyze | trajectory | compare | tangents | grok | report`."""
+"""The command line: `tl-asymmetry demo | analyze | spectra | trajectory | compare | tangents | grok | report`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_asymmetry.cli.grok import add_grok, run_grok
+from tl_asymmetry.cli.spectra import add_spectra, run_spectra
 from tl_asymmetry.cli.tangents import add_tangents, run_tangents
 from tl_asymmetry.cli.trajectory import add_compare, add_trajectory, run_compare, run_trajectory
 from tl_asymmetry.pair.analysis import analyze_pair
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_trajectory(commands).set_defaults(run=_trajectory)
     add_compare(commands).set_defaults(run=_compare)
+    add_spectra(commands).set_defaults(run=_spectra)
     add_tangents(commands).set_defaults(run=_tangents)
     add_grok(commands).set_defaults(run=_grok)
 
@@ -126,6 +128,10 @@ def _trajectory(options: argparse.Namespace) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     _finish(run_compare(options), options.out)
+
+
+def _spectra(options: argparse.Namespace) -> None:
+    _finish(run_spectra(options), options.out)
 
 
 def _tangents(options: argparse.Namespace) -> None:

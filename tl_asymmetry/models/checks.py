@@ -235,6 +235,12 @@ def check_pair(base: ModelView, aligned: Weights, read: Collection[int] | None =
     Raises:
         ValueError: different shapes, architectures, or tokenizers of the texts.
     """
+    check_shapes(base, aligned)
+    return check_tokenizers(base, aligned, read)
+
+
+def check_shapes(base: Weights, aligned: Weights) -> None:
+    """Refuse two models of different shapes or architectures; no tokenizer is asked for."""
     for field in _SHAPES + _ARCHITECTURE:
         ours, theirs = getattr(base, field), getattr(aligned, field)
         if ours != theirs:
@@ -247,7 +253,6 @@ def check_pair(base: ModelView, aligned: Weights, read: Collection[int] | None =
             f"expected as many positions in both models, got n_ctx {base.n_ctx} (base) and {aligned.n_ctx} (aligned); "
             "pass the base that the aligned model was trained from"
         )
-    return check_tokenizers(base, aligned, read)
 
 
 def check_tokenizers(base: ModelView, aligned: Weights, read: Collection[int] | None = None) -> list[str]:

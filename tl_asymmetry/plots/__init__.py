@@ -17,6 +17,7 @@ from tl_asymmetry.plots.layers import layers_figure
 from tl_asymmetry.plots.rank_curve import rank_curve_figure
 from tl_asymmetry.plots.rewinding import rewind_curve_figure, rewind_heads_figure, rewind_path_figure
 from tl_asymmetry.plots.shift import shift_figure
+from tl_asymmetry.plots.spectra import spectra_figure
 from tl_asymmetry.plots.spectrum import spectrum_figure
 from tl_asymmetry.plots.stability import stability_figure
 from tl_asymmetry.plots.stages import stage_cosines_figure, stage_flow_figure
@@ -53,6 +54,7 @@ __all__ = [
     "rewind_heads_figure",
     "rewind_path_figure",
     "shift_figure",
+    "spectra_figure",
     "spectrum_figure",
     "stability_figure",
     "stage_cosines_figure",

@@ -31,6 +31,7 @@ KINDS = {
     "RankOneStudy": "tl_asymmetry.interventions.result",
     "RewindStudy": "tl_asymmetry.rewinding.result",
     "StageAnalysis": "tl_asymmetry.stages.result",
+    "SpectralAnalysis": "tl_asymmetry.spectra.result",
     "TangentAnalysis": "tl_asymmetry.tangents.result",
     "TrajectoryAnalysis": "tl_asymmetry.trajectory.result",
 }

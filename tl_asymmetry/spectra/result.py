@@ -1,0 +1,133 @@
+"""What `analyze_spectra` gives back: a table, a map, a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from tl_asymmetry.names import SIGNIFICANT
+from tl_asymmetry.results.report import Report
+from tl_asymmetry.results.result import Result
+from tl_asymmetry.spectra.report import headline, spectral_report, summary_table
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+SPECTRAL_COLUMNS: Mapping[str, str] = {
+    "layer": "number of the block",
+    "head": "query head for W_Q and W_O, KV head for W_K and W_V, NA for the MLP",
+    "expert": "expert of a mixture, else NA",
+    "matrix": "its name",
+    "rank": "k leading singular vectors of the base on each side",
+    "on_principal": "‖U_kᵀ ΔW V_k‖² / ‖ΔW‖², 0 to 1",
+    "on_principal_relative": "the same over its chance, k²/(mn)",
+    "left_relative": "‖U_kᵀ ΔW‖² / ‖ΔW‖² over its chance, k/m (left: the input side of y = x W)",
+    "right_relative": "‖ΔW V_k‖² / ‖ΔW‖² over its chance, k/n",
+    "on_principal_p": "one-sided: a delta at random orientation has a share at least this large",
+    "on_principal_q": "Benjamini–Hochberg over the layers and heads of this matrix and rank",
+    "coupling": "on_principal / (left share · right share); 1: no more than the two sides' product",
+    "on_principal_unshrunk": "on_principal_relative of ΔW − sW, s the shrink component of weight decay",
+    "on_principal_rounding": "what storage noise alone would have as on_principal_relative",
+    "intruders": "how many of the aligned weight's k leading left vectors have |cos| < 0.5 with each of the base's",
+    "intruders_expected": "the same for the delta at random orientation",
+    "intruders_inside": "share of the intruders' length inside the base's 2k leading left vectors; NaN without any",
+    "intruders_right": "as intruders, right singular vectors (what nn.Linear, which stores Wᵀ, has on its left)",
+    "intruders_right_expected": "the same for the delta at random orientation",
+    "intruders_right_inside": "as intruders_inside, right side",
+    "rotation_left": "mean sin² of the angles between the k leading left subspaces of both weights, 0 to 1",
+    "rotation_left_expected": "the same for the delta at random orientation",
+    "rotation_right": "as rotation_left, right side",
+    "rotation_right_expected": "the same for the delta at random orientation",
+    "drift": "‖σ_aligned − σ_base‖ / ‖σ_base‖ over the k leading singular values",
+    "changed_share": "share of the stored entries that differ; NaN for an adapter",
+    "changed_expected": "share that a dense delta of this norm and entry law would change once stored",
+    "rounding_share": "share of ‖ΔW‖² that storage alone explains",
+    "delta_relative_norm": "‖ΔW‖ / ‖W‖",
+}
+"""Columns of the table, in this order, and what they mean."""
+
+
+@dataclass(frozen=True, repr=False, eq=False, kw_only=True)
+class SpectralAnalysis(Result):
+    """Where weight deltas lie in the base weights' own frames, beside chance. Made by `analyze_spectra`."""
+
+    table: pd.DataFrame
+    """Tidy: one row per layer × matrix × head × rank; `result.SPECTRAL_COLUMNS` says what the columns mean."""
+
+    def top(self, n: int = 10, by: str = "on_principal_relative", matrix: str | None = None) -> pd.DataFrame:
+        """The heads with the largest value at the shown rank, one line each.
+
+        Args:
+            n: how many.
+            by: a column of the table.
+            matrix: only this one.
+
+        Raises:
+            ValueError: no such column or matrix.
+        """
+        rows = self._shown_rows()
+        for what, name, there in (("column", by, list(rows)), ("matrix", matrix, list(self.config["shown_rank"]))):
+            if name is not None and name not in there:
+                raise ValueError(f"expected a {what} among {', '.join(there)}, got {name!r}; pass one of them")
+        rows = rows if matrix is None else rows[rows["matrix"] == matrix]
+        columns = ["layer", "head", "matrix", "rank", by, "on_principal_relative", "on_principal_q", "coupling"]
+        return rows.nlargest(n, by)[list(dict.fromkeys(columns))].reset_index(drop=True)
+
+    def plot_heads(
+        self,
+        matrix: str | None = None,
+        *,
+        value: str = "on_principal_relative",
+        rank: int | None = None,
+        title: str | None = None,
+        template: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> go.Figure:
+        """Layer × head map of one matrix; a menu picks what is shown, dots stand where q < 0.05.
+
+        Args:
+            matrix: its name; None: the first.
+            value: shown first: "on_principal_relative", "left_relative", "right_relative", "on_principal_unshrunk" or
+                "coupling".
+            rank: None: the shown one.
+            title: first line of the title; None says what is shown. Plain text.
+            template: None or "light", "dark", or any plotly template.
+            width, height: pixels; None follows the page and the content.
+
+        Raises:
+            ValueError: what was not analyzed.
+        """
+        from tl_asymmetry.plots import spectra_figure
+
+        matrix = next(iter(self.config["shown_rank"])) if matrix is None else matrix
+        return spectra_figure(
+            self.table, matrix, value=value, rank=self.config["shown_rank"].get(matrix) if rank is None else rank,
+            title=title, template=template, width=width, height=height,
+        )  # fmt: skip
+
+    def _shown_rows(self) -> pd.DataFrame:
+        return self.table[self.table["rank"] == self.table["matrix"].map(self.config["shown_rank"])]
+
+    def _title(self) -> str:
+        models = self.config["models"]
+        return f"{models['base']['name']} → {models['aligned']['name']}, spectra"
+
+    def _facts(self) -> str:
+        shape, shown = self.config["shape"], self.config["shown_rank"]
+        return (
+            f"{shape['n_layers']} layers × {shape['n_heads']} heads, d_model {shape['d_model']}; weights alone; shown "
+            f"rank {', '.join(f'{matrix} {rank}' for matrix, rank in shown.items())}; tests at {SIGNIFICANT}"
+        )
+
+    def _summary_table(self) -> pd.DataFrame:
+        return summary_table(self._shown_rows())
+
+    def _headline(self) -> list[str]:
+        return headline(self._shown_rows())
+
+    def _report(self) -> Report:
+        return spectral_report(self)
