@@ -16,6 +16,7 @@ import torch
 from tests import tiny
 from tests.oracles.naive_spectra import matrix_numbers
 from tl_asymmetry import ModelView, SpectralAnalysis, analyze_spectra, load
+from tl_asymmetry.cli import main
 from tl_asymmetry.demo import demo_gpt2, demo_pair
 from tl_asymmetry.geometry.nulls import adjusted_p
 from tl_asymmetry.spectra.result import SPECTRAL_COLUMNS
@@ -232,3 +233,16 @@ def test_a_result_is_saved_reported_and_drawn(result, tmp_path: Path):
     assert list(top["on_principal_relative"]) == sorted(top["on_principal_relative"], reverse=True)
     with pytest.raises(ValueError, match="expected a column among"):
         result.top(by="nothing")
+
+
+def test_the_command_reads_two_folders(result, tmp_path, capsys):
+    for name in ("base", "dpo"):
+        demo_gpt2(name).save_pretrained(tmp_path / name)
+    arguments = ["spectra", str(tmp_path / "base"), str(tmp_path / "dpo"), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--ranks", "4", "--matrices", "W_O"]) == 0
+    assert "of 16 are nevertheless more on them than a random orientation" in capsys.readouterr().out
+    assert (tmp_path / "out" / "report.html").is_file()
+    expected = at(result, matrix="W_O", rank=4)["on_principal"].to_numpy()
+    assert SpectralAnalysis.load(tmp_path / "out").table["on_principal"].to_numpy() == pytest.approx(expected, rel=1e-5)
+    assert main([*arguments, "--ranks", "64"]) == 2
+    assert "expected ranks from 1 to 63" in capsys.readouterr().err
