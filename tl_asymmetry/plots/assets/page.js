@@ -270,8 +270,13 @@ const boxes = Array.from(document.querySelectorAll(".figure-box"));
 // The first figure has the browser to itself.
 (boxes.length ? draw(boxes[0]) : whole).then(() => {
   boxes.forEach((box) => watcher.observe(box));
-  whole.then(idle).then(() => {
+  whole.then(idle).then(async () => {
     document.querySelectorAll(".scroll.long").forEach((box) => box.classList.remove("long"));
+    // What is printed must have been drawn before: a print does not wait.
+    for (const box of boxes) {
+      await idle();
+      await draw(box);
+    }
   });
 });
 addEventListener("beforeprint", () => boxes.forEach(draw));
