@@ -215,10 +215,21 @@ def stale_adapter_config(model: Any, folder: Path) -> Written:
     return Written(folder, state_of(model), ("whole weights beside an adapter_config.json",))
 
 
+def left_over_factors(model: Any, folder: Path) -> Written:
+    """Merged, and saved with the factors still in it: transformers passes them by."""
+    saved(model, folder)
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    module = next(name for name in state if name.endswith(("q_proj.weight", "c_attn.weight", "query_key_value.weight")))
+    factors = {module.replace(".weight", f".lora_{side}.default.weight"): torch.randn(3, 3) for side in "AB"}
+    save_file(state | factors, path, metadata={"format": "pt"})
+    return Written(folder, loaded(folder), ("2 tensors of .* left aside",))
+
+
 MODELS: tuple[Callable[[Any, Path], Written], ...] = (
     transformers_single, transformers_shards, transformers_bin, transformers_bfloat16, trainer, compiled, data_parallel,
     compiled_data_parallel, fsdp, lightning, deepspeed_states, value_head, reward_model, without_head, two_heads,
-    more_layers, stale_adapter_config,
+    more_layers, stale_adapter_config, left_over_factors,
 )  # fmt: skip
 
 MODEL_ARCHITECTURES = ("gpt2", "llama", "gemma2", "neox", "qwen3", "phi")

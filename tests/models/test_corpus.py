@@ -7,15 +7,20 @@ import functools
 import re
 import shutil
 import warnings
+import weakref
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from tests.models import corpus
-from tl_asymmetry import weights_from
+from tl_asymmetry import analyze_pair, weights_from
 from tl_asymmetry.models.loading import bridge_around
+from tl_asymmetry.models.readers.files import TensorFiles
 from tl_asymmetry.models.view import ModelView
 
 ROUNDING = 5e-7
@@ -84,3 +89,103 @@ def test_what_is_read_is_what_would_be_loaded(writer: str, architecture: str) ->
 
 def test_there_are_enough() -> None:
     assert len(list(corpus.cases())) >= 150
+
+
+def test_one_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what was read nothing is held: one stored tensor is alive at a time, of an adapter one module's factors."""
+    alive: dict[int, int] = {}
+    most = 0
+    read_one = TensorFiles.__getitem__
+
+    def counted(files: TensorFiles, name: str) -> torch.Tensor:
+        nonlocal most
+        tensor = read_one(files, name)
+        storage, key = tensor.untyped_storage(), len(alive) + most * 10**6
+        alive[key] = storage.nbytes()
+        weakref.finalize(storage, alive.pop, key)
+        most = max(most, sum(alive.values()))
+        return tensor
+
+    model = weights_from(tiny.hf_directory("llama", delta=0.05))
+    adapter = weights_from(corpus.full_state("llama", tmp_path).path)
+    monkeypatch.setattr(TensorFiles, "__getitem__", counted)
+    base = base_view("llama")
+    largest = {"model": 96 * 48 * 4, "adapter": 2 * 3 * 96 * 4}
+    for name, weights in (("model", model), ("adapter", adapter)):
+        most = 0
+        for layer in range(2):
+            for matrix in weights.matrices:
+                weights.delta(layer, matrix, base)
+        assert not alive
+        assert 0 < most <= largest[name]
+
+
+# --- from end to end -------------------------------------------------------------------------------------------------
+
+OPTIONS: dict[str, Any] = {"tokens": tiny.tokens(6, 12), "ranks": [1, 4], "groups": 3, "progress": False}
+
+
+def analyzed(base: Any, aligned: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return analyze_pair(base, aligned, **OPTIONS)
+
+
+def same_numbers(ours: Any, theirs: Any) -> None:
+    for column in ("fraction", "delta_norm", "delta_relative_norm"):
+        np.testing.assert_allclose(ours.table[column], theirs.table[column], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_a_qlora_adapter(kind: str, tmp_path: Path) -> None:
+    """Trained on a quantised base that is somewhere else, saved in bfloat16 by unsloth; the base in memory is a
+    HookedTransformer as well as a Bridge."""
+    written = corpus.unsloth("llama", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path)
+    base = tiny.build("llama", kind)
+    result = analyzed(base, written.path)
+    source = weights_from(written.path, base)
+    moved = copy.deepcopy(tiny.bridge("llama"))
+    with torch.no_grad():
+        for layer in range(2):
+            for matrix in source.matrices:
+                ModelView(moved).weight(layer, matrix).add_(source.delta(layer, matrix))
+    same_numbers(result, analyzed(base, moved))
+    changed = result.table[result.table["matrix"].isin(["W_Q", "W_K", "W_O", "W_in", "W_out"])]
+    assert (changed["delta_norm"] > 0).all()
+    assert any("trained from 'unsloth/some-model-bnb-4bit'" in note for note in result.notes)
+
+
+def test_a_chat_adapter_with_its_embeddings(tmp_path: Path) -> None:
+    """Two tokens added, embedding and head trained whole: the matrices are read, the rest is in other_changes."""
+    import peft
+
+    model = corpus.hf_model("llama")
+    model.resize_token_embeddings(98)
+    config = peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    model = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_A" not in name:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(tmp_path / "adapter")
+        model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    base = tiny.bridge("llama")
+    ours, theirs = analyzed(base, tmp_path / "adapter"), analyzed(base, tmp_path / "merged")
+    same_numbers(ours, theirs)
+    for parameter in ("embed.W_E", "unembed.W_U"):
+        rows = [r.other_changes.set_index("parameter").loc[parameter] for r in (ours, theirs)]
+        assert rows[0]["delta_norm"] == pytest.approx(rows[1]["delta_norm"], rel=1e-6)
+        assert rows[0]["delta_norm"] > 0.1
+    assert any("the aligned model has 2 more tokens than the base (98 and 96)" in note for note in ours.notes)
+
+
+def test_a_merged_folder_with_leftovers(tmp_path: Path) -> None:
+    aligned = corpus.hf_model("llama", delta=0.05)
+    written = corpus.left_over_factors(aligned, tmp_path)
+    result = analyzed(tiny.bridge("llama"), written.path)
+    same_numbers(result, analyzed(tiny.bridge("llama"), tiny.bridge("llama", delta=0.05)))
+    assert any("2 tensors of" in note and "left aside" in note for note in result.notes)

@@ -37,7 +37,7 @@ from tl_asymmetry.models.view import ModelView
 __all__ = ["Factors", "WeightSource", "Weights", "as_weights", "opened", "weights_from"]
 
 _ADAPTER = "adapter_config.json"
-_FACTORS = ".lora_A"
+_FACTORS, _WRAPPED = ".lora_A", ".base_layer."
 
 
 def weights_from(
@@ -107,7 +107,7 @@ def _from_folder(name: str, folder: Path, base: Any) -> WeightSource:
         return source
     if has_config:
         files = open_files(folder)
-        if _is_tuned(files):
+        if _is_tuned(files) and any(_WRAPPED in key for key in files):  # beside plain weights, factors are left over
             return _adapter(name, folder, files, base)
         return _model(name, folder, files, base)
     if not any(folder.glob("*.safetensors")) and not has_model:
