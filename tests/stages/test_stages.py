@@ -7,6 +7,7 @@ import torch
 
 from tests import tiny
 from tl_asymmetry import ModelView
+from tl_asymmetry.cli import main
 from tl_asymmetry.results.result import load
 from tl_asymmetry.stages.analysis import analyze_stages
 from tl_asymmetry.stages.result import LEDGER_COLUMNS, StageAnalysis
@@ -106,3 +107,14 @@ def test_bad_input_is_refused():
         analyze_stages(models, matrices="W_X", progress=False)
     with pytest.raises(ValueError, match="expected a rank from 1 to 47, got 48"):
         analyze_stages(models, rank=48, progress=False)
+
+
+def test_the_command(tmp_path, capsys):
+    named = [f"{name}={tiny.hf_directory('llama', 0, d)}" for name, d in (("base", 0.0), ("sft", 0.02), ("dpo", 0.05))]
+    assert main(["stages", *named, "--matrices", "W_Q", "W_out", "--out", str(tmp_path / "out")]) == 0
+    assert "StageAnalysis: base → sft → dpo" in capsys.readouterr().out
+    again = load(tmp_path / "out")
+    assert set(again.table["matrix"]) == {"W_Q", "W_out"}
+    for bad in (["base"], ["base=x", "base=y"]):
+        assert main(["stages", *bad, "--out", str(tmp_path / "bad")]) == 2
+        assert "expected stages as NAME=MODEL, each name once, got " in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The command line: `tl-asymmetry demo | analyze | spectra | trajectory | compare | tangents | grok | report`."""
+"""The command line: `tl-asymmetry` demo, analyze, spectra, stages, trajectory, compare, tangents, grok, report."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 from tl_asymmetry.cli.grok import add_grok, run_grok
 from tl_asymmetry.cli.spectra import add_spectra, run_spectra
+from tl_asymmetry.cli.stages import add_stages, run_stages
 from tl_asymmetry.cli.tangents import add_tangents, run_tangents
 from tl_asymmetry.cli.trajectory import add_compare, add_trajectory, run_compare, run_trajectory
 from tl_asymmetry.pair.analysis import analyze_pair
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     add_trajectory(commands).set_defaults(run=_trajectory)
     add_compare(commands).set_defaults(run=_compare)
     add_spectra(commands).set_defaults(run=_spectra)
+    add_stages(commands).set_defaults(run=_stages)
     add_tangents(commands).set_defaults(run=_tangents)
     add_grok(commands).set_defaults(run=_grok)
 
@@ -132,6 +134,10 @@ def _compare(options: argparse.Namespace) -> None:
 
 def _spectra(options: argparse.Namespace) -> None:
     _finish(run_spectra(options), options.out)
+
+
+def _stages(options: argparse.Namespace) -> None:
+    _finish(run_stages(options), options.out)
 
 
 def _tangents(options: argparse.Namespace) -> None:
