@@ -20,11 +20,11 @@ from tl_asymmetry.plots import style
 
 CELL, GAP, LEFT, TOP = 52, 34, 44, 66
 PANELS = (
-    ("W_Q reads its input", "W_Q", "attn_in", "relative", "1 = a random subspace"),
-    ("W_O writes for prediction", "W_O", "prediction", "relative", "1 = a random subspace"),
-    ("W_Q, excess over inputs", "W_Q", "attn_in", "excess", "1 = what the inputs alone give"),
+    ("W_Q reads its input", "W_Q", "attn_in", "relative", "vs_chance", "1 = a random subspace"),
+    ("W_O writes for prediction", "W_O", "prediction", "relative", "vs_chance", "1 = a random subspace"),
+    ("W_Q, excess over inputs", "W_Q", "attn_in", "excess", "vs_reference", "1 = Adam on these inputs"),
 )
-"""Title, matrix, subspace, column and what 1 means, of each map."""
+"""Title, matrix, subspace, column, the column of its test and what 1 means, of each map."""
 LIMIT = 4
 """Octaves from chance at which colours end."""
 
@@ -55,7 +55,7 @@ def draw(result: PairAnalysis) -> str:
     wide, high = heads * CELL, layers * CELL
     rules: dict[str, list[str]] = {"light": [], "dark": []}
     parts: list[str] = []
-    for n, (title, matrix, subspace, column, meaning) in enumerate(PANELS):
+    for n, (title, matrix, subspace, column, told, meaning) in enumerate(PANELS):
         x0 = LEFT + n * (wide + GAP)
         parts.append(f'<text x="{x0}" y="32" class="b">{title}</text><text x="{x0}" y="51" class="s">{meaning}</text>')
         table = result.table
@@ -64,13 +64,18 @@ def draw(result: PairAnalysis) -> str:
             value, name = float(row[column]), f"p{n}l{row['layer']}h{row['head']}"
             for theme, css in rules.items():
                 fill = colour(math.log2(value), theme)
-                css.append(f".{name}{{fill:{fill}}}.{name}t{{fill:{ink(fill)}}}")
+                css.append(
+                    f".{name}{{fill:{fill}}}.{name}t{{fill:{ink(fill)}}}"
+                    f".{name}s{{fill:none;stroke:{ink(fill)};stroke-width:1.5}}"
+                )
             x, y = x0 + int(row["head"]) * CELL, TOP + int(row["layer"]) * CELL
-            dot = f'<circle cx="{x + CELL / 2 - 1}" cy="{y + 37}" r="3" class="{name}t"/>'
+            dot = {
+                "above": f'<circle cx="{x + CELL / 2 - 1}" cy="{y + 37}" r="3.2" class="{name}t"/>',
+                "below": f'<circle cx="{x + CELL / 2 - 1}" cy="{y + 37}" r="3" class="{name}s"/>',
+            }.get(row[told], "")
             parts.append(
                 f'<rect x="{x}" y="{y}" width="{CELL - 2}" height="{CELL - 2}" class="{name}"/>'
-                f'<text x="{x + CELL / 2 - 1}" y="{y + 25}" class="c {name}t">{value:.2g}</text>'
-                + (dot if row["isotropic_q"] < SIGNIFICANT else "")
+                f'<text x="{x + CELL / 2 - 1}" y="{y + 25}" class="c {name}t">{value:.2g}</text>' + dot
             )
         parts += [
             f'<text x="{x0 + h * CELL + CELL / 2 - 1}" y="{TOP + high + 14}" class="s c">{h}</text>'
@@ -84,8 +89,8 @@ def draw(result: PairAnalysis) -> str:
     )
     parts += [
         f'<text x="{LEFT}" y="{bottom - 26}" class="s">{foot}</text>',
-        f'<text x="{LEFT}" y="{bottom - 9}" class="s">Orange: more than chance. Blue: less. '
-        f"Dot: q &lt; {SIGNIFICANT} against a random subspace.</text>",
+        f'<text x="{LEFT}" y="{bottom - 9}" class="s">Orange: more than 1. Blue: less. A dot: told apart from 1 by its '
+        f"own test, q &lt; {SIGNIFICANT}, filled above it, hollow below.</text>",
     ]
 
     def sheet(theme: str) -> str:

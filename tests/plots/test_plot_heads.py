@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tl_asymmetry.plots import heads_figure, style
+from tl_asymmetry.plots import head_maps_figure, heads_figure, rank_curve_figure, style
+from tl_asymmetry.plots.maps import VERDICTS
 
 
 def trace(figure, name):
@@ -140,6 +141,89 @@ def test_marks_stand_where_the_table_says(table):
     marked = rows[(rows["rounding_share"] >= 0.1) & (rows["rounding_share"] < 0.5)]
     assert len(trace(figure, "rounding share ≥ 0.1").x) == len(marked)
     assert len({t.marker.symbol for t in figure.data if t.type == "scatter"}) == 3  # told apart without colour
+
+
+def judged(table):
+    """The table with what tests of both nulls say: above, below or not told apart, and a verdict."""
+    rng = np.random.default_rng(0)
+    told = ["above", "below", "not told apart"]
+    verdicts = ["beyond", "as trained", "less than trained", "depleted", "no evidence"]
+    read = table["pathway"] == "read"
+    return table.assign(
+        vs_chance=rng.choice(told, len(table)), vs_reference=np.where(read, rng.choice(told, len(table)), ""),
+        verdict=rng.choice(verdicts, len(table)),
+    )  # fmt: skip
+
+
+def test_dots_are_the_test_of_the_value_shown_above_and_below(table):
+    table = judged(table)
+    rows = table.query("matrix == 'W_Q' and subspace == 'attn_in' and rank == 4")
+    for value, column, null in (
+        ("relative", "vs_chance", "isotropic null"),
+        ("excess", "vs_reference", "activation-matched reference"),
+    ):
+        figure = heads_figure(table, "W_Q", rank=4, value=value)
+        shown = [t for t in figure.data if t.type == "scatter" and t.visible is not False and "q <" in t.name]
+        assert [t.name for t in shown] == [f"above the {null} (q < 0.05)", f"below the {null} (q < 0.05)"]
+        for told, dots in zip(("above", "below"), shown, strict=True):
+            wanted = rows[rows[column] == told]
+            assert set(zip(dots.x, dots.y, strict=True)) == set(zip(wanted["head"], wanted["layer"], strict=True))
+        light = [t.marker.color for t in shown]
+        assert light == ["#14181f", "#ffffff"]  # told apart without colour
+        assert [t.marker.line.color for t in shown] == light[::-1]
+
+
+def test_a_map_of_verdicts_writes_a_sign_into_every_cell(table):
+    table = judged(table)
+    rows = table.query("matrix == 'W_Q' and subspace == 'attn_in' and rank == 4").set_index(["layer", "head"])
+    figure = heads_figure(table, "W_Q", rank=4, value="verdict")
+    cells = trace(figure, "verdict")
+    for layer in range(4):
+        for head in range(4):
+            verdict = rows.loc[(layer, head), "verdict"]
+            sign, colour = VERDICTS[verdict]
+            code = cells.z[layer][head]
+            assert cells.text[layer][head] == sign
+            assert cells.colorbar.ticktext[cells.colorbar.tickvals.index(code)] == f"{sign} {verdict}"
+            at = (code + 0.5) / len(VERDICTS)
+            assert [c for stop, c in cells.colorscale if stop <= at][-1] == colour
+    assert not any(t.visible is not False and "q <" in (t.name or "") for t in figure.data)
+    assert figure.data[-1].customdata[1][2][-1] == rows.loc[(1, 2), "verdict"]
+    assert len({sign for sign, _ in VERDICTS.values()}) == len(VERDICTS)
+    whole = head_maps_figure(table, value="verdict")
+    shown = [t for t in whole.data if t.name == "verdict" and t.visible]
+    assert len(shown) == len(table[["matrix", "subspace"]].drop_duplicates())
+    assert {sign for t in shown for row in t.text for sign in row if sign} <= {sign for sign, _ in VERDICTS.values()}
+
+
+def test_every_null_of_the_registry_is_a_value_and_a_line_of_the_hover(table):
+    """Figures name no null: what the table of nulls holds is what they show."""
+    keys = ["layer", "head", "matrix", "pathway", "subspace", "rank"]
+    read = table[table["pathway"] == "read"]
+    nulls = pd.concat(
+        [
+            table[keys].assign(null="isotropic", label="isotropic null", meaning="1 = chance.", applies="every row",
+                               expected=table["rank"] / 64, excess=table["relative"], low=np.nan, high=np.nan,
+                               p=table["isotropic_p"], q=table["isotropic_q"]),
+            read[keys].assign(null="unheard_of", label="null of tomorrow", meaning="1 = tomorrow.", applies="reads",
+                              expected=0.125, excess=read["fraction"] / 0.125, low=0.5, high=1.5, p=0.25, q=0.01),
+        ]
+    )  # fmt: skip
+    figure = heads_figure(table, "W_Q", nulls=nulls, rank=4, value="unheard_of")
+    labels = [b.label for b in figure.layout.updatemenus[0].buttons]
+    assert labels[:2] == ["relative fraction over the isotropic null", "excess over the null of tomorrow"]
+    row = at(table, "W_Q", "attn_in", 4, 2, 3)
+    assert trace(figure, "unheard_of").z[2][3] == pytest.approx(np.log2(row["fraction"] / 0.125), abs=6e-4)
+    assert len(trace(figure, "above the null of tomorrow (q < 0.05)").x) == 16
+    hover = figure.data[-1]
+    assert "<br>null of tomorrow: %{customdata[9]}" in hover.hovertemplate
+    assert hover.customdata[2][3][9] == f"2, excess {row['fraction'] / 0.125:.3g} (0.5 to 1.5), p 0.25, q 0.01"
+    assert "tomorrow" not in heads_figure(table, "W_O", nulls=nulls, rank=4).data[-1].hovertemplate
+    maps = head_maps_figure(table, nulls=nulls, value="unheard_of")
+    said = [t for t in maps.data if t.name == "absent" and t.visible]
+    assert all(text == "no value: the<br>null of tomorrow<br>applies to reads" for t in said for text in t.text)
+    curve = rank_curve_figure(table, "W_Q", nulls=nulls, layer=1, head=0)
+    np.testing.assert_allclose(trace(curve, "null of tomorrow").y, 0.125 * 64 / np.array([1, 4, 16]))
 
 
 def test_mlp_matrix_is_one_column(table):

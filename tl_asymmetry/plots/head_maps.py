@@ -177,7 +177,12 @@ def head_maps_figure(
     if table["relative"].isna().all():
         note(figure, "No value: the delta is zero, so its fractions are undefined.")
     return finish(
-        figure, words(value), plot_height=maps.map_height(layers), right=maps.bar_width(values, shown), **layout
+        figure,
+        words(value),
+        plot_height=maps.map_height(layers),
+        right=maps.bar_width(values, shown),
+        legend_px=maps.legend_height(kinds),
+        **layout,
     )
 
 

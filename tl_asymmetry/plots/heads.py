@@ -31,7 +31,7 @@ def heads_figure(
 
     Colour is the distance from chance: blue below, neutral at it, orange above; ratios are coloured by their log2,
     so that 2 and 1/2 are equally strong. A dot marks what its test tells apart from the null shown (q < 0.05): filled
-    above it, a ring below. A white diamond marks a rounding share from 0.1, and a grey cell with a cross one from 0.5,
+    above it, hollow below. A white diamond marks a rounding share from 0.1, and a grey cell with a cross one from 0.5,
     where storage rather than training explains the delta. The colour range belongs to the rank shown. The hover gives
     the value, its interval, every null, and what weakens it.
 
@@ -158,5 +158,10 @@ def heads_figure(
         note(figure, "No value: the delta is zero, so its fractions are undefined.")
     maps.head_axes(figure, layers, heads, shared)
     return finish(
-        figure, words(first), plot_height=maps.map_height(layers), right=maps.bar_width(values, shown), **layout
+        figure,
+        words(first),
+        plot_height=maps.map_height(layers),
+        right=maps.bar_width(values, shown),
+        legend_px=maps.legend_height(kinds),
+        **layout,
     )

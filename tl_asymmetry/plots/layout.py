@@ -59,6 +59,7 @@ def finish(
     *,
     plot_height: int,
     legend: bool = True,
+    legend_px: int = LEGEND_PX,
     right: int = 24,
     title: str | None = None,
     template: Any = None,
@@ -77,6 +78,7 @@ def finish(
         words: the title, from `heading`, where `title` has its place.
         plot_height: pixels of the plot itself when `height` is None.
         legend: whether the figure has one, under the plot.
+        legend_px: pixels kept for it.
         right: pixels on the right (more where a colour bar stands).
         title, template, width, height: as in `Layout`.
     """
@@ -85,7 +87,7 @@ def finish(
     menu = MENU_PX * len(figure.layout.updatemenus)
     slider = SLIDER_PX if figure.layout.sliders else 0
     top = 16 + LINE_PX * (words.count("<br>") + 1) + 10 + menu
-    bottom = 50 + (LEGEND_PX if legend else 0) + slider
+    bottom = 50 + (legend_px if legend else 0) + slider
     total = height if height is not None else top + plot_height + bottom
     plot = max(80, total - top - bottom)
     figure.update_layout(
@@ -116,7 +118,7 @@ def finish(
             ]
         )  # fmt: skip
     if slider:
-        below = -(50 + (LEGEND_PX if legend else 0)) / plot
+        below = -(50 + (legend_px if legend else 0)) / plot
         figure.update_layout(sliders=[{"y": below, "yanchor": "top", "pad": {"t": 4, "b": 4}}])
     return figure
 

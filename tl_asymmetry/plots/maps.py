@@ -15,6 +15,7 @@ from tl_asymmetry.names import ROUNDING_DOMINATED, ROUNDING_FLAGGED, SIGNIFICANT
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
 from tl_asymmetry.plots.held import ISOTROPIC, Held, repeats
+from tl_asymmetry.plots.layout import LEGEND_PX
 
 VERDICTS = {
     "beyond": ("▲", "#8f4304"),
@@ -196,8 +197,8 @@ def tested(values: Mapping[str, Value], shown: Sequence[str]) -> list[Dots]:
 
 
 def dots(x: list[float], y: list[float], relation: int, size: float, name: str) -> go.Scatter:
-    """Dots over cells: filled above a null, a ring below."""
-    return marks(x, y, "circle" if relation == 1 else "circle-open", size, name)
+    """Dots over cells: filled above a null, hollow below."""
+    return marks(x, y, "circle", size, name, light=relation == -1)
 
 
 def where(mask: np.ndarray, layers: Sequence[int], offset: float = 0.0) -> tuple[list[float], list[float]]:
@@ -249,6 +250,11 @@ def marks(x: list[float], y: list[float], symbol: str, size: float, name: str, *
 def map_height(layers: Sequence[int]) -> int:
     """Pixels of a map, not counting what stands around it."""
     return int(np.clip(26 * len(layers), 220, 620))
+
+
+def legend_height(kinds: Sequence[Dots]) -> int:
+    """Pixels kept for the legend: on a narrow page each of its entries has a line of its own."""
+    return LEGEND_PX + 20 * max(0, len({kind.relation for kind in kinds}) - 1)
 
 
 def bar_width(values: Mapping[str, Value], shown: Sequence[str]) -> int:
