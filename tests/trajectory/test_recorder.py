@@ -296,7 +296,7 @@ def test_as_a_callback_of_the_trainer(tmp_path: Path) -> None:
             output_dir=str(tmp_path / "training"), max_steps=steps, per_device_train_batch_size=4, save_steps=4,
             report_to=[], disable_tqdm=True, use_cpu=True, seed=0, logging_steps=1000,
         )  # fmt: skip
-        return Trainer(model=model, args=arguments, train_dataset=Batches(), callbacks=[recorder.callback()])
+        return Trainer(model=model, args=arguments, train_dataset=Batches(), callbacks=[recorder])
 
     torch.manual_seed(0)
     model = hf_model()

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
 
 from tl_asymmetry.geometry.jackknife import log_jackknife_interval
+from tl_asymmetry.models.effective import EffectiveView
+from tl_asymmetry.models.readers.base import Factors
 from tl_asymmetry.models.side_by_side import side_by_side
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import kind_of
 from tl_asymmetry.pair.asymmetry import READ_SIDE, WRITE_SIDE, asymmetry_table
-from tl_asymmetry.pair.deltas import measure_delta
+from tl_asymmetry.pair.deltas import AnyDelta, measure_delta, measure_factors
 from tl_asymmetry.pair.numbers import Layout, Measurements, layer_tensors
 from tl_asymmetry.pair.plan import Plan
 from tl_asymmetry.pair.projections import project
@@ -41,39 +44,50 @@ CURVE_COLUMNS = {
 _HEADS_AT_ONCE = 4096
 
 
-@runtime_checkable
-class EarlierWeights(Protocol):
-    """Where the matrices of an earlier model are found."""
-
-    def weight(self, layer: int, matrix: str) -> Tensor:
-        """A matrix in TransformerLens orientation."""
-        ...
-
-
 @dataclass(frozen=True)
 class WeightsSnapshot:
-    """Copies of a model's matrices on CPU, in its own dtype: what is left of a checkpoint when its model goes on."""
+    """Copies of a model's matrices on CPU, in its own dtype: what is left of a checkpoint when its model goes on.
+
+    A matrix with an adapter of two factors is kept as these and the frozen weights.
+    """
 
     step: int
     """Its step."""
     hash: str
     """`weights_hash` of the whole model."""
     tensors: Mapping[str, Tensor]
-    """By "layer/matrix"."""
+    """By "layer/matrix"; of an adapted one "…/residual" and "…/other" besides, and there the frozen weights."""
 
     @classmethod
     def of(cls, view: ModelView, matrices: Sequence[str], step: int, weights: str) -> WeightsSnapshot:
         """Copy the matrices at issue."""
-        tensors = {
-            f"{layer}/{matrix}": view.weight(layer, matrix).detach().cpu().clone(memory_format=torch.contiguous_format)
-            for layer in range(view.n_layers)
-            for matrix in matrices
-        }
+        tensors = {}
+        for layer in range(view.n_layers):
+            for matrix in matrices:
+                name, adapted = f"{layer}/{matrix}", _adapted(view, layer, matrix)
+                held = {name: view.weight(layer, matrix)}
+                if adapted is not None:
+                    frozen, factors = adapted
+                    held = {name: frozen, f"{name}/residual": factors.residual, f"{name}/other": factors.other}
+                for key, tensor in held.items():
+                    tensors[key] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         return cls(step, weights, tensors)
 
     def weight(self, layer: int, matrix: str) -> Tensor:
-        """A matrix in TransformerLens orientation."""
+        """A matrix in TransformerLens orientation, what an adapter adds included."""
+        frozen, factors = self.frozen(layer, matrix), self.factors(layer, matrix)
+        return frozen if factors is None else frozen + factors.product(matrix).to(frozen.dtype)
+
+    def frozen(self, layer: int, matrix: str) -> Tensor:
+        """The same without what an adapter adds."""
         return self.tensors[f"{layer}/{matrix}"]
+
+    def factors(self, layer: int, matrix: str) -> Factors | None:
+        """What an adapter adds; None where there is none."""
+        name = f"{layer}/{matrix}"
+        if f"{name}/residual" not in self.tensors:
+            return None
+        return Factors(self.tensors[f"{name}/residual"], self.tensors[f"{name}/other"])
 
 
 @dataclass(frozen=True)
@@ -94,7 +108,7 @@ class Measuring:
 
 def measure(
     view: ModelView,
-    references: Mapping[str, EarlierWeights],
+    references: Mapping[str, WeightsSnapshot],
     bases: Callable[[int], HeldBases],
     measuring: Measuring,
     *,
@@ -120,11 +134,7 @@ def measure(
         held = bases(layer)
         tensors: dict[str, Tensor] = {}
         for reference, earlier in references.items():
-            deltas = {}
-            for matrix in plan.matrices:
-                weight = view.weight(layer, matrix)
-                before = earlier.weight(layer, matrix).to(weight.device)
-                deltas[matrix] = measure_delta(matrix, before, weight, seed=measuring.seed)
+            deltas = {m: _change(earlier, view, layer, m, seed=measuring.seed) for m in plan.matrices}
             projections = [
                 projection
                 for name in plan.subspaces
@@ -142,6 +152,24 @@ def measure(
 
     layers = side_by_side(of_layer, view.n_layers, device=view.device, description="layers", progress=progress)
     return {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
+
+
+def _change(earlier: WeightsSnapshot, view: ModelView, layer: int, matrix: str, *, seed: int) -> AnyDelta:
+    """What a matrix has changed by: in factors where only an adapter moved, else by subtraction."""
+    weight = view.weight(layer, matrix)
+    before = earlier.weight(layer, matrix).to(weight.device)
+    adapted = _adapted(view, layer, matrix)
+    if adapted is None or not torch.equal(adapted[0], earlier.frozen(layer, matrix).to(adapted[0])):
+        return measure_delta(matrix, before, weight, seed=seed)
+    now, then = adapted[1], earlier.factors(layer, matrix)
+    if then is not None:  # R Sᵀ − R' S'ᵀ as one product
+        then = Factors(then.residual.to(weight.device), then.other.to(weight.device))
+        now = Factors(torch.cat([now.residual, then.residual], -1), torch.cat([now.other, -then.other], -1))
+    return measure_factors(matrix, before, now)
+
+
+def _adapted(view: ModelView, layer: int, matrix: str) -> tuple[Tensor, Factors] | None:
+    return view.factored(layer, matrix) if isinstance(view, EffectiveView) else None
 
 
 def _gradient_spectra(layer: int, layout: Layout, gradient: GradientMoments) -> dict[str, Tensor]:
@@ -173,6 +201,24 @@ def trajectory_tables(
     """From the numbers of checkpoints, each with its step and reference, to their tables; the nulls are made here."""
     made = [_tables(batch, seed) for batch in _batches(checkpoints, layout)]
     return CheckpointTables(*(_joined([getattr(part, field.name) for part in made]) for field in fields(made[0])))
+
+
+def record_of(numbers: Mapping[str, Tensor], references: Sequence[str], layout: Layout, rank: int) -> dict[str, float]:
+    """One checkpoint in a few plain numbers, for a logger: its pooled curves at one rank.
+
+    Returns:
+        By "W_Q/attn_in/relative", "W_Q/attn_in/activation_matched" and so on, "W_Q/delta_relative_norm"; with several
+        references the reference in front. What is NaN is left out.
+    """
+    record: dict[str, float] = {}
+    for reference in references:
+        front = f"{reference}/" if len(references) > 1 else ""
+        curves = _curves(0, reference, Measurements.read(layout, numbers, delta=f"{reference}/"))
+        for row in curves[curves["rank"] == rank].to_dict("records"):
+            record[f"{front}{row['matrix']}/delta_relative_norm"] = row["delta_relative_norm"]
+            for column in ("relative", "ci_low", "ci_high", "activation_matched", "gradient_matched"):
+                record[f"{front}{row['matrix']}/{row['subspace']}/{column}"] = row[column]
+    return {name: value for name, value in record.items() if not math.isnan(value)}
 
 
 def _batches(

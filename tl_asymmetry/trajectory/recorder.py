@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxtyping import Bool, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.subspace import Subspace
-from tl_asymmetry.models.loading import bridge_around
+from tl_asymmetry.models.effective import EffectiveView, unwrapped
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.notes import Notes
 from tl_asymmetry.settings import GradientMoments, PairSettings
 from tl_asymmetry.store import PartStore
-from tl_asymmetry.trajectory.measurements import WeightsSnapshot
+from tl_asymmetry.trajectory.measurements import WeightsSnapshot, record_of
 from tl_asymmetry.trajectory.result import TrajectoryAnalysis
 from tl_asymmetry.trajectory.run import TrajectoryRun, TrajectorySettings
 
@@ -31,9 +30,15 @@ class TrajectoryRecorder:
     (20,000 draws in places) are not made while the model trains but by `result()`. With a `store`, a training that was
     killed goes on: make the recorder again with the step the model is at.
 
-    The model comes out of every recording as it went in. One that is no TransformerLens model (a transformers model,
-    bare or wrapped by DistributedDataParallel or torch.compile) is copied for each recording and the copy wrapped in a
-    TransformerBridge: for that moment there are two of it.
+    What is recorded is what the model computes with: base weights and what adapters, parametrisations and wrappers
+    (PEFT before or after the recorder was made, DistributedDataParallel, torch.compile) make of them; of LoRA the
+    change is taken from its factors. At every recording a few tokens are run to see that weights and activations
+    belong together.
+
+    The model comes out of every recording as it went in. One that is no TransformerLens model is copied for each
+    recording, in float32 where it is in half precision (as a checkpoint would be loaded), and the copy wrapped in a
+    TransformerBridge: for that moment there are two of it. A Trainer takes the recorder itself,
+    `callbacks=[recorder]`: it records at the end of every `every`-th step and of the training, on the main process.
 
     Args:
         model: the model in training, with the weights that all later ones are compared with; with a `store` that
@@ -43,7 +48,7 @@ class TrajectoryRecorder:
         texts: as in `analyze_pair`; they define the subspaces and are no training texts.
         tokens, mask: as in `analyze_pair`.
         step: the step the model is at.
-        tokenizer: for `texts`, where the model has none.
+        tokenizer: for `texts`; by default the one that lies where the model was loaded from.
         reference, subspaces_from, matrices, ranks, subspaces, optimizer, exclude_first, centered, batch_size,
             max_tokens, groups, seed: as in `analyze_trajectory`. With subspaces_from="base" or a model, texts go
             through a model once, at the beginning; with "each" at every recording.
@@ -52,6 +57,8 @@ class TrajectoryRecorder:
             beginning and at every recording.
         on_error: "raise" what goes wrong in a recording (a NaN, a full disk), or "warn" of it, leave that step out and
             let the training go on.
+        log: called with every record as plain numbers by name (`step`, the pooled curves at the shown rank such as
+            "W_Q/attn_in/relative", the `seconds` that it took): `wandb.log`, `trackio.log`, a writer of one's own.
 
     Raises:
         ValueError: as `analyze_trajectory`, for the model and settings, and a store of another training.
@@ -99,13 +106,18 @@ class TrajectoryRecorder:
         seed: int = 0,
         probes: Sequence[Callable[[int, Any], None]] = (),
         on_error: str = "raise",
+        log: Callable[[dict[str, float]], Any] | None = None,
     ) -> None:
         if every < 1:
             raise ValueError(f"expected every >= 1, got {every}; pass the number of steps between recordings")
         if on_error not in ("raise", "warn"):
             raise ValueError(f"expected on_error to be one of raise, warn, got {on_error!r}; pass one of them")
+        if log is not None and not callable(log):
+            raise ValueError(f"expected log as a function of a record, got {type(log).__name__}; pass e.g. wandb.log")
+        if tokenizer is None and tokens is None:
+            tokenizer = _own_tokenizer(model)
         self.every, self._model, self._tokenizer, self._on_error = every, model, tokenizer, on_error
-        self._probes = tuple(probes)
+        self._probes, self._log = tuple(probes), log
         self._notes, self._recorded, self._trusted, self._last = Notes(), set[int](), step, step
         settings = TrajectorySettings(
             pair=PairSettings(
@@ -115,20 +127,19 @@ class TrajectoryRecorder:
             ),
             reference=reference, subspaces_from=subspaces_from, gradient=gradient, duplicates="keep",
         )  # fmt: skip
-        with self._lens() as lens:
-            view = ModelView(lens)
-            self._run = TrajectoryRun(
-                view, step, f"step {step}", settings,
-                texts=texts, tokens=tokens, mask=mask, store=store, notes=self._notes, recorder=True,
-            )  # fmt: skip
-            try:
-                self._previous = self._run.start
-                self._go_on(view, step)
-                for probe in self._probes:
-                    probe(step, lens)
-            except BaseException:
-                self.close()
-                raise
+        view = self._view()
+        self._run = TrajectoryRun(
+            view, step, f"step {step}", settings,
+            texts=texts, tokens=tokens, mask=mask, store=store, notes=self._notes, recorder=True,
+        )  # fmt: skip
+        try:
+            self._previous = self._run.start
+            self._go_on(view, step)
+            for probe in self._probes:
+                probe(step, view.model)
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> TrajectoryRecorder:
         return self
@@ -189,8 +200,7 @@ class TrajectoryRecorder:
         Raises:
             ValueError: interval deltas need the weights of the recording before, and these are gone.
         """
-        with self._lens() as lens:
-            self._go_on(ModelView(lens), step)
+        self._go_on(self._view(), step)
 
     @with_fresh_settings
     def result(self) -> TrajectoryAnalysis:
@@ -209,53 +219,45 @@ class TrajectoryRecorder:
             run.store, steps, settings=run.settings, about=run.about, notes=self._notes.lines
         )
 
-    def callback(self) -> Any:
-        """A `transformers.TrainerCallback` that records while a Trainer trains this model: `callbacks=[…]`.
+    # -- as a callback of transformers' Trainer: callbacks=[recorder] ------------------------------------------------
 
-        It records at the end of every `every`-th step and at the end of the training, on the main process only, and
-        goes on where a Trainer that resumes from a checkpoint does.
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Go on where a Trainer that resumes from a checkpoint does; on the main process only, as all events."""
+        if state.is_world_process_zero and state.global_step > self._previous.step:
+            self.resume(state.global_step)
 
-        Raises:
-            ImportError: transformers is not installed.
-        """
-        from transformers import TrainerCallback
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Record every `every`-th step."""
+        if state.is_world_process_zero:
+            self.step(state.global_step)
 
-        recorder = self
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Record the last step."""
+        if state.is_world_process_zero and state.global_step > self._previous.step:
+            self.record(state.global_step)
 
-        class RecorderCallback(TrainerCallback):
-            """Calls the recorder."""
-
-            def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                if state.is_world_process_zero and state.global_step > recorder._previous.step:
-                    recorder.resume(state.global_step)
-
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                if state.is_world_process_zero:
-                    recorder.step(state.global_step)
-
-            def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                if state.is_world_process_zero and state.global_step > recorder._previous.step:
-                    recorder.record(state.global_step)
-
-        return RecorderCallback()
+    def __getattr__(self, name: str) -> Any:
+        # A Trainer calls every event of every callback: those above are the ones that matter here.
+        if name.startswith("on_"):
+            return _nothing
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     # -- one recording -------------------------------------------------------------------------------------------
 
     def _record(self, step: int) -> None:
-        run = self._run
-        with self._lens() as lens:
-            view = ModelView(lens)
-            weights = run.checked(view, step, quick=True)
-            now = WeightsSnapshot(step, weights, {})
-            if "previous" in run.references:
-                now = WeightsSnapshot.of(view, run.plan.matrices, step, weights)
-                if isinstance(run.store, PartStore):
-                    # before the step counts as recorded: whoever finds it recorded finds these too
-                    run.store.put(_blob(step), now.tensors, {})
-            numbers, previous = run.measured(view, self._previous), (self._previous.step, self._previous.hash)
-            run.append(step, numbers, name=f"step {step}", weights=weights, previous=previous)
-            for probe in self._probes:
-                probe(step, lens)
+        run, begun = self._run, time.perf_counter()
+        view = self._view()
+        weights = run.checked(view, step, quick=True)
+        now = WeightsSnapshot(step, weights, {})
+        if "previous" in run.references:
+            now = WeightsSnapshot.of(view, run.plan.matrices, step, weights)
+            if isinstance(run.store, PartStore):
+                # before the step counts as recorded: whoever finds it recorded finds these too
+                run.store.put(_blob(step), now.tensors, {})
+        numbers, previous = run.measured(view, self._previous), (self._previous.step, self._previous.hash)
+        run.append(step, numbers, name=f"step {step}", weights=weights, previous=previous)
+        for probe in self._probes:
+            probe(step, view.model)
         if isinstance(run.store, PartStore):
             for earlier in run.store.steps:
                 if earlier != step:
@@ -263,6 +265,9 @@ class TrajectoryRecorder:
         self._previous = now
         self._recorded.add(step)
         self._last = max(self._last, step)
+        if self._log is not None:
+            record = record_of(numbers, run.references, run.measuring.layout, run.plan.shown_rank)
+            self._log({"step": step, **record, "seconds": time.perf_counter() - begun})
 
     def _go_on(self, view: ModelView, step: int) -> None:
         """Take the recording before this step as the previous one."""
@@ -287,45 +292,27 @@ class TrajectoryRecorder:
             )
         self._previous = WeightsSnapshot.of(view, run.plan.matrices, before[-1], weights)
 
-    @contextmanager
-    def _lens(self) -> Iterator[Any]:
-        """The model as TransformerLens has it: itself, or a wrapped copy for this moment."""
-        model = _bare(self._model)
-        if hasattr(model, "cfg"):
-            yield model
-            return
-        yield _bridge(model, self._tokenizer)
+    def _view(self) -> EffectiveView:
+        """The model as it computes now; it goes when the recording is done."""
+        return EffectiveView(self._model, self._tokenizer)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """What a callback does at an event that does not concern it."""
 
 
 def _blob(step: int) -> str:
     return f"previous-{step}"
 
 
-def _bare(model: Any) -> Any:
-    """Without the wrappers of torch.compile and DistributedDataParallel."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner
+def _own_tokenizer(model: Any) -> Any:
+    """The tokenizer that lies where a transformers model was loaded from, or None."""
+    model = unwrapped(model)
+    if hasattr(model, "cfg") or not getattr(getattr(model, "config", None), "_name_or_path", ""):
+        return None
+    from transformers import AutoTokenizer
 
-
-def _bridge(model: Any, tokenizer: Any) -> Any:
-    """A TransformerBridge around a copy of a transformers model: wrapping would rename the parameters of the model."""
-    if not hasattr(model, "config") or not isinstance(model, nn.Module):
-        raise ValueError(
-            "expected a HookedTransformer, a TransformerBridge or a transformers model, got "
-            f"{type(model).__name__}; pass the model that is being trained"
-        )
-    config: Any = model.config
-    twin: Any = copy.deepcopy(model)  # without the gradients, which a copied parameter does not have
-    if hasattr(twin, "set_attn_implementation"):
-        twin.set_attn_implementation("eager")
-    first = next(model.parameters())
-    name = str(getattr(config, "_name_or_path", "") or config.model_type)
-    bridge = bridge_around(twin, name, device=first.device, dtype=first.dtype)
-    # only now: TransformerLens would set up the user's own
-    bridge.tokenizer = tokenizer
-    return bridge.eval()
+    try:
+        return AutoTokenizer.from_pretrained(model.config._name_or_path)
+    except (OSError, ValueError, KeyError):
+        return None

@@ -210,7 +210,8 @@ class TrajectoryRun:
             view: the checkpoint.
             step: for the message.
             first: warn of what concerns the whole run.
-            quick: only what training may have broken (NaN), not what the first checkpoint has shown.
+            quick: only what training may have broken (NaN, weights that are no longer those it computes with), not
+                what the first checkpoint has shown.
         """
         if not first:
             for field, ours in self._outline.items():
@@ -222,8 +223,9 @@ class TrajectoryRun:
                     )
         role = f"checkpoint at step {step}"
         if quick:
-            return weights_hash(view, each=finite_check(view, role))
-        weights = checked_hash(view, role, warn=self.notes.warn if first else lambda line: None)
+            weights = weights_hash(view, each=finite_check(view, role))
+        else:
+            weights = checked_hash(view, role, warn=self.notes.warn if first else lambda line: None)
         check_products(view, self._probe)
         return weights
 
