@@ -323,7 +323,7 @@ def test_directories_and_functions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("checkpoints", "words"),
     [
-        ("checkpoint-5", "expected checkpoints as a list, got str 'checkpoint-5'; pass directories"),
+        ("checkpoint-5", "expected a folder with directories named like checkpoint-500, got 'checkpoint-5'; pass the"),
         ([], "expected two checkpoints at least, got none"),
         ([3], r"expected a directory or a pair \(step, model\), got int"),
         ([("x", None)], "expected a whole number as a step, got 'x'"),

@@ -19,8 +19,10 @@ def add_trajectory(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser("trajectory", help="the checkpoints of one training run")
     parser.add_argument(
         "checkpoints", metavar="CHECKPOINT_DIR", nargs="*",
-        help="local Hugging Face directories named like checkpoint-500 or step500, or with a trainer_state.json",
+        help="a training's output folder, or its directories named like checkpoint-500, step500, or with a "
+        "trainer_state.json",
     )  # fmt: skip
+    parser.add_argument("--base", help="what the run started from, if it is not among them: directory or hub name")
     parser.add_argument("--demo", action="store_true", help="the embedded run's five checkpoints, offline")
     parser.add_argument("--pythia", metavar="NAME", help="a model of the Pythia suite on the hub, with --steps")
     parser.add_argument("--steps", type=int, nargs="+", help="which of its checkpoints")
@@ -50,6 +52,8 @@ def run_trajectory(options: argparse.Namespace, texts: list[Any] | None) -> Resu
             f"{'several of them' if any(asked) else 'none of them'}; pass one of the three"
         )
     checkpoints: Any = [Path(folder) for folder in options.checkpoints]
+    if len(checkpoints) == 1:
+        (checkpoints,) = checkpoints
     if options.demo:
         from tl_asymmetry.demo import demo_run, demo_texts
 
@@ -64,6 +68,7 @@ def run_trajectory(options: argparse.Namespace, texts: list[Any] | None) -> Resu
     return analyze_trajectory(
         checkpoints,
         texts,
+        base=options.base,
         store=options.out / "store" if options.store is None else options.store,
         reference=options.reference,
         subspaces_from=options.subspaces_from,

@@ -12,6 +12,9 @@ import torch
 
 from tl_asymmetry.models.readers.hub import local_or_hub
 
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+)  # fmt: skip
 _ANSWERS_OF_TRANSFORMER_LENS = (
     OSError, ValueError, KeyError, NotImplementedError, AttributeError, RuntimeError, TypeError, ImportError,
 )  # fmt: skip
@@ -22,6 +25,7 @@ def open_model(
     dtype: torch.dtype = torch.float32,
     *,
     device: str | torch.device | None = None,
+    tokenizer: Any = None,
     trust_remote_code: bool = False,
 ) -> Any:
     """A TransformerBridge with raw weights, from a local Hugging Face directory or a name on the Hub.
@@ -30,6 +34,7 @@ def open_model(
         name_or_path: a directory with config.json and weights, or a name such as "EleutherAI/pythia-160m".
         dtype: of the weights.
         device: where to put it; CUDA if there is one, else the CPU.
+        tokenizer: of a directory without one; there None leaves the model without, and only tokens can be read.
         trust_remote_code: run the Python files that its configuration names; without this they are never read, nor is
             anyone asked whether they may be.
 
@@ -58,10 +63,27 @@ def open_model(
     _refuse_to_install(config, str(name_or_path))
     if not trust_remote_code:
         _refuse_remote_code(config, str(name_or_path))
+    if path is not None and not any((path / file).is_file() for file in _TOKENIZER_FILES):
+        return _without_tokenizer(path, dtype, device, tokenizer, trust_remote_code=trust_remote_code)
     with _loading(str(name_or_path)):
         return TransformerBridge.boot_transformers(
             str(name_or_path), device=device, dtype=dtype, trust_remote_code=trust_remote_code
         )
+
+
+def _without_tokenizer(
+    path: Path, dtype: torch.dtype, device: str | torch.device, tokenizer: Any, *, trust_remote_code: bool
+) -> Any:
+    """A model from a directory that a training wrote without a tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    with _loading(str(path)):
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            str(path), dtype=dtype, attn_implementation="eager", trust_remote_code=trust_remote_code
+        )
+    bridge = bridge_around(model.to(device), str(path), device=device, dtype=dtype)
+    bridge.tokenizer = tokenizer
+    return bridge
 
 
 @contextmanager

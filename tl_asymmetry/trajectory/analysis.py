@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.subspace import Subspace
 from tl_asymmetry.models.processes import ALONE, present_processes
 from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.models.weights import Weights, weights_from
 from tl_asymmetry.notes import Notes
 from tl_asymmetry.settings import GradientMoments, PairSettings
 from tl_asymmetry.trajectory.checkpoints import Checkpoint, checkpoints_of
@@ -25,11 +27,13 @@ from tl_asymmetry.trajectory.run import TrajectoryRun, TrajectorySettings
 
 @with_fresh_settings
 def analyze_trajectory(
-    checkpoints: Iterable[Any] | Mapping[int, Any],
+    checkpoints: str | Path | Iterable[Any] | Mapping[int, Any],
     texts: Sequence[str | Sequence[Mapping[str, Any]]] | None = None,
     *,
     tokens: Int[Tensor, "batch pos"] | Sequence[Int[Tensor, " _pos"]] | None = None,
     mask: Bool[Tensor, "batch pos"] | None = None,
+    base: Any = None,
+    tokenizer: Any = None,
     store: str | Path | None = None,
     reference: str = "first",
     subspaces_from: Any = "base",
@@ -64,10 +68,16 @@ def analyze_trajectory(
     for each. For interval deltas a process also opens the checkpoint before its own.
 
     Args:
-        checkpoints: in the order of their steps: directories (`checkpoint-500`, `step500`), pairs `(step, model)` as a
-            mapping, a list or a generator (which may change and yield the same model again), or what
-            `pythia_checkpoints` returns. A model is a HookedTransformer or TransformerBridge with raw weights, a
-            directory, a name on the hub, or a function that makes one. The first is what all others are compared with.
+        checkpoints: a training's output folder with its `checkpoint-500`, …; or in the order of their steps
+            directories (`checkpoint-500`, `step500`), pairs `(step, model)` as a mapping, a list or a generator (which
+            may change and yield the same model again), or what `pythia_checkpoints` returns. A model is a
+            HookedTransformer or TransformerBridge with raw weights, anything `weights_from` reads (a directory, a name
+            on the hub, an adapter, shards, a state dict), or a function that makes one. The first is what all others
+            are compared with, and is loaded; of the later ones in files one tensor is read at a time, and an adapter's
+            change is taken from its factors.
+        base: what the run started from, where it is not among the checkpoints (a Trainer writes no checkpoint-0): it
+            becomes step 0. Of a run of adapters, by default the model that the first of them names.
+        tokenizer: for `texts`, where the first checkpoint has none (a Trainer without `processing_class` writes none).
         texts: as in `analyze_pair`.
         tokens, mask: as in `analyze_pair`.
         store: folder for the finished checkpoints; made if need be. One process at a time may write to it; another
@@ -109,7 +119,7 @@ def analyze_trajectory(
     )  # fmt: skip
     notes = Notes()
     processes = present_processes() if distributed else ALONE
-    rest = checkpoints_of(checkpoints)
+    rest = checkpoints_of(checkpoints, base=base, tokenizer=tokenizer)
     first = next(rest, None)
     if first is None:
         raise ValueError("expected two checkpoints at least, got none; pass the first of the run and later ones")
@@ -165,6 +175,7 @@ class _Sweep:
         self.own: list[_Outcome] = []
         self.committed = run.start.step, run.start.hash
         # the checkpoint before the one at hand: its weights as far as this process needs them, or how to get them
+        self.base = first.source  # what adapters and state dicts are added to
         self.last_step = first.step
         self.last_hash: str | None = run.start.hash
         self.snapshot: WeightsSnapshot | None = run.start
@@ -230,8 +241,7 @@ class _Sweep:
             if run.is_that(entry, step, weights, (self.last_step, self.last_hash)):
                 return _Outcome(label, weights, fingerprint), None
         before = self._before()
-        with checkpoint.open() as model:
-            view = ModelView(model)
+        with self._opened(checkpoint) as view:
             weights = run.checked(view, step)
             if self.processes.count == 1 and run.options.duplicates == "refuse":
                 run.refuse_duplicate(step, checkpoint.name, weights)  # before the work is done
@@ -239,7 +249,7 @@ class _Sweep:
             if entry is None or not run.is_that(entry, step, weights, (before.step, before.hash)):
                 numbers = run.measured(view, before)
             snapshot = WeightsSnapshot.of(view, run.plan.matrices, step, weights) if keep else None
-            del model, view
+            del view
         return _Outcome(label, weights, fingerprint, numbers), snapshot
 
     def _before(self) -> WeightsSnapshot:
@@ -254,8 +264,17 @@ class _Sweep:
 
     def _snapshot(self, checkpoint: Checkpoint) -> WeightsSnapshot:
         run = self.run
-        with checkpoint.open() as model:
-            view = ModelView(model)
+        with self._opened(checkpoint) as view:
             snapshot = WeightsSnapshot.of(view, run.plan.matrices, checkpoint.step, run.checked(view, checkpoint.step))
-            del model, view
+            del view
         return snapshot
+
+    @contextmanager
+    def _opened(self, checkpoint: Checkpoint) -> Iterator[Weights]:
+        """A checkpoint's weights: of files one tensor at a time where no model of it is needed."""
+        if checkpoint.weights is not None and not self.run.options.runs_each:
+            yield weights_from(checkpoint.weights, base=self.base)
+            return
+        with checkpoint.open() as model:
+            yield ModelView(model)
+            del model

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from tl_asymmetry.geometry.jackknife import log_jackknife_interval
 from tl_asymmetry.models.effective import EffectiveView
-from tl_asymmetry.models.readers.base import Factors
+from tl_asymmetry.models.readers.adapter import AdapterWeights
+from tl_asymmetry.models.readers.base import Factors, Weights
 from tl_asymmetry.models.side_by_side import side_by_side
-from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import kind_of
 from tl_asymmetry.pair.asymmetry import READ_SIDE, WRITE_SIDE, asymmetry_table
 from tl_asymmetry.pair.deltas import AnyDelta, measure_delta, measure_factors
@@ -59,7 +59,7 @@ class WeightsSnapshot:
     """By "layer/matrix"; of an adapted one "…/residual" and "…/other" besides, and there the frozen weights."""
 
     @classmethod
-    def of(cls, view: ModelView, matrices: Sequence[str], step: int, weights: str) -> WeightsSnapshot:
+    def of(cls, view: Weights, matrices: Sequence[str], step: int, weights: str) -> WeightsSnapshot:
         """Copy the matrices at issue."""
         tensors = {}
         for layer in range(view.n_layers):
@@ -107,7 +107,7 @@ class Measuring:
 
 
 def measure(
-    view: ModelView,
+    view: Weights,
     references: Mapping[str, WeightsSnapshot],
     bases: Callable[[int], HeldBases],
     measuring: Measuring,
@@ -154,7 +154,7 @@ def measure(
     return {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
 
 
-def _change(earlier: WeightsSnapshot, view: ModelView, layer: int, matrix: str, *, seed: int) -> AnyDelta:
+def _change(earlier: WeightsSnapshot, view: Weights, layer: int, matrix: str, *, seed: int) -> AnyDelta:
     """What a matrix has changed by: in factors where only an adapter moved, else by subtraction."""
     weight = view.weight(layer, matrix)
     before = earlier.weight(layer, matrix).to(weight.device)
@@ -168,8 +168,8 @@ def _change(earlier: WeightsSnapshot, view: ModelView, layer: int, matrix: str, 
     return measure_factors(matrix, before, now)
 
 
-def _adapted(view: ModelView, layer: int, matrix: str) -> tuple[Tensor, Factors] | None:
-    return view.factored(layer, matrix) if isinstance(view, EffectiveView) else None
+def _adapted(view: Weights, layer: int, matrix: str) -> tuple[Tensor, Factors] | None:
+    return view.factored(layer, matrix) if isinstance(view, EffectiveView | AdapterWeights) else None
 
 
 def _gradient_spectra(layer: int, layout: Layout, gradient: GradientMoments) -> dict[str, Tensor]:

@@ -67,6 +67,11 @@ class TrajectorySettings:
                 "gradient=lambda model: gradient_covariance(model, objective, batches)"
             )
 
+    @property
+    def runs_each(self) -> bool:
+        """Whether every checkpoint must be a model that can be run."""
+        return self.subspaces_from == "each" or self.gradient is not None
+
     def described(self) -> dict[str, Any]:
         """Every setting, JSON-ready."""
         source = self.subspaces_from
@@ -203,7 +208,7 @@ class TrajectoryRun:
 
     # -- one checkpoint ------------------------------------------------------------------------------------------
 
-    def checked(self, view: ModelView, step: int, *, first: bool = False, quick: bool = False) -> str:
+    def checked(self, view: Weights, step: int, *, first: bool = False, quick: bool = False) -> str:
         """Refuse weights that cannot be measured, and return their hash.
 
         Args:
@@ -214,9 +219,10 @@ class TrajectoryRun:
                 what the first checkpoint has shown.
         """
         if not first:
+            outline = _outline(view)
             for field, ours in self._outline.items():
-                theirs = _outline(view)[field]
-                if ours != theirs:
+                theirs = outline[field]
+                if ours != theirs and not (field == "vocabulary" and None in (ours, theirs)):
                     raise ValueError(
                         f"expected checkpoints of one run, got {field} {ours} (step {self.first_step}) and {theirs} "
                         f"(step {step}); pass checkpoints of one model"
@@ -226,7 +232,8 @@ class TrajectoryRun:
             weights = weights_hash(view, each=finite_check(view, role))
         else:
             weights = checked_hash(view, role, warn=self.notes.warn if first else lambda line: None)
-        check_products(view, self._probe)
+        if isinstance(view, ModelView):
+            check_products(view, self._probe)
         return weights
 
     def is_that(self, entry: Mapping[str, Any], step: int, weights: str, predecessor: tuple[int, str | None]) -> bool:
@@ -264,12 +271,13 @@ class TrajectoryRun:
             )
         self.notes.warn(f"step {step} holds exactly the weights of step {other}")
 
-    def measured(self, view: ModelView, previous: WeightsSnapshot) -> dict[str, Tensor]:
+    def measured(self, view: Weights, previous: WeightsSnapshot) -> dict[str, Tensor]:
         """The numbers of one checkpoint."""
         options = self.options
         references = {"first": self.start, "previous": previous}
         gradient = None
         if options.gradient is not None:
+            assert isinstance(view, ModelView)  # runs_each
             gradient = options.gradient(view.model)
             if not isinstance(gradient, GradientMoments):
                 raise ValueError(
@@ -376,7 +384,7 @@ class TrajectoryRun:
         return of_layer
 
 
-def _outline(view: ModelView) -> dict[str, Any]:
+def _outline(view: Weights) -> dict[str, Any]:
     """What all checkpoints of a run have in common."""
     tokenizer = view.tokenizer
     return shape_record(view) | {

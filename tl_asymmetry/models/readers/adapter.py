@@ -161,6 +161,11 @@ class AdapterWeights(WeightSource):
         other = layout.rows(other)
         return Factors(residual, other if other.ndim == 3 else other.unsqueeze(0))
 
+    def factored(self, layer: int, matrix: str) -> tuple[Tensor, Factors] | None:
+        """A matrix of the base and what the adapter adds to it; None where that is no product of two factors."""
+        factors = self.factors(layer, matrix)
+        return None if factors is None else (self._weights_of_base(None).weight(layer, matrix), factors)
+
     def delta(self, layer: int, matrix: str, base: Any = None) -> Tensor:
         """The change in TransformerLens orientation.
 
