@@ -65,7 +65,7 @@ def test_directions_edits_and_trajectory_stand_with_their_head_as_text(look, pai
     token = card.locator(".token").first.inner_text()
     assert token.replace("␣", " ").endswith(HOSTILE)
     assert "<img src=x" in card.locator(".context").first.inner_text()
-    expected = pair[0].directions(1, 2, "W_Q", n=1, model=pair[1])
+    expected = pair[0].directions(1, "W_Q", 2, n=1, model=pair[1])
     first = expected["embedding_tokens"][0][0][0]
     assert pair[1].tokenizer.decode([int(token.split("␣")[0])]) == first
     assert "0.125" in card.inner_text()

@@ -354,6 +354,69 @@ def test_sensitivity_of_given_subspaces_says_why_there_is_none() -> None:
         result.sensitivity()
 
 
+# --- a short list, and other hands -----------------------------------------------------------------------------------
+
+
+def test_top_is_one_line_for_each_head() -> None:
+    result = analyze_plain()
+    short = result.top(3)
+    assert len(short) == 3
+    assert short["excess"].is_monotonic_decreasing
+    shown = result.table[result.table["rank"] == result.config["shown_rank"]]
+    own = shown.query("pathway == 'read' and subspace in ['attn_in', 'mlp_in']")
+    best = own.sort_values("excess", ascending=False).iloc[0]
+    first = short.iloc[0]
+    head = "" if pd.isna(best["head"]) else f"H{best['head']}"
+    assert first["place"] == f"L{best['layer']}{head}.{best['matrix']}"
+    assert first["excess"] == best["excess"]
+    everything = result.top(100)
+    assert not everything.duplicated(["layer", "head"]).any()
+    assert set(result.top(100, matrix="W_O", by="relative")["matrix"]) == {"W_O"}
+    p = result.top(100, by="isotropic_p")["isotropic_p"]
+    assert p.is_monotonic_increasing  # the smallest first
+    assert result.top(1, by="relative", matrix="W_in")["place"].iloc[0].startswith("L")
+    for options, words in (
+        ({"n": 0}, "expected n >= 1, got 0; pass"),
+        ({"by": "beauty"}, "expected by among fraction, relative, .*, got 'beauty'; pass"),
+        ({"by": "flags"}, "expected by among .*, got 'flags'; pass"),
+        ({"matrix": "W_gate"}, "expected a matrix among W_Q, .*, got 'W_gate'; pass"),
+        ({"matrix": "W_O"}, "expected numbers in 'excess' for W_O, got none; pass by="),
+    ):
+        with pytest.raises(ValueError, match=words):
+            result.top(**options)
+
+
+def test_results_pickle_copy_and_compare(tmp_path: Path) -> None:
+    import copy
+    import pickle
+
+    base, aligned = pair()
+    result = analyze_pair(base, aligned, **OPTIONS)
+    for twin in (pickle.loads(pickle.dumps(result)), copy.copy(result), copy.deepcopy(result), PairAnalysis.load(
+        result.save(tmp_path)
+    )):  # fmt: skip
+        assert twin == result
+        pd.testing.assert_frame_equal(twin.table, result.table, check_exact=True)
+    assert result != analyze_pair(base, aligned, **{**OPTIONS, "seed": 1})
+    assert result != "a result"
+
+
+def test_a_table_goes_into_a_file(tmp_path: Path) -> None:
+    result = analyze_plain()
+    path = result.to_csv(tmp_path / "new" / "table.csv")
+    read = pd.read_csv(path)
+    assert list(read.columns) == list(result.table.columns)
+    np.testing.assert_allclose(read["relative"], result.table["relative"])
+    assert list(pd.read_csv(result.to_csv(tmp_path / "circuits.csv", "circuits")).columns) == list(result.circuits)
+    with pytest.raises(ValueError, match="expected a table among table, nulls, .*, got 'heads'; pass one of these"):
+        result.to_csv(tmp_path / "x.csv", "heads")
+
+
+def test_a_notebook_shows_the_facts() -> None:
+    result = analyze_plain()
+    assert result._facts() in result._repr_html_()
+
+
 # --- directions ------------------------------------------------------------------------------------------------------
 
 
@@ -363,7 +426,7 @@ def test_directions_against_a_naive_svd_and_argmax(kind: str, matrix: str, head:
     base, aligned = pair(kind)
     result = analyze_pair(base, aligned, TEXTS, ranks=[1], groups=1, progress=False)
     layer, view = 1, ModelView(base)
-    table = result.directions(layer, head, matrix, n=2, contexts=3)
+    table = result.directions(layer, matrix, head, n=2, contexts=3)
     assert list(table["direction"]) == [1, 1, 2, 2]
     ΔW = reference.float64(ModelView(aligned).weight(layer, matrix)) - reference.float64(view.weight(layer, matrix))
     ΔW = ΔW if head is None else ΔW[head]
@@ -409,22 +472,27 @@ def test_directions_against_a_naive_svd_and_argmax(kind: str, matrix: str, head:
 def test_directions_refusals(tmp_path: Path) -> None:
     result = analyze_plain()
     for arguments, text in (
-        ((0, 0, "W_gate"), "expected a matrix among W_Q, .*, got 'W_gate'; pass one that was analysed"),
-        ((2, 0, "W_Q"), "expected a layer from 0 to 1, got 2; pass one of these"),
-        ((0, 4, "W_Q"), "expected a head from 0 to 3 for W_Q, got 4; pass that"),
-        ((0, None, "W_Q"), "expected a head from 0 to 3 for W_Q, got None; pass that"),
-        ((0, 1, "W_in"), r"expected head=None \(an MLP matrix\) for W_in, got 1; pass that"),
-        ((0, 1, "W_Q", 6), "expected n from 1 to 5, got 6; pass a smaller n"),
-        ((0, 1, "W_Q", 0), "expected n from 1 to 5, got 0; pass a smaller n"),
+        ((0, "W_gate", 0), "expected a matrix among W_Q, .*, got 'W_gate'; pass one that was analysed"),
+        ((2, "W_Q", 0), "expected a layer from 0 to 1, got 2; pass one of these"),
+        ((0, "W_Q", 4), "expected a head from 0 to 3 for W_Q, got 4; pass that"),
+        ((0, "W_Q", None), "expected a head from 0 to 3 for W_Q, got None; pass that"),
+        ((0, "W_in", 1), r"expected head=None \(an MLP matrix\) for W_in, got 1; pass that"),
+        ((0, "W_Q", 1, 6), "expected n from 1 to 5, got 6; pass a number in between"),
+        (("L0.W_Q",), "expected a head from 0 to 3 for W_Q, got None; pass that"),
+        (("0.W_Q",), "expected a place, got '0.W_Q'; pass \"L7H3.W_Q\""),
+        ((0,), 'expected a place, got 0; pass "L7H3.W_Q"'),
+        ((0, "W_Q", 1, 0), "expected n from 1 to 5, got 0; pass a number in between"),
     ):
         with pytest.raises(ValueError, match=text):
             result.directions(*arguments)
     loaded = PairAnalysis.load(result.save(tmp_path))
     with pytest.raises(ValueError, match="expected the base model to look tokens and contexts up in, .*; pass mod"):
-        loaded.directions(0, 0, "W_Q")
+        loaded.directions(0, "W_Q", 0)
     with pytest.raises(ValueError, match="expected the base model of this analysis, got other weights .*; pass mod"):
-        loaded.directions(0, 0, "W_Q", model=pair()[1])
-    pd.testing.assert_frame_equal(loaded.directions(0, 0, "W_Q", model=pair()[0]), result.directions(0, 0, "W_Q"))
+        loaded.directions(0, "W_Q", 0, model=pair()[1])
+    spelled = result.directions("L0H0.W_Q")
+    pd.testing.assert_frame_equal(loaded.directions(0, "W_Q", 0, model=pair()[0]), spelled)
+    pd.testing.assert_frame_equal(result.directions(0, "W_Q", 0), spelled)
 
 
 def test_directions_do_not_keep_the_model_alive() -> None:
@@ -435,7 +503,7 @@ def test_directions_do_not_keep_the_model_alive() -> None:
 
     gc.collect()
     with pytest.raises(ValueError, match="but it is gone; pass model=base"):
-        result.directions(0, 0, "W_Q")
+        result.directions(0, "W_Q", 0)
 
 
 # --- estimates and words ---------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from tl_asymmetry.explore import contents
 from tl_asymmetry.explore.pack import Pack
 from tl_asymmetry.explore.page import SCRIPT
 from tl_asymmetry.geometry.spectrum import marchenko_pastur_edge
-from tl_asymmetry.pair.all_directions import all_directions, context_words
+from tl_asymmetry.pair.directions import context_words, find_directions
 from tl_asymmetry.results.nulls import NULLS
 
 KIND = tiny.KINDS[-1]
@@ -159,7 +159,7 @@ def test_directions_of_all_heads_are_those_of_each(name):
     result, (base, _) = analysed(name), pair(name)
     view = ModelView(base)
     n, tokens, contexts = 2, 4, 3
-    found = all_directions(
+    found = find_directions(
         view, result.arrays, result.config, n=n, tokens=tokens, contexts=contexts, progress=False
     )  # fmt: skip
     sequences = result.arrays["tokens"].split(result.arrays["lengths"].tolist())
@@ -167,7 +167,7 @@ def test_directions_of_all_heads_are_those_of_each(name):
     for matrix, these in found.items():
         layer, at = 1, these.energy.shape[1] - 1
         head = None if matrix in ("W_in", "W_gate", "W_out") else at
-        table = result.directions(layer, head, matrix, n=n, contexts=contexts, model=base)
+        table = result.directions(layer, matrix, head, n=n, contexts=contexts, model=base)
         for row in table.itertuples():
             place = layer, at, row.direction - 1, 0 if row.sign == "+" else 1
             assert these.energy[place[:3]].item() == pytest.approx(row.energy)
@@ -187,7 +187,7 @@ def test_directions_leave_the_model_as_it_was():
     result, (base, _) = analysed("gpt2"), pair("gpt2")
     before = {name: p.detach().clone() for name, p in base.named_parameters()}
     state, training = torch.get_rng_state(), base.training
-    all_directions(ModelView(base), result.arrays, result.config, n=1, tokens=2, contexts=1, progress=False)
+    find_directions(ModelView(base), result.arrays, result.config, n=1, tokens=2, contexts=1, progress=False)
     assert torch.equal(state, torch.get_rng_state())
     assert base.training == training
     for name, p in base.named_parameters():

@@ -17,6 +17,7 @@ from tests.trajectory.test_recorder import OPTIONS, train
 from tl_asymmetry import TrajectoryAnalysis, TrajectoryRecorder, analyze_trajectory
 from tl_asymmetry.models.effective import EffectiveView
 from tl_asymmetry.models.loading import bridge_around
+from tl_asymmetry.models.view import ModelView
 
 peft = pytest.importorskip("peft")
 BOTH: dict[str, Any] = {**OPTIONS, "reference": "both"}
@@ -132,6 +133,7 @@ def test_parametrisations_are_worked_out() -> None:
     np.testing.assert_allclose(rows.query("layer == 0")["delta_relative_norm"], 0.1, rtol=1e-5)
     assert (rows.query("layer == 1")["delta_norm"] == 0).all()
     assert torch.nn.utils.parametrize.is_parametrized(projection)
+    assert torch.equal(projection.weight, projection.parametrizations.weight.original * 1.1)
 
 
 def test_compiled_layers_and_distributed_data_parallel(tmp_path: Path) -> None:
@@ -177,7 +179,8 @@ def test_a_model_in_bfloat16_agrees_with_its_own_checkpoints(tmp_path: Path) -> 
 def test_weights_that_are_not_what_the_model_computes_with_are_refused_at_every_recording() -> None:
     model = tiny.bridge("gpt2")
     recorder = TrajectoryRecorder(model, 1, **OPTIONS)
-    projection = model.blocks[1].attn.o
+    projection = ModelView(model).projection(1, "W_O")
+    assert projection is not None
     handle = projection.register_forward_hook(lambda _, args, out: 1.5 * out)
     with pytest.raises(ValueError, match="times its input to give what the model computes"):
         recorder.record(1)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tl_asymmetry.explore.pack import Pack
 from tl_asymmetry.geometry.spectrum import marchenko_pastur_edge
-from tl_asymmetry.pair.all_directions import MatrixDirections, context_words
 from tl_asymmetry.pair.data import PairData
+from tl_asymmetry.pair.directions import MatrixDirections, context_words
 from tl_asymmetry.pair.tables import PAIR_COLUMNS
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots.held import held_against

@@ -10,8 +10,8 @@ from typing import Any
 from tl_asymmetry.explore.pack import Pack
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.pair.all_directions import all_directions
 from tl_asymmetry.pair.data import PairData
+from tl_asymmetry.pair.directions import find_directions
 from tl_asymmetry.results.pages import Html, document, write_page
 
 SCRIPT = ("data", "state", "words", "search", "map", "cards", "charts", "details", "table", "wiring")
@@ -118,7 +118,7 @@ def _directions(result: PairData, model: Any, n: int, progress: bool, pack: Pack
         return {"missing": "The base model was not at hand when this page was made, so no tokens and contexts could be "
                 "looked up; pass model=base."}  # fmt: skip
     view = ModelView(model)
-    found = all_directions(
+    found = find_directions(
         view, result.arrays, result.config, n=n, tokens=NEAREST_TOKENS, contexts=CONTEXTS, progress=progress
     )
     sequences = result.arrays["tokens"].split(result.arrays["lengths"].tolist())

@@ -124,8 +124,7 @@ def _plain(model: nn.Module) -> dict[int, LowRank]:
     low_rank: dict[int, LowRank] = {}
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
-            for name in list(module._modules["parametrizations"]._modules):  # type: ignore[union-attr]
-                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+            _work_out(module)
     for parent, name, child in _wrapped(model):
         inner: Any = child
         if "_orig_mod" in inner._modules:
@@ -144,6 +143,19 @@ def _plain(model: nn.Module) -> dict[int, LowRank]:
     if hasattr(model, "peft_config"):
         del model.peft_config
     return low_rank
+
+
+def _work_out(module: nn.Module) -> None:
+    """Put what its parametrisations make into plain parameters.
+
+    Not `remove_parametrizations`: a copy shares its class with the module that it was copied from, which that changes.
+    """
+    made: Any = module._modules["parametrizations"]
+    values = {name: getattr(module, name).detach().clone() for name in made}
+    module.__class__ = parametrize.type_before_parametrizations(module)
+    del module._modules["parametrizations"]
+    for name, value in values.items():
+        module.register_parameter(name, nn.Parameter(value))
 
 
 def _wrapped(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:

@@ -48,6 +48,10 @@ class PairData(Result):
     """Per head: change of the products W_Q W_Kᵀ and W_V W_O, and the fraction of it on each side."""
     _model: weakref.ref[Any] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copy: the model is not a part of the result."""
+        return {**vars(self), "_model": None}
+
     # -- numbers -------------------------------------------------------------------------------------------------
 
     def energy_profile(self, matrix: str, subspace: str) -> Float[np.ndarray, "layer head k"]:

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.names import place_of
 from tl_asymmetry.pair.data import PairData
 from tl_asymmetry.pair.deltas import Delta, stacked
 from tl_asymmetry.pair.directions import describe_directions
 from tl_asymmetry.pair.projections import Projection
 from tl_asymmetry.pair.report import pair_report
 from tl_asymmetry.pair.summary import headline, summary_table
+from tl_asymmetry.pair.top import top_heads
 from tl_asymmetry.results.report import Report
 
 
@@ -32,14 +34,21 @@ class PairAnalysis(PairData):
 
     @with_fresh_settings
     def directions(
-        self, layer: int, head: int | None, matrix: str, n: int = 5, *, model: Any = None, contexts: int = 5
+        self,
+        layer: int | str,
+        matrix: str | None = None,
+        head: int | None = None,
+        n: int = 5,
+        *,
+        model: Any = None,
+        contexts: int = 5,
     ) -> pd.DataFrame:
         """The leading residual directions of one head's delta, with what they are near and what excites them.
 
         Args:
-            layer: which layer.
-            head: which head (the key-value head for W_K and W_V); None for a matrix of the MLP.
+            layer: which layer; or the whole place, spelled "L7H3.W_Q" or "L7.W_in".
             matrix: its name.
+            head: which head (the key-value head for W_K and W_V); None for a matrix of the MLP.
             n: how many directions, at most 5.
             model: the base model; by default the one that was analysed, if it still exists.
             contexts: how many calibration contexts to show for each direction and sign.
@@ -58,9 +67,29 @@ class PairAnalysis(PairData):
             raise ValueError(
                 "expected the base model to look tokens and contexts up in, but it is gone; pass model=base"
             )
-        return describe_directions(
-            ModelView(model), self.arrays, self.config, layer, head, matrix, n=n, contexts=contexts
-        )
+        said: Any = layer if matrix is None else (layer, matrix, head)
+        place = place_of(said)
+        return describe_directions(ModelView(model), self.arrays, self.config, place, n=n, contexts=contexts)
+
+    def top(self, n: int = 10, by: str = "excess", matrix: str | None = None) -> pd.DataFrame:
+        """The heads that stand out most, one line each, at the shown rank.
+
+        A read matrix is held against its own input, a write matrix against the prediction subspace, as far as these
+        were analysed; of a head's matrices the one that stands out most has the line. `excess` of write matrices needs
+        gradients: see `by="relative"`. The order is that of point estimates: how sure they are stands beside them.
+
+        Args:
+            n: how many lines at most.
+            by: a column of numbers of `table`; the largest come first, of p and q the smallest.
+            matrix: only this one.
+
+        Returns:
+            `place` ("L7H3.W_Q"), layer, head, matrix, subspace, rank, and the columns that say how far and how sure.
+
+        Raises:
+            ValueError: no such column or matrix, or one without numbers.
+        """
+        return top_heads(self.table, self.config["shown_rank"], n, by, matrix)
 
     # -- words ---------------------------------------------------------------------------------------------------
 

@@ -104,6 +104,18 @@ class Result:
     def __repr__(self) -> str:
         return self.summary()
 
+    def __eq__(self, other: object) -> bool:
+        """Whether it is the same result: kind, settings, notes, and every number."""
+        return (
+            type(other) is type(self)
+            and isinstance(other, Result)
+            and (self.config, self.notes, self.arrays.keys()) == (other.config, other.notes, other.arrays.keys())
+            and all(getattr(self, name).equals(getattr(other, name)) for name in self.TABLES)
+            and all(torch.equal(x.nan_to_num(), other.arrays[name].nan_to_num()) for name, x in self.arrays.items())
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
     def _repr_html_(self) -> str:
         """For a notebook; names are escaped."""
         table = self._summary_table().to_html(index=False, float_format="{:.3g}".format, na_rep="–", border=0)
@@ -135,6 +147,23 @@ class Result:
             ValueError: another width.
         """
         return write_images(self, folder, format=format, width=width, scale=scale)
+
+    def to_csv(self, path: str | Path, table: str = "table") -> Path:
+        """Write one of the tables as comma-separated values. Returns its path.
+
+        Args:
+            path: of the file; its folder is made if need be.
+            table: name of the table.
+
+        Raises:
+            ValueError: no such table.
+        """
+        if table not in self.TABLES:
+            raise ValueError(f"expected a table among {', '.join(self.TABLES)}, got {table!r}; pass one of these")
+        file = Path(path).expanduser()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        getattr(self, table).to_csv(file, index=False, encoding="utf-8")
+        return file
 
     # -- disk ----------------------------------------------------------------------------------------------------
 
