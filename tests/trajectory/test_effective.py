@@ -179,9 +179,9 @@ def test_a_model_in_bfloat16_agrees_with_its_own_checkpoints(tmp_path: Path) -> 
 def test_weights_that_are_not_what_the_model_computes_with_are_refused_at_every_recording() -> None:
     model = tiny.bridge("gpt2")
     recorder = TrajectoryRecorder(model, 1, **OPTIONS)
-    projection = ModelView(model).projection(1, "W_O")
-    assert projection is not None
-    handle = projection.register_forward_hook(lambda _, args, out: 1.5 * out)
+    found = ModelView(model).projection(1, "W_O")
+    assert found is not None
+    handle = found[0].register_forward_hook(lambda _, args, out: 1.5 * out)
     with pytest.raises(ValueError, match="times its input to give what the model computes"):
         recorder.record(1)
     handle.remove()
