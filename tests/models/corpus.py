@@ -494,13 +494,16 @@ def _kind(name: str, architectures: tuple[str, ...], **options: Any) -> Callable
 
         config = getattr(peft, name)
         fields: dict[str, Any] = {"target_modules": TARGETS[architecture]} | options
+        if fields["target_modules"] is None:
+            fields["target_modules"] = [EMBEDDING[architecture]]
         if hasattr(config, "fan_in_fan_out"):
             fields["fan_in_fan_out"] = architecture == "gpt2"
         if name == "IA3Config":
             fields["feedforward_modules"] = TARGETS[architecture][-1:]
         return _written(adapted(architecture, folder, config(**fields)), base=True)
 
-    write.__name__ = "_".join([name.removesuffix("Config").lower(), *(str(value) for value in options.values())])
+    options_in_words = [key if value is True else str(value) for key, value in options.items() if value is not None]
+    write.__name__ = "_".join([name.removesuffix("Config").lower(), *options_in_words])
     ONLY[write] = architectures
     return write
 
@@ -527,6 +530,9 @@ ADAPTERS: tuple[Callable[[str, Path], Written], ...] = (
     _kind("HRAConfig", ("llama",), r=2),
     _kind("MissConfig", ("llama",), r=4),
     _kind("FourierFTConfig", ("gpt2", "llama"), n_frequency=20),
+    _kind("LoraConfig", ("gpt2",), r=3, lora_alpha=5, lora_bias=True),
+    _kind("LNTuningConfig", ("llama",), target_modules=["input_layernorm", "norm"]),
+    _kind("TrainableTokensConfig", ("gpt2", "llama"), target_modules=None, token_indices=[3, 7]),
 )  # fmt: skip
 
 ADAPTER_ARCHITECTURES = ("gpt2", "llama", "gemma1")

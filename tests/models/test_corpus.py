@@ -88,7 +88,7 @@ def test_what_is_read_is_what_would_be_loaded(writer: str, architecture: str) ->
 
 
 def test_there_are_enough() -> None:
-    assert len(list(corpus.cases())) >= 150
+    assert len(set(corpus.cases())) == len(list(corpus.cases())) >= 150
 
 
 def test_one_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

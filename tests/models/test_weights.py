@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import shutil
 import warnings
@@ -355,6 +356,95 @@ def test_a_hub_name_is_downloaded_by_the_hubs_own_client(monkeypatch: pytest.Mon
     monkeypatch.setattr(huggingface_hub, "snapshot_download", missing)
     with pytest.raises(ValueError, match="expected a local path or a name that the Hub knows, got 'someone/gone': no"):
         weights_from("someone/gone")
+
+
+class Hub:
+    """A repository in the place of the Hub's client: what matches the patterns is copied into a cache."""
+
+    def __init__(self, files: Path, cache: Path, error: Exception | None = None) -> None:
+        self.files, self.cache, self.error = files, cache, error
+        self.asked: list[dict[str, Any]] = []
+
+    def __call__(self, name: str, **options: Any) -> str:
+        self.asked.append(options)
+        if self.error is not None:
+            raise self.error
+        self.cache.mkdir(exist_ok=True)
+        for path in self.files.rglob("*"):
+            relative = path.relative_to(self.files).as_posix()
+            if path.is_file() and any(fnmatch.fnmatch(relative, pattern) for pattern in options["allow_patterns"]):
+                (self.cache / relative).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, self.cache / relative)
+        return str(self.cache)
+
+
+def test_a_repository_of_torch_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    source = tiny.hf_directory("llama", delta=DELTA)
+    files = tmp_path / "files"
+    files.mkdir()
+    shutil.copy(source / "config.json", files)
+    (files / "modeling.py").write_text("raise SystemExit\n")
+    torch.save(load_file(source / "model.safetensors"), files / "pytorch_model.bin")
+    torch.save({"lr": 1}, files / "training_args.bin")
+    hub = Hub(files, tmp_path / "cache")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    assert weights_hash(weights_from("someone/torch", token="hf_mine")) == weights_hash(weights_from(source))
+    assert [asked["token"] for asked in hub.asked] == ["hf_mine"] * 2  # first without torch's files, then with them
+    assert not any(pattern.endswith(".bin") for pattern in hub.asked[0]["allow_patterns"])
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["config.json", "pytorch_model.bin"]
+
+
+def test_a_folder_inside_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    source = tiny.hf_directory("llama", delta=DELTA)
+    files = tmp_path / "files"
+    shutil.copytree(source, files / "step500")
+    (files / "README.json").write_text("{}")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", Hub(files, tmp_path / "cache"))
+    expected = weights_hash(weights_from(source))
+    assert weights_hash(weights_from("someone/run", subfolder="step500")) == expected
+    assert not (tmp_path / "cache" / "README.json").exists()
+    assert weights_hash(weights_from(files, subfolder="step500")) == expected  # and of a local one
+    for place in ("someone/run", str(files)):
+        with pytest.raises(ValueError, match="expected a folder 'step7' in '.*', got none; pass one that"):
+            weights_from(place, subfolder="step7")
+
+
+def test_what_the_hub_answers_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No such name, no such revision, no access, offline with nothing there, and offline with a part of it."""
+    import httpx
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    answer = httpx.Response(404, request=httpx.Request("GET", "https://huggingface.co/someone/model"))
+    told: list[tuple[Exception, str]] = [
+        (errors.RepositoryNotFoundError("no", response=answer), "a name that the Hub knows, .* pass token= where the"),
+        (
+            errors.RevisionNotFoundError("no", response=answer),
+            "expected a revision of .*, got 'step3'; pass",
+        ),
+        (
+            errors.GatedRepoError("no", response=answer),
+            "expected access to .*, got a gated .*; ask for access",
+        ),
+        (
+            errors.LocalEntryNotFoundError("no"),
+            "at revision 'step3' in the cache or a network .*, got neither; pass",
+        ),
+    ]
+    for error, text in told:
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", Hub(tmp_path, tmp_path / "cache", error))
+        with pytest.raises(ValueError, match=text):
+            weights_from("someone/model", revision="step3")
+    half = tmp_path / "half"
+    half.mkdir()
+    shutil.copy(tiny.hf_directory("llama") / "config.json", half)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", Hub(half, tmp_path / "part"))
+    with pytest.raises(ValueError, match="expected weights of .*, got config.json: a download that was"):
+        weights_from("someone/model")
 
 
 # --- state dicts -----------------------------------------------------------------------------------------------------
