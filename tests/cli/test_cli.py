@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
-from tl_asymmetry import PairAnalysis, TangentAnalysis, TrajectoryAnalysis
+from tl_asymmetry import PairAnalysis, TangentAnalysis, TrajectoryAnalysis, load
 from tl_asymmetry.cli import main
+from tl_asymmetry.cli.options import as_model, as_path
+from tl_asymmetry.cli.texts import read_texts
 from tl_asymmetry.demo import demo_texts
 
 PASSAGES = [" ".join(f"w{(5 * i + j * j) % 90}" for j in range(12 + i)) for i in range(8)]
@@ -46,7 +49,7 @@ def test_demo(tmp_path: Path) -> None:
     assert ended.stdout.splitlines()[-1] == f"report: {report}"
     assert ended.stdout.startswith("PairAnalysis: ")
     assert "W_out" in ended.stdout
-    written = ["arrays.safetensors", "explorer.html", "report.html", "result.json"]
+    written = ["explorer.html", "report.html", "result.safetensors"]
     assert sorted(p.name for p in report.parent.iterdir()) == written
     assert f"explorer: {report.with_name('explorer.html')}" in ended.stdout
     assert "Traceback" not in ended.stderr
@@ -86,6 +89,67 @@ def test_analyze_without_texts_uses_the_calibration_texts(
     assert "calibration texts" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("texts.TXT", "one two\n\nthree"),
+        ("texts.jsonl", '"one two"\n{"text": "three"}\n'),
+        ("texts.JSONL", '{"text": "one two"}\n\n{"text": "three"}'),
+        ("texts.json", '["one two", {"text": "three"}]'),
+        ("texts.csv", "id,text\n1,one two\n2,three\n"),
+        ("texts.CSV", 'text\n"one two"\nthree\n'),
+        ("texts.tsv", "text\tlabel\none two\t1\nthree\t0\n"),
+    ],
+)
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_texts_in_every_format(name: str, content: str, mark: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(mark + content, encoding="utf-8")
+    assert read_texts(tmp_path / name) == ["one two", "three"]
+
+
+def test_texts_that_cannot_be_read_name_file_and_line(tmp_path: Path) -> None:
+    for name, content, text in (
+        ("a.json", "{", "expected JSON in .*a.json, got .*; pass a list of texts"),
+        ("a.json", '{"text": "x"}', r"expected a list of texts in .*a.json, got a dict; pass \[text, …\]"),
+        ("a.json", '["x", 3]', "expected a string, .* in entry 2 of .*a.json, got something else"),
+        ("a.csv", "id,label\n1,2\n", "expected a column text in .*a.csv, got id, label; rename the column"),
+        ("a.csv", "", "expected a column text in .*a.csv, got nothing"),
+    ):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        with pytest.raises(ValueError, match=text):
+            read_texts(tmp_path / name)
+
+
+def test_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert as_path("~/out") == tmp_path / "out"
+    assert as_model("~/model") == str(tmp_path / "model")
+    assert as_model("org/name") == "org/name"
+
+
+def test_a_terminal_s_encoding_is_no_reason_to_fail(tmp_path: Path) -> None:
+    """And help is there before anything heavy is imported."""
+    code = "import sys; from tl_asymmetry.cli import main; assert main(['report', sys.argv[1]]) == 2; print('ΔW')"
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "ΔW")],
+        check=False, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"},
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout.decode("utf-8").splitlines()[0]) == (0, "ΔW")
+    assert "ΔW" in ended.stderr.decode("utf-8")
+    code = "import sys, tl_asymmetry.cli; print([m for m in ('torch', 'pandas', 'transformers') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [f"{name}={tiny.hf_directory('gpt2', delta=delta)}" for name, delta in (("base", 0.0), ("sft", 0.05))]
+    out = tmp_path / "out"
+    assert main(["stages", *folders, "--out", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"report: {out / 'report.html'}"
+    assert type(load(out)).__name__ == "StageAnalysis"
+    assert "expected stages as NAME=MODEL, each name once, got 'base'" in bad(capsys, "stages", "base")
+    assert "each name once" in bad(capsys, "stages", folders[0], folders[0])
+
+
 def test_bad_input_is_one_line(pair: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("\n\n".join(PASSAGES), encoding="utf-8")
@@ -108,7 +172,7 @@ def test_bad_input_is_one_line(pair: list[str], tmp_path: Path, capsys: pytest.C
     assert 'expected a string, {"text": …} or' in bad(capsys, "analyze", *pair, "--texts", str(lines), *out)
     lines.write_text('\n"w1"\n\n{oops\n', encoding="utf-8")
     assert "expected JSON in line 4 of" in bad(capsys, "analyze", *pair, "--texts", str(lines), *out)
-    assert "expected a folder with result.json" in bad(capsys, "report", str(tmp_path))
+    assert "expected a folder with result.safetensors" in bad(capsys, "report", str(tmp_path))
     assert not (tmp_path / "out").exists()
 
 
@@ -145,7 +209,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    assert all(command in shown for command in ("demo", "analyze", "trajectory", "compare", "grok", "report"))
+    assert all(command in shown for command in ("demo", "analyze", "stages", "trajectory", "compare", "grok", "report"))
 
 
 def checkpoints(tmp_path: Path) -> list[str]:
@@ -215,7 +279,7 @@ def test_compare_and_report(pair: list[str], tmp_path: Path, capsys: pytest.Capt
     assert "Comparison: one against two" in capsys.readouterr().out
     assert main(["report", out]) == 0
     assert "expected two folders or more, got one" in bad(capsys, "compare", folders[0])
-    assert "expected a folder with result.json" in bad(capsys, "compare", folders[0], str(tmp_path / "none"))
+    assert "expected a folder with result.safetensors" in bad(capsys, "compare", folders[0], str(tmp_path / "none"))
 
 
 def test_bad_trajectories_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,36 +1,41 @@
-"""The command line: `tl-asymmetry` demo, analyze, spectra, stages, trajectory, compare, tangents, grok, report."""
+"""The command line: arguments are read before anything is imported that they do not need."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import io
 import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tl_asymmetry.cli.grok import add_grok, run_grok
+from tl_asymmetry.cli.options import as_model, as_path
 from tl_asymmetry.cli.spectra import add_spectra, run_spectra
 from tl_asymmetry.cli.stages import add_stages, run_stages
 from tl_asymmetry.cli.tangents import add_tangents, run_tangents
+from tl_asymmetry.cli.texts import FORMATS, read_texts
 from tl_asymmetry.cli.trajectory import add_compare, add_trajectory, run_compare, run_trajectory
-from tl_asymmetry.pair.analysis import analyze_pair
-from tl_asymmetry.pair.result import PairAnalysis
-from tl_asymmetry.results.result import Result, load
+
+if TYPE_CHECKING:
+    from tl_asymmetry.results.result import Result
 
 _DEMO_STORIES = 400
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 done, 2 bad input with one line on standard error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # whatever a terminal's encoding: ΔW is no reason to fail
+            stream.reconfigure(encoding="utf-8", errors="replace")
     options = _parser().parse_args(arguments)
     try:
         if "out" in options:
             _check_folder(options.out)
         options.run(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.stderr.write(f"tl-asymmetry: {' '.join(str(error).split())}\n")
         return 2
     return 0
@@ -45,37 +50,38 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="the embedded pair, offline")
-    demo.add_argument("--out", type=Path, default=Path("tl-asymmetry-demo"), help="folder for the result and report")
+    demo.add_argument("--out", type=as_path, default=Path("tl-asymmetry-demo"), help="folder for the result and report")
     demo.set_defaults(run=_demo)
 
     analyze = commands.add_parser("analyze", help="a base and an aligned model")
-    analyze.add_argument("base", metavar="BASE", help="hub name or local Hugging Face directory")
+    analyze.add_argument("base", metavar="BASE", type=as_model, help="hub name or local Hugging Face directory")
     analyze.add_argument(
         "aligned",
         metavar="ALIGNED",
+        type=as_model,
         help="hub name, Hugging Face directory, .safetensors file or LoRA adapter",
     )
+    analyze.add_argument("--texts", type=as_path, help="file of texts (see below)")
     analyze.add_argument(
-        "--texts", type=Path, help="UTF-8 text file (texts apart by blank lines) or .jsonl (see below)"
+        "--out", type=as_path, default=Path("tl-asymmetry-result"), help="folder for result and report"
     )
-    analyze.add_argument("--out", type=Path, default=Path("tl-asymmetry-result"), help="folder for result and report")
     analyze.add_argument("--ranks", type=int, nargs="+", help="ranks of the subspaces")
     analyze.add_argument("--max-tokens", type=int, help="use no more tokens than this")
     analyze.add_argument("--batch-size", type=int, default=8, help="sequences per forward pass")
     analyze.add_argument("--groups", type=int, default=8, help="jackknife groups; 1 switches intervals off")
     analyze.add_argument("--seed", type=int, default=0, help="of the null's draws")
-    analyze.epilog = 'a .jsonl file has one string, {"text": …} or {"messages": […]} a line'
+    analyze.epilog = f"texts are read as {FORMATS}"
     analyze.set_defaults(run=_analyze)
 
+    add_stages(commands).set_defaults(run=_stages)
     add_trajectory(commands).set_defaults(run=_trajectory)
     add_compare(commands).set_defaults(run=_compare)
     add_spectra(commands).set_defaults(run=_spectra)
-    add_stages(commands).set_defaults(run=_stages)
     add_tangents(commands).set_defaults(run=_tangents)
     add_grok(commands).set_defaults(run=_grok)
 
     report = commands.add_parser("report", help="write the report of a saved result again")
-    report.add_argument("folder", metavar="DIR", type=Path, help="folder that holds a saved result")
+    report.add_argument("folder", metavar="DIR", type=as_path, help="folder that holds a saved result")
     report.set_defaults(run=_report)
     return parser
 
@@ -90,18 +96,21 @@ def _check_folder(folder: Path) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
+    from tl_asymmetry import analyze_pair
     from tl_asymmetry.demo import demo_pair, demo_texts
 
     base, aligned = demo_pair()
     result = analyze_pair(base, aligned, demo_texts(_DEMO_STORIES, seed=0), batch_size=32)
-    _finish(result, options.out, explorer_model=base)
+    explorer = result.to_explorer(options.out / "explorer.html", model=base)
+    _finish(result, options.out, f"explorer: {explorer}")
 
 
 def _analyze(options: argparse.Namespace) -> None:
+    from tl_asymmetry import analyze_pair
     from tl_asymmetry.models.loading import open_model
     from tl_asymmetry.models.processes import started_processes
 
-    texts = None if options.texts is None else _read_texts(options.texts)
+    texts = _texts(options)
     with started_processes() as processes:  # under torchrun, the work is shared and the first process writes
         result = analyze_pair(
             open_model(options.base),
@@ -117,10 +126,14 @@ def _analyze(options: argparse.Namespace) -> None:
         _finish(result, options.out)
 
 
+def _stages(options: argparse.Namespace) -> None:
+    _finish(run_stages(options), options.out)
+
+
 def _trajectory(options: argparse.Namespace) -> None:
     from tl_asymmetry.models.processes import started_processes
 
-    texts = None if options.texts is None else _read_texts(options.texts)
+    texts = _texts(options)
     # Under torchrun the checkpoints are shared out and the first process writes.
     with started_processes() as processes:
         result = run_trajectory(options, texts)
@@ -136,13 +149,8 @@ def _spectra(options: argparse.Namespace) -> None:
     _finish(run_spectra(options), options.out)
 
 
-def _stages(options: argparse.Namespace) -> None:
-    _finish(run_stages(options), options.out)
-
-
 def _tangents(options: argparse.Namespace) -> None:
-    texts = None if options.texts is None else _read_texts(options.texts)
-    _finish(run_tangents(options, texts), options.out)
+    _finish(run_tangents(options, _texts(options)), options.out)
 
 
 def _grok(options: argparse.Namespace) -> None:
@@ -150,40 +158,18 @@ def _grok(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    from tl_asymmetry import load
+
     result = load(options.folder)
     sys.stdout.write(f"report: {result.to_html(options.folder / 'report.html')}\n")
 
 
-def _finish(result: Result, folder: Path, *, explorer_model: Any = None) -> None:
+def _finish(result: Result, folder: Path, *lines: str) -> None:
+    """Write the result and its report; the last line says what to open."""
     result.save(folder)
-    pages = []
-    if isinstance(result, PairAnalysis) and explorer_model is not None:
-        pages.append(f"explorer: {result.to_explorer(folder / 'explorer.html', model=explorer_model)}")
-    pages.append(f"report: {result.to_html(folder / 'report.html')}")
-    sys.stdout.write("\n".join([result.summary(), "", *pages, ""]))
+    report = result.to_html(folder / "report.html")
+    sys.stdout.write("\n".join([result.summary(), "", *lines, f"report: {report}", ""]))
 
 
-def _read_texts(path: Path) -> list[Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"expected UTF-8 text in {path}, got {error}; pass it converted to UTF-8") from error
-    if path.suffix != ".jsonl":
-        return [passage.strip() for passage in text.split("\n\n") if passage.strip()]
-    texts = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"expected JSON in line {number} of {path}, got {error}; pass one value a line") from error
-        if isinstance(entry, dict):
-            entry = entry.get("text", entry.get("messages"))
-        if not isinstance(entry, str | list):
-            raise ValueError(
-                f'expected a string, {{"text": …}} or {{"messages": […]}} in line {number} of {path}, got something '
-                "else; pass one text a line"
-            )
-        texts.append(entry)
-    return texts
+def _texts(options: argparse.Namespace) -> list[Any] | None:
+    return None if options.texts is None else read_texts(options.texts)

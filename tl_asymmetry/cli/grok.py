@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tl_asymmetry.cli.options import as_path
+
 if TYPE_CHECKING:
     from tl_asymmetry.coupling.result import CouplingStudy
 
@@ -18,9 +20,12 @@ def add_grok(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--op", choices=("add", "sub", "mul", "sq"), default="add", help="the operation")
     parser.add_argument("--p", type=int, default=97, help="the modulus")
     parser.add_argument("--seed", type=int, default=42, help="of split, weights and batches")
-    parser.add_argument("--quick", action="store_true", help="fewer checkpoints, probes and random directions")
+    parser.add_argument("--quick", action="store_true", help="fewer checkpoints, probes and random "
+                        "directions: about 4 minutes of one processor")  # fmt: skip
     parser.add_argument("--steps", type=int, help="train no longer than this (default 8000)")
-    parser.add_argument("--out", type=Path, default=Path("tl-asymmetry-grok"), help="folder for run, result and report")
+    parser.add_argument(
+        "--out", type=as_path, default=Path("tl-asymmetry-grok"), help="folder for run, result and report"
+    )
     return parser
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tl_asymmetry.stages.analysis import analyze_stages
-from tl_asymmetry.stages.result import StageAnalysis
+from tl_asymmetry.cli.options import as_model, as_path
+
+if TYPE_CHECKING:
+    from tl_asymmetry.stages.result import StageAnalysis
 
 
 def add_stages(commands: Any) -> argparse.ArgumentParser:
@@ -19,7 +21,7 @@ def add_stages(commands: Any) -> argparse.ArgumentParser:
         "stages", metavar="NAME=MODEL", nargs="+",
         help="in order of training: a name and a hub name, Hugging Face directory, .safetensors file or LoRA adapter",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("tl-asymmetry-stages"), help="folder for result and report")
+    parser.add_argument("--out", type=as_path, default=Path("tl-asymmetry-stages"), help="folder for result and report")
     parser.add_argument("--matrices", nargs="+", help="which; all unless given")
     parser.add_argument("--rank", type=int, default=4, help="how many leading directions are compared")
     parser.add_argument("--seed", type=int, default=0, help="of the simulated storage noise")
@@ -32,10 +34,12 @@ def run_stages(options: argparse.Namespace) -> StageAnalysis:
     Raises:
         ValueError: a stage without a name, two of one name, what `analyze_stages` refuses.
     """
+    from tl_asymmetry import analyze_stages
+
     stages: dict[str, str] = {}
     for said in options.stages:
         name, separator, model = said.partition("=")
         if not (name and separator and model) or name in stages:
             raise ValueError(f"expected stages as NAME=MODEL, each name once, got {said!r}; pass base=DIR dpo=DIR")
-        stages[name] = model
+        stages[name] = as_model(model)
     return analyze_stages(stages, matrices=options.matrices, rank=options.rank, seed=options.seed)

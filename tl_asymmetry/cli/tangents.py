@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tl_asymmetry.tangents.analysis import analyze_tangents
-from tl_asymmetry.tangents.result import TangentAnalysis
+from tl_asymmetry.cli.options import as_path
+
+if TYPE_CHECKING:
+    from tl_asymmetry.tangents.result import TangentAnalysis
 
 
 def add_tangents(commands: Any) -> argparse.ArgumentParser:
@@ -16,12 +18,15 @@ def add_tangents(commands: Any) -> argparse.ArgumentParser:
         "tangents", help="early directions of activations against true gradients"
     )
     parser.add_argument(
-        "checkpoints", metavar="CHECKPOINT", nargs="*", type=Path, help="directories like checkpoint-500"
+        "checkpoints", metavar="CHECKPOINT", nargs="*", type=as_path, help="directories like checkpoint-500"
     )
     parser.add_argument("--demo", action="store_true", help="the embedded run's five checkpoints, offline")
-    parser.add_argument("--texts", type=Path, help="as for analyze")
+    parser.add_argument("--texts", type=as_path, help="as for analyze")
     parser.add_argument(
-        "--out", type=Path, default=Path("tl-asymmetry-tangents"), help="folder for the result and the report"
+        "--out",
+        type=as_path,
+        default=Path("tl-asymmetry-tangents"),
+        help="folder for the result and the report",
     )
     parser.add_argument("--rank", type=int, nargs="+", default=16, help="ranks of the bases; 16 unless given")
     parser.add_argument(
@@ -36,6 +41,8 @@ def run_tangents(options: argparse.Namespace, texts: list[Any] | None) -> Tangen
     Raises:
         ValueError: both or neither asked for, or what `analyze_tangents` refuses.
     """
+    from tl_asymmetry import analyze_tangents
+
     if options.demo == bool(options.checkpoints):
         raise ValueError("expected checkpoint directories or --demo, got both or neither; pass one of the two")
     checkpoints: Any = options.checkpoints

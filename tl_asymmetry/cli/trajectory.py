@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tl_asymmetry.comparison.analysis import compare
-from tl_asymmetry.pair.result import PairAnalysis
-from tl_asymmetry.results.result import Result
-from tl_asymmetry.trajectory.analysis import analyze_trajectory
+from tl_asymmetry.cli.options import as_path
+
+if TYPE_CHECKING:
+    from tl_asymmetry.results.result import Result
 
 _DEMO_STORIES = 200
 
@@ -26,10 +26,10 @@ def add_trajectory(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--demo", action="store_true", help="the embedded run's five checkpoints, offline")
     parser.add_argument("--pythia", metavar="NAME", help="a model of the Pythia suite on the hub, with --steps")
     parser.add_argument("--steps", type=int, nargs="+", help="which of its checkpoints")
-    parser.add_argument("--texts", type=Path, help="as in analyze")
-    parser.add_argument("--out", type=Path, default=Path("tl-asymmetry-trajectory"), help="folder for the result, the "
-                        "report and, in its folder store, every finished checkpoint")  # fmt: skip
-    parser.add_argument("--store", type=Path, help="folder for the finished checkpoints instead; a run that was "
+    parser.add_argument("--texts", type=as_path, help="as in analyze")
+    parser.add_argument("--out", type=as_path, default=Path("tl-asymmetry-trajectory"), help="folder for the result, "
+                        "the report and, in its folder store, every finished checkpoint")  # fmt: skip
+    parser.add_argument("--store", type=as_path, help="folder for the finished checkpoints instead; a run that was "
                         "killed goes on there")  # fmt: skip
     parser.add_argument("--reference", choices=("first", "previous", "both"), default="first", help="what a "
                         "checkpoint's weights are subtracted from")  # fmt: skip
@@ -45,13 +45,15 @@ def add_trajectory(commands: Any) -> argparse.ArgumentParser:
 
 def run_trajectory(options: argparse.Namespace, texts: list[Any] | None) -> Result:
     """Do what `trajectory` was asked for."""
+    from tl_asymmetry import analyze_trajectory
+
     asked = [bool(options.checkpoints), options.demo, options.pythia is not None]
     if sum(asked) != 1:
         raise ValueError(
             "expected checkpoint directories, --demo or --pythia NAME, got "
             f"{'several of them' if any(asked) else 'none of them'}; pass one of the three"
         )
-    checkpoints: Any = [Path(folder) for folder in options.checkpoints]
+    checkpoints: Any = [as_path(folder) for folder in options.checkpoints]
     if len(checkpoints) == 1:
         (checkpoints,) = checkpoints
     if options.demo:
@@ -85,12 +87,14 @@ def add_compare(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser("compare", help="saved analyses of one base")
     parser.add_argument("folders", metavar="DIR", nargs="+", help="folders written by analyze, two or more")
     parser.add_argument("--names", nargs="+", help="what to call them")
-    parser.add_argument("--out", type=Path, default=Path("tl-asymmetry-comparison"), help="folder for the result")
+    parser.add_argument("--out", type=as_path, default=Path("tl-asymmetry-comparison"), help="folder for the result")
     return parser
 
 
 def run_compare(options: argparse.Namespace) -> Result:
     """Do what `compare` was asked for."""
+    from tl_asymmetry import PairAnalysis, compare
+
     if len(options.folders) < 2:
         raise ValueError("expected two folders or more, got one; pass the folders of two analyses of one base")
     first, second, *more = (PairAnalysis.load(folder) for folder in options.folders)
