@@ -8,8 +8,9 @@ is seen, whose heads it has. The experts of a mixture are of the kind of the den
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -205,3 +206,15 @@ def place_of(place: PlaceLike) -> Place:
         if isinstance(layer, int) and isinstance(matrix, str) and all(n is None or isinstance(n, int) for n in rest):
             return Place(layer, matrix, *rest)
     raise ValueError(f'expected a place, got {place!r}; pass "L7H3.W_Q", "L7.W_in" or (layer, matrix, head)')
+
+
+def nearest(given: object, available: Collection[str]) -> str:
+    """The valid name that a wrong one was meant for, as a message says it, or "one of these".
+
+    Example:
+        >>> nearest("WQ", ["W_Q", "W_K"]), nearest("attention", ["W_Q", "W_K"])
+        ("'W_Q'", 'one of these')
+    """
+    plain = {name.replace("_", "").casefold(): name for name in available}
+    found = get_close_matches(str(given).replace("_", "").casefold(), plain, n=1, cutoff=0.75)
+    return repr(plain[found[0]]) if found else "one of these"

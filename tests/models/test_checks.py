@@ -281,7 +281,8 @@ def test_ranks() -> None:
             ValueError, match=rf"expected ranks from 1 to 47 \(d_model - 1\), got {got}; pass such ranks"
         ):
             check_ranks(ranks, 48)
-    for ranks, got in (([], r"\[\]"), (4, "4"), ("4", "'4'")):
+    assert check_ranks(4, 48) == (4,)
+    for ranks, got in (([], r"\[\]"), (None, "None"), ("4", "'4'"), (True, "True")):
         with pytest.raises(ValueError, match=rf"expected a list of ranks, got {got}; pass ranks=\[1, 4, 16\]"):
             check_ranks(ranks, 48)
 

@@ -307,49 +307,84 @@ def test_a_subset_of_matrices_and_named_subspaces() -> None:
     assert_same(named, naive("neox", base, aligned, [1, 4]), 1e-10)
 
 
-def test_given_subspaces() -> None:
-    base, aligned = models("llama", tiny.KINDS[0])
-    one, several = random_subspace(D, 48, 1), [random_subspace(D, 5, 2), random_subspace(D, 5, 3)]
-    with pytest.warns(UserWarning, match="ranks above 5 are left out for 'several', which has no more directions"):
-        result = run(base, aligned, ranks=[2, 5, 7], subspaces={"one": one, "several": several})
-    assert any("ranks above 5" in note for note in result.notes)
-    assert result.config["shown_rank"] == 2  # the nearest to d // 16 = 3
-    assert result.table.groupby("subspace")["rank"].unique().map(list).to_dict() == {
-        "one": [2, 5, 7], "several": [2, 5],
-    }  # fmt: skip
-    given = {"one": [one.basis] * 2, "several": [s.basis for s in several]}
-    assert_same(result, naive("llama", base, aligned, [2, 5, 7], given=given), 1e-10)
-    assert np.isnan(result.eigenvalues("one")).all()
-    result.plot_heads("W_Q")
-    result.plot_layers()
-    result.plot_rank_curve("W_Q", 0, 1)
-    with pytest.raises(ValueError, match="expected a subspace with eigenvalues, got 'one', given without; pass"):
-        result.plot_spectrum("one")
-    with pytest.raises(ValueError, match="expected an analysis of W_Q and W_K against attn_in .*; pass the default"):
-        result.plot_asymmetry()
-    assert "own leading directions" not in result.summary()
-
-
-def test_the_shown_rank_is_one_that_every_subspace_has() -> None:
-    base, aligned = models("gpt2", tiny.KINDS[0])
-    with pytest.warns(UserWarning, match="ranks above 1 are left out"):
-        result = run(base, aligned, ranks=[1, 3], subspaces={"line": random_subspace(D, 1, 0), "attn_in": full_basis()})
-    assert result.config["shown_rank"] == 1
-    assert "line" in result.summary()
-
-
 def full_basis() -> Subspace:
     eigenvalues = torch.arange(D, 0, -1, dtype=torch.float64)
     return Subspace(random_subspace(D, D, 9).basis, eigenvalues, "other texts")
 
 
-def test_a_given_subspace_with_the_name_of_a_captured_one_is_the_given_one() -> None:
+def ranks_of(result: PairAnalysis) -> dict[str, list[int]]:
+    return result.table.groupby("subspace")["rank"].unique().map(list).to_dict()
+
+
+def test_given_subspaces() -> None:
+    """Measured at their own size, and below it only where they have eigenvalues."""
+    base, aligned = models("llama", tiny.KINDS[0])
+    ordered, several = full_basis(), [random_subspace(D, 5, 2), random_subspace(D, 5, 3)]
+    result = run(base, aligned, ranks=[2, 7], subspaces={"ordered": ordered, "several": several})
+    assert "only own subspaces are measured: for the default ones beside them pass their names as well" in result.notes
+    assert ranks_of(result) == {"ordered": [2, 7], "several": [5]}
+    for name, bases, ranks in (
+        ("ordered", [ordered.basis] * 2, [2, 7]), ("several", [space.basis for space in several], [5]),
+    ):  # fmt: skip
+        alone = run(base, aligned, ranks=[2, 7], subspaces={name: ordered if name == "ordered" else several})
+        oracle = naive("llama", base, aligned, ranks, given={name: bases})
+        assert_same(alone, oracle, 1e-10, skip=("eigengap",))
+    assert np.isnan(result.eigenvalues("several")).all()
+    result.plot_heads("W_Q")
+    result.plot_layers()
+    result.plot_rank_curve("W_Q", 0, 1)
+    with pytest.raises(ValueError, match="expected a subspace with eigenvalues, got 'several', given without; pass"):
+        result.plot_spectrum("several")
+    with pytest.raises(ValueError, match="expected an analysis of W_Q and W_K against attn_in .*; pass the default"):
+        result.plot_asymmetry()
+
+
+def test_own_directions_in_every_form_beside_the_built_in_ones() -> None:
     base, aligned = models("gpt2", tiny.KINDS[0])
-    result = run(base, aligned, ranks=[1, 4], subspaces={"attn_in": full_basis(), "prediction": full_basis()})
-    given = {n: [full_basis().basis] * 2 for n in ("attn_in", "prediction")}
-    oracle = naive("gpt2", base, aligned, [1, 4], given=given)
-    assert_same(result, oracle, 1e-10, skip=("eigengap",))
-    assert result.table["ci_low"].isna().all()
+    Q = random_subspace(D, 3, 0).basis
+    v, skew = Q[:, 0], Q @ torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 0.5], [0.0, 0.0, 1.0]], dtype=Q.dtype)
+    own = {"line": 7 * v, "array": v.numpy(), "matrix": skew, "list": list(skew.mT), "space": Subspace(Q)}
+    own["layers"] = [Q, Q]
+    result = run(base, aligned, ranks=4, matrices="W_Q", subspaces=["attn_in", own])
+    assert ranks_of(result) == {
+        "attn_in": [4], "line": [1], "array": [1], "matrix": [3], "list": [3], "space": [3], "layers": [3],
+    }  # fmt: skip
+    fractions = {name: rows["fraction"].to_numpy() for name, rows in result.table.groupby("subspace")}
+    for first, second in (("line", "array"), ("matrix", "space"), ("list", "space"), ("layers", "space")):
+        np.testing.assert_allclose(fractions[first], fractions[second], rtol=1e-10)
+    assert (fractions["space"] > fractions["line"]).all()
+    shown = run(base, aligned, ranks=[1, 4], subspaces={"line": v})
+    assert shown.config["shown_rank"] == 1
+    assert "line" in shown.summary()
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_own_directions_that_are_none_are_refused() -> None:
+    base, aligned = models("gpt2", tiny.KINDS[0])
+    v = random_subspace(D, 1, 0).basis[:, 0]
+    for subspaces, text in (
+        (
+            {"attn_in": v},
+            "expected own subspaces under names of their own, got 'attn_in', which is the name of a",
+        ),
+        ({"prediction": v}, "got 'prediction', which is the name of a built-in one; pass another name"),
+        ({3: v}, "got 3, which is none; pass another name"),
+        ({"mine": v[:5]}, r"expected 'mine' as directions \[48, k\] in columns, got \[5, 1\]; pass them so"),
+        ({"mine": v * 0}, "expected 'mine' as directions independent of each other and not zero"),
+        ({"mine": [v, 2 * v]}, "expected 'mine' as directions independent of each other and not zero"),
+        ({"mine": v / 0}, "expected 'mine' as directions that are finite, got NaN or infinity"),
+        ({"mine": "v"}, "expected 'mine' as directions .*, got str; pass a tensor"),
+        ({"mine": torch.eye(D)}, "expected fewer than 48 directions for 'mine', got all of them in no order"),
+        ({"mine": [torch.eye(D)[:, :2]] * 3}, "expected one subspace, or 2 of them, for 'mine', got 3; pass one per"),
+        ({}, "expected at least one subspace among .*, got {}; leave it out for the default"),
+        ([], r"expected at least one subspace among .*, got \[\]; leave it out for the default"),
+        (["attnin"], "expected subspaces among attn_in, .*, got 'attnin'; pass 'attn_in' or a mapping from names"),
+        (v, "expected at least one subspace among"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            run(base, aligned, subspaces=subspaces)
+    with pytest.raises(ValueError, match="expected matrices among W_Q, .*, got 'WQ'; pass 'W_Q'"):
+        run(base, aligned, matrices="WQ")
 
 
 # --- deltas of known place -------------------------------------------------------------------------------------------

@@ -101,6 +101,7 @@ def _demo(options: argparse.Namespace) -> None:
 
     base, aligned = demo_pair()
     result = analyze_pair(base, aligned, demo_texts(_DEMO_STORIES, seed=0), batch_size=32)
+    options.out.mkdir(parents=True, exist_ok=True)
     explorer = result.to_explorer(options.out / "explorer.html", model=base)
     _finish(result, options.out, f"explorer: {explorer}")
 

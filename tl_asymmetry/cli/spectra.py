@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tl_asymmetry.spectra.analysis import analyze_spectra
-from tl_asymmetry.spectra.result import SpectralAnalysis
+from tl_asymmetry.cli.options import as_model, as_path
+
+if TYPE_CHECKING:
+    from tl_asymmetry.spectra.result import SpectralAnalysis
 
 
 def add_spectra(commands: Any) -> argparse.ArgumentParser:
@@ -15,9 +17,9 @@ def add_spectra(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "spectra", help="weights alone: the change in the base's own singular frame"
     )
-    parser.add_argument("base", metavar="BASE", help="hub name or local Hugging Face directory; read, not loaded")
-    parser.add_argument("aligned", metavar="ALIGNED", help="the same, or a .safetensors file or a LoRA adapter")
-    parser.add_argument("--out", type=Path, default=Path("tl-asymmetry-spectra"), help="folder for result and report")
+    parser.add_argument("base", metavar="BASE", type=as_model, help="hub name or local folder; read, not loaded")
+    parser.add_argument("aligned", metavar="ALIGNED", type=as_model, help="the same, or a .safetensors file or a LoRA adapter")
+    parser.add_argument("--out", type=as_path, default=Path("tl-asymmetry-spectra"), help="folder for result and report")
     parser.add_argument("--matrices", nargs="+", help="which; all unless given")
     parser.add_argument("--ranks", type=int, nargs="+", help="numbers of leading singular vectors")
     parser.add_argument("--seed", type=int, default=0, help="of the deltas at random orientation")
@@ -30,6 +32,8 @@ def run_spectra(options: argparse.Namespace) -> SpectralAnalysis:
     Raises:
         ValueError: what `analyze_spectra` refuses.
     """
+    from tl_asymmetry import analyze_spectra
+
     return analyze_spectra(
         options.base, options.aligned, matrices=options.matrices, ranks=options.ranks, seed=options.seed
     )

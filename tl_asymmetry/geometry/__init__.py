@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as below
         participation_ratio,
         stable_rank,
     )
-    from tl_asymmetry.geometry.subspace import Subspace, principal_subspace, random_subspace
+    from tl_asymmetry.geometry.subspace import Subspace, as_subspace, principal_subspace, random_subspace
     from tl_asymmetry.models.capture import capture_moments
     from tl_asymmetry.models.prediction import prediction_subspace
 
@@ -31,7 +31,7 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         # subspaces and what lies in them
-        "geometry.subspace": ["Subspace", "principal_subspace", "random_subspace"],
+        "geometry.subspace": ["Subspace", "as_subspace", "principal_subspace", "random_subspace"],
         "geometry.fraction": ["energy_profile", "subspace_fraction"],
         "geometry.nonnegative": ["SemiNMF", "semi_nmf"],
         "geometry.rolling_svd": ["RollingSVD", "RollingSVDs"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -39,6 +40,9 @@ class Subspace:
     """How tables and plots call it."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.basis, Tensor) or self.basis.ndim != 2:
+            got = list(self.basis.shape) if isinstance(self.basis, Tensor) else type(self.basis).__name__
+            raise ValueError(f"expected a basis [d, k], got {got}; pass as_subspace(vector) for directions")
         d, k = self.basis.shape
         if k > d:
             raise ValueError(f"expected at most {d} columns in R^{d}, got {k}; pass the basis as [d, k]")
@@ -115,6 +119,45 @@ class Subspace:
             raise ValueError(f"expected two subspaces of R^{self.d}, got one of R^{other.d}; pass bases of one model")
         Q1 = self.basis.double()
         return torch.linalg.svdvals(Q1.mT @ other.basis.to(Q1))
+
+
+def as_subspace(given: Any, d: int, *, name: str = "") -> Subspace:
+    """Directions in whatever form, as a subspace of R^d: what they span, at their own number.
+
+    Args:
+        given: a `Subspace`, a vector `[d]`, a matrix `[d, k]` with directions as columns, or a list of vectors. They
+            need be neither of unit length nor orthogonal; unless a `Subspace` says so, none comes before another.
+        d: the dimension of the space.
+        name: how tables call it.
+
+    Raises:
+        ValueError: another dimension, numbers that are not finite, directions that depend on each other.
+
+    Example:
+        >>> as_subspace([torch.tensor([1.0, 1.0, 0.0]), torch.tensor([0.0, 2.0, 0.0])], 3, name="mine")
+        Subspace(mine: 2 of 3 dimensions, no eigenvalues)
+    """
+    what = f"{name!r} as directions" if name else "directions"
+    if not isinstance(given, Subspace):
+        try:
+            vectors = given if hasattr(given, "shape") else torch.stack([torch.as_tensor(v) for v in given], -1)
+            matrix = torch.as_tensor(vectors).detach().cpu().double()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"expected {what} [{d}], [{d}, k] or a list of vectors, got {type(given).__name__}; pass a tensor"
+            ) from error
+        matrix = matrix.unsqueeze(-1) if matrix.ndim == 1 else matrix
+        if matrix.ndim != 2 or len(matrix) != d or not 1 <= matrix.shape[1] <= d:
+            raise ValueError(f"expected {what} [{d}, k] in columns, got {list(matrix.shape)}; pass them so")
+        if not bool(matrix.isfinite().all()):
+            raise ValueError(f"expected {what} that are finite, got NaN or infinity; pass sound ones")
+        σ = torch.linalg.svdvals(matrix / matrix.norm(dim=0).clamp_min(torch.finfo(matrix.dtype).tiny))
+        if not bool(σ[-1] > 1e-6):
+            raise ValueError(f"expected {what} independent of each other and not zero, got others; pass fewer")
+        return Subspace(torch.linalg.qr(matrix).Q, None, name)
+    if given.d != d:
+        raise ValueError(f"expected {what} in R^{d}, got a subspace of R^{given.d}; pass bases of this model")
+    return given
 
 
 def existing_directions(eigenvalues: Float[Tensor, " d"]) -> int:

@@ -6,7 +6,8 @@ carry.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -311,13 +312,15 @@ def check_tokenizers(base: ModelView, aligned: Weights, read: Collection[int] | 
 
 
 def check_ranks(ranks: Any, d: int) -> tuple[int, ...]:
-    """The distinct ranks in rising order; refuses what is no list of integers from 1 to d - 1."""
-    if isinstance(ranks, (str, bytes, int)) or not list(ranks):
+    """The distinct ranks in rising order; refuses what is no integer from 1 to d - 1, or a list of them."""
+    listed = [ranks] if isinstance(ranks, Real) and not isinstance(ranks, bool) else ranks
+    listed = list(listed) if isinstance(listed, Iterable) and not isinstance(listed, str | bytes) else []
+    if not listed:
         raise ValueError(f"expected a list of ranks, got {ranks!r}; pass ranks=[1, 4, 16] or leave it out")
-    for rank in ranks:
-        if isinstance(rank, bool) or int(rank) != rank or not 0 < rank < d:
+    for rank in listed:
+        if isinstance(rank, bool) or not isinstance(rank, Real) or int(rank) != rank or not 0 < rank < d:
             raise ValueError(f"expected ranks from 1 to {d - 1} (d_model - 1), got {rank!r}; pass such ranks")
-    return tuple(sorted({int(rank) for rank in ranks}))
+    return tuple(sorted({int(rank) for rank in listed}))
 
 
 def check_token_count(count: int, ranks: Sequence[int]) -> None:

@@ -81,7 +81,9 @@ def asymmetry_table(numbers: Measurements) -> pd.DataFrame:
     if any(key not in numbers.held for key in needed):
         return pd.DataFrame(columns=columns)
     frames = []
-    for column in range(min(len(numbers.ranks_of(*key)) for key in needed)):
+    for column, rank in enumerate(min((numbers.ranks_of(*key) for key in needed), key=len)):
+        if not all(rank in numbers.layout.measured[subspace] for _, subspace in needed):
+            continue
         W_Q, W_K, W_O = (_side(numbers, key, column) for key in needed)
         layer_write = W_O.pooled()
         if WRITE_SIDE[1] in numbers.held:

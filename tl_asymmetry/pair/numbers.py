@@ -37,13 +37,15 @@ class Layout:
     """For each matrix, in order, the subspaces it is held against."""
     ranks: tuple[int, ...]
     """Ascending; a subspace with fewer directions has the first of them."""
+    measured: Mapping[str, tuple[int, ...]]
+    """For each subspace those ranks that tables show."""
 
     @classmethod
     def of(cls, view: ModelView, plan: Plan) -> Layout:
         """Of an analysis that begins."""
         headed = {matrix: view.heads(matrix) is not None for matrix in plan.matrices}
         targets = {matrix: plan.targets[matrix] for matrix in plan.matrices}
-        return cls(view.d_model, view.n_layers, view.n_heads, headed, targets, plan.ranks)
+        return cls(view.d_model, view.n_layers, view.n_heads, headed, targets, plan.ranks, plan.measured)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from tl_asymmetry.geometry.jackknife import MINIMUM_GROUPS
 from tl_asymmetry.geometry.moments import StreamingMoments
-from tl_asymmetry.geometry.subspace import Subspace
+from tl_asymmetry.geometry.subspace import Subspace, as_subspace
 from tl_asymmetry.models.capture import Capture, Site, balanced_groups, merged
 from tl_asymmetry.models.checks import check_ranks, check_token_count
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.names import kind_of
+from tl_asymmetry.names import kind_of, nearest
 from tl_asymmetry.notes import Notes
 from tl_asymmetry.settings import PairSettings
 
@@ -31,7 +31,10 @@ class Plan:
     matrices: tuple[str, ...]
     """In canonical order."""
     ranks: tuple[int, ...]
-    """Ascending."""
+    """Ascending: those asked for, and the sizes of given subspaces."""
+    measured: Mapping[str, tuple[int, ...]]
+    """For each subspace the ranks it is measured at: of a given one its own size, and below it only where it has
+    eigenvalues, since otherwise none of its directions comes before another."""
     subspaces: tuple[str, ...]
     """All names in use."""
     targets: Mapping[str, tuple[str, ...]]
@@ -48,6 +51,7 @@ class Plan:
         return {
             "matrices": list(self.matrices),
             "ranks": list(self.ranks),
+            "measured": {name: list(ranks) for name, ranks in self.measured.items()},
             "shown_rank": self.shown_rank,
             "subspaces": {matrix: list(names) for matrix, names in self.targets.items()},
         }
@@ -105,22 +109,24 @@ def make_plan(view: ModelView, settings: PairSettings, sequences: Sequence[Tenso
             another dimension or too small for every rank.
     """
     d, subspaces = view.d_model, settings.subspaces
-    checked_ranks = check_ranks(default_ranks(d) if settings.ranks is None else settings.ranks, d)
+    asked = check_ranks(default_ranks(d) if settings.ranks is None else settings.ranks, d)
     chosen = chosen_matrices(view, settings.matrices)
-    given = _given(subspaces, view, min(checked_ranks)) if isinstance(subspaces, Mapping) else {}
-    names = _subspace_names(view, subspaces)
+    names, given = _chosen_subspaces(view, subspaces)
+    if given and len(given) == len(names):
+        notes.add("only own subspaces are measured: for the default ones beside them pass their names as well")
     targets = {m: _default_targets(m, view) if subspaces is None else names for m in chosen}
     used = tuple(dict.fromkeys(name for matrix in chosen for name in targets[matrix]))
     inputs = [kind_of(m).point for m in chosen if kind_of(m).reads]
     points = dict.fromkeys([*inputs, *(name for name in used if name in STREAM_SUBSPACES and name not in given)])
-    everywhere = [k for k in checked_ranks if all(k <= layers[0].rank for layers in given.values())]
-    for name, layers in given.items():
-        if layers[0].rank < checked_ranks[-1]:
-            notes.warn(f"ranks above {layers[0].rank} are left out for {name!r}, which has no more directions")
-    check_token_count(counted_tokens(sequences, settings), checked_ranks)
+    measured = {name: _own_ranks(given[name], asked) if name in given else asked for name in used}
+    ranks = tuple(sorted({k for own in measured.values() for k in own}))
+    everywhere = [k for k in ranks if all(k in own for own in measured.values())] or asked
+    if points:
+        check_token_count(counted_tokens(sequences, settings), asked)
     return Plan(
         matrices=chosen,
-        ranks=checked_ranks,
+        ranks=ranks,
+        measured=measured,
         subspaces=used,
         targets=targets,
         given=given,
@@ -158,65 +164,87 @@ def default_ranks(d: int) -> tuple[int, ...]:
     return tuple(sorted({k for k in (1, 4, 16, 64, d // 16, d // 4) if 0 < k < d}))
 
 
-def chosen_matrices(view: ModelView, matrices: Sequence[str] | None) -> tuple[str, ...]:
-    """The matrices asked for, all by default, in canonical order.
+def chosen_matrices(view: ModelView, matrices: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The matrices asked for, one or several, all by default, in canonical order.
 
     Raises:
         ValueError: one that the model does not have.
     """
     if matrices is None:
         return view.matrices
-    unknown = [matrix for matrix in matrices if matrix not in view.matrices]
-    if unknown or not matrices or isinstance(matrices, str):
+    listed = [matrices] if isinstance(matrices, str) else list(matrices) if isinstance(matrices, Iterable) else []
+    unknown = [matrix for matrix in listed if matrix not in view.matrices]
+    if unknown or not listed:
+        what = nearest(unknown[0], view.matrices) if unknown else "one or several of these"
         raise ValueError(
-            f"expected matrices among {', '.join(view.matrices)}, got {matrices!r}; pass a list of those the model has"
+            f"expected matrices among {', '.join(view.matrices)}, got {unknown[0] if unknown else matrices!r}; pass "
+            f"{what}"
         )
-    return tuple(matrix for matrix in view.matrices if matrix in matrices)
+    return tuple(matrix for matrix in view.matrices if matrix in listed)
 
 
-def _subspace_names(
-    view: ModelView, subspaces: Sequence[str] | Mapping[str, Subspace | Sequence[Subspace]] | None
-) -> tuple[str, ...]:
+def _chosen_subspaces(view: ModelView, subspaces: Any) -> tuple[tuple[str, ...], dict[str, list[Subspace]]]:
+    """The names of what is measured, and those subspaces among them that were given, one for each layer."""
     if subspaces is None:
-        return ()
-    if isinstance(subspaces, Mapping):
-        if not subspaces:
-            raise ValueError("expected at least one subspace, got an empty mapping; leave it out for the default")
-        return tuple(subspaces)
+        return (), {}
     available = [*(point for point in STREAM_SUBSPACES if view.has_point(point)), "prediction"]
-    unknown = [name for name in subspaces if name not in available]
-    if unknown or not subspaces or isinstance(subspaces, str):
-        raise ValueError(
-            f"expected subspaces among {', '.join(available)}, got {subspaces!r}; pass a list of those the model has, "
-            "or a mapping from names to Subspace"
-        )
-    return tuple(dict.fromkeys(subspaces))
-
-
-def _given(
-    subspaces: Mapping[str, Subspace | Sequence[Subspace]], view: ModelView, smallest: int
-) -> dict[str, list[Subspace]]:
-    given = {}
-    for name, value in subspaces.items():
-        layers = [value] * view.n_layers if isinstance(value, Subspace) else list(value)
-        if len(layers) != view.n_layers:
+    listed = [subspaces] if isinstance(subspaces, str | Mapping) else subspaces
+    if not isinstance(listed, Iterable) or isinstance(listed, Tensor):
+        listed = []
+    names: list[str] = []
+    given: dict[str, list[Subspace]] = {}
+    for entry in listed:
+        if isinstance(entry, Mapping):
+            names += list(entry)
+            given |= {name: _of_every_layer(name, value, view) for name, value in entry.items()}
+        elif entry in available:
+            names.append(entry)
+        else:
             raise ValueError(
-                f"expected a Subspace, or {view.n_layers} of them, for {name!r}, got {len(layers)}; pass one per layer"
+                f"expected subspaces among {', '.join(available)}, got {entry!r}; pass {nearest(entry, available)} or "
+                'a mapping from names to your own directions, such as {"refusal": vector}'
             )
-        if len({subspace.rank for subspace in layers}) > 1:
-            raise ValueError(f"expected subspaces of one rank for {name!r}, got several; pass them truncated")
-        for subspace in layers:
-            if subspace.d != view.d_model:
-                raise ValueError(
-                    f"expected subspaces of R^{view.d_model}, got {name!r} in R^{subspace.d}; pass bases [d_model, k]"
-                )
-            if subspace.rank < smallest:
-                raise ValueError(
-                    f"expected {name!r} to have rank {smallest} at least (the smallest of ranks), got {subspace.rank}; "
-                    "pass smaller ranks"
-                )
-        given[name] = layers
-    return given
+    if not names:
+        raise ValueError(
+            f"expected at least one subspace among {', '.join(available)}, got {subspaces!r}; leave it out for the "
+            "default"
+        )
+    return tuple(dict.fromkeys(names)), given
+
+
+def _of_every_layer(name: Any, value: Any, view: ModelView) -> list[Subspace]:
+    """Own directions, the same in every layer or one list, matrix or `Subspace` for each."""
+    if not isinstance(name, str) or name in (*STREAM_SUBSPACES, "prediction"):
+        raise ValueError(
+            f"expected own subspaces under names of their own, got {name!r}, which is "
+            f"{'the name of a built-in one' if isinstance(name, str) else 'none'}; pass another name"
+        )
+    by_layer = not isinstance(value, Subspace) and not hasattr(value, "ndim") and _is_by_layer(value)
+    if by_layer and len(value) != view.n_layers:
+        raise ValueError(
+            f"expected one subspace, or {view.n_layers} of them, for {name!r}, got {len(value)}; pass one per layer"
+        )
+    layers = [as_subspace(one, view.d_model, name=name) for one in (value if by_layer else [value])]
+    if len({subspace.rank for subspace in layers}) > 1:
+        raise ValueError(f"expected subspaces of one rank for {name!r}, got several; pass them truncated")
+    if layers[0].rank >= view.d_model and layers[0].eigenvalues is None:
+        raise ValueError(
+            f"expected fewer than {view.d_model} directions for {name!r}, got all of them in no order; pass fewer, or "
+            "a Subspace with eigenvalues"
+        )
+    return layers if by_layer else layers * view.n_layers
+
+
+def _is_by_layer(values: Any) -> bool:
+    """Whether a list holds a subspace for each layer rather than the directions of one."""
+    return isinstance(values, Iterable) and any(isinstance(v, Subspace) or getattr(v, "ndim", 1) == 2 for v in values)
+
+
+def _own_ranks(layers: Sequence[Subspace], asked: Sequence[int]) -> tuple[int, ...]:
+    """The ranks a given subspace is measured at."""
+    size, d = layers[0].rank, layers[0].d
+    ordered = all(subspace.eigenvalues is not None for subspace in layers)
+    return tuple(sorted({k for k in asked if k < size and ordered} | ({size} if size < d else set())))
 
 
 def _default_targets(matrix: str, view: ModelView) -> tuple[str, ...]:

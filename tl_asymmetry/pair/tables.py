@@ -70,7 +70,8 @@ def pair_tables(numbers: Measurements, *, seed: int) -> PairTables:
     blocks = [
         _block(numbers, matrix, subspace, column, null=null)
         for matrix, subspace in numbers.held
-        for column in range(len(numbers.ranks_of(matrix, subspace)))
+        for column, rank in enumerate(numbers.ranks_of(matrix, subspace))
+        if rank in numbers.layout.measured[subspace]
     ]
     order = {matrix: i for i, matrix in enumerate(numbers.deltas)}
 

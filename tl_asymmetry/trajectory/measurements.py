@@ -304,4 +304,5 @@ def _pooled(numbers: Measurements, matrices: Sequence[str], subspace: str) -> li
             "delta_relative_norm": relative_norm,
         }
         for i, k in enumerate(ranks)
+        if k in numbers.layout.measured[subspace]
     ]

@@ -95,6 +95,7 @@ class TrajectoryAnalysis(TrajectoryData):
             headed={matrix: kind_of(matrix).heads is not None for matrix in targets},
             targets={matrix: tuple(names) for matrix, names in targets.items()},
             ranks=tuple(settings["ranks"]),
+            measured={name: tuple(ranks) for name, ranks in settings["measured"].items()},
         )
         spectra: dict[str, list[Tensor]] = {}
 

@@ -154,6 +154,7 @@ class TrajectoryRun:
             "shape": shape_record(view),
             "targets": {matrix: list(names) for matrix, names in plan.targets.items()},
             "ranks": list(plan.ranks),
+            "measured": {name: list(ranks) for name, ranks in plan.measured.items()},
             **described(given=plan.given or None),
             "references": list(self.references),
             "subspaces_from": settings.subspaces_from if fixed is None else {"weights_xxh3": fixed_hash},
