@@ -18,8 +18,12 @@ def add_spectra(commands: Any) -> argparse.ArgumentParser:
         "spectra", help="weights alone: the change in the base's own singular frame"
     )
     parser.add_argument("base", metavar="BASE", type=as_model, help="hub name or local folder; read, not loaded")
-    parser.add_argument("aligned", metavar="ALIGNED", type=as_model, help="the same, or a .safetensors file or a LoRA adapter")
-    parser.add_argument("--out", type=as_path, default=Path("tl-asymmetry-spectra"), help="folder for result and report")
+    parser.add_argument(
+        "aligned", metavar="ALIGNED", type=as_model, help="the same, a .safetensors file or a LoRA adapter"
+    )
+    parser.add_argument(
+        "--out", type=as_path, default=Path("tl-asymmetry-spectra"), help="folder for result and report"
+    )
     parser.add_argument("--matrices", nargs="+", help="which; all unless given")
     parser.add_argument("--ranks", type=int, nargs="+", help="numbers of leading singular vectors")
     parser.add_argument("--seed", type=int, default=0, help="of the deltas at random orientation")
