@@ -49,7 +49,7 @@ def ledger(gram: Float64[Tensor, "*item stage stage"]) -> Ledger:
     with_later = (gram * after).sum(-1)
     later = torch.einsum("...ij,...jk,...ik->...i", after, gram, after)
     beside = (later - with_later.square() / own).clamp(min=0)
-    return Ledger(gram.sum(-1) / own, (-with_later).clamp(min=0) / own, (beside / own).sqrt())
+    return Ledger(gram.sum(-1) / own, (-with_later).clamp(min=0).abs() / own, (beside / own).sqrt())
 
 
 def cosine_spread(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
@@ -171,11 +172,16 @@ class StageAnalysis(Result):
             noise = self.table[self.table["stage"] == row["stage"]]
             floor = (noise["rounding"] * noise["norm"] ** 2).sum() / (noise["norm"] ** 2).sum()
             rounding = f" (storage noise alone lowers that by {floor:.1%})" if floor >= 0.001 else ""
+            back = f"took {row['undone']:.1%} of it back" if row["undone"] > 0 else "took none of it back"
             sentences.append(
-                f"Of {row['stage']} the whole way to {stages[-1]} keeps {row['kept']:.1%}{rounding}; later stages took "
-                f"{row['undone']:.1%} of it back and went {row['turned']:.2g} times as far beside it."
+                f"Of {row['stage']} the whole way to {stages[-1]} keeps {row['kept']:.1%}{rounding}"
+                f"{', since later ones went on along it' if row['kept'] > 1 else ''}; later stages {back} and went "
+                f"{row['turned']:.2g} times as far beside it."
             )
+        consecutive = set(pairwise(stages))
         for row in self.predictions.to_dict("records"):
+            if (row["first"], row["second"]) not in consecutive:
+                continue
             sentences.append(f"{row['first']} and {row['second']} predict {row['kl']:.3g} nats apart.")
         return sentences
 
