@@ -15,7 +15,7 @@ from tl_asymmetry.geometry.lanczos import largest_eigenvalue
 from tl_asymmetry.geometry.precision import exact_products, with_fresh_settings
 from tl_asymmetry.grokking.model import GrokTransformer
 from tl_asymmetry.models.parameters import ParameterVector, attention_weights
-from tl_asymmetry.models.running import evaluation, own_thread
+from tl_asymmetry.models.running import evaluation, hooked
 from tl_asymmetry.models.view import ModelView
 
 CENTROIDS = ("logit", "sum", "attention")
@@ -237,20 +237,13 @@ class CentroidProblem:
         seen: list[Tensor] = []
         written: list[Tensor] = []
         layer = 0 if self.layer is None else self.layer
-        handles = []
-        if self.layer is not None:
-            attention: nn.Module = self.view.model.blocks[layer].attn
 
-            def keep(_: nn.Module, __: Any, output: Any) -> None:
-                written.append(output[0] if isinstance(output, tuple) else output)
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            written.append(output[0] if isinstance(output, tuple) else output)
 
-            handles.append(attention.register_forward_hook(own_thread(keep)))
-        try:
-            with self.view.hooks({("resid_pre", layer): seen.append}):
-                logits = self.view.run(tokens, logits=self.layer is None)
-        finally:
-            for handle in handles:
-                handle.remove()
+        hooks = [] if self.layer is None else [(self.view.model.blocks[layer].attn, "output", keep)]
+        with self.view.hooks({("resid_pre", layer): seen.append}), hooked(hooks):
+            logits = self.view.run(tokens, logits=self.layer is None)
         if self.layer is not None:
             return _Graph(written[0][:, self.position].sum(), seen[0])
         assert logits is not None  # asked for

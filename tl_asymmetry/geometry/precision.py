@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+from tl_asymmetry.interrupts import temporarily
 
 P = ParamSpec("P")
 ResultT = TypeVar("ResultT")
@@ -59,27 +61,32 @@ def fresh_settings() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _full_products() -> Iterator[None]:
+def _full_products() -> AbstractContextManager[None]:
     backends: tuple[Any, ...] = (getattr(torch.backends.mkldnn, "matmul", None), torch.backends.cuda.matmul)
-    own: list[str] = []
-    try:
-        before = torch.get_float32_matmul_precision()
-    except RuntimeError:
-        # torch ≥ 2.9 will not name one precision where a backend was given its own (`fp32_precision`): put these aside.
-        own = [backend.fp32_precision for backend in backends]
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        before = torch.get_float32_matmul_precision()
-    if before != "highest":
-        torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        if before != "highest":
-            torch.set_float32_matmul_precision(before)
-        for backend, precision in zip(backends, own, strict=False):
+    own: list[tuple[Any, str]] = []
+    before: list[str] = []
+
+    def enter() -> None:
+        try:
+            before.append(torch.get_float32_matmul_precision())
+        except RuntimeError:
+            # torch ≥ 2.9 will not name one precision where a backend was given its own (`fp32_precision`): put these
+            # aside.
+            own.extend([(backend, backend.fp32_precision) for backend in backends])
+            for backend in backends:
+                backend.fp32_precision = "ieee"
+            before.append(torch.get_float32_matmul_precision())
+        if before != ["highest"]:
+            torch.set_float32_matmul_precision("highest")
+
+    def leave() -> None:
+        for precision in before:
+            if precision != "highest":
+                torch.set_float32_matmul_precision(precision)
+        for backend, precision in own:
             backend.fp32_precision = precision
+
+    return temporarily(enter, leave)
 
 
 def product_dtype(*tensors: Tensor) -> torch.dtype:

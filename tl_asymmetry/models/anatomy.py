@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tl_asymmetry.models.running import hooked
 from tl_asymmetry.models.sites import Site
 
 _PROPORTIONAL = 1e-3
@@ -118,15 +119,9 @@ def seen_in(blocks: Sequence[nn.Module]) -> Iterator[dict[Any, Tensor]]:
     def leaving(module: nn.Module, _: Any, output: Any) -> None:
         keep(module, "output", output)
 
-    handles: list[Any] = []
-    try:
-        for module in {id(m): m for block in blocks for m in block.modules()}.values():
-            handles.append(module.register_forward_pre_hook(entering, with_kwargs=True))
-            handles.append(module.register_forward_hook(leaving))
+    modules = {id(m): m for block in blocks for m in block.modules()}.values()
+    with hooked([hook for m in modules for hook in ((m, "input", entering), (m, "output", leaving))]):
         yield kept
-    finally:
-        for handle in handles:
-            handle.remove()
     shape = kept[blocks[0], "input"].shape
     fitting = {key: x.reshape(shape) for key, x in kept.items() if x.numel() == shape.numel()}
     kept.clear()

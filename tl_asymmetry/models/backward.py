@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_asymmetry.models.graphs import frozen
-from tl_asymmetry.models.running import own_thread
+from tl_asymmetry.models.running import hooked
 from tl_asymmetry.models.view import ModelView, Projection, Reader, first_tensor
 from tl_asymmetry.names import kind_of
 
@@ -92,17 +92,11 @@ def outer_products(view: ModelView, sites: Sequence[Outer], reader: OuterReader)
     points: dict[tuple[str, int], Reader] = {
         point: partial(_keep, inputs, point) for point in ((kind_of(matrix).point, layer) for layer, matrix in sites)
     }
-    handles: list[Any] = []
-    try:
-        with frozen(view), view.hooks(points), torch.enable_grad():
-            handles.append(_start(view, backward))
-            for site in sites:
-                watch = partial(_watch, view, backward, inputs, site, reader)
-                handles.append(_projection(view, *site)[0].register_forward_hook(own_thread(watch)))
-            yield backward
-    finally:
-        for handle in handles:
-            handle.remove()
+    products = [
+        (_projection(view, *site)[0], "output", partial(_watch, view, backward, inputs, site, reader)) for site in sites
+    ]
+    with frozen(view), view.hooks(points), hooked([_start(view, backward), *products]), torch.enable_grad():
+        yield backward
 
 
 def check_differentiable(view: ModelView) -> None:
@@ -129,7 +123,7 @@ def _keep(inputs: dict[tuple[str, int], Tensor], key: tuple[str, int], x: Tensor
         inputs[key] = x.detach()
 
 
-def _start(view: ModelView, backward: Backward) -> Any:
+def _start(view: ModelView, backward: Backward) -> tuple[nn.Module, str, Callable[..., Any]]:
     """Cut the graph off below the first block, and begin it anew: out of place, so that nobody's tensor changes."""
     module, side = view.module_at("resid_pre", 0)
 
@@ -147,9 +141,7 @@ def _start(view: ModelView, backward: Backward) -> Any:
         x = begin(first_tensor(args, kwargs))
         return (args, {**kwargs, "hidden_states": x}) if "hidden_states" in kwargs else ((x, *args[1:]), kwargs)
 
-    if side == "output":
-        return module.register_forward_hook(own_thread(at_output))
-    return module.register_forward_pre_hook(own_thread(at_input), with_kwargs=True)
+    return module, side, at_output if side == "output" else at_input
 
 
 def _projection(view: ModelView, layer: int, matrix: str) -> Projection:

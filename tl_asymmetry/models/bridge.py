@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from tl_asymmetry.models.running import own_thread
+from tl_asymmetry.models.running import hooked
 from tl_asymmetry.names import kind_of
 
 _SUBMODULE = {"W_Q": "q", "W_K": "k", "W_V": "v", "W_O": "o", "W_in": "in", "W_gate": "gate", "W_out": "out"}
@@ -203,17 +204,13 @@ class BridgeAdapter:
     def run(self, tokens: Tensor, logits: bool, layers: int) -> Tensor | None:
         # without use_cache=False the Hugging Face model keeps the keys and values of every layer
         options = {"use_cache": False} if self._takes_use_cache else {}
-        handles = [block.attn.register_forward_hook(own_thread(_forget_pattern)) for block in self.blocks]
+        hooks: list[Any] = [(block.attn, "output", _forget_pattern) for block in self.blocks]
         if not logits:
             # stop_at_layer stops before a block, so it cannot leave out what follows the last one
-            handles.append(self.blocks[layers - 1].register_forward_hook(own_thread(_stop)))
-        try:
+            hooks.append((self.blocks[layers - 1], "output", _stop))
+        with hooked(hooks), suppress(_Stopped):
             return self.model(tokens, return_type="logits" if logits else None, **options)
-        except _Stopped:
-            return None
-        finally:
-            for handle in handles:
-                handle.remove()
+        return None
 
     def run_block(self, layer: int, *args: Any, **kwargs: Any) -> Any:
         try:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_asymmetry.interrupts import temporarily
 from tl_asymmetry.models.view import ModelView, Slot
 from tl_asymmetry.names import MATRICES, kind_of
 
@@ -308,21 +309,20 @@ def apply_edits(model: Any, edits: HeadEdit | Sequence[HeadEdit]) -> AbstractCon
     view = model if isinstance(model, ModelView) else ModelView(model)
     places = [_place(view, edit) for edit in _listed(edits)]
 
-    # A generator, since an interrupt between entering and the block's first line leaves it to be closed, and so undone.
-    @contextmanager
-    def in_force() -> Iterator[None]:
-        saved: dict[int, tuple[_Place, Tensor]] = {}
-        try:
-            for place in (place.as_it_lies(view) for place in places):
-                if place.address not in saved:
-                    saved[place.address] = place, place.weights.clone(memory_format=torch.contiguous_format)
-                place.edit.put_into(place.weights)
-            yield
-        finally:
-            for place, original in saved.values():
-                place.as_it_lies(view).weights.copy_(original)
+    saved: dict[int, tuple[_Place, Tensor]] = {}
 
-    return in_force()
+    def put() -> None:
+        for place in (place.as_it_lies(view) for place in places):
+            if place.address not in saved:
+                saved[place.address] = place, place.weights.clone(memory_format=torch.contiguous_format)
+            place.edit.put_into(place.weights)
+
+    def take() -> None:
+        for address, (place, original) in list(saved.items()):
+            place.as_it_lies(view).weights.copy_(original)
+            del saved[address]
+
+    return temporarily(put, take)
 
 
 def commit_edits(model: Any, edits: HeadEdit | Sequence[HeadEdit]) -> None:

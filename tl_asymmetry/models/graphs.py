@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tl_asymmetry.models.running import own_thread
+from tl_asymmetry.interrupts import temporarily
+from tl_asymmetry.models.running import hooked
 from tl_asymmetry.models.view import ModelView
 
 Side = tuple[nn.Module, str]
@@ -55,8 +56,7 @@ def place(view: ModelView, layer: int, name: str) -> Side | None:
     return (module, "output") if isinstance(module, nn.Module) else None
 
 
-@contextmanager
-def edited(edits: Mapping[Side, Edit]) -> Iterator[None]:
+def edited(edits: Mapping[Side, Edit]) -> AbstractContextManager[None]:
     """Inside, each function sees its tensor in every forward pass; what it returns, if anything, takes its place."""
 
     def on_input(edit: Edit) -> Callable[..., Any]:
@@ -79,33 +79,26 @@ def edited(edits: Mapping[Side, Edit]) -> Iterator[None]:
 
         return see
 
-    handles: list[Any] = []
-    try:
-        for (module, side), edit in edits.items():
-            if side == "input":
-                handles.append(module.register_forward_pre_hook(own_thread(on_input(edit)), with_kwargs=True))
-            else:
-                handles.append(module.register_forward_hook(own_thread(on_output(edit))))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    seen = {"input": on_input, "output": on_output}
+    return hooked([(module, side, seen[side](edit)) for (module, side), edit in edits.items()])
 
 
-@contextmanager
-def frozen(view: ModelView) -> Iterator[None]:
+def frozen(view: ModelView) -> AbstractContextManager[None]:
     """No parameter asks for a gradient inside: graphs hold activations alone. Afterwards each is as it was."""
     parameters = {
         id(p): p for module in view._adapter.all_modules() for p in module._parameters.values() if p is not None
     }
     before = [(p, p.requires_grad) for p in parameters.values()]
-    try:
+
+    def freeze() -> None:
         for p, _ in before:
             p.requires_grad_(False)
-        yield
-    finally:
+
+    def thaw() -> None:
         for p, needed in before:
             p.requires_grad_(needed)
+
+    return temporarily(freeze, thaw)
 
 
 class _Reached(Exception):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from tl_asymmetry.models.anatomy import Anatomy, layer_anatomy, norm_gain, seen_in, sees_later_tokens, subtracts_mean
 from tl_asymmetry.models.bridge import BridgeAdapter
-from tl_asymmetry.models.running import evaluation
+from tl_asymmetry.models.running import evaluation, hooked
 from tl_asymmetry.models.sites import WRAPPED, Site, layer_sites, linear_maps
 from tl_asymmetry.names import MATRICES
 
@@ -298,13 +299,8 @@ class HuggingFaceAdapter:
         options: dict[str, Any] = {"use_cache": False} if self._takes_use_cache else {}
         if logits:
             return self.inner(input_ids=tokens, **options).logits
-        handle = self.blocks[layers - 1].register_forward_hook(_stop)
-        try:
+        with hooked([(self.blocks[layers - 1], "output", _stop)]), suppress(_Stopped):
             self.inner(input_ids=tokens, **options)
-        except _Stopped:
-            pass
-        finally:
-            handle.remove()
         return None
 
     def run_block(self, layer: int, *args: Any, **kwargs: Any) -> Any:
@@ -356,14 +352,13 @@ class HuggingFaceAdapter:
 
     def _last_stream(self, tokens: Tensor) -> Tensor:
         kept: list[Tensor] = []
-        handle = self.blocks[-1].register_forward_hook(
-            lambda _module, _args, out: kept.append(out[0] if isinstance(out, tuple | list) else out)
-        )
-        try:
-            with torch.no_grad(), evaluation(self.model, self.all_modules()):
-                self.run(tokens, False, len(self.blocks))
-        finally:
-            handle.remove()
+
+        def keep(_: nn.Module, __: Any, out: Any) -> None:
+            kept.append(out[0] if isinstance(out, tuple | list) else out)
+
+        last = (self.blocks[-1], "output", keep)
+        with torch.no_grad(), evaluation(self.model, self.all_modules()), hooked([last]):
+            self.run(tokens, False, len(self.blocks))
         return kept[0]
 
     def _probe_tokens(self) -> Tensor:

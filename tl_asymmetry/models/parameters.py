@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tl_asymmetry.interrupts import temporarily
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import ATTENTION
 
@@ -85,25 +86,30 @@ class ParameterVector:
     def differentiable(self) -> Iterator[None]:
         """Gradients on for every parameter of the model, each one's `requires_grad` and `.grad` as before after."""
         before = [(p, p.requires_grad, p.grad) for p in self.module.parameters()]
-        try:
-            with torch.inference_mode(False), torch.enable_grad():
-                for parameter, _, _ in before:
-                    parameter.requires_grad_(True)
-                yield
-        finally:
+
+        def require() -> None:
+            for parameter, _, _ in before:
+                parameter.requires_grad_(True)
+
+        def put_back() -> None:
             for parameter, required, gradient in before:
                 parameter.requires_grad_(required)
                 parameter.grad = gradient
 
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Whatever is done to θ inside, it is bit for bit what it was afterwards."""
-        before = [weight.clone() for weight in self._weights]
-        try:
+        with torch.inference_mode(False), torch.enable_grad(), temporarily(require, put_back):
             yield
-        finally:
-            for weight, saved in zip(self._weights, before, strict=True):
+
+    def restored(self) -> AbstractContextManager[None]:
+        """Whatever is done to θ inside, it is bit for bit what it was afterwards."""
+        before = [(weight, weight.clone()) for weight in self._weights]
+
+        def put_back() -> None:
+            while before:
+                weight, saved = before[-1]
                 weight.copy_(saved)
+                before.pop()
+
+        return temporarily(lambda: None, put_back)
 
     def _images(self) -> dict[int, Tensor]:
         """Zeros for each memory that holds a weight."""

@@ -13,7 +13,7 @@ and the same model, all its blocks handing over what is known, makes them of as 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from itertools import takewhile
 from typing import Any, TypeAlias
@@ -22,8 +22,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tl_asymmetry.interrupts import temporarily
 from tl_asymmetry.models.edits import HeadEdit, apply_edits
-from tl_asymmetry.models.running import own_thread
+from tl_asymmetry.models.running import hooked
 from tl_asymmetry.models.view import ModelView, first_tensor
 
 Trial: TypeAlias = HeadEdit | Sequence[HeadEdit]
@@ -75,19 +76,11 @@ class EditedRuns:
         self._whole = whole
         self._calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._beside: dict[int, tuple[Any, ...] | None] = {}
-        handles = []
-        try:
-            for layer in () if whole else sorted({*layers, view.n_layers - 1}):
-                block = view.blocks[layer]
-                if layer in layers:
-                    handles.append(
-                        block.register_forward_pre_hook(own_thread(self._keep_call(layer)), with_kwargs=True)
-                    )
-                handles.append(block.register_forward_hook(own_thread(self._keep_output(layer))))
+        kept = () if whole else sorted({*layers, view.n_layers - 1})
+        calls = [(view.blocks[layer], "input", self._keep_call(layer)) for layer in kept if layer in layers]
+        outputs = [(view.blocks[layer], "output", self._keep_output(layer)) for layer in kept]
+        with hooked([*calls, *outputs]):
             self.final = self._run(self.tokens)[0]
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def under(self, trials: Sequence[Trial]) -> Iterator[Float[Tensor, "trial place width"]]:
         """What `final` is under each trial's edits, in order, as many trials at a time as can be stacked."""
@@ -158,12 +151,8 @@ class EditedRuns:
             assert logits is not None
             return self._at_places(logits, copies)
         seen: list[Tensor] = []
-        see = own_thread(lambda _, __, output: seen.append(_stream(output)))
-        handle = self.view.blocks[-1].register_forward_hook(see)
-        try:
+        with hooked([(self.view.blocks[-1], "output", lambda _, __, output: seen.append(_stream(output)))]):
             self.view.run(tokens)
-        finally:
-            handle.remove()
         return self._at_places(seen[0], copies)
 
     def _at_places(self, streams: Tensor, copies: int) -> Tensor:
@@ -230,19 +219,21 @@ def resumes(view: ModelView, tokens: Int[Tensor, "batch pos"], layers: Sequence[
     return True, ""
 
 
-@contextmanager
-def _instead(blocks: Sequence[nn.Module], functions: Sequence[Callable[..., Any]]) -> Iterator[None]:
+def _instead(blocks: Sequence[nn.Module], functions: Sequence[Callable[..., Any]]) -> AbstractContextManager[None]:
     """Blocks do something else for a while."""
     before = [block.__dict__.get("forward") for block in blocks]
-    try:
+
+    def put() -> None:
         for block, function in zip(blocks, functions, strict=True):
             block.__dict__["forward"] = function
-        yield
-    finally:
+
+    def take() -> None:
         for block, forward in zip(blocks, before, strict=True):
             block.__dict__.pop("forward", None)
             if forward is not None:
                 block.__dict__["forward"] = forward
+
+    return temporarily(put, take)
 
 
 def _stream(output: Any) -> Tensor:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
+
+from tl_asymmetry.interrupts import interrupts_wait, temporarily
 
 HOOK_FLAGS = (
     "use_attn_result", "use_attn_in", "use_split_qkv_input", "use_hook_mlp_in", "ungroup_grouped_query_attention",
@@ -22,7 +24,7 @@ HOOK_FLAGS = (
 class _Mode:
     """What was changed for a model while it is being evaluated, by however many threads."""
 
-    holders: int = 0
+    holders: set[object] = field(default_factory=set)
     training: list[tuple[nn.Module, bool]] = field(default_factory=list)
     flags: list[str] = field(default_factory=list)
 
@@ -31,8 +33,7 @@ _modes: WeakKeyDictionary[nn.Module, _Mode] = WeakKeyDictionary()
 _lock = threading.RLock()
 
 
-@contextmanager
-def evaluation(model: Any, modules: Iterable[nn.Module]) -> Iterator[None]:
+def evaluation(model: Any, modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
     """Evaluation mode (no dropout) and no `HOOK_FLAGS` inside; afterwards, when no thread evaluates it any more, the
     model is as it was.
 
@@ -40,27 +41,33 @@ def evaluation(model: Any, modules: Iterable[nn.Module]) -> Iterator[None]:
         model: a model, of TransformerLens or another.
         modules: all of its modules, those it wraps included.
     """
-    with _lock:
-        mode = _modes.setdefault(model, _Mode())
-        if mode.holders == 0:
-            mode.training = [(module, module.training) for module in modules]
-            mode.flags = [flag for flag in HOOK_FLAGS if getattr(getattr(model, "cfg", None), flag, False)]
-        mode.holders += 1
-    try:
-        for module, _ in mode.training:
-            module.training = False
-        for flag in mode.flags:
-            _switch(model, flag, False)
-        yield
-    finally:
+    me = object()
+
+    def enter() -> None:
         with _lock:
-            mode.holders -= 1
-            if mode.holders == 0:
-                for module, training in mode.training:
-                    module.training = training
-                for flag in mode.flags:
-                    _switch(model, flag, True)
-                del _modes[model]
+            mode = _modes.setdefault(model, _Mode())
+            if not mode.holders:
+                mode.training = [(module, module.training) for module in modules]
+                mode.flags = [flag for flag in HOOK_FLAGS if getattr(getattr(model, "cfg", None), flag, False)]
+            mode.holders.add(me)
+            for module, _ in mode.training:
+                module.training = False
+            for flag in mode.flags:
+                _switch(model, flag, False)
+
+    def leave() -> None:
+        with _lock:
+            mode = _modes.get(model, _Mode())
+            mode.holders.discard(me)
+            if mode.holders:
+                return
+            for module, training in mode.training:
+                module.training = training
+            for flag in mode.flags:
+                _switch(model, flag, True)
+            _modes.pop(model, None)
+
+    return temporarily(enter, leave)
 
 
 def _switch(model: Any, flag: str, on: bool) -> None:
@@ -70,6 +77,29 @@ def _switch(model: Any, flag: str, on: bool) -> None:
         setattr(model.cfg, flag, on)
     else:
         setter(on)
+
+
+def hooked(hooks: Iterable[tuple[nn.Module, str, Callable[..., Any]]]) -> AbstractContextManager[None]:
+    """Hooks for as long as the block lasts, each for passes of this thread alone; no others are touched.
+
+    Args:
+        hooks: module, "input" (called with module, args, kwargs) or "output" (module, args, output), function.
+    """
+    handles: list[Any] = []
+
+    def put() -> None:
+        with interrupts_wait():
+            for module, side, hook in hooks:
+                if side == "input":
+                    handles.append(module.register_forward_pre_hook(own_thread(hook), with_kwargs=True))
+                else:
+                    handles.append(module.register_forward_hook(own_thread(hook)))
+
+    def take() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return temporarily(put, take)
 
 
 def foreign_hooks(modules: Iterable[tuple[str, nn.Module]]) -> list[str]:

@@ -7,7 +7,7 @@ The rest of the package knows a model only through `ModelView`. What differs bet
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from tl_asymmetry.models.encoders import encoder_adapter, is_encoder
 from tl_asymmetry.models.hooked import HookedAdapter
 from tl_asymmetry.models.huggingface import HuggingFaceAdapter, is_regular, is_transformers_model
 from tl_asymmetry.models.readers.hub import public_name
-from tl_asymmetry.models.running import evaluation, foreign_hooks, own_thread
+from tl_asymmetry.models.running import evaluation, foreign_hooks, hooked
 from tl_asymmetry.names import MATRICES, POINTS, kind_of
 
 Reader = Callable[[Tensor], None]
@@ -383,8 +383,7 @@ class ModelView:
             return kind_of(matrix).point
         return "resid_mid" if kind_of(matrix).part == "attn" and self.has_point("resid_mid") else "resid_post"
 
-    @contextmanager
-    def hooks(self, readers: Mapping[tuple[str, int], Reader]) -> Iterator[None]:
+    def hooks(self, readers: Mapping[tuple[str, int], Reader]) -> AbstractContextManager[None]:
         """Show readers the tensors that pass certain points, until the context ends.
 
         A reader gets `[batch, pos, d_model]`, for "z" `[batch, pos, n_heads, d_head]`, for "mlp_post"
@@ -401,27 +400,16 @@ class ModelView:
         """
         leading: dict[int, torch.Size] = {}
         watches = [self._watch(point, layer, reader, leading) for (point, layer), reader in readers.items()]
-        handles: list[Any] = []
-        try:
-            for layer in {layer for _, layer in readers}:
-                handles.append(self._note_leading(layer, leading))
-            for module, side, see in watches:
-                if side == "input":
-                    handles.append(module.register_forward_pre_hook(own_thread(see), with_kwargs=True))
-                else:
-                    handles.append(module.register_forward_hook(own_thread(see)))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        notes = [self._note_leading(layer, leading) for layer in {layer for _, layer in readers}]
+        return hooked([*notes, *watches])
 
-    def _note_leading(self, layer: int, leading: dict[int, torch.Size]) -> Any:
+    def _note_leading(self, layer: int, leading: dict[int, torch.Size]) -> tuple[nn.Module, str, Callable[..., None]]:
         """Note `[batch, pos]` of what comes into a block: some modules inside see the two in one."""
 
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             leading[layer] = first_tensor(args, kwargs).shape[:2]
 
-        return self.blocks[layer].register_forward_pre_hook(note, with_kwargs=True)
+        return self.blocks[layer], "input", note
 
     def _watch(
         self, point: str, layer: int, reader: Reader, leading: Mapping[int, torch.Size]
@@ -510,12 +498,10 @@ class ModelView:
         self._require_layer(layer)
         return self._adapter.run_block(layer, *args, **kwargs)
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> AbstractContextManager[None]:
         """Evaluation mode (no dropout) inside, and none of the options under which tensors pass other hooks
         (`running.HOOK_FLAGS`); afterwards the model is as it was."""
-        with evaluation(self.model, self._adapter.all_modules()):
-            yield
+        return evaluation(self.model, self._adapter.all_modules())
 
     def self_check(self, tokens: Int[Tensor, "batch pos"]) -> float:
         """Verify on a few tokens that each matrix meets its exact input: `q = attn_in @ W_Q + b_Q` and so for all.
@@ -551,7 +537,6 @@ class ModelView:
         }
         inputs: dict[tuple[str, int], Tensor] = {}
         outputs: dict[tuple[int, str], Tensor] = {}
-        handles = []
 
         def keep(store: dict[Any, Tensor], key: Any) -> Callable[..., None]:
             def see(*arguments: Any) -> None:
@@ -563,14 +548,9 @@ class ModelView:
             return see
 
         points = {(kind_of(matrix).point, layer) for layer, matrix in sites}
-        with self.hooks({point: keep(inputs, point) for point in points}):
-            try:
-                for site, (module, _) in sites.items():
-                    handles.append(module.register_forward_hook(own_thread(keep(outputs, site))))
-                self.run(tokens)
-            finally:
-                for handle in handles:
-                    handle.remove()
+        products = [(module, "output", keep(outputs, site)) for site, (module, _) in sites.items()]
+        with self.hooks({point: keep(inputs, point) for point in points}), hooked(products):
+            self.run(tokens)
         for layer, matrix in sites:
             x, y = inputs[kind_of(matrix).point, layer], sites[layer, matrix][1](outputs[layer, matrix])
             W = self._weight(layer, matrix).to(x.dtype)

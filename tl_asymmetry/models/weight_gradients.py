@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_asymmetry.interrupts import temporarily
 from tl_asymmetry.models.view import ModelView
 
 WeightSite = tuple[int, str]
@@ -54,14 +55,17 @@ class WeightGradients:
     def tracked(self) -> Iterator[None]:
         """Record gradients inside, whatever the caller has switched off; each parameter's flag is put back."""
         before = [(parameter, parameter.requires_grad) for parameter in self._parameters.values()]
-        try:
+
+        def require() -> None:
             for parameter, _ in before:
                 parameter.requires_grad_(True)
-            with torch.enable_grad(), torch.autocast(self._view.device.type, enabled=False):
-                yield
-        finally:
+
+        def put_back() -> None:
             for parameter, required in before:
                 parameter.requires_grad_(required)
+
+        with temporarily(require, put_back), torch.enable_grad(), torch.autocast(self._view.device.type, enabled=False):
+            yield
 
     def of(
         self, loss: Float[Tensor, ""], tensors: Sequence[Tensor] = ()

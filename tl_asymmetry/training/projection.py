@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_asymmetry.geometry.rolling_svd import RollingSVD
+from tl_asymmetry.interrupts import temporarily
 
 ARMS = ("none", "keep", "remove", "noise", "zero", "freeze")
 """What may happen to the parameters' gradient; see `GradientProjection`."""
@@ -201,14 +202,18 @@ class GradientProjection:
 
     def _step_without(self) -> None:
         """Step the others: a parameter without a gradient is passed over, weight decay included."""
-        gradients = [p.grad for p in self.parameters]
-        try:
-            for parameter in self.parameters:
+        gradients = [(p, p.grad) for p in self.parameters]
+
+        def hide() -> None:
+            for parameter, _ in gradients:
                 parameter.grad = None
-            self.optimizer.step()
-        finally:
-            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+
+        def show() -> None:
+            for parameter, gradient in gradients:
                 parameter.grad = gradient
+
+        with temporarily(hide, show):
+            self.optimizer.step()
 
 
 def _one_of(what: str, value: Any, allowed: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tl_asymmetry.interrupts import temporarily
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.training.batches import Batch
 from tl_asymmetry.training.objectives import Objective
@@ -66,22 +67,25 @@ def trainable_copy(model: Any) -> Any:
             f"expected float32 or float64 weights to train, got {view.dtype}: small steps would be rounded away; pass "
             "the model loaded with dtype=torch.float32"
         )
-    kept: list[tuple[Any, Any]] = []
-    module: Any
-    for module in view.all_modules():
-        # The Bridge's attention keeps its last pattern with its graph, which cannot be copied.
-        if getattr(module, "_pattern", None) is not None:
-            kept.append((module, module._pattern))
+    modules: list[Any] = list(view.all_modules())
+    # The Bridge's attention keeps its last pattern with its graph, which cannot be copied.
+    kept = [(module, module._pattern) for module in modules if getattr(module, "_pattern", None) is not None]
+
+    def forget() -> None:
+        for module, _ in kept:
             module._pattern = None
+
+    def remember() -> None:
+        for module, pattern in kept:
+            module._pattern = pattern
+
     try:
-        other = copy.deepcopy(model)
+        with temporarily(forget, remember):
+            other = copy.deepcopy(model)
     except RuntimeError as error:  # of a tensor with a graph, which a pass in another thread has just left
         raise ValueError(
             f"expected a model that can be copied, got {error}; pass one that no other thread is running"
         ) from error
-    finally:
-        for module, pattern in kept:
-            module._pattern = pattern
     for parameter in other.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
         parameter.grad = None
