@@ -21,7 +21,7 @@ SHOWN_MAP = """(selector) => {
   const y = Array.from(trace.y), x = Array.from(trace.x);
   const columns = x.slice(1).map((v, j) => j).filter((j) => inside(full.xaxis, (x[j] + x[j + 1]) / 2));
   const z = y.map((v, i) => i).filter((i) => inside(full.yaxis, y[i])).map((i) => columns.map((j) => trace.z[i][j]));
-  const dots = plot._fullData.filter((t) => /^(above|below) the /.test(t.name || "") && t.visible === true);
+  const dots = plot._fullData.filter((t) => /^(above|below) /.test(t.name || "") && t.visible === true);
   const marks = dots.map((t) => plot.querySelectorAll(".trace" + t.uid + " .points path").length);
   return {z, axis: full.xaxis.title.text, title: full.title.text, marks: marks.reduce((a, b) => a + b, 0)};
 }"""

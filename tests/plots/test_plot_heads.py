@@ -200,28 +200,29 @@ def test_every_null_of_the_registry_is_a_value_and_a_line_of_the_hover(table):
     """Figures name no null: what the table of nulls holds is what they show."""
     keys = ["layer", "head", "matrix", "pathway", "subspace", "rank"]
     read = table[table["pathway"] == "read"]
-    nulls = pd.concat(
-        [
-            table[keys].assign(null="isotropic", label="isotropic null", meaning="1 = chance.", applies="every row",
-                               expected=table["rank"] / 64, excess=table["relative"], low=np.nan, high=np.nan,
-                               p=table["isotropic_p"], q=table["isotropic_q"]),
-            read[keys].assign(null="unheard_of", label="null of tomorrow", meaning="1 = tomorrow.", applies="reads",
-                              expected=0.125, excess=read["fraction"] / 0.125, low=0.5, high=1.5, p=0.25, q=0.01),
-        ]
+    chance = table[keys].assign(
+        null="isotropic", label="isotropic null", over="the isotropic null", meaning="1 = chance.", applies="every row",
+        expected=table["rank"] / 64, excess=table["relative"], low=np.nan, high=np.nan, p=table["isotropic_p"],
+        q=table["isotropic_q"],
     )  # fmt: skip
+    tomorrow = read[keys].assign(
+        null="unheard_of", label="null of tomorrow", over="tomorrow's null", meaning="1 = tomorrow.", applies="reads",
+        expected=0.125, excess=read["fraction"] / 0.125, low=0.5, high=1.5, p=0.25, q=0.01,
+    )  # fmt: skip
+    nulls = pd.concat([chance, tomorrow])
     figure = heads_figure(table, "W_Q", nulls=nulls, rank=4, value="unheard_of")
     labels = [b.label for b in figure.layout.updatemenus[0].buttons]
-    assert labels[:2] == ["relative fraction over the isotropic null", "excess over the null of tomorrow"]
+    assert labels[:2] == ["relative fraction over the isotropic null", "excess over tomorrow's null"]
     row = at(table, "W_Q", "attn_in", 4, 2, 3)
     assert trace(figure, "unheard_of").z[2][3] == pytest.approx(np.log2(row["fraction"] / 0.125), abs=6e-4)
-    assert len(trace(figure, "above the null of tomorrow (q < 0.05)").x) == 16
+    assert len(trace(figure, "above tomorrow's null (q < 0.05)").x) == 16
     hover = figure.data[-1]
     assert "<br>null of tomorrow: %{customdata[9]}" in hover.hovertemplate
     assert hover.customdata[2][3][9] == f"2, excess {row['fraction'] / 0.125:.3g} (0.5 to 1.5), p 0.25, q 0.01"
     assert "tomorrow" not in heads_figure(table, "W_O", nulls=nulls, rank=4).data[-1].hovertemplate
     maps = head_maps_figure(table, nulls=nulls, value="unheard_of")
     said = [t for t in maps.data if t.name == "absent" and t.visible]
-    assert all(text == "no value: the<br>null of tomorrow<br>applies to reads" for t in said for text in t.text)
+    assert all(text == "no value:<br>null of tomorrow<br>applies to reads" for t in said for text in t.text)
     curve = rank_curve_figure(table, "W_Q", nulls=nulls, layer=1, head=0)
     np.testing.assert_allclose(trace(curve, "null of tomorrow").y, 0.125 * 64 / np.array([1, 4, 16]))
 

@@ -73,7 +73,7 @@ def maps(result: PairData, pack: Pack) -> list[dict[str, Any]]:
 
 def nulls(result: PairData) -> list[dict[str, str]]:
     """The nulls that some row is held against, in words."""
-    words = described(result.nulls).drop_duplicates("null")[["null", "label", "meaning", "applies"]]
+    words = described(result.nulls).drop_duplicates("null")[["null", "label", "over", "meaning", "applies"]]
     return [{"key": str(row.pop("null")), **row} for row in words.to_dict("records")]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,7 @@ from tl_asymmetry.plots import rows as pick
 
 ISOTROPIC = "isotropic"
 NUMBERS = ("expected", "excess", "low", "high", "p", "q")
-OF_NULLS = (*pick.KEYS, "null", "label", "meaning", "applies", *NUMBERS)
+OF_NULLS = (*pick.KEYS, "null", "label", "over", "meaning", "applies", *NUMBERS)
 """Columns of `PairAnalysis.nulls` with the words of the registry (`results.nulls.described`)."""
 OWN = (
     (
@@ -42,6 +42,8 @@ class Held:
     """Of the registry, or the table's column of its excess."""
     label: str
     """In menus, legends and hovers."""
+    over: str
+    """After "excess over", "above" or "below"."""
     meaning: str
     """What an excess of 1 stands for, one sentence."""
     applies: str
@@ -53,8 +55,7 @@ class Held:
 
     def of(self, rows: pd.DataFrame) -> Held:
         """The same for some of the table's rows."""
-        at = rows.index
-        return Held(self.key, self.label, self.meaning, self.applies, self.numbers.loc[at], self.relation.loc[at])
+        return replace(self, numbers=self.numbers.loc[rows.index], relation=self.relation.loc[rows.index])
 
     @property
     def there(self) -> bool:
@@ -74,7 +75,7 @@ def held_against(table: pd.DataFrame, nulls: pd.DataFrame | None) -> list[Held]:
     """
     if nulls is None:
         found = [
-            (key, label, meaning, applies, _from_columns(table, columns))
+            (key, label, f"the {label}", meaning, applies, _from_columns(table, columns))
             for key, label, meaning, applies, columns in OWN
         ]
     else:
@@ -82,12 +83,12 @@ def held_against(table: pd.DataFrame, nulls: pd.DataFrame | None) -> list[Held]:
         at = _places(table)
         found = []
         for key, rows in nulls.groupby("null", sort=False):
-            label, meaning, applies = (str(rows[word].iloc[0]) for word in ("label", "meaning", "applies"))
+            words = (str(rows[word].iloc[0]) for word in ("label", "over", "meaning", "applies"))
             numbers = rows[list(NUMBERS)].set_axis(_places(rows)).reindex(at).set_axis(table.index)
-            found.append((str(key), label, meaning, applies, numbers.astype(float)))
+            found.append((str(key), *words, numbers.astype(float)))
     return [
-        Held(key, label, meaning, applies, numbers, _relation(table, key, numbers))
-        for key, label, meaning, applies, numbers in found
+        Held(key, label, over, meaning, applies, numbers, _relation(table, key, numbers))
+        for key, label, over, meaning, applies, numbers in found
     ]
 
 

@@ -63,13 +63,13 @@ def values_of(table: pd.DataFrame, helds: Sequence[Held], d: int | None) -> dict
     def of(column: str) -> pd.Series:
         return pd.Series(table[column].to_numpy(float, na_value=np.nan), index=table.index)
 
-    ratio = f"relative fraction over the {chance.label}"
+    ratio = f"relative fraction over {chance.over}"
     values = {"relative": Value(ratio, chance.meaning, "× chance", of("relative"), held=chance)}
     for held in helds:
         if held.key != ISOTROPIC:
             values[held.key] = Value(
-                f"excess over the {held.label}", held.meaning, "× reference", held.numbers["excess"], held=held,
-                absent=f"no value: the<br>{held.label}<br>applies to {held.applies}",
+                f"excess over {held.over}", held.meaning, "× reference", held.numbers["excess"], held=held,
+                absent=f"no value:<br>{held.label}<br>applies to {held.applies}",
             )  # fmt: skip
     unrounded = pd.Series(pick.in_relative_units(table, "fraction_unrounded", d), index=table.index)
     values["unrounded"] = Value(f"{ratio}, rounding removed", chance.meaning, "× chance", unrounded, held=chance)
@@ -192,7 +192,7 @@ def tested(values: Mapping[str, Value], shown: Sequence[str]) -> list[Dots]:
         of = tuple(key for key in shown if values[key].held is held)
         for relation, word in ((1, "above"), (-1, "below")):
             if held.key == ISOTROPIC and relation == 1 or (held.relation == relation).any():
-                kinds.append(Dots(f"{word} the {held.label} (q < {SIGNIFICANT})", relation, held, of))
+                kinds.append(Dots(f"{word} {held.over} (q < {SIGNIFICANT})", relation, held, of))
     return kinds
 
 

@@ -42,13 +42,18 @@ class Null:
     key: str
     """In the column `null` of `PairAnalysis.nulls`."""
     label: str
-    """In menus, legends and hovers; reads well after "excess over the"."""
+    """In menus, legends and hovers."""
     meaning: str
     """One sentence under a map's title: what an excess of 1 stands for."""
     applies: str
     """To which rows it applies, in a few words."""
     definition: Definition
     """What it is and whose."""
+
+    @property
+    def over(self) -> str:
+        """Its label after "excess over", "above" or "below"."""
+        return f"the {self.label}" if self.label.endswith(("null", "reference")) else self.label
 
 
 NULLS: Mapping[str, Null] = {
@@ -101,8 +106,11 @@ NULLS: Mapping[str, Null] = {
 """Every null, in the order in which menus and hovers list them."""
 
 
+_WORDS = ("label", "over", "meaning", "applies")
+
+
 def described(nulls: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `PairAnalysis.nulls` with the words a figure says of each: columns `label`, `meaning`, `applies`.
+    """Rows of `PairAnalysis.nulls` with the words a figure says of each: columns `label`, `over`, `meaning`, `applies`.
 
     Raises:
         ValueError: a null that has no entry in `NULLS`.
@@ -113,5 +121,5 @@ def described(nulls: pd.DataFrame) -> pd.DataFrame:
             f"expected nulls among {', '.join(NULLS)}, got {', '.join(unknown)}; pass what analyze_pair returned"
         )
     ordered = nulls.sort_values("null", key=lambda keys: keys.map(list(NULLS).index), kind="stable")
-    words = {word: [getattr(NULLS[key], word) for key in ordered["null"]] for word in ("label", "meaning", "applies")}
+    words = {word: [getattr(NULLS[key], word) for key in ordered["null"]] for word in _WORDS}
     return ordered.assign(**words)

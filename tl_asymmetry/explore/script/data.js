@@ -56,7 +56,7 @@ const codes = Object.fromEntries(data.verdicts.map((v, i) => [v.verdict, i]));
 // What a map can show; `null` is the null whose test its dots mean.
 const VALUES = {
   relative: {
-    label: "relative fraction over the " + chance.label,
+    label: "relative fraction over " + chance.over,
     ratio: true,
     meaning: chance.meaning,
     null: ISOTROPIC,
@@ -65,7 +65,7 @@ const VALUES = {
 };
 for (const n of others) {
   VALUES[n.key] = {
-    label: "excess over the " + n.label,
+    label: "excess over " + n.over,
     ratio: true,
     meaning: n.meaning + " For " + n.applies + ".",
     null: n.key,
@@ -83,7 +83,7 @@ Object.assign(VALUES, {
     },
   },
   unrounded: {
-    label: "relative fraction over the " + chance.label + ", rounding removed",
+    label: "relative fraction over " + chance.over + ", rounding removed",
     ratio: true,
     meaning: chance.meaning,
     null: ISOTROPIC,

@@ -101,7 +101,7 @@ function drawLegend(kind, limit, stops) {
   const null_ = data.nulls.find((n) => n.key === kind.null);
   $("dots").hidden = !null_;
   if (null_) {
-    $("dots").querySelector("span").textContent = `the ${null_.label} (q < ${SIGNIFICANT})`;
+    $("dots").querySelector("span").textContent = `${null_.over} (q < ${SIGNIFICANT})`;
   }
   if (kind.verdict) {
     $("legend").replaceChildren(

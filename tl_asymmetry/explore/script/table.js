@@ -6,7 +6,7 @@ const COLUMNS = [
   ["ci_high", "to"],
   ["isotropic_z", "z"],
   ["isotropic_q", "q"],
-  ...others.map((n) => ["null:" + n.key, "excess over the " + n.label]),
+  ...others.map((n) => ["null:" + n.key, "excess over " + n.over]),
   ["rounding_share", "rounding"],
   ["delta_relative_norm", "‖ΔW‖/‖W‖"],
 ];
