@@ -182,6 +182,7 @@ def test_what_cannot_be_compared() -> None:
             {"tokens": tiny.tokens(9, 12, seed=3)},
             "expected analyses on the same texts, got other tokens in one than in",
         ),
+        ({"optimizer": "sgd"}, "got optimizer='adam' in one and 'sgd' in two"),
         ({"exclude_first": False}, "got exclude_first=True in one and False in two"),
         ({"groups": 4}, "got groups=3 in one and 4 in two"),
         ({"centered": True}, "got centered=False in one and True in two"),
@@ -202,6 +203,19 @@ def test_what_cannot_be_compared() -> None:
     both = [analyze_pair(base, m, **OPTIONS, activations="aligned") for m in (a, b)]
     with pytest.warns(UserWarning, match="subspaces come from different activations"):
         assert any("different activations" in note for note in compare(*both).notes)
+
+
+@pytest.mark.parametrize("form", [lambda v: {"mine": v}, lambda v: ["attn_in", {"mine": v.numpy()}]])
+def test_own_directions_must_be_the_same(form: Any) -> None:
+    """Not of the same name or kind alone: the same numbers."""
+    base, first, second, *_ = models()
+    v, w = torch.eye(ModelView(base).d_model)[:2]
+    options: dict[str, Any] = {"tokens": TOKENS, "ranks": 1, "groups": 1, "matrices": "W_Q", "progress": False}
+    a, b = (analyze_pair(base, model, subspaces=form(v), **options) for model in (first, second))
+    assert len(compare(a, b, names=["a", "b"]).table)
+    other = analyze_pair(base, second, subspaces=form(w), **options)
+    with pytest.raises(ValueError, match="expected analyses against the same given subspaces, got others in a than in"):
+        compare(a, other, names=["a", "b"])
 
 
 def test_saved_analyses_compare_as_well(tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ def test_padding_changes_nothing():
     model = demo_model("base")
     for options in ({}, {"permutations": 2, "matrices": ["W_Q", "W_K"]}):
         narrow, padded = (quiet(model, CrossEntropy(), [b], **options) for b in (data, wide))
-        assert narrow.config["data_sha256"] == padded.config["data_sha256"]
+        assert narrow.config["data_xxh3"] == padded.config["data_xxh3"]
         for name, array in narrow.arrays.items():
             if name.startswith(("moment/", "permuted/")):
                 torch.testing.assert_close(padded.arrays[name], array, rtol=1e-4, atol=1e-5)

@@ -234,7 +234,7 @@ def test_preferences_may_be_rows_of_a_dataset():
     expected = rank_one_study(base, aligned, preferences=read[0], **options)
     pd.testing.assert_frame_equal(found.edits, expected.edits)
     assert found.baseline["pairs"].item() == 2
-    assert found.config["preferences_sha256"] == expected.config["preferences_sha256"]
+    assert found.config["preferences_xxh3"] == expected.config["preferences_xxh3"]
     with pytest.raises(ValueError, match="expected columns prompt, chosen and rejected, got prompt in row 0"):
         rank_one_study(base, aligned, preferences=[{"prompt": "Mira"}], **options)
 

@@ -23,7 +23,7 @@ from tl_asymmetry.pair.result import PairAnalysis
 from tl_asymmetry.results.provenance import versions
 
 _KEYS = ["layer", "head", "matrix", "subspace", "rank"]
-_SAME_SETTINGS = ("exclude_first", "centered", "groups", "activations")
+_SAME_SETTINGS = ("optimizer", "exclude_first", "centered", "groups", "activations")
 # Of ΔW ΔWᵀ in float32: a direction weaker than this beside the first one is rounding, not the delta's.
 
 
@@ -169,9 +169,11 @@ def _check(named: Mapping[str, PairAnalysis]) -> list[str]:
     return notes.lines
 
 
-def _given(result: PairAnalysis) -> Any:
-    subspaces = result.config["arguments"]["subspaces"]
-    return subspaces if isinstance(subspaces, Mapping) else None
+def _given(result: PairAnalysis) -> list[Any]:
+    """What was passed as own directions, which the arguments tell by size and hash."""
+    said = result.config["arguments"]["subspaces"]
+    entries = [said] if said is None or isinstance(said, str | Mapping) else said
+    return [entry for entry in entries if entry is not None and not isinstance(entry, str)]
 
 
 # --- fractions ------------------------------------------------------------------------------------------------------

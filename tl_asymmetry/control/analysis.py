@@ -125,7 +125,7 @@ def contrastive_control(
         "objectives": {name: objective_name(objective) for name, objective in named.items()},
         "grades": dict(zip(named, graded, strict=True)),
         "references": {name: _reference(objective) for name, objective in named.items()},
-        "data_sha256": data_fingerprint(held),
+        "data_xxh3": data_fingerprint(held),
         "rows": sum(map(len, held)),
         "steps": steps,
         "seeds": seeds,

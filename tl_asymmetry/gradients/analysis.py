@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import xxhash
 
 from tl_asymmetry.geometry.jackknife import MINIMUM_GROUPS
 from tl_asymmetry.geometry.precision import with_fresh_settings
@@ -162,7 +162,7 @@ def gradient_covariance(
             "tokens": sum(int(batch.lengths.sum()) for batch in held),
             "terms": captured.terms,
             "loss": _mean_loss(objective, held, captured.losses),
-            "data_sha256": data_fingerprint(held),
+            "data_xxh3": data_fingerprint(held),
         },
         notes=notes.lines,
     )
@@ -201,8 +201,8 @@ def _tokens(batch: Batch) -> list[torch.Tensor]:
 
 
 def data_fingerprint(batches: Sequence[Batch]) -> str:
-    """SHA-256 of all rows' tokens up to their last target, whatever the batches they come in."""
-    digest = hashlib.sha256()
+    """XXH3 (128 bit) of all rows' tokens up to their last target, whatever the batches they come in."""
+    digest = xxhash.xxh3_128()
     for batch in batches:
         halves = [batch.chosen, batch.rejected] if isinstance(batch, PreferenceBatch) else [batch]
         for row in range(len(batch)):

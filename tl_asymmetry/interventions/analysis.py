@@ -174,7 +174,7 @@ def rank_one_study(
         "tokens": sum(map(len, sequences)),
         "sequences": len(sequences),
         "sites": len(placed),
-        "preferences_sha256": None if pairs is None else data_fingerprint([pairs]),
+        "preferences_xxh3": None if pairs is None else data_fingerprint([pairs]),
     }
     asked = {**arguments, **described(directions=given or list(directions))}
     about = {"versions": versions(), "models": config["models"]}

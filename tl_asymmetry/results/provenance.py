@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -66,6 +67,8 @@ def _described(value: Any) -> Any:
         return public_name(value)
     if isinstance(value, Subspace):
         return _described(value.basis)
+    if isinstance(value, np.ndarray):
+        return _described(torch.as_tensor(value))
     if isinstance(value, torch.Tensor):
         content = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
         return {"shape": list(value.shape), "xxh3": xxhash.xxh3_128_hexdigest(content)}
