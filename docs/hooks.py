@@ -31,7 +31,9 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """Fill the front page with the README and the page of definitions with the reports' own."""
     if page.file.src_uri == "index.md":
         return front_page()
-    return markdown.replace("{{ definitions }}", definitions()).replace("{{ papers }}", _papers())
+    for name, made in (("definitions", definitions), ("nulls", nulls), ("papers", _papers)):
+        markdown = markdown.replace(f"{{{{ {name} }}}}", made())
+    return markdown
 
 
 def front_page() -> str:
@@ -64,6 +66,14 @@ def definitions() -> str:
         parts.append(f"## {heading}")
         parts += [f"### {d.term}\n\n`{d.mark}` {d.text}" for d in getattr(import_module(module), name)]
     return "\n\n".join(parts)
+
+
+def nulls() -> str:
+    """Every null that `PairAnalysis.nulls` can hold, as a table."""
+    from tl_asymmetry.results.nulls import NULLS
+
+    rows = [f"| `{null.key}` | {null.label} | {null.applies} | {null.meaning} |" for null in NULLS.values()]
+    return "\n".join(["| `null` | it is called | it applies to | an excess of 1 |", "|---|---|---|---|", *rows])
 
 
 def _papers() -> str:
