@@ -385,9 +385,9 @@ def test_inference_tensors_are_refused(kind):
         apply_edits(view, edit)
 
 
-def test_all_known_matrices_are_covered():
+def test_all_matrices_of_dense_models_are_covered():
     covered = {m for a in ("gpt2", "llama") for m in ModelView(tiny.build(a, tiny.KINDS[0])).matrices}
-    assert covered == set(MATRICES)
+    assert covered == {"W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out"} <= set(MATRICES)
 
 
 # --- Ctrl-C ---------------------------------------------------------------------------------------

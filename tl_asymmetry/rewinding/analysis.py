@@ -132,6 +132,8 @@ def rewind_study(
     whole = any([whole_passes(view, sequences, range(view.n_layers), notes) for view in (base, aligned)])
     check_memory(base, evaluated, outputs, whole=whole)
     units = units_of(base, aligned, names)
+    if base.irregular:
+        notes.add(f"{', '.join(base.irregular)}, which not every layer has in one shape, are not set back")
     if base.n_kv_heads < base.n_heads:
         notes.add("keys and values of a key-value head serve several heads and are set back apart from their queries")
     config = {
@@ -241,7 +243,8 @@ class _Study:
 
 
 def _chosen_matrices(view: ModelView, matrices: Sequence[str] | str | None) -> list[str]:
-    names = list(ATTENTION) if matrices is None else [matrices] if isinstance(matrices, str) else list(matrices)
+    attention = [name for name in view.matrices if name in ATTENTION]
+    names = attention if matrices is None else [matrices] if isinstance(matrices, str) else list(matrices)
     unknown = [name for name in names if name not in view.matrices]
     if unknown or not names:
         raise ValueError(f"expected matrices among {', '.join(view.matrices)}, got {matrices!r}; pass a list of those")

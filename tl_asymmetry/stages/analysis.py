@@ -89,6 +89,8 @@ def analyze_stages(
     names = _chosen_matrices(first, matrices)
     if not 1 <= rank < first.d_model:
         raise ValueError(f"expected a rank from 1 to {first.d_model - 1}, got {rank}; pass rank=4 for the usual one")
+    if isinstance(first, ModelView) and first.irregular:
+        notes.add(f"{', '.join(first.irregular)}, which not every layer has in one shape, are left out")
     read = texts is not None or tokens is not None
     views = {name: weights for name, weights in opened.items() if isinstance(weights, ModelView)}
     if read and len(views) < len(opened):
