@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 
+from tl_asymmetry.interrupts import temporarily
 from tl_asymmetry.models.edits import Rewind
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import kind_of
@@ -95,26 +96,29 @@ def same_parameters(base: ModelView, aligned: ModelView) -> bool:
     return shapes[0] == shapes[1]
 
 
-@contextmanager
-def moved(view: ModelView, towards: ModelView, share: float) -> Iterator[None]:
+def moved(view: ModelView, towards: ModelView, share: float) -> AbstractContextManager[None]:
     """Every parameter of a model `share` of the way to another's for as long as a block lasts; 1 is the other exactly.
 
-    A copy of the model's parameters is held meanwhile; on leaving, by an exception too, each is put back bit for bit.
+    A copy of the model's parameters is held meanwhile; on leaving, by an exception or Ctrl-C too, each is put back bit
+    for bit.
     """
     targets = dict(towards.model.named_parameters())
     # All copies come first: a Bridge's queries, keys and values lie in the memory of the fused parameter beside them.
     saved = [(name, parameter, parameter.detach().clone()) for name, parameter in view.model.named_parameters()]
-    try:
-        with torch.no_grad():
-            for name, parameter, original in saved:
-                target = targets[name].detach()
-                if share == 1:
-                    parameter.copy_(target)
-                elif share != 0:
-                    wide = original.to(torch.promote_types(original.dtype, torch.float32))
-                    parameter.copy_(wide.lerp(target.to(wide), share))
-        yield
-    finally:
-        with torch.no_grad():
-            for _, parameter, original in saved:
-                parameter.copy_(original)
+
+    @torch.no_grad()
+    def put() -> None:
+        for name, parameter, original in saved:
+            target = targets[name].detach()
+            if share == 1:
+                parameter.copy_(target)
+            elif share != 0:
+                wide = original.to(torch.promote_types(original.dtype, torch.float32))
+                parameter.copy_(wide.lerp(target.to(wide), share))
+
+    @torch.no_grad()
+    def take() -> None:
+        for _, parameter, original in saved:
+            parameter.copy_(original)
+
+    return temporarily(put, take)

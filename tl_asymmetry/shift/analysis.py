@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from tqdm.auto import tqdm
 
 from tl_asymmetry.geometry.precision import with_fresh_settings
+from tl_asymmetry.interrupts import temporarily
 from tl_asymmetry.models.loading import open_model
 from tl_asymmetry.models.texts import batches
 from tl_asymmetry.models.view import ModelView
@@ -175,18 +176,20 @@ def _tangents(view: ModelView, changes: Mapping[str, Tensor]) -> Iterator[None]:
         for name, parameter in module._parameters.items()
         if parameter is not None and id(parameter) in named
     ]
-    with forward_ad.dual_level():
-        duals = {}
-        try:
-            for module, name, parameter in slots:
-                if id(parameter) not in duals:  # tied weights are one
-                    change = changes[named[id(parameter)]]
-                    duals[id(parameter)] = forward_ad.make_dual(parameter.detach(), change)
-                module._parameters[name] = duals[id(parameter)]
-            yield
-        finally:
-            for module, name, parameter in slots:
-                module._parameters[name] = parameter
+    duals: dict[int, Tensor] = {}
+
+    def put() -> None:
+        for module, name, parameter in slots:
+            if id(parameter) not in duals:  # tied weights are one
+                duals[id(parameter)] = forward_ad.make_dual(parameter.detach(), changes[named[id(parameter)]])
+            module._parameters[name] = duals[id(parameter)]
+
+    def take() -> None:
+        for module, name, parameter in slots:
+            module._parameters[name] = parameter
+
+    with forward_ad.dual_level(), temporarily(put, take):
+        yield
 
 
 def _tables(
