@@ -123,7 +123,7 @@ def _model(name: str, folder: Path, files: TensorFiles, base: Any) -> WeightSour
     """A model directory: read tensor by tensor where all layers are alike, loaded whole where they are not."""
     config = read_config(folder, files)
     refuse_quantised(config, name)
-    if not predicts_masked_tokens(config) and skeleton_of(config).has_like_layers:
+    if not predicts_masked_tokens(config) and skeleton_of(config, name).has_like_layers:
         plain = isinstance(base, ModelView) and base.kind == PLAIN
         return HuggingFaceWeights(name, config, files, folder, plain=plain)
     return LoadedWeights(name, folder, base)

@@ -112,16 +112,16 @@ class AdapterWeights(WeightSource):
         self.kind = f"{'LoRA' if kind == 'LORA' else kind} adapter"
         self.name, self.bytes, self._base, self._files, self._adapter = name, files.bytes, base, files, adapter
         self.config = config
-        skeleton = skeleton_of(config)
+        skeleton = skeleton_of(config, name)
         known = _sorted(files, skeleton, adapter)
         self.tied = bool(skeleton.tied) and not _unties(known, skeleton, adapter)
         if skeleton.tied and not self.tied:
-            skeleton = skeleton_of(untied(config))
+            skeleton = skeleton_of(untied(config), name)
         self._blueprint = blueprint = blueprint_of(skeleton.config)
         take_dimensions(self, blueprint)
         self.matrices = tuple(blueprint.layouts) if base is None else base.matrices
         if base is not None:
-            _check_dimensions(self, base)
+            _check_base(self, base, blueprint)
         notes = []
         if kind == "LORA" and not _is_merged(adapter):
             notes.append(
@@ -637,7 +637,7 @@ def _refuse_empty(known: _Sorted, name: str, files: TensorFiles) -> None:
         )
 
 
-def _check_dimensions(adapter: AdapterWeights, base: Weights) -> None:
+def _check_base(adapter: AdapterWeights, base: Weights, blueprint: Blueprint) -> None:
     for dimension in ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head"):
         ours, theirs = getattr(adapter, dimension), getattr(base, dimension)
         if ours != theirs:
@@ -645,6 +645,12 @@ def _check_dimensions(adapter: AdapterWeights, base: Weights) -> None:
                 f"expected the adapter's configuration to be the base's, got {dimension} {ours} and {theirs} "
                 f"({base.name!r}); pass the base that the adapter was trained from"
             )
+    unplaced = [matrix for matrix in base.matrices if matrix not in blueprint.layouts]
+    if unplaced:
+        raise ValueError(
+            f"expected an architecture that stores each of its matrices in one parameter, got {base.name!r} with "
+            f"{', '.join(unplaced)}; pass the merged model (merge_and_unload, save_pretrained)"
+        )
 
 
 def _origin_note(adapter: Mapping[str, Any], base: Weights | None) -> list[str]:

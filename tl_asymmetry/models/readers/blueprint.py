@@ -251,9 +251,20 @@ class Blueprint:
         return value
 
 
-def skeleton_of(config: Any) -> Skeleton:
-    """The skeleton of a configuration; the last few are kept, for checkpoints and adapters come in rows."""
-    return _skeleton(type(config), _described(config))
+def skeleton_of(config: Any, name: str) -> Skeleton:
+    """The skeleton of a configuration; the last few are kept, for checkpoints and adapters come in rows.
+
+    Args:
+        config: the configuration.
+        name: whose it is, for messages.
+
+    Raises:
+        ValueError: no configuration of a causal language model.
+    """
+    try:
+        return _skeleton(type(config), _described(config))
+    except ValueError as error:
+        raise ValueError(f"{error} (the configuration of {name!r})") from error
 
 
 def blueprint_of(config: Any) -> Blueprint:

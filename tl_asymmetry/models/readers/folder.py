@@ -68,10 +68,7 @@ class HuggingFaceWeights(WeightSource):
 
 def _resolved(name: str, config: Any, files: TensorFiles) -> tuple[Skeleton, Resolution]:
     """The parameters of a configuration and where they are; of tied ones either name does."""
-    try:
-        skeleton = skeleton_of(config)
-    except ValueError as error:
-        raise ValueError(f"{error} (the configuration of {name!r})") from error
+    skeleton = skeleton_of(config, name)
     resolved = skeleton.resolve(files)
     for tied, source in skeleton.tied.items():
         if source not in resolved.found and tied in resolved.found:
