@@ -2,8 +2,30 @@
 
 import re
 from functools import cache
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parent
+QUICK = tuple(
+    ROOT / name
+    for name in ("tests/geometry", "tests/test_names.py", "tests/test_documentation.py", "tl_asymmetry/geometry")
+)
+"""Rooms whose tests need no model: `-m quick` runs them, less those marked slow."""
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Under `-m quick` nothing else is even imported."""
+    if config.getoption("markexpr") != "quick":
+        return None
+    near = any(collection_path.is_relative_to(room) or room.is_relative_to(collection_path) for room in QUICK)
+    return None if near else True
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "slow" not in item.keywords and any(item.path.is_relative_to(room) for room in QUICK):
+            item.add_marker(pytest.mark.quick)
 
 
 @cache

@@ -24,6 +24,7 @@ def example(places=7, vocab=50, seed=0, size=1.0, dtype=torch.float64):
     return here.to(dtype), there.to(dtype), torch.randint(vocab, (places,), generator=generator)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 10_000), st.sampled_from([0.01, 0.3, 1.0, 5.0, 30.0]), st.integers(1, 9))
 @settings(max_examples=60, deadline=None)
 def test_oracle_float64(seed, size, places):

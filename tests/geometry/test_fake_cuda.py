@@ -43,6 +43,7 @@ def assert_on(device: str, *tensors: torch.Tensor) -> None:
     assert {t.device.type for t in tensors} == {device}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("sequences", [False, True])

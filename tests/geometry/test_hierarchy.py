@@ -53,6 +53,7 @@ def test_nothing_below_what_was_not_found() -> None:
         assert (tree.head_q[family] >= p - 1e-12).all()
 
 
+@pytest.mark.slow
 def test_errs_as_seldom_as_it_says_with_true_plants_beside() -> None:
     """Two of six families hold true heads: of all heads found, at most 5 % are false on average over families."""
     generator = np.random.default_rng(0)

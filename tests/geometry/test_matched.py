@@ -32,6 +32,7 @@ def basis(C: torch.Tensor, which: str) -> torch.Tensor:
     return torch.tensor(reference.haar_basis(len(C), 8, np.random.default_rng(0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rotated", "massive", "correlation"])
 @pytest.mark.parametrize("which", ["own", "other"])
 def test_law_agrees_with_rotations(name: str, which: str) -> None:
@@ -113,6 +114,7 @@ def test_nothing_to_vary_and_nothing_there() -> None:
     assert len(MatchedCovariance.of(C, torch.zeros(D)).laws(basis(C, "own"))) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mean", [0.0, 0.3])
 def test_size_on_updates_that_read_their_inputs_by_chance(mean: float) -> None:
     """Sums of a δᵀ, δ independent of a: the larger of the two p keeps its size even where δ has a mean."""

@@ -116,6 +116,7 @@ def test_haar_leverages_have_the_law_of_a_projections_diagonal(k: int) -> None:
 # --- p-values ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPECTRA)
 @pytest.mark.parametrize("k", RANKS)
 def test_under_the_null_p_is_uniform(haar: dict[tuple[str, int], np.ndarray], name: str, k: int) -> None:
@@ -133,6 +134,7 @@ def test_methods_at_k_four() -> None:
         assert set(null.tail(spectrum_of(name), 4, torch.tensor([0.2], dtype=torch.float64))[1]) <= expected, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("d", [64, 256])
 @pytest.mark.parametrize("name", ["flat 1", "flat 2", "flat 32", "steep", "mild", "decaying", "two and bulk"])
 @pytest.mark.parametrize("k", [2, 4, 16])
@@ -221,6 +223,7 @@ def test_flat_spectra_have_a_beta_tail(d: int, r: int) -> None:
     np.testing.assert_allclose(p, law.sf(x), rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["power law", "one spike"])
 def test_other_spectra_agree_with_monte_carlo(name: str) -> None:
     draws = 400_000
@@ -267,6 +270,7 @@ def test_edges_of_the_tail() -> None:
     assert p[2] > 1 - 1e-4
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.floats(1e-4, 1), min_size=2, max_size=10), st.integers(0, 20), st.data())
 def test_the_tail_falls(values: list[float], room: int, data: st.DataObject) -> None:

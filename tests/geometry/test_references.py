@@ -139,6 +139,7 @@ def test_cross_fitting_equals_loops(optimizer: str) -> None:
         torch.testing.assert_close(fit.replicates(optimizer)[g], expected_fraction(rest, Q), rtol=1e-10, atol=0)
 
 
+@pytest.mark.slow
 def test_few_tokens_need_cross_fitting() -> None:
     """30 tokens in R^64: in-sample, the leading directions hold far more than they hold of any update by chance."""
     d, k, columns = 64, 4, 16

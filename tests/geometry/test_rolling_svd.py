@@ -24,6 +24,7 @@ def rows(count, size, seed=0, scale=None):
     return stream if scale is None else stream * scale
 
 
+@pytest.mark.slow
 def test_equals_the_full_svd_over_a_thousand_steps():
     stream = rows(1000, 257).float()
     svd = RollingSVD(window=12, rank=5)
@@ -148,6 +149,7 @@ def test_blocks_add_up_to_whole_rows():
         streams["loss", "a"]
 
 
+@pytest.mark.slow
 def test_sketch_keeps_inner_products():
     a, b = rows(2, 5000, seed=1).float()
     errors = []

@@ -22,6 +22,7 @@ def parts(samples=200, rank=4, d=12, seed=0):
     return Z, gaussian(rank, d, seed=seed + 1)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(2, 60), st.integers(1, 12), st.integers(1, 12), st.integers(0, 10_000), st.sampled_from([-3.0, 0, 5])
@@ -76,6 +77,7 @@ def test_stability():
     assert semi_nmf(Z @ D, 3, seeds=(0,)).stability.isnan().all()
 
 
+@pytest.mark.slow
 def test_a_half_space_makes_it_as_good_as_pca():
     """Gillis & Kumar 2015: rows on one side of a plane have a semi-NMF as good as any factorisation."""
     A = gaussian(300, 20) + 4
@@ -124,6 +126,7 @@ def test_fewer_distinct_rows_than_directions():
     assert torch.isfinite(fit.D).all()
 
 
+@pytest.mark.slow
 def test_draws_from_its_own_seed(unchecked_types):
     A = gaussian(50, 6)
     before = torch.random.get_rng_state()

@@ -50,6 +50,7 @@ def test_rotation_is_the_mean_squared_sine():
     assert rotation(first, first).item() == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(24, 16), (16, 24)])
 def test_expected_rotation_and_turned_deltas_against_haar_draws(shape):
     m, n = shape

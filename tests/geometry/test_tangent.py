@@ -176,6 +176,7 @@ def test_haar_rank_p_is_uniform_over_its_cells():
     assert stats.chisquare(counts).pvalue > 0.001
 
 
+@pytest.mark.slow
 def test_complement_rank_p_is_not_and_its_size_is_measured():
     G, _ = rows_and_bases(40, 16, 4, seed=5, decay=1.5)
     M, trials, draws = G.mT @ G, 1000, 20

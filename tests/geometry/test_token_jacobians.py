@@ -96,6 +96,7 @@ def test_mlp(gated):
     check_all_forms(mlp_of(x, W), truth(lambda x: reference.mlp(x, W), x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", [True, False])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("norms", ["none", "before", "both"])

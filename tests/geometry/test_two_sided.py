@@ -24,6 +24,7 @@ def draws(spectrum, m, n, k, j, count=20_000):
     return (U.mT @ (s[:, None] * V)).square().sum((-2, -1)), s.pow(4).sum()[None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
 @pytest.mark.parametrize(("m", "n", "k", "j"), [(48, 24, 4, 4), (20, 40, 3, 7), (24, 16, 5, 12)])
 def test_moments_and_tail_against_draws(spectrum, m, n, k, j):

@@ -11,9 +11,9 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from tl_asymmetry.geometry.nulls import adjusted_p
+from tl_asymmetry.names import SIGNIFICANT
 
 Family = TypeVar("Family")
-LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def hierarchy(
     heads: Mapping[Family, Float[np.ndarray, "layer head"]],
     pooled: Mapping[Family, Float[np.ndarray, " layer"]],
     *,
-    level: float = LEVEL,
+    level: float = SIGNIFICANT,
 ) -> Tree[Family]:
     """Benjamini–Hochberg over families, then over the layers of those selected, then over the heads of these.
 

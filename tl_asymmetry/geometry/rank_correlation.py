@@ -55,7 +55,7 @@ def grouped_spearman(
     y = stats.rankdata(values.numpy()) - middle
     within = np.bincount(index.numpy(), weights=y)
 
-    def correlation(x: np.ndarray) -> np.ndarray:
+    def correlation(x: np.ndarray) -> np.ndarray | np.floating:
         below = ((x[..., None, :] < x[..., :, None]) * size).sum(-1)
         equal = ((x[..., None, :] == x[..., :, None]) * size).sum(-1)
         ranks = below + (equal + 1) / 2 - middle

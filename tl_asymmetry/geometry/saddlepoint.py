@@ -39,9 +39,9 @@ def rotation_tail(
         Float64 on CPU; NaN where H or S is a multiple of the identity, or anything is NaN.
 
     Example:
-        >>> h, copies = torch.tensor([[0.5, -0.5]]), torch.tensor([[1.0, 63.0]])  # a unit vector's share of 0.5
-        >>> f"{rotation_tail(h, copies, torch.ones(1, 1), 64).item():.0e}"
-        '1e-10'
+        >>> h, copies = torch.tensor([[0.5, -0.5]]), torch.tensor([[16.0, 48.0]])  # 0.5 in 16 of 64 dimensions
+        >>> 0 < rotation_tail(h, copies, torch.arange(1.0, 9.0).unsqueeze(0), 64).item() < 1e-3
+        True
     """
     h, h_copies, s = (x.detach().cpu().double() for x in (h, h_copies, s))
     pieces = max(1, _GRID // max(1, h.shape[-1] * (s.shape[-1] + 1)))
