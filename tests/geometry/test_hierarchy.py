@@ -72,3 +72,11 @@ def test_errs_as_seldom_as_it_says_with_true_plants_beside() -> None:
         powers.append(np.mean([found[f][true[f]].mean() if f in found else 0 for f in (0, 1)]))
     assert np.mean(proportions) <= 0.065
     assert np.mean(powers) > 0.95
+
+
+def test_inside_the_level_is_divided_by_the_share_selected_above() -> None:
+    heads = {"found": np.array([[0.001, 0.02]]), "not found": np.array([[0.8, 0.9]])}
+    tree = hierarchy(heads, dict.fromkeys(heads, np.array([np.nan])))
+    assert tree.family_q == pytest.approx({"found": 0.004, "not found": 0.9})
+    # One of two families is selected: q of Benjamini-Hochberg over two heads, 0.002 and 0.02, over a half.
+    assert tree.head_q["found"].tolist() == [pytest.approx([0.004, 0.04])]
