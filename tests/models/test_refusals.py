@@ -236,6 +236,25 @@ def test_a_quantised_base_recorded_is_no_obstacle(tmp_path: Path, adapter: corpu
     refused(base, "expected weights without quantisation, got .* with a quantization_config; pass the model saved")
 
 
+def test_a_base_packed_into_four_bits_stands_beside_the_factors(tmp_path: Path) -> None:
+    """The whole state of a QLoRA run: its frozen weights cannot be compared, its factors can be read."""
+    expected = weights_from(corpus.adapted("llama", tmp_path / "a").folder)
+    folder = corpus.full_state("llama", tmp_path / "full").path
+    state = load_file(folder / ADAPTER)
+    packed: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        if name.endswith("base_layer.weight"):
+            packed[name] = torch.zeros(tensor.numel() // 2, 1, dtype=torch.uint8)
+            packed[f"{name}.absmax"] = torch.zeros(tensor.numel() // 64)
+    save_file(state | packed, folder / ADAPTER)
+    weights = weights_from(folder, tiny.bridge("llama"))
+    same(weights, expected)
+    count = sum(name.endswith("base_layer.weight") for name in packed)
+    assert any(
+        f"{count} copies of frozen weights" in note and "without being compared" in note for note in weights.notes
+    )
+
+
 @pytest.mark.skipif(not tiny.HOOKED_AVAILABLE, reason="transformer-lens 4 has no HookedTransformer")
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma1", "neox"])
 def test_a_hooked_transformer_is_a_base_as_a_bridge_is(architecture: str, tmp_path: Path) -> None:

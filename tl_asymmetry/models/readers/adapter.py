@@ -316,9 +316,12 @@ class AdapterWeights(WeightSource):
     def _is_the_bases(self, parameter: str, stored: str) -> bool | None:
         """Whether a stored copy is the base's own, up to the coarser of the two formats; None where there is nothing of
         the base to hold it against."""
-        if self._base is None:
-            return None
+        expected = self._blueprint.skeleton.shapes.get(parameter)
+        if self._base is None or expected is None or self._files.shape(stored)[1:] != expected[1:]:
+            return None  # packed into fewer bits, for one
         copy = self._files[stored]
+        if not copy.is_floating_point():
+            return None
         pairs = [
             (self._blueprint.layouts[matrix].take(copy), self._base.weight(layer, matrix))
             for layer, matrix in self._blueprint.matrices_in(parameter)
