@@ -196,6 +196,17 @@ def test_numbers_do_not_depend_on_batches_or_company():
     assert not np.isclose(other_seed.edits["kl"][drawn], alone.edits["kl"][drawn], rtol=1e-3).any()
 
 
+def test_masked_tokens_do_not_count():
+    base, aligned = pair()
+    tokens, mask = tiny.tokens(3, 9), torch.ones(3, 9, dtype=torch.bool)
+    mask[1, 6:] = False
+    options = dict(draws=2, progress=False, sites="L1H3.W_V")
+    masked = rank_one_study(base, aligned, tokens=tokens, mask=mask, **options)
+    cut = rank_one_study(base, aligned, tokens=[tokens[0], tokens[1, :6], tokens[2]], **options)
+    pd.testing.assert_frame_equal(masked.edits, cut.edits)
+    assert masked.config["tokens"] == 24
+
+
 def test_whole_passes_give_the_same_with_a_note(monkeypatch):
     base, aligned = pair()
     options = dict(tokens=tiny.tokens(3, 8), draws=2, progress=False, sites=[(0, "W_Q", 1), (1, "W_V", 0)])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -61,7 +61,8 @@ def rank_one_study(
     model_aligned: Any,
     texts: Sequence[str | Sequence[Mapping[str, Any]]] | None = None,
     *,
-    tokens: Int[Tensor, "batch pos"] | None = None,
+    tokens: Int[Tensor, "batch pos"] | Sequence[Int[Tensor, " _pos"]] | None = None,
+    mask: Bool[Tensor, "batch pos"] | None = None,
     preferences: Any = None,
     sites: PlaceLike | Sequence[PlaceLike] | None = None,
     matrices: Sequence[str] | None = None,
@@ -96,7 +97,8 @@ def rank_one_study(
         model_aligned: the same, or a local Hugging Face directory or hub name.
         texts: strings or lists of chat messages on which predictions are compared; without texts and tokens the
             package's calibration texts.
-        tokens: token ids `[batch, pos]` instead of texts; every one counts.
+        tokens: token ids instead of texts: `[batch, pos]`, or a list of sequences.
+        mask: which of them count; all by default.
         preferences: chosen and rejected continuations, for the preference margin: a `PreferenceBatch`, or rows with the
             columns prompt, chosen, rejected, such as a Hugging Face dataset: see `training.data.as_batches`.
         sites: places such as "L7H3.W_Q", "L7.W_in" or `(layer, matrix, head)`, one or a list; all heads of W_Q, W_K,
@@ -140,17 +142,17 @@ def rank_one_study(
         ('W_O', True)
     """
     arguments = described(
-        texts=texts, tokens=tokens, preferences=preferences, sites=sites, matrices=matrices, directions=directions,
-        n_directions=n_directions, interventions=interventions, controls=controls, draws=draws, scales=scales,
-        outcomes=outcomes, exclude_first=exclude_first, batch_size=batch_size, max_tokens=max_tokens, store=store,
-        seed=seed, progress=progress,
+        texts=texts, tokens=tokens, mask=mask, preferences=preferences, sites=sites, matrices=matrices,
+        directions=directions, n_directions=n_directions, interventions=interventions, controls=controls, draws=draws,
+        scales=scales, outcomes=outcomes, exclude_first=exclude_first, batch_size=batch_size, max_tokens=max_tokens,
+        store=store, seed=seed, progress=progress,
     )  # fmt: skip
     base, notes = ModelView(model_base), Notes()
     check_choices(controls, interventions, scales, draws)
     placed = chosen_sites(base, sites, matrices)
     given = given_directions(directions, base, n_directions)
     pairs = _preference_pairs(base, preferences, notes)
-    sequences = token_sequences(base, texts, tokens, max_tokens=max_tokens, notes=notes.add)
+    sequences = token_sequences(base, texts, tokens, mask, max_tokens=max_tokens, notes=notes.add)
     sequences = predictable(sequences, notes)
     for half in () if pairs is None else (pairs.chosen, pairs.rejected):
         check_tokens(base, half.tokens)
