@@ -108,6 +108,25 @@ def test_the_open_head_stands_beside_the_map_and_both_stay_in_sight(look):
     assert boxes[1]["y"] > boxes[0]["y"] + boxes[0]["height"]
 
 
+def test_a_shared_address_restores_what_was_chosen(look):
+    page = look("#L1H2/W_Q")
+    page.locator("#choose-map").select_option(label="W_V in prediction")
+    page.locator("#choose-value").select_option(label="isotropic z")
+    page.locator("#choose-rank").press("End")
+    page.locator("#search").fill("q < 0.05; L2")
+    address = page.evaluate("location.hash")[1:]
+    assert address.startswith("L1H2/W_Q;map=W_V%2Fprediction;value=z;rank=16;search=")
+    again = look("#" + address)
+    for chosen in ("#choose-map", "#choose-value", "#choose-rank", "#search"):
+        assert again.locator(chosen).input_value() == page.locator(chosen).input_value()
+    assert again.locator("#rank-shown").inner_text() == "16"
+    assert again.locator(".card h3").all_inner_texts() == ["L1H2 · W_Q"]
+    assert again.locator("#meaning").inner_text() == page.locator("#meaning").inner_text()
+    strange = look("#;value=nothing;rank=99;map=W_X/y;search=%E0%A4%A")
+    assert strange.locator("#choose-value").input_value() == "relative"
+    assert strange.locator("#map td").count() == 16
+
+
 def test_pin_keeps_a_head_beside_the_next(look):
     page = look("#L0H0/W_Q")
     page.get_by_role("button", name="Pin", exact=True).click()

@@ -1,5 +1,7 @@
 // What the reader has chosen and opened, and the address that names it.
 
+const FIRST_MAP = maps.indexOf(mapOf(maps[0].matrix, data.usual[maps[0].matrix]));
+
 const state = {
   map: 0,
   value: "relative",
@@ -38,10 +40,10 @@ function address(item) {
   );
 }
 
-// "L7H3/W_Q", "L7H3/W_Q/prediction" or "L7/W_in"; several joined by "+".
+// "L7H3/W_Q", "L7H3/W_Q/prediction" or "L7/W_in"; several joined by "+"; then what is not as at first (`choices`).
 function parse(hash) {
   const found = [];
-  for (const part of hash.replace(/^#/, "").split("+").filter(Boolean)) {
+  for (const part of hash.replace(/^#/, "").split(";")[0].split("+").filter(Boolean)) {
     let pieces;
     try {
       pieces = part.split("/").map(decodeURIComponent);
@@ -65,9 +67,45 @@ function parse(hash) {
   return found;
 }
 
+// ";map=W_K/prediction;value=verdict;rank=16;search=q<0.05": what the reader has chosen, each only where it is not as at first.
+function choices() {
+  const map = maps[state.map],
+    last = state.open[state.open.length - 1],
+    first = last ? mapOf(last.matrix, last.subspace) : maps[FIRST_MAP];
+  return Object.entries({
+    map: map === first ? "" : map.matrix + "/" + map.subspace,
+    value: state.value === "relative" ? "" : state.value,
+    rank: data.ranks[state.rank] === data.shown ? "" : String(data.ranks[state.rank]),
+    search: state.search,
+  })
+    .filter(([, chosen]) => chosen)
+    .map(([name, chosen]) => ";" + name + "=" + encodeURIComponent(chosen))
+    .join("");
+}
+
+// The choices that an address names and this page has.
+function chosen(hash) {
+  const found = {};
+  for (const part of hash.split(";").slice(1)) {
+    const [name, value] = part.split("=");
+    try {
+      found[name] = decodeURIComponent(value || "");
+    } catch (error) {
+      continue;
+    }
+  }
+  const [matrix, ...space] = (found.map || "").split("/");
+  return {
+    map: maps.indexOf(mapOf(matrix, space.join("/"))),
+    value: found.value in VALUES ? found.value : "relative",
+    rank: data.ranks.indexOf(+found.rank || data.shown),
+    search: found.search || "",
+  };
+}
+
 function setAddress() {
-  const hash = "#" + state.open.map(address).join("+");
-  if (hash !== location.hash && (state.open.length || location.hash)) {
+  const hash = "#" + state.open.map(address).join("+") + choices();
+  if (hash !== location.hash && (hash.length > 1 || location.hash)) {
     history.replaceState(null, "", hash);
   }
 }

@@ -13,18 +13,24 @@ function refresh(selector, n) {
 }
 
 function follow() {
-  const items = parse(location.hash);
-  if (location.hash.length > 1 && !items.length) {
+  const items = parse(location.hash),
+    named = location.hash.replace(/^#/, "").split(";")[0];
+  if (named && !items.length) {
     say("The address names no head of this page: " + location.hash);
     return;
   }
-  state.open = items;
+  const {map, value, rank, search} = chosen(location.hash);
   const last = items[items.length - 1];
+  Object.assign(state, {open: items, value, search, rank: rank < 0 ? state.rank : rank});
   if (last) {
-    state.map = maps.indexOf(mapOf(last.matrix, last.subspace));
     state.focus = {layer: last.layer, head: last.head};
-    $("choose-map").value = state.map;
   }
+  state.map = map >= 0 ? map : last ? maps.indexOf(mapOf(last.matrix, last.subspace)) : state.map;
+  $("choose-map").value = state.map;
+  $("choose-value").value = state.value;
+  $("choose-rank").value = state.rank;
+  $("search").value = state.search;
+  tellRank();
   refresh();
 }
 
@@ -37,7 +43,7 @@ if (data.notes.length) {
     .append(...data.notes.map((n) => element("li", {}, n)));
 }
 maps.forEach((m) => $("choose-map").append(new Option(m.matrix + " in " + m.subspace, m.i)));
-state.map = maps.indexOf(mapOf(maps[0].matrix, data.usual[maps[0].matrix]));
+state.map = FIRST_MAP;
 $("choose-map").value = state.map;
 Object.entries(VALUES).forEach(([name, v]) => $("choose-value").append(new Option(v.label, name)));
 $("choose-rank").max = data.ranks.length - 1;
@@ -51,11 +57,13 @@ tellRank();
 $("choose-map").addEventListener("change", (e) => {
   state.map = +e.target.value;
   state.rows = FIRST_ROWS;
+  setAddress();
   drawMap();
   drawTable();
 });
 $("choose-value").addEventListener("change", (e) => {
   state.value = e.target.value;
+  setAddress();
   drawMap();
 });
 $("choose-rank").addEventListener("input", (e) => {
@@ -65,6 +73,7 @@ $("choose-rank").addEventListener("input", (e) => {
 });
 $("search").addEventListener("input", (e) => {
   state.search = e.target.value.trim();
+  setAddress();
   drawMap();
   drawTable();
 });
