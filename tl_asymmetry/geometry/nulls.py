@@ -23,6 +23,8 @@ HAAR_DRAWS = 20_000
 QUANTILE_TOLERANCE = 0.03
 # Below this p the saddlepoint takes over: a Beta or 20,000 draws know nothing of so far a tail.
 FAR = 0.01
+# Permuted gradients of which a range is made, at least.
+PERMUTATIONS = 199
 _RANK_ONE = 1e-12
 _GAUSSIANS_PER_POOL = 20_000_000
 _BLOCK = 1024
@@ -236,6 +238,24 @@ def beta_disagreement(spectrum: Float[Tensor, "item r"], d: int, k: int) -> Floa
         ]
         worst = torch.maximum(worst, (quantile[0] - quantile[1]).abs())
     return worst
+
+
+def order_range(drawn: Float[Tensor, "draw *item"], level: float = 0.95) -> tuple[Tensor, Tensor]:
+    """The range that one more exchangeable draw falls into with probability `level`: order statistics at α(n + 1).
+
+    At fewer than 2/(1 − level) − 1 draws there is none; quantiles of 40 draws cover 90 % where they say 95.
+
+    Example:
+        >>> low, high = order_range(torch.arange(1.0, 200.0))
+        >>> low.item(), high.item()
+        (5.0, 195.0)
+    """
+    n = len(drawn)
+    at = math.floor((1 - level) / 2 * (n + 1) + 1e-9)
+    if at < 1:
+        raise ValueError(f"expected at least {math.ceil(2 / (1 - level)) - 1} draws, got {n}; pass more")
+    ordered = drawn.sort(0).values
+    return ordered[at - 1], ordered[n - at]
 
 
 def adjusted_p(

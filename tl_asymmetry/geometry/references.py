@@ -5,17 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
 from tl_asymmetry.geometry.fraction import gram_energy
-
-Optimizer = Literal["sgd", "adam", "muon"]
-OPTIMIZERS: tuple[Optimizer, ...] = ("sgd", "adam", "muon")
-
 
 def correlation(moment: Float[Tensor, "d d"]) -> Float64[Tensor, "d d"]:
     """D^{-1/2} Σ D^{-1/2}, D = diag Σ: what Adam's division by every entry's own size leaves of Σ.
@@ -64,7 +59,7 @@ def orthogonalized(moment: Float[Tensor, "d d"], columns: int) -> Float64[Tensor
     return (V * (λ / (λ + high))) @ V.mT
 
 
-def input_covariance(moment: Float[Tensor, "d d"], optimizer: Optimizer, *, columns: int) -> Float64[Tensor, "d d"]:
+def input_covariance(moment: Float[Tensor, "d d"], optimizer: str, *, columns: int) -> Float64[Tensor, "d d"]:
     """Left covariance, up to its scale, of an update by chance under an optimiser.
 
     Args:
@@ -81,7 +76,7 @@ def input_covariance(moment: Float[Tensor, "d d"], optimizer: Optimizer, *, colu
         return correlation(moment)
     if optimizer == "muon":
         return orthogonalized(moment, columns)
-    raise ValueError(f"expected an optimizer of {', '.join(OPTIMIZERS)}, got {optimizer!r}; pass one of them")
+    raise ValueError(f"expected an optimizer of sgd, adam, muon, got {optimizer!r}; pass one of them")
 
 
 def expected_fraction(covariance: Float[Tensor, "d d"], basis: Float[Tensor, "d k"]) -> Float64[Tensor, " k"]:
@@ -118,7 +113,7 @@ class AdapterCovariance:
         reading: Float[Tensor, "d r"],
         moment: Float[Tensor, "d d"],
         mean: Float[Tensor, " d"],
-        optimizer: Optimizer,
+        optimizer: str,
     ) -> AdapterCovariance:
         """From A, the input's second moment and its mean; anything but "sgd" is taken as Adam."""
         A = reading.double()

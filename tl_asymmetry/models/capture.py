@@ -20,7 +20,17 @@ from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.notes import warn
 
 Site = tuple[str, int]
-"""A hook point and a layer."""
+"""A hook point and a layer; or what `capture` keeps beside it, `first_of` or `means_of` a hook point."""
+
+
+def first_of(point: str) -> str:
+    """The name under which the moments of each sequence's first position are kept, where it does not count."""
+    return f"{point}_first"
+
+
+def means_of(point: str) -> str:
+    """The name under which Σ_s n_s x̄_s x̄_sᵀ over sequences s, all positions, is kept: moments of rows √n_s x̄_s."""
+    return f"{point}_means"
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,7 @@ def capture(
     *,
     exclude_first: bool,
     first_positions: bool = False,
-    sequence_means: bool = False,
+    beside: Sequence[str] = (),
     batch_size: int,
     progress: bool,
     processes: Processes = ALONE,
@@ -123,7 +133,7 @@ def capture(
         sites: `(point, layer)` pairs.
         exclude_first: whether the first position of each sequence is left out of the moments.
         first_positions: keep the moments of the first positions as well, apart.
-        sequence_means: keep what `StreamingMoments.within_covariance` needs at "attn_in".
+        beside: `first_of` and `means_of` points to keep among the moments, where the point is among the sites.
         batch_size: sequences per forward pass.
         progress: show a progress bar.
         processes: processes that share the sequences of each group; all get the moments of all.
@@ -135,18 +145,33 @@ def capture(
     counted, firsts = [], []
     with bar, torch.no_grad(), view.evaluating():
         for group in shares:
-            moments = {site: _empty(view, site, sequence_means) for site in sites}
-            first = {site: _empty(view, site, False) for site in sites} if first_positions else {}
+            moments = {site: _empty(view, site) for site in sites}
+            first = {site: _empty(view, site) for site in sites} if first_positions else {}
+            extra = {
+                (name, layer): _empty(view, (point, layer))
+                for point, layer in sites
+                for name in (first_of(point), means_of(point))
+                if name in beside
+            }
             for tokens, mask in batches(group, batch_size, causal=view.causal):
                 keep = mask.clone()
                 if exclude_first:
                     keep[:, 0] = False
-                readers = {s: _reader(moments[s], first.get(s), keep.to(view.device)) for s in sites}
+                readers = {
+                    (point, layer): _reader(
+                        moments[point, layer],
+                        [m for m in (first.get((point, layer)), extra.get((first_of(point), layer))) if m is not None],
+                        extra.get((means_of(point), layer)),
+                        keep.to(view.device),
+                        mask.to(view.device),
+                    )
+                    for point, layer in sites
+                }
                 with view.hooks(readers):
                     view.run(tokens.to(view.device), layers=layers)
                 bar.update(len(tokens))
             # A finished group leaves the device: only one group's moments are ever held there.
-            counted.append({site: processes.summed(m.cpu()) for site, m in moments.items()})
+            counted.append({site: processes.summed(m.cpu()) for site, m in (moments | extra).items()})
             firsts.append({site: processes.summed(m.cpu()) for site, m in first.items()})
             return_freed_memory()
     lengths = [len(sequence) - exclude_first for group in groups for sequence in group]
@@ -170,19 +195,26 @@ def balanced_groups(sequences: Sequence[Tensor], groups: int) -> list[list[Tenso
     return blocks
 
 
-def _empty(view: ModelView, site: Site, sequence_means: bool) -> StreamingMoments:
+def _empty(view: ModelView, site: Site) -> StreamingMoments:
     widths = {"z": view.n_heads * view.d_head, "mlp_post": view.d_mlp or 0}
-    point = site[0]
-    return StreamingMoments(widths.get(point, view.d_model), sequences=sequence_means and point == "attn_in")
+    return StreamingMoments(widths.get(site[0], view.d_model))
 
 
 def _reader(
-    moments: StreamingMoments, first: StreamingMoments | None, keep: Bool[Tensor, "batch pos"]
+    moments: StreamingMoments,
+    firsts: Sequence[StreamingMoments],
+    means: StreamingMoments | None,
+    keep: Bool[Tensor, "batch pos"],
+    real: Bool[Tensor, "batch pos"],
 ) -> Callable[[Tensor], None]:
     def read(x: Tensor) -> None:
         x = x.flatten(2)  # the heads of "z" side by side
         moments.update(x, keep.to(x.device))
-        if first is not None:
+        for first in firsts:
             first.update(x[:, 0])
+        if means is not None:
+            counted = real.to(x.device).unsqueeze(-1)
+            total = torch.where(counted, x, torch.zeros((), dtype=x.dtype, device=x.device)).sum(1, dtype=torch.float64)
+            means.update(total / counted.sum(1).sqrt())
 
     return read

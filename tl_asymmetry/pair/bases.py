@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from tl_asymmetry.geometry.fraction import gram_energy
+from tl_asymmetry.geometry.matched import MatchedCovariance
 from tl_asymmetry.geometry.moments import StreamingMoments
+from tl_asymmetry.geometry.references import (
+    AdapterCovariance,
+    CrossFit,
+    correlation,
+    expected_fraction,
+    input_covariance,
+    inverse_size,
+    sign_limit,
+)
 from tl_asymmetry.geometry.subspace import Subspace, leading_directions, principal_subspace
-from tl_asymmetry.models.capture import Site, merged
+from tl_asymmetry.models.capture import Site, first_of, means_of, merged
+from tl_asymmetry.names import kind_of
 
 # Replicates are solved in float32, at half the time, where that time counts: in models at least this wide …
 _FLOAT32_WIDTH = 512
@@ -20,6 +32,39 @@ _FLOAT32_WIDTH = 512
 # intervals were 0.07 % off at 1e3, 4 % at 1e4.
 _FLOAT32_RANGE = 3e3
 _NOTHING_LEFT = 1e-6
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Which tokens' inputs a matrix learns from."""
+
+    point: str
+    """Where they are seen."""
+    positions: Literal["counted", "all", "within"]
+    """Those that count; all; all, about each sequence's mean (keys, where softmax ignores what they share)."""
+
+    @classmethod
+    def of(cls, matrix: str, *, softmax_centres_keys: bool) -> Reading:
+        """Of a read matrix. Keys and values have a gradient at the first position too, whatever the subspaces do."""
+        if matrix == "W_K" and softmax_centres_keys:
+            return cls(kind_of(matrix).point, "within")
+        return cls(kind_of(matrix).point, "all" if matrix in ("W_K", "W_V") else "counted")
+
+
+REFERENCES = ("sgd", "adam", "sign", "muon")
+"""Nulls that the input's covariance gives, in the order in which they are made."""
+
+
+@dataclass(frozen=True)
+class References:
+    """What a delta of one input holds by chance in the leading 1 … k directions of one subspace."""
+
+    chosen: Float64[Tensor, " k"]
+    """Of the chosen optimiser."""
+    expected: Mapping[str, Float64[Tensor, " k"]]
+    """By null, see `REFERENCES`."""
+    replicates: Float64[Tensor, "group k"] | None
+    """Of the chosen optimiser's, with one group of sequences left out; None without groups."""
 
 
 class LayerBases:
@@ -31,6 +76,8 @@ class LayerBases:
         given: subspaces that do not come from activations, by name, one for each layer.
         centered: principal directions of the covariance instead of the uncentred second moment.
         exact: float64 in replicates too (for float64 models, whose tables agree to 1e-10).
+        softmax_centres_keys: whether W_K's gradient sees its input about each sequence's mean.
+        optimizer: whose reference is made with replicates, and tested.
     """
 
     def __init__(
@@ -41,6 +88,8 @@ class LayerBases:
         *,
         centered: bool,
         exact: bool,
+        softmax_centres_keys: bool,
+        optimizer: str,
     ) -> None:
         self.layer = layer
         self._groups = groups
@@ -49,7 +98,11 @@ class LayerBases:
         self._exact = exact
         self._totals: dict[str, StreamingMoments] = {}
         self._subspaces: dict[str, Subspace] = {}
-        self._references: dict[tuple[str, str, bool], Tensor] = {}
+        self.softmax_centres_keys = softmax_centres_keys
+        self.optimizer = optimizer
+        self._fits: dict[tuple[Reading, str], CrossFit] = {}
+        self._inputs: dict[Reading, list[Tensor]] = {}
+        self._matched: dict[tuple[Reading, int], MatchedCovariance] = {}
 
     def is_captured(self, name: str) -> bool:
         """Whether the subspace comes from activations, so that other texts would have given another one."""
@@ -90,21 +143,130 @@ class LayerBases:
                 rest = rest - torch.outer(rest_mean, rest_mean)
             yield leading_directions(rest.float() if narrow else rest, k)
 
-    def reference(self, point: str, name: str, k: int, *, within_sequences: bool) -> Float64[Tensor, " k"]:
-        """tr(QᵀΣQ)/tr Σ for the leading 1 … k directions Q of a basis, Σ the uncentred second moment of an input.
+    def input_sums(self, reading: Reading) -> list[Float64[Tensor, "d d"]]:
+        """Σ a aᵀ of a matrix's input over each group of sequences; NaN where nothing varies within sequences."""
+        if reading not in self._inputs:
+            sums = [_sum(group, reading.point, self.layer) for group in self._groups]
+            beside = (first_of(reading.point), means_of(reading.point))
+            if reading.positions != "counted" and (beside[0], self.layer) in self._groups[0]:
+                for S, group in zip(sums, self._groups, strict=True):
+                    S += _sum(group, beside[0], self.layer)
+            if reading.positions == "within":
+                before = sum(float(S.trace()) for S in sums)
+                for S, group in zip(sums, self._groups, strict=True):
+                    S -= _sum(group, beside[1], self.layer)
+                # With one token in each sequence nothing varies within them, and what is left is rounding.
+                if sum(float(S.trace()) for S in sums) <= _NOTHING_LEFT * before:
+                    sums = [torch.full_like(S, torch.nan) for S in sums]
+            self._inputs[reading] = sums
+        return self._inputs[reading]
+
+    def input_moment(self, reading: Reading) -> Float64[Tensor, "d d"]:
+        """Σ a aᵀ over all groups."""
+        first, *rest = self.input_sums(reading)
+        return sum(rest, first)
+
+    def input_mean(self, reading: Reading) -> Float64[Tensor, " d"]:
+        """Mean input, up to its length; zero for inputs about their sequence's mean."""
+        counted = self.total(reading.point)
+        if reading.positions == "within":
+            return torch.zeros_like(counted.mean)
+        total = counted.count * counted.mean
+        first = first_of(reading.point)
+        if reading.positions == "all" and (first, self.layer) in self._groups[0]:
+            total = total + self.total(first).count * self.total(first).mean
+        return total
+
+    def reading(self, matrix: str) -> Reading:
+        """Which tokens' inputs a read matrix learns from."""
+        return Reading.of(matrix, softmax_centres_keys=self.softmax_centres_keys)
+
+    @property
+    def groups(self) -> int:
+        """Groups of sequences."""
+        return len(self._groups)
+
+    def cross(self, matrices: Iterable[str], name: str, group: int, basis: Float[Tensor, "d k"]) -> None:
+        """Take in the directions fitted without one group, for the references of read matrices; once for each input."""
+        for reading in dict.fromkeys(self.reading(matrix) for matrix in matrices):
+            key = reading, name
+            if key not in self._fits:
+                self._fits[key] = CrossFit(self.input_sums(reading))
+            self._fits[key].add(group, basis)
+
+    def references(self, matrix: str, name: str, k: int, *, columns: int) -> References:
+        """References of a matrix in the leading 1 … k directions, cross-fitted where `cross` was called for all groups.
+
+        Those of "sign" and "muon" are in-sample, times what cross-fitting makes of "adam" and of "sgd".
 
         Args:
-            point: hook point of that input.
+            matrix: a read matrix.
             name: the subspace at hand.
             k: how far to go.
-            within_sequences: take Σ about each sequence's mean instead: all W_K sees where softmax removes the mean.
+            columns: of the whole matrix, which Muon's reference depends on.
         """
-        key = point, name, within_sequences
-        if key not in self._references:  # W_Q and W_V ask for the same one
-            moments = self.total(point)
-            Σ = moments.within_covariance if within_sequences else moments.second_moment
-            # With one counted token in each sequence nothing varies within them, and what is left is rounding.
-            if within_sequences and Σ.trace() <= _NOTHING_LEFT * moments.second_moment.trace():
-                Σ = torch.full_like(Σ, torch.nan)
-            self._references[key] = gram_energy(Σ, self.subspace(name).basis[:, :k]).cumsum(0) / Σ.trace()
-        return self._references[key]
+        reading = self.reading(matrix)
+        Q = self.subspace(name).basis[:, :k]
+        Σ = self.input_moment(reading)
+        if bool(Σ.isnan().any()):
+            nothing = torch.full((k,), torch.nan, dtype=torch.float64)
+            of_groups = nothing.expand(self.groups, -1) if (reading, name) in self._fits else None
+            return References(nothing, dict.fromkeys(REFERENCES, nothing), of_groups)
+        in_sample = {"sgd": expected_fraction(Σ, Q), "adam": expected_fraction(correlation(Σ), Q)}
+        in_sample["sign"] = expected_fraction(sign_limit(Σ), Q)
+        in_sample["muon"] = expected_fraction(input_covariance(Σ, "muon", columns=columns), Q)
+        fit = self._fits.get((reading, name))
+        if fit is None:
+            return References(in_sample[self.optimizer], in_sample, None)
+        crossed = {null: fit.expected(null) for null in ("sgd", "adam")}
+        crossed["sign"] = in_sample["sign"] * crossed["adam"] / in_sample["adam"]
+        # With as many columns as rows nothing is left of Σ, nor of its sampling.
+        flat = columns >= len(Σ)
+        crossed["muon"] = in_sample["muon"] * (1 if flat else crossed["sgd"] / in_sample["sgd"])
+        replicates = {null: fit.replicates(null) for null in ("sgd", "adam")}
+        replicates["muon"] = in_sample["muon"] * (replicates["sgd"] / in_sample["sgd"]).pow(0 if flat else 1)
+        return References(crossed[self.optimizer], crossed, replicates[self.optimizer])
+
+    def matched(self, matrix: str, *, columns: int) -> MatchedCovariance | None:
+        """What a matrix's deltas are whitened with, by the chosen optimiser; None where its input does not vary."""
+        reading = self.reading(matrix)
+        key = reading, columns if self.optimizer == "muon" else 0
+        if key not in self._matched:
+            Σ = self.input_moment(reading)
+            if bool(Σ.isnan().any()) or not bool(Σ.trace() > 0):
+                return None
+            mean = self.input_mean(reading)
+            if self.optimizer == "adam":
+                mean = inverse_size(Σ.diagonal()) * mean
+            self._matched[key] = MatchedCovariance.of(input_covariance(Σ, self.optimizer, columns=columns), mean)
+        return self._matched[key]
+
+    def adapter(self, matrix: str, adapter: Float[Tensor, "d r"]) -> AdapterCovariance | None:
+        """The same for an adapter's change, in coordinates of what its A reads."""
+        reading = self.reading(matrix)
+        Σ = self.input_moment(reading)
+        if bool(Σ.isnan().any()):
+            return None
+        return AdapterCovariance.of(adapter, Σ, self.input_mean(reading), self.optimizer)
+
+
+def crossed_replicates(
+    bases: LayerBases, reading: Sequence[str], name: str, k: int
+) -> Iterator[Float[Tensor, "d_model k"]]:
+    """`LayerBases.replicates`, each also taken in for the references of the read matrices; the subspace itself in each
+    place where it does not come from activations."""
+    if bases.is_captured(name):
+        directions: Iterable[Tensor] = bases.replicates(name, k)
+    else:
+        directions = [bases.subspace(name).basis[:, :k]] * bases.groups
+    for group, Q in enumerate(directions):
+        bases.cross(reading, name, group, Q)
+        yield Q
+
+
+def _sum(group: Mapping[Site, StreamingMoments], point: str, layer: int) -> Tensor:
+    """Σ x xᵀ, zero where there was no row."""
+    moments = group[point, layer]
+    if moments.count == 0:
+        return torch.zeros(moments.d, moments.d, dtype=torch.float64)
+    return moments.count * moments.second_moment

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -17,6 +17,8 @@ from tl_asymmetry.geometry.rounding import coarser, rounding_noise, storage_dtyp
 from tl_asymmetry.geometry.subspace import ordered_eigh
 from tl_asymmetry.models.readers.base import Factors, Weights, WeightSource
 from tl_asymmetry.names import kind_of
+
+_DECAY = 1e-3
 
 DIRECTIONS = 5
 """Leading residual directions kept of each head's delta."""
@@ -44,6 +46,12 @@ class Delta:
     """Share of the energy that storage alone explains, see `rounding_noise`."""
     noise_rows: Float64[Tensor, "head d_model"]
     """How that noise is spread over the coordinates of the residual axis."""
+    columns: int = 0
+    """Columns of the whole matrix, all heads together; 0 where they were not kept."""
+    pooled_spectrum: Float64[Tensor, " r"] | None = None
+    """Eigenvalues of Σ_h ΔW_h ΔW_hᵀ, the heads together as one delta; None where they were not kept."""
+    unshrunk: Delta | None = None
+    """The same of ΔW − sW, s = ⟨ΔW, W⟩/‖W‖² over all heads; None where decay is under 0.1 % of the energy."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,8 @@ class LiveDelta:
     `measure_delta` lays it out as `flat` wants it, so that of the two there is one."""
     gram: Float[Tensor, "head d_model d_model"] | None
     """ΔW ΔWᵀ where the other axis is the longer one: smaller than ΔW, and all that a projection needs."""
+    unshrunk: LiveDelta | None = None
+    """ΔW − sW; None where weight decay can make no difference."""
 
     @cached_property
     def flat(self) -> Float[Tensor, "d_model columns"]:
@@ -97,6 +107,8 @@ class FactoredDelta:
     """The factor on the residual stream, the same for all heads."""
     other: Float64[Tensor, "head other r"]
     """The other factor, so that ΔW_h = residual · other_hᵀ."""
+    unshrunk: None = None
+    """An adapter does not decay what it is added to."""
 
     @property
     def matrix(self) -> str:
@@ -161,8 +173,41 @@ def measure_delta(
         partners=sides[1] if wide else sides[0],
         rounding=rounding.share.cpu(),
         noise_rows=rounding.rows.cpu(),
+        columns=ΔW.shape[0] * ΔW.shape[2],
+        pooled_spectrum=_pooled_spectrum(ΔW),
     )
-    return LiveDelta(numbers, None if wide else ΔW, gram if wide else None)
+    live = LiveDelta(numbers, None if wide else ΔW, gram if wide else None)
+    s = float(inner.sum() / base_energy.sum())
+    if s**2 * float(base_energy.sum()) < _DECAY * float(energy.sum()):
+        return live
+    rest = _shrunk(ΔW, W, s)
+    with exact_products(rest.device):
+        gram = rest @ rest.mT if wide else rest.mT @ rest
+    left = replace(
+        numbers,
+        energy=inner_product(rest, rest).cpu(),
+        spectrum=torch.linalg.eigvalsh(gram if wide else gram.double()).flip(-1).double().clamp(min=0).cpu(),
+        pooled_spectrum=_pooled_spectrum(rest),
+    )
+    twin = LiveDelta(left, None if wide else rest, gram if wide else None)
+    return replace(live, numbers=replace(numbers, unshrunk=left), unshrunk=twin)
+
+
+def _shrunk(
+    change: Float[Tensor, "head d_model other"], base: Float[Tensor, "head d_model other"], s: float
+) -> Float[Tensor, "head d_model other"]:
+    """ΔW − sW, laid out as ΔW is."""
+    return torch.sub(change.transpose(0, 1), base.to(change).transpose(0, 1), alpha=s).contiguous().transpose(0, 1)
+
+
+def _pooled_spectrum(change: Float[Tensor, "head d_model other"]) -> Float64[Tensor, " r"] | None:
+    """Eigenvalues of Σ_h ΔW_h ΔW_hᵀ; None of one head, whose own they are."""
+    if len(change) == 1:
+        return None
+    flat = change.transpose(0, 1).flatten(1)
+    with exact_products(flat.device):
+        gram = flat @ flat.mT if flat.shape[1] > flat.shape[0] else flat.mT @ flat
+    return torch.linalg.eigvalsh(gram).flip(-1).double().clamp(min=0).cpu()
 
 
 def _subtracted(
@@ -208,6 +253,8 @@ def measure_factors(matrix: str, base: Float[Tensor, "*head rows columns"], fact
         partners=partners.cpu().float().mT,
         rounding=torch.where(energy > 0, 0.0, torch.nan).double().cpu(),
         noise_rows=torch.full((len(σ), W.shape[-2]), 1 / W.shape[-2], dtype=torch.float64),
+        columns=other.shape[0] * other.shape[1],
+        pooled_spectrum=factored_svd(residual, other.flatten(0, 1))[1].square().cpu() if len(σ) > 1 else None,
     )
     return FactoredDelta(numbers, residual, other)
 

@@ -43,8 +43,8 @@ class Workload:
     """Entries of those with heads, whose changes stay until the layer is done."""
     points: int
     """Hook points captured in each layer."""
-    centred_points: int
-    """Those of them that keep per-sequence sums too."""
+    beside: int
+    """Further moments kept at the attention input: of first positions, of sequence means."""
     heads: int
     """Rows of projections of a layer: heads times subspaces."""
     groups: int
@@ -107,7 +107,7 @@ class Workload:
 
     def _one_set(self) -> int:
         packed = 8 * (self.d * (self.d + 1) // 2)
-        return packed * (self.points + self.centred_points) * (2 if self.sensitivity else 1)
+        return packed * (self.points + self.beside) * (2 if self.sensitivity else 1)
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def workload(base: ModelView, plan: Plan, sequences: Sequence[Tensor], settings:
         largest=max(sizes),
         attention=sum(n for n, matrix in zip(sizes, plan.matrices, strict=True) if base.heads(matrix) is not None),
         points=len(plan.points),
-        centred_points=int(base.key_shift_invariant and "attn_in" in plan.points),
+        beside=len(plan.beside),
         heads=sum((base.heads(matrix) or 1) * len(plan.targets[matrix]) for matrix in plan.matrices),
         groups=len(balanced_groups(sequences, settings.groups)),
         models=len(settings.captured),
@@ -226,7 +226,7 @@ def _remedies(load: Workload, room: _Room) -> Iterator[str]:
         "matrices": load.largest,
         "attention": min(load.largest, load.attention),
         "points": 1,
-        "centred_points": 1,
+        "beside": 2,
     }
     options: dict[str, dict[str, Any]] = {
         "batch_size=1": {"rows": 1},

@@ -13,7 +13,7 @@ from torch import Tensor
 from tl_asymmetry.geometry.jackknife import MINIMUM_GROUPS
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.subspace import Subspace, as_subspace
-from tl_asymmetry.models.capture import Capture, Site, balanced_groups, merged
+from tl_asymmetry.models.capture import Capture, Site, balanced_groups, first_of, means_of, merged
 from tl_asymmetry.models.checks import check_ranks, check_token_count
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import kind_of, nearest
@@ -43,6 +43,8 @@ class Plan:
     """Subspaces passed by the user, one for each layer."""
     points: tuple[str, ...]
     """Hook points to capture: the subspaces' own and the inputs of read matrices."""
+    beside: tuple[str, ...]
+    """What is captured besides, so that W_K and W_V are held against all positions: `first_of` and `means_of` points."""
     shown_rank: int
     """The rank to show where only one can be: d//16, or the nearest that every subspace has."""
 
@@ -131,8 +133,19 @@ def make_plan(view: ModelView, settings: PairSettings, sequences: Sequence[Tenso
         targets=targets,
         given=given,
         points=tuple(points),
+        beside=_beside(view, chosen, settings),
         shown_rank=min(everywhere, key=lambda k: (abs(k - max(d // 16, 1)), k)),
     )
+
+
+def _beside(view: ModelView, matrices: Sequence[str], settings: PairSettings) -> tuple[str, ...]:
+    """Keys and values have gradients at every position, the first one too, whatever the subspaces leave out."""
+    names = []
+    if settings.exclude_first and {"W_K", "W_V"} & set(matrices):
+        names.append(first_of("attn_in"))
+    if view.key_shift_invariant and "W_K" in matrices:
+        names.append(means_of("attn_in"))
+    return tuple(names)
 
 
 def counted_tokens(sequences: Sequence[Tensor], settings: PairSettings) -> int:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_asymmetry.geometry.subspace import Subspace
 from tl_asymmetry.names import kind_of
-from tl_asymmetry.pair.bases import LayerBases
+from tl_asymmetry.pair.bases import REFERENCES, LayerBases, References, crossed_replicates
 from tl_asymmetry.pair.plan import Plan
 
 
@@ -39,19 +39,37 @@ class HeldBases(LayerBases):
         for Q in self.tensors[f"{name}/replicates"]:
             yield Q[:, :k]
 
-    def reference(self, point: str, name: str, k: int, *, within_sequences: bool) -> Float64[Tensor, " k"]:
-        """As `LayerBases.reference`."""
-        return self.tensors[_reference(point, name, within_sequences)][:k]
+    @property
+    def groups(self) -> int:
+        """None are left: references were cross-fitted before they were held."""
+        return 0
+
+    def cross(self, matrices: Iterable[str], name: str, group: int, basis: Float[Tensor, "d k"]) -> None:
+        """Nothing is left to do."""
+
+    def references(self, matrix: str, name: str, k: int, *, columns: int) -> References:
+        """As `LayerBases.references`."""
+        chosen, *rows = self.tensors[f"{name}/references/{matrix}"][:, :k]
+        replicates = self.tensors.get(f"{name}/reference_replicates/{matrix}")
+        return References(chosen, dict(zip(REFERENCES, rows, strict=True)), replicates)
+
+    def matched(self, matrix: str, *, columns: int) -> None:
+        """No covariance is held, so that nothing is tested against the references."""
+        return
+
+    def adapter(self, matrix: str, adapter: Float[Tensor, "d r"]) -> None:
+        """As `matched`."""
+        return
 
 
-def hold(bases: LayerBases, plan: Plan, *, intervals: bool, softmax_centres_keys: bool) -> HeldBases:
+def hold(bases: LayerBases, plan: Plan, columns: Mapping[str, int], *, intervals: bool) -> HeldBases:
     """All that a plan will ask of one layer's bases.
 
     Args:
         bases: with the moments behind them.
         plan: which subspaces, for which matrices, to which rank.
+        columns: of each whole matrix.
         intervals: hold replicates as well.
-        softmax_centres_keys: whether W_K's gradient sees its input about each sequence's mean.
     """
     tensors: dict[str, Tensor] = {}
     for name in plan.subspaces:
@@ -63,19 +81,19 @@ def hold(bases: LayerBases, plan: Plan, *, intervals: bool, softmax_centres_keys
         tensors[f"{name}/basis"] = cut.basis.contiguous() if cut is whole else _copy(cut.basis)
         if cut.eigenvalues is not None:
             tensors[f"{name}/eigenvalues"] = cut.eigenvalues.clone()
-        if intervals and bases.is_captured(name):
-            tensors[f"{name}/replicates"] = torch.stack(list(bases.replicates(name, top)))
-        for matrix in plan.matrices:
-            if kind_of(matrix).reads and name in plan.targets[matrix]:
-                within = matrix == "W_K" and softmax_centres_keys
-                key = _reference(kind_of(matrix).point, name, within)
-                tensors[key] = bases.reference(kind_of(matrix).point, name, top, within_sequences=within)
+        reading = [matrix for matrix in plan.matrices if kind_of(matrix).reads and name in plan.targets[matrix]]
+        if intervals:
+            replicates = list(crossed_replicates(bases, reading, name, top))
+            if bases.is_captured(name):
+                tensors[f"{name}/replicates"] = torch.stack(replicates)
+        for matrix in reading:
+            found = bases.references(matrix, name, top, columns=columns[matrix])
+            rows = [found.chosen, *(found.expected[null] for null in REFERENCES)]
+            tensors[f"{name}/references/{matrix}"] = torch.stack(rows)
+            if found.replicates is not None:
+                tensors[f"{name}/reference_replicates/{matrix}"] = found.replicates
     return HeldBases(bases.layer, tensors)
 
 
 def _copy(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
-
-
-def _reference(point: str, name: str, within_sequences: bool) -> str:
-    return f"{name}/reference/{point}/{'within' if within_sequences else 'all'}"

@@ -367,7 +367,7 @@ class TrajectoryRun:
         sites = [(point, layer) for point in plan.points for layer in range(view.n_layers)]
         captured = capture(
             view, self._grouped, sites, exclude_first=pair.exclude_first,
-            sequence_means=view.key_shift_invariant, batch_size=pair.batch_size,
+            beside=plan.beside, batch_size=pair.batch_size,
             progress=pair.progress and self.processes.is_first, processes=processes,
         )  # fmt: skip
         given = dict(plan.given)
@@ -379,8 +379,12 @@ class TrajectoryRun:
             given["prediction"] = [prediction] * view.n_layers
 
         def of_layer(layer: int) -> HeldBases:
-            bases = LayerBases(layer, captured.groups, given, centered=pair.centered, exact=view.dtype == torch.float64)
-            return hold(bases, plan, intervals=measuring.intervals, softmax_centres_keys=measuring.softmax_centres_keys)
+            bases = LayerBases(
+                layer, captured.groups, given, centered=pair.centered, exact=view.dtype == torch.float64,
+                softmax_centres_keys=measuring.softmax_centres_keys, optimizer=pair.optimizer,
+            )  # fmt: skip
+            columns = {matrix: view.weight(layer, matrix).numel() // view.d_model for matrix in plan.matrices}
+            return hold(bases, plan, columns, intervals=measuring.intervals)
 
         return of_layer
 
