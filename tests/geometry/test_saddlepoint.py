@@ -12,13 +12,13 @@ from scipy import stats
 from tests.oracles import reference
 from tl_asymmetry.geometry.nulls import IsotropicNull, adjusted_p, haar_leverages
 from tl_asymmetry.geometry.quadratic_form import fraction_tail_rank_one
-from tl_asymmetry.geometry.saddlepoint import rotation_tail
+from tl_asymmetry.geometry.saddlepoint import rotation_tails
 
 
 def isotropic_tail(λ: torch.Tensor, d: int, k: int, x: torch.Tensor, *, below: bool = False) -> torch.Tensor:
     h = torch.stack([1 - x, -x], -1)
     copies = torch.tensor([[float(k), d - k]]).expand(len(x), -1)
-    return rotation_tail(h, copies, λ.expand(len(x), -1), d, below=below)
+    return rotation_tails(h, copies, λ.expand(len(x), -1), d)[int(below)]
 
 
 # Estimate over true p; the far tail is conservative.
@@ -75,18 +75,20 @@ def test_scale_company_and_dtype_do_not_matter() -> None:
     h = torch.tensor([[0.9, -0.1], [0.5, -0.2]], dtype=torch.float64)
     copies = torch.tensor([[4.0, 60.0], [8.0, 56.0]], dtype=torch.float64)
     s = torch.rand(2, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    together = rotation_tail(h, copies, s, 64)
-    alone = torch.cat([rotation_tail(1e-7 * h[i : i + 1], copies[i : i + 1], 1e5 * s[i : i + 1], 64) for i in (0, 1)])
+    together = rotation_tails(h, copies, s, 64)
+    alone = torch.cat(
+        [rotation_tails(1e-7 * h[i : i + 1], copies[i : i + 1], 1e5 * s[i : i + 1], 64) for i in (0, 1)], 1
+    )
     torch.testing.assert_close(together, alone, rtol=1e-8, atol=0)
-    single = rotation_tail(h.float(), copies.float(), s.float(), 64)
+    single = rotation_tails(h.float(), copies.float(), s.float(), 64)
     torch.testing.assert_close(together, single, rtol=1e-3, atol=0)
     assert together.dtype == single.dtype == torch.float64
 
 
 def test_what_cannot_vary_has_no_tail() -> None:
     flat = torch.ones(1, 8)
-    assert rotation_tail(torch.tensor([[0.5, -0.5]]), torch.tensor([[4.0, 4.0]]), flat, 8).isnan().all()
-    assert rotation_tail(torch.tensor([[0.5, 0.5]]), torch.tensor([[4.0, 4.0]]), torch.rand(1, 3), 8).isnan().all()
+    assert rotation_tails(torch.tensor([[0.5, -0.5]]), torch.tensor([[4.0, 4.0]]), flat, 8).isnan().all()
+    assert rotation_tails(torch.tensor([[0.5, 0.5]]), torch.tensor([[4.0, 4.0]]), torch.rand(1, 3), 8).isnan().all()
 
 
 def test_a_head_wholly_inside_u4_among_1024() -> None:

@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from tl_asymmetry.geometry.nulls import adjusted_p
 from tl_asymmetry.names import SIGNIFICANT
 
 Family = TypeVar("Family")
@@ -72,15 +71,13 @@ def hierarchy(
         layer_p[family] = np.where(several & np.isfinite(pooled[family]), both, own)
     families = list(heads)
     family_p = np.array([float(simes(layer_p[family])) for family in families])
-    family_q = adjusted_p(family_p)
+    family_q = _benjamini_hochberg(family_p)
     share = _selected_share(family_q, level)
     layer_q, head_q = {}, {}
     for family, above in zip(families, family_q, strict=True):
-        layer_q[family] = _inside(adjusted_p(layer_p[family]), share, above)
+        layer_q[family] = _inside(_benjamini_hochberg(layer_p[family]), share, above)
         within = _selected_share(layer_q[family], level)
-        head_q[family] = np.stack([
-            _inside(adjusted_p(p), share * within, q) for p, q in zip(heads[family], layer_q[family], strict=True)
-        ])  # fmt: skip
+        head_q[family] = _inside(_benjamini_hochberg(heads[family]), share * within, layer_q[family][:, None])
     return Tree(
         dict(zip(families, family_p.tolist(), strict=True)),
         dict(zip(families, family_q.tolist(), strict=True)),
@@ -90,11 +87,22 @@ def hierarchy(
     )
 
 
+def _benjamini_hochberg(p: NDArray[np.floating]) -> NDArray[np.floating]:
+    """`adjusted_p` over the last axis, every group by itself."""
+    order = np.argsort(p, axis=-1)  # NaNs last
+    n = np.isfinite(p).sum(-1, keepdims=True)
+    scaled = n * np.take_along_axis(p, order, -1) / np.arange(1, p.shape[-1] + 1)
+    smallest = np.fmin.accumulate(scaled[..., ::-1], axis=-1)[..., ::-1]
+    q = np.empty_like(smallest)
+    np.put_along_axis(q, order, np.minimum(smallest, 1), -1)
+    return np.where(np.isfinite(p), q, np.nan)
+
+
 def _selected_share(q: NDArray[np.floating], level: float) -> float:
     """Share of the tests that are selected; of at least one, so that what is not selected has a q too."""
     tested = int(np.isfinite(q).sum())
     return max(1, int((q <= level).sum())) / tested if tested else 1.0
 
 
-def _inside(q: NDArray[np.floating], share: float, above: float) -> NDArray[np.floating]:
+def _inside(q: NDArray[np.floating], share: float, above: float | NDArray[np.floating]) -> NDArray[np.floating]:
     return np.where(np.isfinite(q), np.minimum(1, np.maximum(q / share, above)), np.nan)

@@ -9,7 +9,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from tl_asymmetry.geometry.precision import exact_products
-from tl_asymmetry.geometry.saddlepoint import rotation_tail
+from tl_asymmetry.geometry.saddlepoint import rotation_tails
 
 # Eigenvalues of C below this share of its norm carry nothing: without a floor they would be divided by.
 _FLOOR = 1e-6
@@ -120,10 +120,10 @@ class MatchedLaw:
     products: Float64[Tensor, "3 n n"]
     """BᵀCB, BᵀC²B, BᵀC³B."""
 
-    def tail(
-        self, spectrum: Float[Tensor, "head r"], k: int, fraction: Float[Tensor, " head"], *, below: bool = False
-    ) -> Float64[Tensor, " head"]:
-        """P(fraction ≥ the observed one), ≤ with `below`; NaN where nothing can vary. See `rotation_tail`.
+    def tails(
+        self, spectrum: Float[Tensor, "head r"], k: int, fraction: Float[Tensor, " head"]
+    ) -> Float64[Tensor, "2 head"]:
+        """P(fraction ≥) and P(fraction ≤ the observed one); NaN where nothing can vary. See `rotation_tails`.
 
         Args:
             spectrum: S, of the whitened deltas.
@@ -131,10 +131,10 @@ class MatchedLaw:
             fraction: observed.
         """
         f = fraction.double().cpu()
-        p = self._tail(spectrum, k, f, below=below, exact=False)
-        near = p < _SETTLED
+        p = self._tails(spectrum, k, f, exact=False)
+        near = (p < _SETTLED).any(0)
         if bool(near.any()):
-            p[near] = self._tail(spectrum[near], k, f[near], below=below, exact=True)
+            p[:, near] = self._tails(spectrum[near], k, f[near], exact=True)
         return p
 
     def spectrum(
@@ -168,9 +168,9 @@ class MatchedLaw:
         values, copies = _two_values(self.d - θ.shape[-1], *left)
         return torch.cat([θ, values], -1), torch.cat([torch.ones_like(θ), copies], -1)
 
-    def _tail(self, spectrum: Tensor, k: int, f: Tensor, *, below: bool, exact: bool) -> Tensor:
+    def _tails(self, spectrum: Tensor, k: int, f: Tensor, *, exact: bool) -> Tensor:
         h, copies = self.spectrum(k, f.nan_to_num(), exact=exact)
-        p = rotation_tail(h, copies, spectrum, self.d, below=below)
+        p = rotation_tails(h, copies, spectrum, self.d)
         return torch.where(f.isfinite(), p, torch.nan)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tl_asymmetry.geometry.precision import exact_products, product_dtype
 from tl_asymmetry.geometry.quadratic_form import fraction_tail_rank_one
-from tl_asymmetry.geometry.saddlepoint import rotation_tail
+from tl_asymmetry.geometry.saddlepoint import rotation_tails
 
 HAAR_DRAWS = 20_000
 # Largest disagreement of a Beta with the true law, in standard deviations at the 0.95 and 0.999 quantiles: 0.03 is a
@@ -75,12 +75,12 @@ class IsotropicNull:
     """p-values of fractions under Haar-random subspaces, for many deltas that share d.
 
     One-sided: the probability that a random k-subspace holds at least as much of this delta. k = 1 is exact
-    (`fraction_tail_rank_one`), and so is a delta of rank 1 (a Beta law). Else a Beta law with the exact mean and
-    variance is used where it is close enough to the truth, or `HAAR_DRAWS` seeded draws. Close enough is decided from
-    the exact third and fourth moments (`fraction_cumulants`): a Cornish–Fisher correction of its 0.95 and 0.999
-    quantiles below `QUANTILE_TOLERANCE` standard deviations. Draws alone would not do as a judge: 20,000 of them leave
-    0.07 standard deviations of noise at the 0.999 quantile. A p below `FAR` is replaced by the saddlepoint's
-    (`rotation_tail`), which has no floor.
+    (`fraction_tail_rank_one`), and so is a delta of rank 1 (a Beta law). Else the saddlepoint (`rotation_tails`), which
+    has no floor, gives every tail below `FAR`; nearer to the middle a Beta law with the exact mean and variance is used
+    where it is close enough to the truth, or `HAAR_DRAWS` seeded draws. Close enough is decided from the exact third
+    and fourth moments (`fraction_cumulants`): a Cornish–Fisher correction of its 0.95 and 0.999 quantiles below
+    `QUANTILE_TOLERANCE` standard deviations. Draws alone would not do as a judge: 20,000 of them leave 0.07 standard
+    deviations of noise at the 0.999 quantile.
 
     Example:
         >>> null = IsotropicNull(64, seed=0)
@@ -129,7 +129,13 @@ class IsotropicNull:
         single = usable & (λ.amax(-1) > 1 - _RANK_ONE)
         close = torch.zeros_like(usable)
         close[usable] = beta_disagreement(λ[usable], self.d, k) <= QUANTILE_TOLERANCE
-        by_beta, by_draws = usable & (close | single), usable & ~close & ~single
+        f = x[usable].unsqueeze(-1)
+        h = torch.cat([1 - f, -f], -1)
+        copies = torch.tensor([[k, self.d - k]], dtype=torch.float64).expand(len(f), -1)
+        above[usable], below[usable] = rotation_tails(h, copies, λ[usable], self.d)
+        method[usable.numpy()] = "saddlepoint"
+        middle = usable & (torch.minimum(above, below) >= FAR)
+        by_beta, by_draws = (usable & single) | (middle & close), middle & ~close & ~single
         if bool(by_beta.any()):
             a, b = _beta_parameters(k / self.d, variance[by_beta].numpy())
             point = x[by_beta].numpy().clip(0, 1)
@@ -140,17 +146,6 @@ class IsotropicNull:
         if bool(by_draws.any()):
             above[by_draws], below[by_draws] = self._tails_by_draws(λ[by_draws], k, x[by_draws])
             method[by_draws.numpy()] = "draws"
-        for p, downwards in ((above, False), (below, True)):
-            far = usable & ~single & (p < FAR)
-            if bool(far.any()):
-                f = x[far].unsqueeze(-1)
-                h, copies = (
-                    torch.cat([1 - f, -f], -1),
-                    torch.tensor([[k, self.d - k]], dtype=torch.float64).expand(len(f), -1),
-                )
-                p[far] = rotation_tail(h, copies, λ[far], self.d, below=downwards)
-                if not downwards:
-                    method[far.numpy()] = "saddlepoint"
         return above.numpy(), below.numpy(), method
 
     def _tails_by_draws(self, λ: Tensor, k: int, x: Tensor) -> Tensor:
@@ -240,7 +235,7 @@ def beta_disagreement(spectrum: Float[Tensor, "item r"], d: int, k: int) -> Floa
     return worst
 
 
-def order_range(drawn: Float[Tensor, "draw *item"], level: float = 0.95) -> tuple[Tensor, Tensor]:
+def order_range(drawn: Float[Tensor, draw * item], level: float = 0.95) -> tuple[Tensor, Tensor]:
     """The range that one more exchangeable draw falls into with probability `level`: order statistics at α(n + 1).
 
     At fewer than 2/(1 − level) − 1 draws there is none; quantiles of 40 draws cover 90 % where they say 95.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tl_asymmetry.geometry.fraction import gram_energy
 
+
 def correlation(moment: Float[Tensor, "d d"]) -> Float64[Tensor, "d d"]:
     """D^{-1/2} Σ D^{-1/2}, D = diag Σ: what Adam's division by every entry's own size leaves of Σ.
 

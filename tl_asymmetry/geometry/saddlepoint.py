@@ -13,15 +13,13 @@ _GRID = 1 << 22
 _STEPS = 100
 
 
-def rotation_tail(
+def rotation_tails(
     h: Float[Tensor, "item m"],
     h_copies: Float[Tensor, "item m"],
     s: Float[Tensor, "item r"],
     d: int,
-    *,
-    below: bool = False,
-) -> Float64[Tensor, " item"]:
-    """P(T ≥ 0) for T = tr(H G S Gᵀ), G Haar-random in O(d): how often chance reaches a fraction, however rarely.
+) -> Float64[Tensor, "2 item"]:
+    """P(T ≥ 0) and P(T ≤ 0) for T = tr(H G S Gᵀ), G Haar-random in O(d): how often chance does so, however rarely.
 
     T is replaced by tr H · tr S/d + Σ e_ij (g_ij² − 1) with e_ij = h̃_i s̃_j / √((d − 1)(d + 2)), both spectra centred,
     g_ij Gaussian: the exact mean and variance of T (Muirhead 1982, ch. 7). Its tail is that of Lugannani & Rice (1980)
@@ -33,26 +31,25 @@ def rotation_tail(
         h_copies: how often each counts; d in all.
         s: eigenvalues of S, not negative, r ≤ d of them; the missing ones are 0.
         d: dimension.
-        below: P(T ≤ 0) instead.
 
     Returns:
         Float64 on CPU; NaN where H or S is a multiple of the identity, or anything is NaN.
 
     Example:
         >>> h, copies = torch.tensor([[0.5, -0.5]]), torch.tensor([[16.0, 48.0]])  # 0.5 in 16 of 64 dimensions
-        >>> 0 < rotation_tail(h, copies, torch.arange(1.0, 9.0).unsqueeze(0), 64).item() < 1e-3
+        >>> 0 < rotation_tails(h, copies, torch.arange(1.0, 9.0).unsqueeze(0), 64)[0].item() < 1e-3
         True
     """
     h, h_copies, s = (x.detach().cpu().double() for x in (h, h_copies, s))
     pieces = max(1, _GRID // max(1, h.shape[-1] * (s.shape[-1] + 1)))
     done = [
-        _tail(-hs if below else hs, copies, spectrum, d)
+        _tails(hs, copies, spectrum, d)
         for hs, copies, spectrum in zip(h.split(pieces), h_copies.split(pieces), s.split(pieces), strict=True)
     ]
-    return torch.cat(done) if done else torch.zeros(0, dtype=torch.float64)
+    return torch.cat(done, 1) if done else torch.zeros(2, 0, dtype=torch.float64)
 
 
-def _tail(h: Tensor, h_copies: Tensor, s: Tensor, d: int) -> Tensor:
+def _tails(h: Tensor, h_copies: Tensor, s: Tensor, d: int) -> Tensor:
     total_h, total_s = (h * h_copies).sum(-1), s.sum(-1)
     h = h - total_h.unsqueeze(-1) / d
     s = torch.cat([s, torch.zeros_like(s[:, :1])], -1) - total_s.unsqueeze(-1) / d
@@ -83,24 +80,31 @@ def _tail(h: Tensor, h_copies: Tensor, s: Tensor, d: int) -> Tensor:
     difference = torch.where(near, -skew / 6 / (2 * copies * e.square()).sum(-1).pow(1.5), 1 / safe_u - 1 / safe_w)
     density = torch.exp(-0.5 * w.square()) / math.sqrt(2 * math.pi)
     # φ(w) · Mills ratio keeps its digits where 1 − Φ(w) underflows beside φ(w)(1/u − 1/w).
-    mills = math.sqrt(math.pi / 2) * torch.special.erfcx(w.clamp(min=0) / math.sqrt(2))
-    upper = torch.where(w >= 0, density * mills, torch.special.ndtr(-w))
-    return torch.where(defined, (upper + density * difference).clamp(0, 1), torch.nan)
+    mills = math.sqrt(math.pi / 2) * torch.special.erfcx(w.abs() / math.sqrt(2))
+    far, near_side = density * mills, torch.special.ndtr(w.abs())
+    above = torch.where(w >= 0, far, near_side) + density * difference
+    below = torch.where(w >= 0, near_side, far) - density * difference
+    return torch.where(defined, torch.stack([above, below]).clamp(0, 1), torch.nan)
 
 
 def _saddlepoint(e: Tensor, copies: Tensor, mean: Tensor) -> Tensor:
-    """Root of K'(t) = mean + Σ copies · e (1/(1 − 2 t e) − 1), increasing between its poles: Newton in a bracket."""
-    largest, smallest = e.amax(-1), e.amin(-1)
-    low, high = 0.5 / smallest.clamp(max=-1e-300), 0.5 / largest.clamp(min=1e-300)
+    """Root of K'(t) = mean + Σ copies · e (1/(1 − 2 t e) − 1), increasing between its poles.
+
+    Far out the root lies close to a pole: each step takes K' for A + B/(pole − t), as in a secular equation.
+    """
+    low, high = 0.5 / e.amin(-1).clamp(max=-1e-300), 0.5 / e.amax(-1).clamp(min=1e-300)
+    pole = torch.where(mean < 0, high, low)
     t = torch.zeros_like(mean)
     for _ in range(_STEPS):
         x = 1 - 2 * t.unsqueeze(-1) * e
         slope = mean + (copies * e * (1 / x - 1)).sum(-1)
         low, high = torch.where(slope < 0, t, low), torch.where(slope < 0, high, t)
-        newton = t - slope / (2 * copies * (e / x).square()).sum(-1)
-        middle = (low + high) / 2
-        step = torch.where((newton > low) & (newton < high), newton, middle)
-        if bool(((step - t).abs() <= 1e-12 * (1e-6 + t.abs())).all()):
+        curvature = (2 * copies * (e / x).square()).sum(-1)
+        B = curvature * (pole - t).square()
+        step = pole + B / (slope - B / (pole - t))
+        settled = (step - t).abs() <= 1e-9 * (1e-3 + t.abs())
+        step = torch.where(settled | ((step > low) & (step < high)), step, (low + high) / 2)
+        if bool(settled.all()):
             return step
         t = step
     return t

@@ -29,7 +29,7 @@ from tl_asymmetry.pair.deltas import Delta, measure_change
 from tl_asymmetry.pair.memory_plan import plan_memory
 from tl_asymmetry.pair.non_matrix_parameters import other_changes, unmatched_parameters
 from tl_asymmetry.pair.numbers import DeltaNumbers, Layout, Measurements, layer_tensors
-from tl_asymmetry.pair.plan import Plan, Sources, counted_tokens, grouped_sequences, make_plan
+from tl_asymmetry.pair.plan import Plan, Sources, counted_tokens, grouped_sequences, make_plan, too_few
 from tl_asymmetry.pair.projections import Projection, keys_reference_note, project
 from tl_asymmetry.pair.result import PairAnalysis
 from tl_asymmetry.pair.sensitivity import SensitivityProfiles, prediction_variants, stacked_variants
@@ -160,7 +160,10 @@ def analyze_pair(
         profiles = SensitivityProfiles(predictions, sources) if sensitivity else None
 
         def analyse(layer: int) -> _Layer:
-            bases = LayerBases(layer, moments, given, centered=centered, exact=base.dtype == torch.float64)
+            bases = LayerBases(
+                layer, moments, given, centered=centered, exact=base.dtype == torch.float64,
+                softmax_centres_keys=base.key_shift_invariant, optimizer=optimizer,
+            )  # fmt: skip
             weights = {matrix: base.weight(layer, matrix) for matrix in plan.matrices}
             measured = {matrix: measure_change(base, aligned, layer, matrix, seed=seed) for matrix in plan.matrices}
             projections = [
@@ -168,8 +171,7 @@ def analyze_pair(
                 for name in plan.subspaces
                 for projection in project(
                     [measured[matrix] for matrix in plan.matrices if name in plan.targets[matrix]], name, bases,
-                    plan.ranks, intervals=intervals, softmax_centres_keys=base.key_shift_invariant,
-                    gradient=gradient,
+                    plan.ranks, intervals=intervals, gradient=gradient,
                 )
             ]  # fmt: skip
             return _Layer(
@@ -205,10 +207,12 @@ def analyze_pair(
         [layer_tensors(layer.deltas, list(layer.projections.values()), plan.ranks) for layer in layers],
     )
     _note_deltas(numbers.deltas, aligned, hashes, notes)
-    tables = pair_tables(numbers, seed=seed)
+    counted = counted_tokens(sequences, settings) * (2 if activations == "both" else 1)
+    tables = pair_tables(numbers, optimizer=optimizer, few=too_few(counted, len(sequences), base.d_model), seed=seed)
     return PairAnalysis.assemble(
         table=tables.table,
         nulls=tables.nulls,
+        tests=tables.tests,
         asymmetry=asymmetry_table(numbers),
         other_changes=other_changes(base, aligned),
         circuits=[layer.circuits for layer in layers],
@@ -228,7 +232,7 @@ def analyze_pair(
             },
             "shape": shape_record(base),
             **plan.described(),
-            "tokens": counted_tokens(sequences, settings) * (2 if activations == "both" else 1),
+            "tokens": counted,
             "sequences": len(sequences),
             "layers_per_pass": memory.layers_per_pass,
             "processes": processes.count,
@@ -297,7 +301,7 @@ def _captured(
             name: capture(
                 view, grouped, [(point, layer) for point in plan.points for layer in layers],
                 exclude_first=settings.exclude_first, first_positions=settings.sensitivity,
-                sequence_means=pair.base.key_shift_invariant, batch_size=settings.batch_size,
+                beside=plan.beside, batch_size=settings.batch_size,
                 progress=settings.progress, processes=processes,
             )
             for name in settings.captured

@@ -33,13 +33,16 @@ _CURVE_POINTS = 200
 class PairData(Result):
     """What `PairAnalysis` holds, without the words."""
 
-    TABLES = ("table", "nulls", "asymmetry", "other_changes", "circuits")
+    TABLES = ("table", "nulls", "tests", "asymmetry", "other_changes", "circuits")
 
     table: pd.DataFrame
     """Tidy: one row per layer × head × matrix × subspace × rank; `tables.PAIR_COLUMNS` says what the columns mean."""
     nulls: pd.DataFrame
     """What each row is held against, one row for each row of the table and null; `results.nulls.NULL_COLUMNS` says what
     the columns mean, `results.nulls.NULLS` what the nulls are."""
+    tests: pd.DataFrame
+    """The hierarchy behind `vs_chance` and `vs_reference`: families and layers; `verdicts.TEST_COLUMNS` says what the
+    columns mean."""
     asymmetry: pd.DataFrame
     """Read against write per head, and per layer (head NA): log2 ratio, its expectation by chance, an interval."""
     other_changes: pd.DataFrame

@@ -16,6 +16,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.pair.bases import REFERENCES
 from tl_asymmetry.pair.deltas import Delta
 from tl_asymmetry.pair.plan import Plan
 from tl_asymmetry.pair.projections import Projection
@@ -62,6 +63,14 @@ class DeltaNumbers:
     """Share of the energy that storage alone explains."""
     spectrum: Float64[Tensor, "*place head r"]
     """Eigenvalues of ΔW ΔWᵀ, descending."""
+    pooled_spectrum: Float64[Tensor, "*place s"] | None = None
+    """Of the heads together as one delta; None of a matrix without heads."""
+    unshrunk_energy: Float64[Tensor, "*place head"] | None = None
+    """‖ΔW − sW‖²; None where weight decay can make no difference in any place."""
+    unshrunk_spectrum: Float64[Tensor, "*place head r"] | None = None
+    """Of ΔW − sW."""
+    unshrunk_pooled_spectrum: Float64[Tensor, "*place s"] | None = None
+    """Of ΔW − sW."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +81,33 @@ class RankNumbers:
     """‖Q_kᵀ ΔW‖²."""
     eigenvalues: Float64[Tensor, "*place rank 2"]
     """λ_k and λ_{k+1}; NaN where there is none."""
+    exists: Float64[Tensor, "*place rank"]
+    """1.0 where the subspace has so many directions, else 0.0."""
+    noise: Float64[Tensor, "*place head rank"]
+    """Fraction of storage noise in the subspace."""
     activation: Float64[Tensor, "*place rank"] | None
-    """Share of the matrix's own input variance in the subspace; None for write matrices."""
+    """Fraction by chance under the chosen optimiser on the matrix's own input; None for write matrices."""
+    activation_replicates: Float64[Tensor, "*place group rank"] | None
+    """The same with one group of texts left out."""
+    tails: Float64[Tensor, "*place 2 item rank"] | None
+    """P(fraction ≥) and P(fraction ≤) under it, of heads and then of the heads pooled; None where it is not tested."""
+    sgd: Float64[Tensor, "*place rank"] | None
+    """Fractions by chance under the nulls of these names; None for write matrices."""
+    adam: Float64[Tensor, "*place rank"] | None
+    sign: Float64[Tensor, "*place rank"] | None
+    muon: Float64[Tensor, "*place rank"] | None
+    lora: Float64[Tensor, "*place rank"] | None
+    """None but for adapters."""
     gradient: Float64[Tensor, "*place head rank"] | None
     """Share of the output gradient's variance; None for read matrices and without gradients."""
-    permuted: Float64[Tensor, "*place 2 head rank"] | None
-    """95 % range of the fraction of gradients with δ permuted within sequences; None without such draws."""
+    permuted: Float64[Tensor, "*place 3 head rank"] | None
+    """Mean and 95 % range of the fraction of gradients with δ permuted within sequences; None without such draws."""
     replicates: Float64[Tensor, "*place group head rank"] | None
     """‖Q_kᵀ ΔW‖² with one group of texts left out; None for a subspace that needs no texts."""
+    unshrunk_inside: Float64[Tensor, "*place head rank"] | None
+    """‖Q_kᵀ (ΔW − sW)‖²; None where weight decay can make no difference in any place."""
+    unshrunk_tails: Float64[Tensor, "*place 2 item rank"] | None
+    """Of ΔW − sW."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +132,11 @@ class Measurements:
             tensors: the numbers.
             delta: what stands in front of the names that belong to one delta of several.
         """
-        deltas = {m: DeltaNumbers(**{f.name: tensors[f"{delta}{m}/{f.name}"] for f in fields(DeltaNumbers)})
+        deltas = {m: DeltaNumbers(**{f.name: tensors.get(f"{delta}{m}/{f.name}") for f in fields(DeltaNumbers)})
                   for m in layout.targets}  # fmt: skip
         held = {
             (m, name): RankNumbers(
-                eigenvalues=tensors[f"eigenvalues/{name}"],
+                **{field: tensors[f"{field}/{name}"] for field in _OF_A_SUBSPACE},
                 **_one_delta(tensors, f"{delta}{m}/{name}"),
             )
             for m, names in layout.targets.items()
@@ -119,7 +147,7 @@ class Measurements:
     @classmethod
     def of_layers(cls, layout: Layout, layers: Sequence[Mapping[str, Tensor]]) -> Measurements:
         """From `layer_tensors` of every layer."""
-        return cls.read(layout, {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]})
+        return cls.read(layout, stacked_layers(layers))
 
     @classmethod
     def joined(cls, parts: Sequence[tuple[Mapping[str, Any], Measurements]]) -> Measurements:
@@ -156,7 +184,18 @@ class Measurements:
         return frame.assign(head=pd.array(numbers, dtype="Int64"), run=np.repeat(self.runs, heads))
 
 
-_OF_ONE_DELTA = tuple(field.name for field in fields(RankNumbers) if field.name != "eigenvalues")
+_OF_A_SUBSPACE = ("eigenvalues", "exists")
+_OF_ONE_DELTA = tuple(field.name for field in fields(RankNumbers) if field.name not in _OF_A_SUBSPACE)
+_UNSHRUNK = "unshrunk_"
+
+
+def stacked_layers(layers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """`layer_tensors` of every layer, stacked. Where weight decay makes no difference ΔW − sW is ΔW."""
+    names = dict.fromkeys(name for layer in layers for name in layer)
+    return {
+        name: torch.stack([layer[name] if name in layer else layer[name.replace(_UNSHRUNK, "")] for layer in layers])
+        for name in names
+    }
 
 
 def _one_delta(tensors: Mapping[str, Tensor], name: str) -> dict[str, Any]:
@@ -175,16 +214,26 @@ def layer_tensors(
         ranks: ranks to read; those that a subspace is too small for are left out for it.
         delta: what to put in front of the names that belong to one delta of several.
     """
-    tensors = {f"{delta}{m}/{f.name}": getattr(of, f.name).double() for m, of in deltas.items()
-               for f in fields(DeltaNumbers)}  # fmt: skip
+    tensors = {
+        f"{delta}{m}/{prefix}{name}": value.double()
+        for m, of in deltas.items()
+        for prefix, numbers, names in (("", of, _OF_A_DELTA), (_UNSHRUNK, of.unshrunk, _OF_AN_UNSHRUNK))
+        for name in names
+        if numbers is not None and (value := getattr(numbers, name)) is not None
+    }
     for projection in projections:
         numbers = _at_ranks(projection, [k for k in ranks if k <= projection.energies.shape[-1]])
-        tensors[f"eigenvalues/{projection.subspace}"] = numbers.eigenvalues
+        for field in _OF_A_SUBSPACE:
+            tensors[f"{field}/{projection.subspace}"] = getattr(numbers, field)
         for field in _OF_ONE_DELTA:
             value = getattr(numbers, field)
             if value is not None:
                 tensors[f"{delta}{projection.matrix}/{projection.subspace}/{field}"] = value
     return tensors
+
+
+_OF_A_DELTA = ("base_energy", "energy", "shrink", "rounding", "spectrum", "pooled_spectrum")
+_OF_AN_UNSHRUNK = ("energy", "spectrum", "pooled_spectrum")
 
 
 def _at_ranks(projection: Projection, ranks: Sequence[int]) -> RankNumbers:
@@ -196,8 +245,20 @@ def _at_ranks(projection: Projection, ranks: Sequence[int]) -> RankNumbers:
     λ = torch.full((max(ranks) + 1,), torch.nan, dtype=torch.float64)
     there = projection.eigenvalues[: len(λ)]
     λ[: len(there)] = there
+
+    def inside(energies: Tensor) -> Tensor:
+        return torch.stack([energies[..., :k].sum(-1) for k in ranks], -1)
+
+    twin = projection.unshrunk
     return RankNumbers(
-        inside=torch.stack([projection.energies[..., :k].sum(-1) for k in ranks], -1),
+        inside=inside(projection.energies),
+        exists=torch.tensor([k <= projection.existing for k in ranks], dtype=torch.float64),
+        noise=projection.noise[..., at],
+        activation_replicates=read(projection.reference_replicates),
+        tails=None if projection.tails is None else projection.tails[..., : len(ranks)],
+        **{null: read(projection.references.get(null)) for null in (*REFERENCES, "lora")},
+        unshrunk_inside=None if twin is None else inside(twin.energies),
+        unshrunk_tails=None if twin is None or twin.tails is None else twin.tails[..., : len(ranks)],
         eigenvalues=torch.stack([λ[k - 1 : k + 1] for k in ranks]),
         activation=read(projection.activation_reference),
         gradient=read(projection.gradient_reference),
@@ -210,7 +271,14 @@ Numbers = TypeVar("Numbers", DeltaNumbers, RankNumbers)
 
 
 def _joined(parts: Sequence[Numbers]) -> Numbers:
-    """Field by field; None where the first has none."""
-    columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(parts[0])}
-    joined: dict[str, Any] = {name: None if held[0] is None else torch.cat(held) for name, held in columns.items()}
+    """Field by field; None where none has it. Where weight decay makes no difference ΔW − sW is ΔW."""
+    joined: dict[str, Any] = {}
+    for field in fields(parts[0]):
+        held = [getattr(part, field.name) for part in parts]
+        if all(value is None for value in held):
+            joined[field.name] = None
+            continue
+        own = field.name.replace(_UNSHRUNK, "")
+        values = [getattr(part, own) if value is None else value for part, value in zip(parts, held, strict=True)]
+        joined[field.name] = None if values[0] is None else torch.cat(values)
     return type(parts[0])(**joined)

@@ -24,6 +24,9 @@ STREAM_SUBSPACES = ("attn_in", "mlp_in", "resid_pre", "resid_mid", "resid_post")
 """Subspaces that come from activations, named as their hook points."""
 
 
+_TOKENS_PER_DIMENSION, _SEQUENCES = 10, 16
+
+
 @dataclass(frozen=True)
 class Plan:
     """Matrices, ranks and subspaces of one analysis."""
@@ -146,6 +149,11 @@ def _beside(view: ModelView, matrices: Sequence[str], settings: PairSettings) ->
     if view.key_shift_invariant and "W_K" in matrices:
         names.append(means_of("attn_in"))
     return tuple(names)
+
+
+def too_few(tokens: int, sequences: int, d: int) -> bool:
+    """Whether intervals and references rest on too few tokens, or too few sequences, to be trusted."""
+    return tokens < _TOKENS_PER_DIMENSION * d or sequences < _SEQUENCES
 
 
 def counted_tokens(sequences: Sequence[Tensor], settings: PairSettings) -> int:

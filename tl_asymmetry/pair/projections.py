@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
 from tl_asymmetry.geometry.fraction import gram_energy
+from tl_asymmetry.geometry.matched import MatchedCovariance
+from tl_asymmetry.geometry.nulls import PERMUTATIONS, order_range
 from tl_asymmetry.names import kind_of
-from tl_asymmetry.pair.bases import LayerBases
-from tl_asymmetry.pair.deltas import AnyDelta
+from tl_asymmetry.pair.bases import LayerBases, crossed_replicates
+from tl_asymmetry.pair.deltas import AnyDelta, FactoredDelta, LiveDelta
 from tl_asymmetry.settings import GradientMoments, PermutedGradients
 
 
@@ -28,16 +30,29 @@ class Projection:
     """‖q_iᵀ ΔW_h‖² along each direction."""
     eigenvalues: Float64[Tensor, " k"]
     """Variance along each direction; NaN where the basis has none."""
+    existing: int
+    """Directions that exist: those with at least 1e-6 of the leading eigenvalue."""
+    noise: Float64[Tensor, "head top"]
+    """Fraction of storage noise in the leading 1 … top directions."""
     activation_reference: Float64[Tensor, " top"] | None
-    """Share of the matrix's input variance in the leading 1 … top directions, top the largest rank in use; None for
-    write matrices."""
+    """Fraction by chance in the leading 1 … top directions under the chosen optimiser, top the largest rank in use;
+    None for write matrices."""
     gradient_reference: Float64[Tensor, "head top"] | None
     """Share of the output gradient's variance in the leading 1 … top directions; None without gradients."""
-    permuted: Float64[Tensor, "2 head top"] | None
-    """Lower and upper end of the 95 % range of the fraction in the leading 1 … top directions over gradients with δ
-    permuted within sequences; None for write matrices and without such draws."""
+    permuted: Float64[Tensor, "3 head top"] | None
+    """Mean, lower and upper end of the 95 % range of the fraction in the leading 1 … top directions over gradients with
+    δ permuted within sequences; None for write matrices and without enough such draws."""
     replicates: Float64[Tensor, "group head rank"] | None
     """Energy in the leading `rank` directions with one group left out; None for a basis without replicates."""
+    reference_replicates: Float64[Tensor, "group top"] | None = None
+    """`activation_reference` with one group left out."""
+    references: Mapping[str, Float64[Tensor, " top"]] = field(default_factory=dict)
+    """Fractions by chance of every null that the input gives, see `bases.REFERENCES`, and "lora"."""
+    tails: Float64[Tensor, "2 item rank"] | None = None
+    """P(fraction ≥) and P(fraction ≤) under the chosen optimiser's reference, of every head, then of the heads pooled
+    where there are several; None for write matrices."""
+    unshrunk: Projection | None = None
+    """Of ΔW − sW."""
 
 
 def project(
@@ -47,7 +62,6 @@ def project(
     ranks: Sequence[int],
     *,
     intervals: bool,
-    softmax_centres_keys: bool,
     gradient: GradientMoments | None,
 ) -> list[Projection]:
     """Hold several matrices of one layer against one subspace; each replicate is made once for all of them.
@@ -57,61 +71,154 @@ def project(
         name: the subspace.
         bases: of this layer.
         ranks: ranks at which replicates are read.
-        intervals: make replicates (for a captured subspace).
-        softmax_centres_keys: whether W_K's gradient sees its input about each sequence's mean.
+        intervals: make replicates.
         gradient: covariances for write matrices' matched reference.
     """
     subspace = bases.subspace(name)
     top = min(subspace.rank, max(ranks))
     replicates: dict[str, list[Tensor]] = {}
-    if intervals and bases.is_captured(name):
-        read = torch.tensor(ranks) - 1
-        for Q in bases.replicates(name, top):
-            for delta in deltas:
+    if intervals:
+        read = torch.tensor([k for k in ranks if k <= top]) - 1
+        reading = [delta.matrix for delta in deltas if kind_of(delta.matrix).reads]
+        for Q in crossed_replicates(bases, reading, name, top):
+            for delta in deltas if bases.is_captured(name) else ():
                 replicates.setdefault(delta.matrix, []).append(delta.energies(Q).cumsum(-1)[:, read])
     eigenvalues = torch.full((subspace.rank,), torch.nan, dtype=torch.float64)
     if subspace.eigenvalues is not None:
         eigenvalues = subspace.eigenvalues.double().cpu()
+    existing = [k for k in ranks if k <= subspace.existing]
     projections = []
     for delta in deltas:
-        activation_reference = gradient_reference = permuted = None
-        if kind_of(delta.matrix).reads:
-            centred = delta.matrix == "W_K" and softmax_centres_keys
-            activation_reference = bases.reference(kind_of(delta.matrix).point, name, top, within_sequences=centred)
         energies = delta.energies(subspace.basis)
+        gradient_reference = None
         if gradient is not None and kind_of(delta.matrix).writes:
             basis = subspace.basis[:, :top]
             gradient_reference = _gradient_reference(gradient, bases.layer, delta.matrix, basis, len(energies))
-        if kind_of(delta.matrix).reads and isinstance(gradient, PermutedGradients):
-            drawn = gradient.permuted_fractions(bases.layer, delta.matrix, subspace.basis[:, :top])
-            if drawn is not None:
-                ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-                permuted = drawn.double().cpu().quantile(ends, dim=0)
-        projections.append(
-            Projection(
-                matrix=delta.matrix,
-                subspace=name,
-                energies=energies,
-                eigenvalues=eigenvalues,
-                activation_reference=activation_reference,
-                gradient_reference=gradient_reference,
-                permuted=permuted,
-                replicates=torch.stack(replicates[delta.matrix]) if delta.matrix in replicates else None,
-            )
+        projection = Projection(
+            matrix=delta.matrix,
+            subspace=name,
+            energies=energies,
+            eigenvalues=eigenvalues,
+            existing=subspace.existing,
+            noise=delta.numbers.noise_rows @ subspace.basis[:, :top].double().cpu().square().cumsum(-1),
+            activation_reference=None,
+            gradient_reference=gradient_reference,
+            permuted=_permuted(gradient, bases.layer, delta.matrix, subspace.basis[:, :top]),
+            replicates=torch.stack(replicates[delta.matrix]) if delta.matrix in replicates else None,
         )
+        if kind_of(delta.matrix).reads:
+            projection = _against_input(projection, delta, bases, subspace.basis[:, :top], existing, ranks)
+        if delta.unshrunk is not None:
+            twin = replace(projection, energies=delta.unshrunk.energies(subspace.basis))
+            if kind_of(delta.matrix).reads:
+                tails = _tails(delta.unshrunk, bases, subspace.basis[:, :top], existing, ranks)
+                twin = replace(twin, tails=tails)
+            projection = replace(projection, unshrunk=twin)
+        projections.append(projection)
     return projections
+
+
+def _against_input(
+    projection: Projection, delta: AnyDelta, bases: LayerBases, basis: Tensor, existing: Sequence[int],
+    ranks: Sequence[int],
+) -> Projection:  # fmt: skip
+    """A read matrix's references, and the test against that of the chosen optimiser (an adapter's own where there is
+    one)."""
+    found = bases.references(delta.matrix, projection.subspace, basis.shape[1], columns=delta.numbers.columns)
+    references, chosen, replicates = dict(found.expected), found.chosen, found.replicates
+    adapter = bases.adapter(delta.matrix, delta.residual) if isinstance(delta, FactoredDelta) else None
+    if adapter is not None:
+        inside = gram_energy(adapter.covariance, adapter.frame.mT @ basis.to(adapter.frame)).cumsum(0).cpu()
+        own = inside / adapter.covariance.trace().cpu()
+        if replicates is not None:
+            replicates = replicates / chosen * own
+        references["lora"] = chosen = own
+    return replace(
+        projection,
+        activation_reference=chosen,
+        references=references,
+        reference_replicates=replicates,
+        tails=_tails(delta, bases, basis, existing, ranks),
+    )
+
+
+def _tails(
+    delta: AnyDelta, bases: LayerBases, basis: Tensor, existing: Sequence[int], ranks: Sequence[int]
+) -> Float64[Tensor, "2 item rank"]:
+    """P(fraction ≥) and P(fraction ≤) of every head and of the heads pooled: the larger of with and without the mean.
+
+    An adapter's change is tested within what its A reads, where it lies by construction.
+    """
+    if isinstance(delta, FactoredDelta):
+        own = bases.adapter(delta.matrix, delta.residual)
+        covariance = None if own is None else MatchedCovariance.of(own.covariance, own.mean)
+        if own is not None:
+            frame = own.frame.to(delta.residual)
+            delta = LiveDelta(delta.numbers, (frame.mT @ delta.residual) @ delta.other.mT, None)
+            basis = frame.mT @ basis.to(frame)
+    else:
+        covariance = bases.matched(delta.matrix, columns=delta.numbers.columns)
+    heads = len(delta.numbers.energy)
+    tails = torch.full((2, heads + (heads > 1), len(ranks)), torch.nan, dtype=torch.float64)
+    if covariance is None or isinstance(delta, FactoredDelta):
+        return tails
+    total = delta.numbers.energy
+    if delta.gram is not None:
+        spectra = covariance.whitened_gram_spectra(delta.gram)
+    else:
+        spectra = covariance.whitened_spectra(delta.flat.unflatten(1, (heads, -1)).transpose(0, 1))
+        if heads > 1:
+            spectra = [
+                _stacked_spectra(own, together)
+                for own, together in zip(spectra, covariance.whitened_spectra(delta.flat.unsqueeze(0)), strict=True)
+            ]
+    freed, freed_total = basis, total
+    for spectrum, law in zip(spectra, covariance.laws(basis), strict=True):
+        inside = delta.energies(freed).cumsum(-1)
+        if heads > 1:
+            inside, whole = (
+                torch.cat([inside, inside.sum(0, keepdim=True)]),
+                torch.cat([freed_total, freed_total.sum(0, keepdim=True)]),
+            )
+        else:
+            whole = freed_total
+        for k in existing:
+            fraction = inside[:, k - 1] / whole
+            column = ranks.index(k)
+            tails[..., column] = torch.fmax(tails[..., column], law.tails(spectrum, k, fraction))
+        if covariance.mean is not None:
+            μ = covariance.mean.unsqueeze(-1).cpu()
+            freed, freed_total = basis.cpu() - μ @ (μ.mT @ basis.to(μ)), total - delta.energies(μ)[:, 0]
+    return tails
+
+
+def _stacked_spectra(heads: Float64[Tensor, "head r"], together: Float64[Tensor, "1 s"]) -> Float64[Tensor, "item s"]:
+    wide = torch.zeros(len(heads), together.shape[1], dtype=heads.dtype)
+    wide[:, : heads.shape[1]] = heads
+    return torch.cat([wide, together])
+
+
+def _permuted(
+    gradient: GradientMoments | None, layer: int, matrix: str, basis: Tensor
+) -> Float64[Tensor, "3 head top"] | None:
+    if not (kind_of(matrix).reads and isinstance(gradient, PermutedGradients)):
+        return None
+    drawn = gradient.permuted_fractions(layer, matrix, basis)
+    if drawn is None or len(drawn) < PERMUTATIONS:
+        return None
+    return torch.stack([drawn.double().cpu().mean(0), *order_range(drawn.double().cpu())])
 
 
 def keys_reference_note(*, softmax_centres_keys: bool) -> str:
     """What the reader must know of the matched reference of W_K, which depends on the model's attention."""
     if softmax_centres_keys:
         return (
-            "activation_matched on W_K rows uses the input's covariance within sequences: softmax ignores what all "
-            "keys of a sequence share"
+            "activation_matched on W_K rows uses the input's covariance within sequences, first positions included: "
+            "softmax ignores what all keys of a sequence share"
         )
     return (
-        "activation_matched on W_K rows uses the uncentred input: with rotary positions, a query-key norm or a "
-        "soft cap, softmax removes what all keys share only in part, so there the reference is an approximation"
+        "activation_matched on W_K rows uses the uncentred input of all positions: with rotary positions, a query-key "
+        "norm or a soft cap, softmax removes what all keys share only in part, so there it is an approximation"
     )
 
 

@@ -151,6 +151,7 @@ class PairAnalysis(PairData):
         *,
         table: pd.DataFrame,
         nulls: pd.DataFrame,
+        tests: pd.DataFrame,
         asymmetry: pd.DataFrame,
         other_changes: pd.DataFrame,
         circuits: Sequence[pd.DataFrame],
@@ -184,6 +185,7 @@ class PairAnalysis(PairData):
         return cls(
             table=table,
             nulls=nulls,
+            tests=tests,
             asymmetry=asymmetry,
             other_changes=other_changes,
             circuits=pd.concat(circuits, ignore_index=True),

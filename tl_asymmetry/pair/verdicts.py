@@ -92,7 +92,9 @@ def judge(tested: Sequence[Tested]) -> tuple[list[Judged], pd.DataFrame]:
     for rank in dict.fromkeys(one.rank for one in tested):
         here = [one for one in tested if one.rank == rank]
         questions = dict.fromkeys(question for one in here for question in one.evidence)
-        verdicts[rank] = {question: (_tree(here, question), _tree(here, question, unshrunk=True)) for question in questions}
+        verdicts[rank] = {
+            question: (_tree(here, question), _tree(here, question, unshrunk=True)) for question in questions
+        }
     judged = [_judged(one, verdicts[one.rank]) for one in tested]
     rows = [
         row
@@ -104,9 +106,17 @@ def judge(tested: Sequence[Tested]) -> tuple[list[Judged], pd.DataFrame]:
     return judged, table.astype({"layer": "Int64", "rank": "int64", "heads": "int64", "tested": "int64"})
 
 
-def verdict(
-    chance: np.ndarray, reference: np.ndarray, *, changed: np.ndarray, measurable: np.ndarray
-) -> np.ndarray:
+def joined(runs: Sequence[Judged]) -> Judged:
+    """What is found in several runs of layers, one after the other."""
+    first = runs[0]
+    return Judged(
+        {question: np.concatenate([run.q[question] for run in runs]) for question in first.q},
+        {null: np.concatenate([run.versus[null] for run in runs]) for null in first.versus},
+        np.concatenate([run.decay for run in runs]),
+    )
+
+
+def verdict(chance: np.ndarray, reference: np.ndarray, *, changed: np.ndarray, measurable: np.ndarray) -> np.ndarray:
     """One of `VERDICTS` for each row.
 
     Args:

@@ -30,7 +30,7 @@ NULL_COLUMNS = {
     "low": "lower end of the 95 % interval of excess; over texts, or, where the null is drawn, over its draws",
     "high": "upper end",
     "p": "one-sided probability of a fraction this large under it; NaN where it has no test",
-    "q": "Benjamini–Hochberg over all layers and heads of this matrix, subspace and rank",
+    "q": "p corrected over families (matrix, subspace, rank), layers in them and heads in these",
 }
 """Columns of `PairAnalysis.nulls`, in this order, and what they mean."""
 
@@ -64,21 +64,57 @@ NULLS: Mapping[str, Null] = {
             Definition(
                 "Isotropic null (z, p, q)", "[ours]",
                 "The same delta against a random subspace of the same rank. z counts its standard deviations; p is "
-                "one-sided (at least this concentrated), p_method says how it was computed; q corrects it over all "
-                "layers and heads of one matrix, subspace and rank. It cannot tell alignment from any other training, "
-                "since any gradient reads.",
+                "one-sided (at least this concentrated), p_method says how it was computed; q corrects it over "
+                "families (matrix, subspace, rank), the layers in those found and the heads in these. It cannot tell "
+                "alignment from any other training, since any gradient reads.",
             ),
         ),
         Null(
-            "sgd", "activation-matched reference", "1 = what a plain sum of gradients on these inputs would hold.",
+            "adam", "Adam on these inputs", "1 = what Adam makes of gradients that say nothing of these inputs.",
             "read matrices",
             Definition(
-                "Activation-matched reference", "[ours]",
-                "What the fraction would be if the update were a plain sum of outer products of this matrix's own "
-                "inputs with independent upstream gradients. A reference, not an expectation: it has no p-value. For "
-                "W_K in a model without rotary positions it uses inputs centred within each sequence. It is undefined "
-                "on write matrices, whose residual side is their output; there the gradient-matched reference takes "
-                "its place when gradients were captured.",
+                "Input-matched reference, Adam", "[ours]",
+                "What the fraction would be if the update were a sum of this matrix's own inputs times upstream "
+                "gradients that are mean-zero, uncorrelated over tokens and independent of the input, put through "
+                "Adam, which divides every entry by its own size: the input's correlation matrix instead of its second "
+                "moment. Fitted on other groups of texts than it is held against. W_K and W_V take all positions; W_K "
+                "about each sequence's mean where softmax ignores what all keys share. p and q (for the optimizer that "
+                "was asked for) are those of a test by rotation, made with and without the mean input, the larger p "
+                "standing.",
+            ),
+        ),
+        Null(
+            "sgd", "SGD on these inputs", "1 = what a plain sum of such gradients would hold.", "read matrices",
+            Definition(
+                "Input-matched reference, SGD", "[ours]",
+                "The same with a plain sum: the input's second moment. In a model with massive coordinates (attention "
+                "sinks) it calls a head trained by Adam half as strong as chance.",
+            ),
+        ),
+        Null(
+            "sign", "one step of signs", "1 = what the signs of such gradients would hold.", "read matrices",
+            Definition(
+                "Input-matched reference, sign limit", "[ours]",
+                "The other end of what Adam can do: (2/π) arcsin of the correlation matrix, exact for one step, the "
+                "limit of gradients that persist (few steps, full batches, Lion). It has no test of its own.",
+            ),
+        ),
+        Null(
+            "muon", "Muon on these inputs", "1 = what orthogonalised updates of such gradients would hold.",
+            "read matrices",
+            Definition(
+                "Input-matched reference, Muon", "[ours]",
+                "tr(QᵀΣ(Σ + cI)⁻¹Q)/m for m columns, c such that the whole has trace m; a matrix with as many columns "
+                "as rows keeps nothing of its input, and the reference is k/d.",
+            ),
+        ),
+        Null(
+            "lora", "this adapter on these inputs", "1 = what this adapter's A makes of such gradients.",
+            "read matrices changed by a LoRA adapter that is given as one",
+            Definition(
+                "Input-matched reference, LoRA", "[ours]",
+                "An adapter's change lies in what its A reads, whatever its gradients say: the reference is that of A's "
+                "own update under the optimizer. From merged weights A cannot be known, and the others are too high.",
             ),
         ),
         Null(

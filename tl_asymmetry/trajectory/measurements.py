@@ -19,7 +19,7 @@ from tl_asymmetry.models.side_by_side import side_by_side
 from tl_asymmetry.names import kind_of
 from tl_asymmetry.pair.asymmetry import READ_SIDE, WRITE_SIDE, asymmetry_table
 from tl_asymmetry.pair.deltas import AnyDelta, measure_delta, measure_factors
-from tl_asymmetry.pair.numbers import Layout, Measurements, layer_tensors
+from tl_asymmetry.pair.numbers import Layout, Measurements, layer_tensors, stacked_layers
 from tl_asymmetry.pair.plan import Plan
 from tl_asymmetry.pair.projections import project
 from tl_asymmetry.pair.tables import pair_tables
@@ -140,8 +140,7 @@ def measure(
                 for name in plan.subspaces
                 for projection in project(
                     [delta for matrix, delta in deltas.items() if name in plan.targets[matrix]], name, held, plan.ranks,
-                    intervals=measuring.intervals, softmax_centres_keys=measuring.softmax_centres_keys,
-                    gradient=gradient,
+                    intervals=measuring.intervals, gradient=gradient,
                 )
             ]  # fmt: skip
             numbers = {matrix: delta.numbers for matrix, delta in deltas.items()}
@@ -151,7 +150,7 @@ def measure(
         return tensors
 
     layers = side_by_side(of_layer, view.n_layers, device=view.device, description="layers", progress=progress)
-    return {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
+    return stacked_layers(layers)
 
 
 def _change(earlier: WeightsSnapshot, view: Weights, layer: int, matrix: str, *, seed: int) -> AnyDelta:
@@ -196,10 +195,10 @@ class CheckpointTables:
 
 
 def trajectory_tables(
-    checkpoints: Iterable[tuple[int, str, Measurements]], layout: Layout, *, seed: int
+    checkpoints: Iterable[tuple[int, str, Measurements]], layout: Layout, *, optimizer: str, few: bool, seed: int
 ) -> CheckpointTables:
     """From the numbers of checkpoints, each with its step and reference, to their tables; the nulls are made here."""
-    made = [_tables(batch, seed) for batch in _batches(checkpoints, layout)]
+    made = [_tables(batch, optimizer, few, seed) for batch in _batches(checkpoints, layout)]
     return CheckpointTables(*(_joined([getattr(part, field.name) for part in made]) for field in fields(made[0])))
 
 
@@ -235,10 +234,10 @@ def _batches(
         yield batch
 
 
-def _tables(batch: Sequence[tuple[int, str, Measurements]], seed: int) -> CheckpointTables:
+def _tables(batch: Sequence[tuple[int, str, Measurements]], optimizer: str, few: bool, seed: int) -> CheckpointTables:
     numbers = Measurements.joined([({"step": step, "reference": name}, one) for step, name, one in batch])
     return CheckpointTables(
-        table=pair_tables(numbers, seed=seed).table,
+        table=pair_tables(numbers, optimizer=optimizer, few=few, seed=seed).table,
         asymmetry=asymmetry_table(numbers),
         curves=pd.concat([_curves(step, name, one) for step, name, one in batch], ignore_index=True),
     )

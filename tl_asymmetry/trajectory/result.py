@@ -111,7 +111,9 @@ class TrajectoryAnalysis(TrajectoryData):
                         spectra.setdefault(f"spectrum/{name}", []).append(numbers[f"{reference}/{matrix}/spectrum"])
                     yield step, reference, Measurements.read(layout, numbers, delta=f"{reference}/")
 
-        tables = trajectory_tables(checkpoints(), layout, seed=settings["seed"])
+        tables = trajectory_tables(
+            checkpoints(), layout, optimizer=settings["optimizer"], few=about["few_tokens"], seed=settings["seed"]
+        )
         start = settings["start"]
         entries = [
             {

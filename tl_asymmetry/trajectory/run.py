@@ -23,7 +23,7 @@ from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.notes import Notes
 from tl_asymmetry.pair.bases import LayerBases
 from tl_asymmetry.pair.numbers import Layout
-from tl_asymmetry.pair.plan import counted_tokens, grouped_sequences, make_plan
+from tl_asymmetry.pair.plan import counted_tokens, grouped_sequences, make_plan, too_few
 from tl_asymmetry.pair.projections import keys_reference_note
 from tl_asymmetry.results.provenance import described, model_record, shape_record, versions, weights_hash
 from tl_asymmetry.settings import GradientMoments, PairSettings, check_products, checked_hash
@@ -161,6 +161,7 @@ class TrajectoryRun:
             "exclude_first": pair.exclude_first,
             "centered": pair.centered,
             "groups": pair.groups,
+            "optimizer": pair.optimizer,
             "seed": pair.seed,
             "tokens": _tokens_hash(sequences),
             "gradient": None if settings.gradient is None else _callable_name(settings.gradient),
@@ -186,6 +187,7 @@ class TrajectoryRun:
             "shown_rank": plan.shown_rank,
             "intervals": intervals,
             "tokens": counted_tokens(sequences, pair),
+            "few_tokens": too_few(counted_tokens(sequences, pair), len(sequences), view.d_model),
             "sequences": len(sequences),
             "notes": list(notes.lines),
         }
