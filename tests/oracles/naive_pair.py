@@ -40,6 +40,7 @@ class NaivePair:
     exclude_first: bool = True
     centered: bool = False
     activations: str = "base"
+    optimizer: str = "adam"
     gradient: Callable[[int, str, int | None], Any] | None = None
     given: dict[str, Sequence[Any]] = field(default_factory=dict)
 
@@ -72,6 +73,7 @@ class NaivePair:
                     x = float64(cache[f"blocks.{layer}.{norm}.hook_normalized"][0]) * float64(gain)
                     x = x if bias is None else x + float64(bias)
                 found[point, layer] = x[first:]
+                found[f"whole {point}", layer] = x
             for point in ("resid_pre", "resid_post", *(() if self.parallel else ("resid_mid",))):
                 found[point, layer] = float64(cache[f"blocks.{layer}.hook_{point}"][0])[first:]
         return found
@@ -126,13 +128,22 @@ class NaivePair:
     def activation_matched(self, matrix: str, subspace: str, layer: int, k: int) -> float:
         if matrix not in READ_POINT:
             return float("nan")
-        point = READ_POINT[matrix]
-        if matrix == "W_K" and self.positional == "standard":
-            Σ = reference.within_covariance([s[point, layer] for group in self.rows for s in group])
-        else:
-            Σ = self.moment(point, layer, centred=False)
-        Q = self.basis(subspace, layer)[:, :k]
-        return np.trace(Q.T @ Σ @ Q) / np.trace(Σ)
+        # Keys and values learn at every position; keys about each sequence's mean where softmax ignores it.
+        point = ("whole " if matrix in ("W_K", "W_V") else "") + READ_POINT[matrix]
+        centred = matrix == "W_K" and self.positional == "standard"
+        groups = [
+            np.concatenate([s[point, layer] - (s[point, layer].mean(0) if centred else 0) for s in group])
+            for group in self.rows
+        ]
+        adam = self.optimizer == "adam"
+        if len(groups) < 3:
+            Σ = reference.second_moment(np.concatenate(groups))
+            D = np.diag(1 / np.sqrt(np.diag(Σ))) if adam else np.eye(self.d)
+            Q = D @ self.basis(subspace, layer)[:, :k]
+            return np.trace(Q.T @ Σ @ Q) / np.trace(D @ Σ @ D)
+        crossed = self.replicated(subspace)
+        bases = [self.basis(subspace, layer, leave_out=g if crossed else None) for g in range(len(groups))]
+        return reference.cross_fitted(groups, bases, k, adam=adam)
 
     def gradient_matched(self, matrix: str, subspace: str, layer: int, head: int | None, k: int) -> float:
         if self.gradient is None or matrix not in ("W_O", "W_out"):
@@ -155,7 +166,8 @@ class NaivePair:
             without = [
                 reference.subspace_fraction(ΔW, self.basis(subspace, layer, leave_out=i)[:, :k]) for i in range(g)
             ]
-            low, high = reference.log_jackknife(f * d / k, [r * d / k for r in without], stats.t(g - 1).ppf(0.975))
+            t = stats.t(g - 1).ppf(0.975)
+            low, high, _ = reference.log_jackknife(f * d / k, [r * d / k for r in without], t, corrected=True)
         matched = self.activation_matched(matrix, subspace, layer, k)
         of_gradient = self.gradient_matched(matrix, subspace, layer, head, k)
         return {
@@ -221,15 +233,17 @@ class NaivePair:
 
         written = relative(write, self.basis("prediction", layer))
         reading = relative(read, self.basis("attn_in", layer))
-        by_chance = expected(read, lambda m, _: self.activation_matched(m, "attn_in", layer, k)) / expected(
-            write, lambda m, h: self.gradient_matched(m, "prediction", layer, h, k)
-        )
+        by_chance = expected(read, lambda m, _: self.activation_matched(m, "attn_in", layer, k))
+        if self.gradient is None:
+            by_chance *= self.d / k
+        else:
+            by_chance /= expected(write, lambda m, h: self.gradient_matched(m, "prediction", layer, h, k))
         low = high = float("nan")
         if self.replicated("attn_in"):
             g = len(self.groups)
             without = [relative(read, self.basis("attn_in", layer, leave_out=i)) / written for i in range(g)]
-            ends = reference.log_jackknife(reading / written, without, stats.t(g - 1).ppf(0.975))
-            low, high = np.log2(ends)
+            t = stats.t(g - 1).ppf(0.975)
+            low, high = np.log2(reference.log_jackknife(reading / written, without, t, corrected=True)[:2])
         return {
             "read": reading,
             "write": written,

@@ -215,6 +215,6 @@ def _reader(
         if means is not None:
             counted = real.to(x.device).unsqueeze(-1)
             total = torch.where(counted, x, torch.zeros((), dtype=x.dtype, device=x.device)).sum(1, dtype=torch.float64)
-            means.update(total / counted.sum(1).sqrt())
+            means.update(total / counted.sum(1).double().sqrt())
 
     return read

@@ -12,9 +12,13 @@ from tl_asymmetry.geometry.jackknife import log_jackknife_interval
 from tl_asymmetry.pair.numbers import Measurements
 
 ASYMMETRY_COLUMNS = (
-    "layer", "head", "rank", "read", "write", "log2_ratio", "log2_expected", "log2_excess", "ci_low", "ci_high",
+    "layer", "head", "rank", "read", "write", "log2_ratio", "log2_expected", "log2_excess", "expected_from", "ci_low",
+    "ci_high",
 )  # fmt: skip
 """Columns of the asymmetry table, in this order."""
+
+BOTH_SIDES, READ_ONLY = "both sides", "read reference only"
+"""What `expected_from` says."""
 
 READ_SIDE = (("W_Q", "attn_in"), ("W_K", "attn_in"))
 WRITE_SIDE = (("W_O", "prediction"), ("W_out", "prediction"))
@@ -70,8 +74,9 @@ def asymmetry_table(numbers: Measurements) -> pd.DataFrame:
 
     Read is W_Q and W_K against the attention input's principal directions (each query head with its key head; in a
     layer each key head counts once); write is W_O, per layer also W_out, against the prediction directions. Chance is
-    not 0, since any gradient reads: `log2_expected` is the same ratio from the matched references, NaN without
-    gradients, and `log2_excess` the difference. The interval covers the read side only.
+    not 0, since any gradient reads: `log2_expected` is the same ratio from the matched references of both sides where
+    gradients are given, else that of the read side over 1 (`expected_from` says which), and `log2_excess` the
+    difference. The interval covers the read side only, and there is no p: no claim rests on this number alone.
 
     Returns:
         An empty table if the analysis holds W_Q, W_K, W_O or the two subspaces out.
@@ -110,7 +115,9 @@ def _rows(numbers: Measurements, read: _Side, write: _Side, column: int, *, per_
     scale = numbers.layout.d / k
     read_relative, write_relative = (side.inside / side.total * scale for side in (read, write))
     ratio = read_relative / write_relative
-    expected = torch.log2(read.expected / read.total) - torch.log2(write.expected / write.total)
+    by_write = write.expected / write.total * scale
+    both = bool(by_write.isfinite().any())
+    expected = torch.log2(read.expected / read.total * scale) - (torch.log2(by_write) if both else 0)
     low = high = torch.full_like(ratio, torch.nan)
     if read.replicates is not None:
         replicates = read.replicates / read.total * scale / write_relative
@@ -127,4 +134,7 @@ def _rows(numbers: Measurements, read: _Side, write: _Side, column: int, *, per_
         "ci_high": torch.log2(high),
     }
     frame = numbers.rows(ratio.shape[1], headed=per_head)
-    return frame.assign(rank=k, **{name: value.flatten().numpy() for name, value in columns.items()})
+    described = BOTH_SIDES if both else READ_ONLY
+    return frame.assign(
+        rank=k, expected_from=described, **{name: value.flatten().numpy() for name, value in columns.items()}
+    )

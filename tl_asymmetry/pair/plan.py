@@ -47,7 +47,7 @@ class Plan:
     points: tuple[str, ...]
     """Hook points to capture: the subspaces' own and the inputs of read matrices."""
     beside: tuple[str, ...]
-    """What is captured besides, so that W_K and W_V are held against all positions: `first_of` and `means_of` points."""
+    """What is captured besides, so that W_K and W_V are held against all positions: see `capture.first_of`."""
     shown_rank: int
     """The rank to show where only one can be: d//16, or the nearest that every subspace has."""
 

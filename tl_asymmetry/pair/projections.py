@@ -174,14 +174,9 @@ def _tails(
             ]
     freed, freed_total = basis, total
     for spectrum, law in zip(spectra, covariance.laws(basis), strict=True):
-        inside = delta.energies(freed).cumsum(-1)
+        inside, whole = delta.energies(freed).cumsum(-1), freed_total
         if heads > 1:
-            inside, whole = (
-                torch.cat([inside, inside.sum(0, keepdim=True)]),
-                torch.cat([freed_total, freed_total.sum(0, keepdim=True)]),
-            )
-        else:
-            whole = freed_total
+            inside, whole = (torch.cat([x, x.sum(0, keepdim=True)]) for x in (inside, whole))
         for k in existing:
             fraction = inside[:, k - 1] / whole
             column = ranks.index(k)

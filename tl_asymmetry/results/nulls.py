@@ -113,8 +113,8 @@ NULLS: Mapping[str, Null] = {
             "read matrices changed by a LoRA adapter that is given as one",
             Definition(
                 "Input-matched reference, LoRA", "[ours]",
-                "An adapter's change lies in what its A reads, whatever its gradients say: the reference is that of A's "
-                "own update under the optimizer. From merged weights A cannot be known, and the others are too high.",
+                "An adapter's change lies in what its A reads, whatever its gradients say: the reference is that of "
+                "A's own update under the optimizer. From merged weights A is unknown, and the others are too high.",
             ),
         ),
         Null(
