@@ -22,7 +22,7 @@ def bases(spread: float, *, exact: bool, centered: bool = False) -> LayerBases:
         moments = StreamingMoments(D)
         moments.update(torch.randn(1500, D, generator=generator) * scale)
         groups.append({("attn_in", 0): moments})
-    return LayerBases(0, groups, {}, centered=centered, exact=exact)
+    return LayerBases(0, groups, {}, centered=centered, exact=exact, softmax_centres_keys=False, optimizer="adam")
 
 
 @pytest.mark.parametrize("centered", [False, True])

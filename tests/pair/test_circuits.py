@@ -92,7 +92,7 @@ def test_table_in_transformer_lens_orientation() -> None:
     changed = {name: W + 0.1 * gaussian(*W.shape, seed=20 + i) for i, (name, W) in enumerate(base.items())}
     deltas = {name: measure_delta(name, base[name], changed[name], seed=0) for name in base}
     given = {name: [Subspace(orthonormal(D, 6))] * 4 for name in ("attn_in", "prediction")}
-    bases = LayerBases(3, [], given, centered=False, exact=True)
+    bases = LayerBases(3, [], given, centered=False, exact=True, softmax_centres_keys=False, optimizer="adam")
     table = layer_circuits(3, base, deltas, bases, [1, 4, 7])
     assert list(table.columns) == list(CIRCUIT_COLUMNS)
     assert sorted(table["rank"].unique()) == [1, 4]  # no basis of rank 7

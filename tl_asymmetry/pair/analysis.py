@@ -19,7 +19,7 @@ from tl_asymmetry.models.processes import ALONE, Processes, present_processes
 from tl_asymmetry.models.readers.hub import public_name
 from tl_asymmetry.models.side_by_side import side_by_side
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.models.weights import Weights, WeightSource
+from tl_asymmetry.models.weights import Weights
 from tl_asymmetry.names import kind_of
 from tl_asymmetry.notes import Notes
 from tl_asymmetry.pair.asymmetry import asymmetry_table
@@ -206,7 +206,8 @@ def analyze_pair(
         Layout.of(base, plan),
         [layer_tensors(layer.deltas, list(layer.projections.values()), plan.ranks) for layer in layers],
     )
-    _note_deltas(numbers.deltas, aligned, hashes, notes)
+    unrelated = _note_deltas(numbers.deltas, aligned, hashes, notes)
+    shown_rank = _note_existing(numbers, plan, notes)
     counted = counted_tokens(sequences, settings) * (2 if activations == "both" else 1)
     tables = pair_tables(numbers, optimizer=optimizer, few=too_few(counted, len(sequences), base.d_model), seed=seed)
     return PairAnalysis.assemble(
@@ -232,6 +233,8 @@ def analyze_pair(
             },
             "shape": shape_record(base),
             **plan.described(),
+            "shown_rank": shown_rank,
+            "unrelated": unrelated,
             "tokens": counted,
             "sequences": len(sequences),
             "layers_per_pass": memory.layers_per_pass,
@@ -315,21 +318,38 @@ def _note_deltas(
     aligned: Weights,
     hashes: Mapping[str, str],
     notes: Notes,
-) -> None:
-    """Say where nothing changed, and where so much did that the weights may belong to something else."""
+) -> list[str]:
+    """Say where nothing changed, and return where so much did that the weights may be of something else."""
     same = [matrix for matrix, changes in deltas.items() if bool((changes.energy == 0).all())]
     if same and hashes["base"] != hashes["aligned"]:
         if len(same) == len(deltas):
             notes.warn("the analysed matrices are the same in both models: every delta is zero and every fraction NaN")
         else:
             notes.add(f"{', '.join(same)} are the same in both models: their rows are NaN")
-    if isinstance(aligned, WeightSource):
-        unlike = [matrix for matrix, changes in deltas.items() if _median_cosine(changes) < _UNRELATED]
-        if unlike:
-            notes.warn(
-                f"{', '.join(unlike)} in {public_name(aligned.name)!r} point elsewhere than the base's (median cosine "
-                f"of a head's weights under {_UNRELATED:g}): is this the base that they were trained from?"
+    unlike = [matrix for matrix, changes in deltas.items() if _median_cosine(changes) < _UNRELATED]
+    if unlike:
+        notes.warn(
+            f"{', '.join(unlike)} in {public_name(aligned.name)!r} point elsewhere than the base's (median cosine "
+            f"of a head's weights under {_UNRELATED:g}): is this the base that they were trained from?"
+        )
+    return unlike
+
+
+def _note_existing(numbers: Measurements, plan: Plan, notes: Notes) -> int:
+    """Say at which ranks a subspace has no directions any more; the rank to show, which exists everywhere."""
+    everywhere = set(plan.ranks)
+    for name in plan.subspaces:
+        exists = next(held.exists for (_, subspace), held in numbers.held.items() if subspace == name) > 0
+        ranks = numbers.layout.ranks[: exists.shape[1]]
+        everywhere &= {k for k, there in zip(ranks, exists.all(0).tolist(), strict=True) if there}
+        missing = [k for k, there in zip(ranks, exists.all(0).tolist(), strict=True) if not there]
+        if missing:
+            layers = int((~exists[:, ranks.index(missing[0])]).sum())
+            notes.add(
+                f"{name!r} has fewer than {missing[0]} directions in {layers} of {len(exists)} layers (others hold "
+                f"under a millionth of the leading one's variance): rows at ranks from {missing[0]} are left out there"
             )
+    return min(everywhere or {plan.shown_rank}, key=lambda k: (abs(k - plan.shown_rank), k))
 
 
 def _median_cosine(changes: DeltaNumbers) -> float:

@@ -172,6 +172,13 @@ def grouped_sequences(
             f"intervals need at least {MINIMUM_GROUPS} groups of sequences, got {len(grouped)}: ci_low and ci_high are "
             "NaN; pass more sequences or groups=8"
         )
+    contents = {tuple(sorted(tuple(sequence.tolist()) for sequence in group)) for group in grouped}
+    if settings.groups > 1 and enough and len(contents) == 1:
+        notes.warn(
+            "all groups of sequences hold the same texts: nothing is known of other texts, and all intervals are NaN; "
+            "pass different texts"
+        )
+        enough = False
     return grouped, settings.groups > 1 and enough
 
 
