@@ -91,8 +91,7 @@ def pair_tables(numbers: Measurements, *, optimizer: str, few: bool, seed: int) 
         _Block(numbers, matrix, subspace, column, optimizer=optimizer, null=null)
         for matrix, subspace in numbers.held
         for column, rank in enumerate(numbers.ranks_of(matrix, subspace))
-        if rank in numbers.layout.measured[subspace]
-        and bool(numbers.held[matrix, subspace].exists[:, column].any())
+        if rank in numbers.layout.measured[subspace] and bool(numbers.held[matrix, subspace].exists[:, column].any())
     ]
     runs = numbers.runs
     of_runs = [judge([block.tested(runs == run) for block in blocks]) for run in dict.fromkeys(runs.tolist())]
