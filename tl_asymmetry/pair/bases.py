@@ -102,7 +102,7 @@ class LayerBases:
         self.optimizer = optimizer
         self._fits: dict[tuple[Reading, str], CrossFit] = {}
         self._inputs: dict[Reading, list[Tensor]] = {}
-        self._matched: dict[tuple[Reading, int], MatchedCovariance] = {}
+        self._matched: dict[tuple[Reading, int], MatchedCovariance | None] = {}
 
     def is_captured(self, name: str) -> bool:
         """Whether the subspace comes from activations, so that other texts would have given another one."""
@@ -227,18 +227,23 @@ class LayerBases:
         replicates["muon"] = in_sample["muon"] * (replicates["sgd"] / in_sample["sgd"]).pow(0 if flat else 1)
         return References(crossed[self.optimizer], crossed, replicates[self.optimizer])
 
+    def covariance(self, matrix: str, *, columns: int) -> tuple[Float64[Tensor, "d d"], Float64[Tensor, " d"]] | None:
+        """Left covariance of a matrix's update by chance and its mean input, scaled alike; None where none varies."""
+        reading = self.reading(matrix)
+        Σ = self.input_moment(reading)
+        if bool(Σ.isnan().any()) or not bool(Σ.trace() > 0):
+            return None
+        mean = self.input_mean(reading)
+        if self.optimizer == "adam":
+            mean = inverse_size(Σ.diagonal()) * mean
+        return input_covariance(Σ, self.optimizer, columns=columns), mean
+
     def matched(self, matrix: str, *, columns: int) -> MatchedCovariance | None:
         """What a matrix's deltas are whitened with, by the chosen optimiser; None where its input does not vary."""
-        reading = self.reading(matrix)
-        key = reading, columns if self.optimizer == "muon" else 0
+        key = self.reading(matrix), columns if self.optimizer == "muon" else 0
         if key not in self._matched:
-            Σ = self.input_moment(reading)
-            if bool(Σ.isnan().any()) or not bool(Σ.trace() > 0):
-                return None
-            mean = self.input_mean(reading)
-            if self.optimizer == "adam":
-                mean = inverse_size(Σ.diagonal()) * mean
-            self._matched[key] = MatchedCovariance.of(input_covariance(Σ, self.optimizer, columns=columns), mean)
+            found = self.covariance(matrix, columns=columns)
+            self._matched[key] = None if found is None else MatchedCovariance.of(*found)
         return self._matched[key]
 
     def adapter(self, matrix: str, adapter: Float[Tensor, "d r"]) -> AdapterCovariance | None:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_asymmetry.geometry.matched import MatchedCovariance
 from tl_asymmetry.geometry.subspace import Subspace
 from tl_asymmetry.names import kind_of
 from tl_asymmetry.pair.bases import REFERENCES, LayerBases, References, crossed_replicates
@@ -25,6 +26,7 @@ class HeldBases(LayerBases):
     def __init__(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
         self.layer = layer
         self.tensors = dict(tensors)
+        self._whitening: dict[str, MatchedCovariance] = {}
 
     def is_captured(self, name: str) -> bool:
         """Whether there are replicates of it."""
@@ -53,12 +55,15 @@ class HeldBases(LayerBases):
         replicates = self.tensors.get(f"{name}/reference_replicates/{matrix}")
         return References(chosen, dict(zip(REFERENCES, rows, strict=True)), replicates)
 
-    def matched(self, matrix: str, *, columns: int) -> None:
-        """No covariance is held, so that nothing is tested against the references."""
-        return
+    def matched(self, matrix: str, *, columns: int) -> MatchedCovariance | None:
+        """As `LayerBases.matched`."""
+        if matrix not in self._whitening and f"covariance/{matrix}" in self.tensors:
+            C, mean = (self.tensors[f"{part}/{matrix}"] for part in ("covariance", "mean"))
+            self._whitening[matrix] = MatchedCovariance.of(C, mean)
+        return self._whitening.get(matrix)
 
     def adapter(self, matrix: str, adapter: Float[Tensor, "d r"]) -> None:
-        """As `matched`."""
+        """None: an adapter's own reference needs its input's second moment, which is not held."""
         return
 
 
@@ -92,6 +97,9 @@ def hold(bases: LayerBases, plan: Plan, columns: Mapping[str, int], *, intervals
             tensors[f"{name}/references/{matrix}"] = torch.stack(rows)
             if found.replicates is not None:
                 tensors[f"{name}/reference_replicates/{matrix}"] = found.replicates
+    for matrix in plan.matrices:
+        if kind_of(matrix).reads and (found := bases.covariance(matrix, columns=columns[matrix])) is not None:
+            tensors[f"covariance/{matrix}"], tensors[f"mean/{matrix}"] = found
     return HeldBases(bases.layer, tensors)
 
 
