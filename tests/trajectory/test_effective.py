@@ -212,5 +212,11 @@ def test_every_record_goes_to_a_log() -> None:
     assert [record["W_Q/attn_in/relative"] for record in records] == curves["relative"].tolist()
     assert all(record["seconds"] > 0 for record in records)
     assert all(isinstance(value, int | float) for record in records for value in record.values())
+    with pytest.MonkeyPatch.context() as patch:  # another process than the first
+        patch.setattr(torch.distributed, "is_initialized", lambda: True)
+        patch.setattr(torch.distributed, "get_rank", lambda: 1)
+        recorder.record(3)
+    assert len(records) == 2
+    assert recorder.result().steps == [1, 2, 3]
     with pytest.raises(ValueError, match="expected log as a function of a record, got str; pass"):
         TrajectoryRecorder(model, 1, **OPTIONS, log="wandb")  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -58,7 +59,8 @@ class TrajectoryRecorder:
         on_error: "raise" what goes wrong in a recording (a NaN, a full disk), or "warn" of it, leave that step out and
             let the training go on.
         log: called with every record as plain numbers by name (`step`, the pooled curves at the shown rank such as
-            "W_Q/attn_in/relative", the `seconds` that it took): `wandb.log`, `trackio.log`, a writer of one's own.
+            "W_Q/attn_in/relative", the `seconds` that it took), on the first process alone: `wandb.log`, `trackio.log`,
+            a writer of one's own.
 
     Raises:
         ValueError: as `analyze_trajectory`, for the model and settings, and a store of another training.
@@ -265,7 +267,7 @@ class TrajectoryRecorder:
         self._previous = now
         self._recorded.add(step)
         self._last = max(self._last, step)
-        if self._log is not None:
+        if self._log is not None and _is_first_process():
             record = record_of(numbers, run.references, run.measuring.layout, run.plan.shown_rank)
             self._log({"step": step, **record, "seconds": time.perf_counter() - begun})
 
@@ -295,6 +297,12 @@ class TrajectoryRecorder:
     def _view(self) -> EffectiveView:
         """The model as it computes now; it goes when the recording is done."""
         return EffectiveView(self._model, self._tokenizer)
+
+
+def _is_first_process() -> bool:
+    """Asked of this process alone: not all of them need record."""
+    group = torch.distributed
+    return not (group.is_available() and group.is_initialized()) or group.get_rank() == 0
 
 
 def _nothing(*_: Any, **__: Any) -> None:
