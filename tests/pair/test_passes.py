@@ -160,7 +160,7 @@ def test_moments_are_counted_right() -> None:
     load = memory_plan.workload(view, plan, sequences, settings)
     sites = [(point, layer) for point in plan.points for layer in range(2)]
     captured = capture(
-        view, [sequences[:3], sequences[3:6], sequences[6:]], sites, exclude_first=True, sequence_means=True,
+        view, [sequences[:3], sequences[3:6], sequences[6:]], sites, exclude_first=True, beside=plan.beside,
         batch_size=2, progress=False,
     )  # fmt: skip
     held = sum(t.nbytes for group in captured.groups for m in group.values() for t in m.state_dict().values())

@@ -74,4 +74,4 @@ def test_own_gpt_pair(real_data: Path) -> None:
     assert (reading["ci_low"] < reading["ci_high"]).all()
     summary = result.summary()
     assert "4 layers × 4 heads, d_model 64; 6200 tokens in 200 sequences" in summary
-    assert "Reading: at rank 4" in summary
+    assert "Reading, in the 4 leading directions" in summary
