@@ -82,7 +82,7 @@ def analysed() -> Any:
 
 RUNS: dict[str, Callable[[], Any]] = {
     "analyze_pair": analysed,
-    "PairAnalysis.directions": lambda: kept_pair().directions(1, 0, "W_Q", n=1),
+    "PairAnalysis.directions": lambda: kept_pair().directions(1, "W_Q", 0, n=1),
     "analyze_trajectory": lambda: tla.analyze_trajectory(
         {0: models()[0], 5: models()[1]}, tokens=TOKENS, ranks=[4], groups=3, **QUIET
     ),

@@ -122,6 +122,31 @@ def test_ready_batches_pass_through():
     assert read([pair], TokenBatch)[0] is batch
 
 
+def test_token_ids_are_batches():
+    tokens, of = tiny.tokens(3, 6), view()
+    (batch,) = read(tokens, TokenBatch, of=of)
+    assert torch.equal(batch.tokens, tokens)
+    assert batch.mask.sum() == 15
+    encoded = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens.clone()}
+    encoded["attention_mask"][0, :2] = 0  # padding on the left
+    encoded["labels"][:, :4] = -100  # completions alone
+    (batch,) = read([encoded], TokenBatch, of=of)
+    assert batch.tokens[0, :4].tolist() == tokens[0, 2:].tolist()
+    assert batch.mask.tolist() == [[False] * 2 + [True] * 2 + [False] * 2] + [[False] * 4 + [True] * 2] * 2
+    with pytest.raises(
+        ValueError, match="expected labels of the shape of input_ids, .* in batch 0; pass one entry per"
+    ):
+        read([{"input_ids": tokens, "labels": tokens[:1]}], TokenBatch, of=of)
+
+
+def test_labels_of_good_and_bad_answers_are_not_ignored():
+    rows = [{"prompt": words(2), "completion": f" {words(2, 8)}", "label": False}]
+    with pytest.raises(
+        ValueError, match="got a column label in row 0, as KTO has for good and bad answers; pass the rows"
+    ):
+        read(rows, TokenBatch)
+
+
 def test_rebatched_keeps_rows_and_their_order():
     short, long = tiny.tokens(3, 5, seed=1), tiny.tokens(4, 9, seed=2)
     batches = [TokenBatch(short, short > 0), TokenBatch(long, long > 0)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -230,3 +232,42 @@ def test_the_global_random_state_is_untouched():
         gradients(step, weights, other)
         projection.step()
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_it_passes_for_an_optimiser():
+    """Schedulers and scalers write to the very groups of the optimiser it steps, before and after loading a state."""
+
+    def made():
+        weight = torch.nn.Parameter(torch.ones(6))
+        adam = torch.optim.AdamW([weight], lr=1.0)
+        return weight, adam, GradientProjection(adam, [weight], arm="keep", space="random", rank=2, warmup=0, seed=3)
+
+    def steps(weight, projection, scheduler, count):
+        for _ in range(count):
+            projection.zero_grad()
+            loss = projection.step(lambda: weight.square().sum().backward() or weight.square().sum())
+            scheduler.step()
+        return loss
+
+    weight, adam, projection = made()
+    assert isinstance(projection, torch.optim.Optimizer)
+    scheduler = torch.optim.lr_scheduler.StepLR(projection, 1, 0.5)
+    assert float(steps(weight, projection, scheduler, 2)) > 0
+    assert adam.param_groups[0]["lr"] == 0.25
+    state, before = copy.deepcopy(projection.state_dict()), weight.detach().clone()
+    steps(weight, projection, scheduler, 2)
+
+    other, its_adam, again = made()
+    with torch.no_grad():
+        other.copy_(before)
+    again.load_state_dict(state)
+    assert again.param_groups is its_adam.param_groups
+    follow = torch.optim.lr_scheduler.StepLR(again, 1, 0.5, last_epoch=2)
+    its_adam.param_groups[0]["lr"] = 0.25
+    steps(other, again, follow, 2)
+    assert torch.equal(other, weight)
+
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(weight.square().sum()).backward()
+    scaler.step(projection)
+    scaler.update()

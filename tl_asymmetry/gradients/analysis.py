@@ -10,11 +10,12 @@ import xxhash
 
 from tl_asymmetry.geometry.jackknife import MINIMUM_GROUPS
 from tl_asymmetry.geometry.precision import with_fresh_settings
-from tl_asymmetry.gradients.capture import capture_gradients
+from tl_asymmetry.gradients.capture import capture_gradients, rows_of
 from tl_asymmetry.gradients.result import GradientCovariance
 from tl_asymmetry.gradients.table import cross_table, gradient_table, layer_sides
 from tl_asymmetry.models.backward import check_differentiable
-from tl_asymmetry.models.checks import check_finite, check_unedited
+from tl_asymmetry.models.capture import copies_noted
+from tl_asymmetry.models.checks import check_finite, check_predicts_its_tokens, check_unedited
 from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.side_by_side import side_by_side
 from tl_asymmetry.models.texts import check_tokens
@@ -25,7 +26,15 @@ from tl_asymmetry.pair.plan import chosen_matrices
 from tl_asymmetry.results.provenance import described, model_record, shape_record, versions, weights_hash
 from tl_asymmetry.training.batches import Batch, PreferenceBatch
 from tl_asymmetry.training.data import as_batches
-from tl_asymmetry.training.objectives import Objective, class_described, is_objective, objective_name
+from tl_asymmetry.training.objectives import (
+    DPO,
+    ORPO,
+    CrossEntropy,
+    Objective,
+    class_described,
+    is_objective,
+    objective_name,
+)
 
 _SELF_CHECK_TOKENS = 16
 
@@ -110,6 +119,8 @@ def gradient_covariance(
             "halves=True"
         )
     check_differentiable(view)
+    if isinstance(objective, CrossEntropy | DPO | ORPO):
+        check_predicts_its_tokens(view)
     shown = [m for m in view.matrices if all(view.projection(layer, m) is not None for layer in range(view.n_layers))]
     chosen = chosen_matrices(view, shown if matrices is None else matrices)
     held = as_batches(view, batches, objective.batch_type, batch_size=batch_size, note=notes.add, warn=notes.warn)
@@ -117,6 +128,8 @@ def gradient_covariance(
         for tokens in _tokens(batch):
             check_tokens(view, tokens)
     rows = sum(map(len, held))
+    if groups > 1 and (note := copies_noted(rows_of(held))):
+        notes.warn(note)
     intervals = min(groups, rows) >= MINIMUM_GROUPS
     if groups > 1 and not intervals:
         notes.warn(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.precision import exact_products, product_dtype
 from tl_asymmetry.geometry.side_moments import HeadMoments, SketchedMoments, sketch_matrix
 from tl_asymmetry.models.backward import Outer, outer_products
-from tl_asymmetry.models.capture import balanced_groups
+from tl_asymmetry.models.capture import group_numbers
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import MATRICES, kind_of
-from tl_asymmetry.training.batches import Batch
+from tl_asymmetry.training.batches import Batch, PreferenceBatch, TokenBatch
 from tl_asymmetry.training.objectives import Objective
 
 Moments = StreamingMoments | HeadMoments | SketchedMoments
@@ -88,6 +89,8 @@ def capture_gradients(
     sites = [(layer, matrix) for layer in range(view.n_layers) for matrix in matrices]
     collector = _Collector(view, matrices, full_mlp=full_mlp, permutations=permutations, seed=seed)
     segments = _segments(batches, groups)
+    lowest = [min(group for group, _ in segment) for segment in segments]
+    still_open = [*accumulate(reversed(lowest), min)][::-1] + [groups]
     losses, terms, first_row = [], 0, 0
     bar = tqdm(total=sum(map(len, batches)), desc="gradients", unit="seq", disable=not progress)
     with bar, view.evaluating():
@@ -110,7 +113,7 @@ def capture_gradients(
             first_row += len(batch)
             bar.update(len(batch))
             # A finished group leaves the device: only one group's moments are ever held there.
-            collector.settle(before=segments[number][-1][0])
+            collector.settle(before=still_open[number + 1])
     collector.settle(before=groups)
     return_freed_memory()
     return collector.captured(tuple(dict.fromkeys(objective.passes)) if halves else (), losses, terms)
@@ -132,7 +135,7 @@ class _Collector:
         self._permutations, self._seed = permutations, seed
         self._settled = 0
 
-    def begin(self, segments: Sequence[tuple[int, slice]], first_row: int, names: Sequence[str] | None) -> None:
+    def begin(self, segments: Sequence[tuple[int, Tensor]], first_row: int, names: Sequence[str] | None) -> None:
         """Announce a batch: which of its rows belong to which group, and what its passes are called."""
         self._segments, self._first_row, self._names = segments, first_row, names
         self._waiting: dict[tuple[int, Input], tuple[Tensor, Tensor, int]] = {}
@@ -302,17 +305,30 @@ def _generator(seed: int, row: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
 
 
-def _segments(batches: Sequence[Batch], groups: int) -> list[list[tuple[int, slice]]]:
-    """For each batch which of its rows belong to which group: contiguous groups of whole sequences, balanced by token.
+def _segments(batches: Sequence[Batch], groups: int) -> list[list[tuple[int, Tensor]]]:
+    """For each batch which of its rows belong to which group: groups of whole sequences, balanced by token.
 
     The groups are made over all rows, so they do not depend on how the rows are cut into batches.
     """
-    lengths = [int(n) for batch in batches for n in batch.lengths]
-    blocks = balanced_groups([torch.empty(n) for n in lengths], groups)
-    group_of = [group for group, block in enumerate(blocks) for _ in block]
+    group_of = group_numbers(rows_of(batches), groups)
     segments, row = [], 0
     for batch in batches:
-        mine = group_of[row : row + len(batch)]
+        mine = torch.tensor(group_of[row : row + len(batch)])
         row += len(batch)
-        segments.append([(g, slice(mine.index(g), len(mine) - mine[::-1].index(g))) for g in dict.fromkeys(mine)])
+        segments.append([(int(g), (mine == g).nonzero().flatten()) for g in mine.unique()])
     return segments
+
+
+def rows_of(batches: Sequence[Batch]) -> list[Tensor]:
+    """The token ids of every row, in order; of a pair both halves'."""
+
+    def of(batch: TokenBatch) -> list[Tensor]:
+        return [tokens[:n].cpu() for tokens, n in zip(batch.tokens, batch.lengths.tolist(), strict=True)]
+
+    found: list[Tensor] = []
+    for batch in batches:
+        if isinstance(batch, PreferenceBatch):
+            found += map(torch.cat, zip(of(batch.chosen), of(batch.rejected), strict=True))
+        else:
+            found += of(batch)
+    return found

@@ -224,7 +224,7 @@ class GrokLoop:
         for index, entries in self.optimizer.state_dict()["state"].items():
             for name, value in entries.items():
                 yield f"optimizer.{index}.{name}", value
-        for name, value in self.stepper.state_dict().items():
+        for name, value in self.stepper.projection_state().items():
             yield f"projection.{name}", value
         generator: Any = self.batches.get_state(legacy=True)
         _, keys, position, has_gauss, gauss = generator
@@ -242,7 +242,7 @@ class GrokLoop:
             entries.setdefault(int(index), {})[key] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
-        self.stepper.load_state_dict(part("projection."))
+        self.stepper.load_projection_state(part("projection."))
         position, has_gauss, gauss = state["batches.rest"].tolist()
         keys = state["batches.keys"].numpy().astype("uint32")
         self.batches.set_state(("MT19937", keys, int(position), int(has_gauss), gauss))

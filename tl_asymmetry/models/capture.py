@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -179,20 +180,60 @@ def capture(
 
 
 def balanced_groups(sequences: Sequence[Tensor], groups: int) -> list[list[Tensor]]:
-    """Contiguous blocks of whole sequences, about the same number of tokens in each; never an empty one."""
-    groups = min(groups, len(sequences))
-    lengths = torch.tensor([len(s) for s in sequences], dtype=torch.float64)
-    # A sequence belongs to the block in which its middle token falls.
-    middle = (lengths.cumsum(0) - lengths / 2) / lengths.sum()
-    blocks: list[list[Tensor]] = [[] for _ in range(groups)]
-    for i, (sequence, place) in enumerate(zip(sequences, middle.tolist(), strict=True)):
-        # Leave at least one sequence for every block to come, and start no block before the one ahead has one.
-        last = groups - 1
-        block = min(int(place * groups), last)
-        block = max(block, groups - (len(sequences) - i))
-        filled = sum(map(bool, blocks))
-        blocks[min(block, filled)].append(sequence)
-    return blocks
+    """Whole sequences in groups with about the same number of tokens each; never an empty one. See `group_numbers`."""
+    numbers = group_numbers(sequences, groups)
+    return [
+        [sequence for sequence, number in zip(sequences, numbers, strict=True) if number == group]
+        for group in range(max(numbers) + 1)
+    ]
+
+
+def group_numbers(sequences: Sequence[Tensor], groups: int) -> list[int]:
+    """The group of each sequence: blocks in the order of the sequences, balanced by tokens, copies in one group.
+
+    A group that is left out is to show what other texts would have given; copies that stay in would hide it.
+    """
+    families = copies(sequences)
+    sizes = torch.zeros(max(families) + 1, dtype=torch.float64)
+    for family, sequence in zip(families, sequences, strict=True):
+        sizes[family] += len(sequence)
+    groups, count = min(groups, len(sizes)), len(sizes)
+    # A family belongs to the block in which its middle token falls.
+    middle = ((sizes.cumsum(0) - sizes / 2) / sizes.sum()).tolist()
+    block_of: list[int] = []
+    for i, place in enumerate(middle):
+        # Leave at least one for every block to come, and start no block before the one ahead has one.
+        block = max(min(int(place * groups), groups - 1), groups - (count - i))
+        block_of.append(min(block, block_of[-1] + 1 if block_of else 0))
+    return [block_of[family] for family in families]
+
+
+def copies(sequences: Sequence[Tensor]) -> list[int]:
+    """Numbers, from 0 in the order of the sequences, that are equal for copies and near copies: for sequences that have
+    more than half of their tokens in common from the beginning on, the first token aside."""
+    order = sorted(range(len(sequences)), key=lambda i: sequences[i].tolist())
+    root = list(range(len(sequences)))
+    for before, after in pairwise(order):  # what begins alike is neighbours in this order
+        a, b = sequences[before], sequences[after]
+        shorter = min(len(a), len(b))
+        differ = (a[:shorter] != b[:shorter]).nonzero()
+        common = int(differ[0]) if len(differ) else shorter
+        if len(a) == len(b) == common or 2 * (common - 1) > max(len(a), len(b)) - 1:
+            root[after] = root[before]
+    found: dict[int, int] = {}
+    return [found.setdefault(family, len(found)) for family in root]
+
+
+def copies_noted(sequences: Sequence[Tensor]) -> str | None:
+    """What a result must say of copies among its sequences, if there are any."""
+    families = copies(sequences)
+    more = len(families) - len(set(families))
+    if not more:
+        return None
+    return (
+        f"{more} of {len(families)} sequences are copies of others, or begin as they do for more than half: no further "
+        "evidence, so they stay in one group"
+    )
 
 
 def _empty(view: ModelView, site: Site) -> StreamingMoments:

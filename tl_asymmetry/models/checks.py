@@ -74,6 +74,20 @@ def check_unedited(view: ModelView) -> list[str]:
     ]
 
 
+def check_predicts_its_tokens(view: ModelView) -> None:
+    """Refuse a model without an output for every token that it reads: nothing says which output a token is.
+
+    Raises:
+        ValueError: how many there are of each.
+    """
+    outputs = view.unembedding()[0].shape[1]
+    if outputs < view.d_vocab:
+        raise ValueError(
+            f"expected a model that predicts the tokens it reads, got {outputs} outputs for {view.d_vocab} tokens in "
+            f"{view.name!r}; pass a language model, or an objective without next tokens such as InfoNCE"
+        )
+
+
 def stored_processing_flags(source: WeightSource) -> list[str]:
     """The processing flags for which weights in files show evidence: only TransformerLens's own can have any."""
     if source.kind != "TransformerLens weights":

@@ -13,7 +13,15 @@ from torch import Tensor
 from tl_asymmetry.geometry.jackknife import MINIMUM_GROUPS
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.subspace import Subspace, as_subspace
-from tl_asymmetry.models.capture import Capture, Site, balanced_groups, first_of, means_of, merged
+from tl_asymmetry.models.capture import (
+    Capture,
+    Site,
+    balanced_groups,
+    copies_noted,
+    first_of,
+    means_of,
+    merged,
+)
 from tl_asymmetry.models.checks import check_ranks, check_token_count
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import kind_of, nearest
@@ -166,6 +174,8 @@ def grouped_sequences(
 ) -> tuple[list[list[Int[Tensor, " _pos"]]], bool]:
     """The sequences in groups to be left out one at a time, and whether these are wanted and enough for intervals."""
     grouped = balanced_groups(sequences, settings.groups)
+    if settings.groups > 1 and (note := copies_noted(sequences)):
+        notes.warn(note)
     enough = len(grouped) >= MINIMUM_GROUPS
     if settings.groups > 1 and not enough:
         notes.warn(

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_asymmetry.geometry.strata import frequency_strata
-from tl_asymmetry.models.capture import balanced_groups
+from tl_asymmetry.models.capture import copies_noted, group_numbers
 from tl_asymmetry.models.texts import token_sequences
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.training.masking import mask_tokens
@@ -76,8 +76,9 @@ def tangent_data(
     counts = _corpus_counts(view, packed, frequencies)
     stratum = frequency_strata(counts, strata) if strata else torch.zeros(len(counts), dtype=torch.int64)
     log_frequency = (counts / counts.sum()).log()
-    blocks = balanced_groups([s[:, INPUT] for s in packed], groups)
-    number = [group for group, block in enumerate(blocks) for _ in block]
+    number = group_numbers([s[:, ORIGINAL] for s in packed], groups)
+    if groups > 1 and (note := copies_noted([s[:, ORIGINAL] for s in packed])):
+        notes(note)
     for sequence, group in zip(packed, number, strict=True):
         sequence[:, STRATUM] = stratum[sequence[:, ORIGINAL]]
         sequence[:, GROUP] = group
@@ -86,7 +87,7 @@ def tangent_data(
         notes(f"{unknown} tokens do not occur in frequencies= and are in no stratum")
     targets = sum(int(s[:, TARGET].sum()) for s in packed)
     counted = sum(int(s[:, COUNTED].sum()) for s in packed)
-    return TangentData(tuple(packed), log_frequency, _edges(log_frequency, stratum), len(blocks), targets, counted)
+    return TangentData(tuple(packed), log_frequency, _edges(log_frequency, stratum), max(number) + 1, targets, counted)
 
 
 def _special(view: ModelView, mask_token: int | None) -> frozenset[int]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tl_asymmetry.geometry.memory import return_freed_memory
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.tangent import Control, check_controls
-from tl_asymmetry.models.checks import check_finite, check_raw, check_token_count
+from tl_asymmetry.models.checks import check_finite, check_predicts_its_tokens, check_raw, check_token_count
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import kind_of
 from tl_asymmetry.notes import Notes
@@ -478,6 +478,8 @@ def _check_model(view: ModelView, options: TangentOptions, notes: Notes) -> None
             f"expected a causal model or an encoder of masked tokens, got the bidirectional {view.name!r}, whose "
             "positions see what they would have to predict; pass a causal model, a BERT or a RoBERTa"
         )
+    if not view.encoder:
+        check_predicts_its_tokens(view)
     check_finite(view)
     for warning in check_raw(view):
         notes.warn(warning)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_asymmetry.models.texts import TextReader
+from tl_asymmetry.models.texts import TextReader, token_sequences
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.training.batches import Batch, PreferenceBatch, TokenBatch
 
@@ -29,7 +29,8 @@ def as_batches(
 
     Args:
         view: the model whose tokenizer and context length count.
-        data: batches (as they are; the chosen half of a `PreferenceBatch` where texts are wanted); or texts (strings,
+        data: batches (as they are; the chosen half of a `PreferenceBatch` where texts are wanted; token ids `[batch,
+            pos]`; mappings with `input_ids`, `attention_mask`, `labels` as a collator makes them); or texts (strings,
             or lists of chat messages); or rows: a Hugging Face dataset, a list of mappings or of objects, with columns
             `prompt, chosen, rejected`, or `chosen, rejected` whose common beginning is the prompt (trl's formats), for
             texts also `text`, `messages`, or `prompt, completion`. Values are strings or lists of
@@ -55,7 +56,7 @@ def as_batches(
     """
     if batch_size < 1:
         raise ValueError(f"expected a batch_size of at least 1, got {batch_size}; pass batch_size=8")
-    if isinstance(data, TokenBatch | PreferenceBatch):
+    if isinstance(data, TokenBatch | PreferenceBatch) or _is_token_ids(data):
         data = [data]
     if isinstance(data, str | bytes | Mapping) or not isinstance(data, Iterable):
         raise ValueError(
@@ -65,6 +66,7 @@ def as_batches(
     rows = list(data)
     if not rows:
         raise ValueError("expected at least one batch, text or row, got none; pass data")
+    rows = [_token_batch(view, row, i, note) if _is_token_ids(row) else row for i, row in enumerate(rows)]
     if isinstance(rows[0], TokenBatch | PreferenceBatch):
         return [_ready(batch, batch_type, i) for i, batch in enumerate(rows)]
     length = view.n_ctx if max_length is None else max_length
@@ -120,6 +122,11 @@ class _Encoder:
     def text(self, row: Any, index: int) -> list[Row]:
         """A row as texts: windows of a plain one, or the (chosen) answer to a prompt."""
         columns = {"text": row} if isinstance(row, str | list | tuple) else _columns(row, index)
+        if columns.get("label") is not None:
+            raise ValueError(
+                f"expected rows whose every text is one to learn, got a column label in row {index}, as KTO has for "
+                "good and bad answers; pass the rows with label=True without that column"
+            )
         if columns.get("chosen") is not None and columns.get("rejected") is not None:
             prompt, answer, _ = _explicit_prompt(columns.get("prompt"), columns["chosen"], columns["rejected"])
         elif columns.get("completion") is not None and columns.get("prompt") is not None:
@@ -171,6 +178,38 @@ class _Encoder:
             warn(f"{self.left_out} of {rows} rows were left out: the prompt leaves no room for a token to predict")
 
 
+def _is_token_ids(data: Any) -> bool:
+    """A batch as a tensor, or as a tokenizer or collator makes it."""
+    if isinstance(data, Mapping):
+        return getattr(data.get("input_ids"), "ndim", 0) == 2
+    return isinstance(data, Tensor) and data.ndim == 2
+
+
+def _token_batch(view: ModelView, data: Any, index: int, note: Callable[[str], None]) -> TokenBatch:
+    """Token ids as a batch; targets are all of them, or those that `labels` (not −100) or `completion_mask` name."""
+    tokens = torch.as_tensor(data["input_ids"] if isinstance(data, Mapping) else data)
+    asked = torch.ones_like(tokens, dtype=torch.bool)
+    for name, left_out in (("labels", -100), ("completion_mask", 0)):
+        if isinstance(data, Mapping) and name in data:
+            given = torch.as_tensor(data[name])
+            if given.shape != tokens.shape:
+                raise ValueError(
+                    f"expected {name} of the shape of input_ids, {list(tokens.shape)}, got {list(given.shape)} in batch "
+                    f"{index}; pass one entry per token"
+                )
+            asked &= given != left_out
+    real = token_sequences(view, tokens=data, notes=note)
+    if bool(asked.all()):
+        return _padded([(row.tolist(), 1) for row in real])
+    shown = torch.as_tensor(data.get("attention_mask", torch.ones_like(tokens))).bool()
+    width = int(shown.sum(1).max())
+    ids, mask = torch.zeros(len(tokens), width, dtype=torch.int64), torch.zeros(len(tokens), width, dtype=torch.bool)
+    for i, row in enumerate(shown):  # padding, wherever it stands, goes to the right
+        count = int(row.sum())
+        ids[i, :count], mask[i, :count] = tokens[i][row], asked[i][row]
+    return TokenBatch(ids, mask)
+
+
 def _ready(batch: Any, batch_type: type[Any], index: int) -> Batch:
     if batch_type is TokenBatch and isinstance(batch, PreferenceBatch):
         return batch.chosen
@@ -185,7 +224,7 @@ def _ready(batch: Any, batch_type: type[Any], index: int) -> Batch:
 def _columns(row: Any, index: int) -> dict[str, Any]:
     if isinstance(row, Mapping):
         return dict(row)
-    known = ("prompt", "chosen", "rejected", "completion", "text", "messages")
+    known = ("prompt", "chosen", "rejected", "completion", "text", "messages", "label")
     columns = {name: getattr(row, name) for name in known if hasattr(row, name)}
     if not columns and not isinstance(row, str | list | tuple):
         raise ValueError(

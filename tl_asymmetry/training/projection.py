@@ -19,7 +19,7 @@ SPACES = ("rolling", "random")
 """Span of the last gradients' leading directions, or a fresh random space at every step."""
 
 
-class GradientProjection:
+class GradientProjection(torch.optim.Optimizer):
     """Steps an optimiser after projecting the gradient of some of its parameters, taken together as one vector g.
 
     With P the projector on a `rank`-dimensional space, from the step after the warm-up on:
@@ -42,6 +42,9 @@ class GradientProjection:
     the division by √exp_avg_sq works entry by entry and leads out of the space, moments of the warm-up linger, and
     weight decay acts on the full parameters. `target="update"` projects the step that the optimiser took instead,
     decay included, whose moments then are those of the full gradient.
+
+    It is an optimiser itself, with the parameter groups of the one it steps: schedulers, gradient scalers and trainers
+    take it, and its `state_dict` holds both.
 
     Args:
         optimizer: any; it must own every one of `parameters`.
@@ -101,6 +104,8 @@ class GradientProjection:
         if rank > size:
             raise ValueError(f"expected rank <= {size}, the number of parameters, got {rank}; pass a smaller rank")
         self.optimizer = optimizer
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self._share()
         self.arm, self.space, self.buffer, self.target = arm, space, buffer, target
         self.rank = rank
         self.warmup = warmup if warmup is not None else 0 if arm == "freeze" else window
@@ -117,14 +122,24 @@ class GradientProjection:
         """The optimiser's own."""
         self.optimizer.zero_grad(set_to_none=set_to_none)
 
-    def step(self) -> None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Project and step; call it after the gradient was clipped, as the published arms do.
 
         With `target="gradient"` the parameters' `.grad` holds what the optimiser got afterwards.
 
+        Args:
+            closure: computes the loss and its gradients anew, where the loop has one.
+
+        Returns:
+            What the closure returned.
+
         Raises:
             ValueError: a parameter without a gradient.
         """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         missing = sum(p.grad is None for p in self.parameters)
         if missing:
             raise ValueError(f"expected a gradient on every parameter, got {missing} without; call backward() first")
@@ -146,6 +161,7 @@ class GradientProjection:
                 self._write(before + given, lambda parameter: parameter.detach())
             self._remember(raw, given)
         self.steps += 1
+        return loss
 
     def basis(self) -> Float[Tensor, "rank parameters"]:
         """Orthonormal rows that span the space: of the window as it is now, or drawn now."""
@@ -160,13 +176,28 @@ class GradientProjection:
         inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
         return (inverse.to(rows.dtype) @ rows).to(first)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """What a continued run needs beside the optimiser's own state, as tensors."""
+    def state_dict(self) -> dict[str, Any]:
+        """What a continued run needs: the optimiser's own state, and `projection_state`."""
+        return {**self.optimizer.state_dict(), "projection": self.projection_state()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        own = {name: value for name, value in state_dict.items() if name != "projection"}
+        self.optimizer.load_state_dict(own)
+        self._share()
+        self.load_projection_state(state_dict["projection"])
+
+    def _share(self) -> None:
+        """Show the groups and the state that the optimiser has: what a scheduler writes there is its own."""
+        self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
+
+    def projection_state(self) -> dict[str, Tensor]:
+        """The window, the steps so far and the generator, as tensors."""
         state = {f"rolling.{name}": value for name, value in self._rolling.state_dict().items()}
         return state | {"steps": torch.tensor(self.steps), "generator": self._generator.get_state()}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue where `state_dict` was taken."""
+    def load_projection_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `projection_state`."""
         prefix = "rolling."
         rolling = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         self._rolling.load_state_dict(rolling | {"ring": rolling["ring"].to(self.parameters[0].device)})
