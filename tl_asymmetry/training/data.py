@@ -194,8 +194,8 @@ def _token_batch(view: ModelView, data: Any, index: int, note: Callable[[str], N
             given = torch.as_tensor(data[name])
             if given.shape != tokens.shape:
                 raise ValueError(
-                    f"expected {name} of the shape of input_ids, {list(tokens.shape)}, got {list(given.shape)} in batch "
-                    f"{index}; pass one entry per token"
+                    f"expected {name} of the shape of input_ids, {list(tokens.shape)}, got {list(given.shape)} in "
+                    f"batch {index}; pass one entry per token"
                 )
             asked &= given != left_out
     real = token_sequences(view, tokens=data, notes=note)
