@@ -143,8 +143,8 @@ def test_intervals_leave_out_one_group_of_sequences_at_a_time():
             if np.isnan(estimate):
                 assert np.isnan(ends).all()
                 continue
-            expected = reference.log_jackknife(estimate, list(values), stats.t(4).ppf(0.975))
-            assert ends == pytest.approx(expected, rel=1e-6)
+            expected = reference.log_jackknife(estimate, list(values), stats.t(4).ppf(0.975), corrected=False)
+            assert ends == pytest.approx(expected[:2], rel=1e-6)
 
 
 # --- shape of the result --------------------------------------------------------------------------------------------

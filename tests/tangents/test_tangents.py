@@ -613,7 +613,8 @@ def test_texts_of_an_encoder_are_masked_between_their_marks():
 
     view = ModelView(encoder("bridge", tokenizer=True))
     data = tangent_data(
-        view, ["w1 w2 w3 w4 w5 w1 w1", "w2 w6"], None, max_tokens=None, exclude_first=True, strata=2, frequencies=None,
+        view, ["w1 w2 w3 w4 w5 w1 w1", "w2 w6"], None, None,
+        max_tokens=None, exclude_first=True, strata=2, frequencies=None,
         groups=2, mask_token=3, mask_share=0.5, seed=0, notes=lambda _: None,
     )  # fmt: skip
     for sequence in data.sequences:

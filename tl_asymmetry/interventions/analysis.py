@@ -98,7 +98,7 @@ def rank_one_study(
         texts: strings or lists of chat messages on which predictions are compared; without texts and tokens the
             package's calibration texts.
         tokens: token ids instead of texts: `[batch, pos]`, or a list of sequences.
-        mask: which of them count; all by default.
+        mask: which tokens are real, of the shape of `tokens`: False at padding.
         preferences: chosen and rejected continuations, for the preference margin: a `PreferenceBatch`, or rows with the
             columns prompt, chosen, rejected, such as a Hugging Face dataset: see `training.data.as_batches`.
         sites: places such as "L7H3.W_Q", "L7.W_in" or `(layer, matrix, head)`, one or a list; all heads of W_Q, W_K,

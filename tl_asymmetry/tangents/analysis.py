@@ -24,7 +24,8 @@ def analyze_tangents(
     checkpoints_or_model: Any,
     texts: Sequence[str | Sequence[Mapping[str, Any]]] | None = None,
     *,
-    tokens: Int[Tensor, "batch pos"] | None = None,
+    tokens: Any = None,
+    mask: Any = None,
     rank: int | Sequence[int] = 16,
     method: str | Sequence[str] = "pca",
     basis_from: float = 0.3,
@@ -65,7 +66,7 @@ def analyze_tangents(
             model)` as a mapping, list or generator; a model may be a TransformerLens model, a directory, a hub name or
             a function that makes one), or one model, which then gives both basis and gradients. Of encoders a
             TransformerBridge of a BERT or RoBERTa with masked-LM head, or a HookedEncoder.
-        texts, tokens, max_tokens: as in `analyze_pair`.
+        texts, tokens, mask, max_tokens: as in `analyze_pair`.
         rank: of the basis, one or several.
         method: "pca" or "semi_nmf" (the span of D in A ≈ Z D, Z ≥ 0), one or both.
         basis_from: share of the steps, counted from 0 to the last, whose checkpoints the basis is fitted on.
@@ -116,7 +117,9 @@ def analyze_tangents(
         plan = _Plan([Checkpoint(0, ModelView(checkpoints_or_model).name, _given(checkpoints_or_model))], 0)
     else:
         plan = _plan(checkpoints_or_model, total_steps, basis_from)
-    with TangentProbe(texts, tokens=tokens, total_steps=plan.total_steps, store=store, options=options) as probe:
+    with TangentProbe(
+        texts, tokens=tokens, mask=mask, total_steps=plan.total_steps, store=store, options=options
+    ) as probe:
         for checkpoint in tqdm(plan.checkpoints, desc="checkpoints", total=plan.known, disable=not progress):
             probe.take(checkpoint)
         return probe.result()

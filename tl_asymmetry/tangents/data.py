@@ -46,7 +46,8 @@ class TangentData:
 def tangent_data(
     view: ModelView,
     texts: Sequence[str | Sequence[Mapping[str, Any]]] | None,
-    tokens: Int[Tensor, "batch pos"] | None,
+    tokens: Any,
+    mask: Any,
     *,
     max_tokens: int | None,
     exclude_first: bool,
@@ -63,7 +64,7 @@ def tangent_data(
     Raises:
         ValueError: an encoder without a mask token, texts too short for the strata, or what `token_sequences` refuses.
     """
-    originals = token_sequences(view, texts, tokens, max_tokens=max_tokens, notes=notes)
+    originals = token_sequences(view, texts, tokens, mask, max_tokens=max_tokens, notes=notes)
     special = _special(view, mask_token) if view.encoder else frozenset()
     kept = [s for s in originals if (any(int(t) not in special for t in s) if view.encoder else len(s) > 1)]
     if len(kept) < len(originals):

@@ -138,7 +138,7 @@ class TangentProbe:
     flags.
 
     Args:
-        texts, tokens: as in `analyze_tangents`; the same for all steps.
+        texts, tokens, mask: as in `analyze_tangents`; the same for all steps.
         total_steps: length of the training.
         store: folder for what was observed, so that a training that was interrupted goes on; None keeps it in memory.
         options: all further settings; or pass them by name, as to `analyze_tangents`.
@@ -160,7 +160,8 @@ class TangentProbe:
         self,
         texts: Sequence[Any] | None = None,
         *,
-        tokens: Tensor | None = None,
+        tokens: Any = None,
+        mask: Any = None,
         total_steps: int,
         store: str | Path | None = None,
         options: TangentOptions | None = None,
@@ -175,8 +176,10 @@ class TangentProbe:
         if total_steps < 0:
             raise ValueError(f"expected total_steps >= 0, got {total_steps}; pass the length of the training")
         self.total_steps = total_steps
-        self._texts, self._tokens, self._folder = texts, tokens, store
-        self._arguments = described(texts=texts, tokens=tokens, total_steps=total_steps, **vars(self.options))
+        self._texts, self._tokens, self._mask, self._folder = texts, tokens, mask, store
+        self._arguments = described(
+            texts=texts, tokens=tokens, mask=mask, total_steps=total_steps, **vars(self.options)
+        )
         self._notes = Notes()
         self._run: _Run | None = None
 
@@ -250,7 +253,7 @@ class _Run:
         tokenizer = view.tokenizer
         mask = options.mask_token if options.mask_token is not None else getattr(tokenizer, "mask_token_id", None)
         self.data: TangentData = tangent_data(
-            view, probe._texts, probe._tokens, max_tokens=options.max_tokens, exclude_first=options.exclude_first,
+            view, probe._texts, probe._tokens, probe._mask, max_tokens=options.max_tokens, exclude_first=options.exclude_first,
             strata=options.strata if self.per_token else 0, frequencies=options.frequencies, groups=options.groups,
             mask_token=mask if view.encoder else None, mask_share=options.mask_share, seed=options.seed,
             notes=self.notes.add,
