@@ -253,7 +253,8 @@ class _Run:
         tokenizer = view.tokenizer
         mask = options.mask_token if options.mask_token is not None else getattr(tokenizer, "mask_token_id", None)
         self.data: TangentData = tangent_data(
-            view, probe._texts, probe._tokens, probe._mask, max_tokens=options.max_tokens, exclude_first=options.exclude_first,
+            view, probe._texts, probe._tokens, probe._mask,
+            max_tokens=options.max_tokens, exclude_first=options.exclude_first,
             strata=options.strata if self.per_token else 0, frequencies=options.frequencies, groups=options.groups,
             mask_token=mask if view.encoder else None, mask_share=options.mask_share, seed=options.seed,
             notes=self.notes.add,
