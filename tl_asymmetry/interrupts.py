@@ -33,8 +33,10 @@ class temporarily(AbstractContextManager[None]):
         []
     """
 
+    _in_force = False
+
     def __init__(self, do: Callable[[], object], undo: Callable[[], object]) -> None:
-        self._do, self._undo, self._in_force = do, undo, False
+        self._do, self._undo = do, undo
 
     def __enter__(self) -> None:
         self._in_force = True

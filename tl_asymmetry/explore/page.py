@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair.data import PairData
 from tl_asymmetry.pair.directions import find_directions
-from tl_asymmetry.results.pages import Html, document, write_page
+from tl_asymmetry.results.pages import Html, document, title_markup, write_page
 
 SCRIPT = ("data", "state", "words", "search", "map", "cards", "charts", "details", "table", "wiring")
 """Parts of the page's script, in order: each a file under `script`, all in one scope."""
@@ -85,7 +84,7 @@ def explorer(
     }
     own = files(__package__)
     title = f"Head explorer: {result._title()}"
-    body = own.joinpath("explorer.html").read_text(encoding="utf-8").replace("{title}", html.escape(title))
+    body = own.joinpath("explorer.html").read_text(encoding="utf-8").replace("{title}", title_markup(title))
     scripts = Html(
         page.page_settings()
         + page.packed(pack.block(header), "explorer-data")

@@ -11,7 +11,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,8 +20,17 @@ from torch import Tensor
 
 from tl_asymmetry.geometry.moments import StreamingMoments
 
+P = ParamSpec("P")
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
+
+
+class StoppedElsewhere(ValueError):
+    """Another process has stopped; the message gives its number and its reason."""
+
+
+class LostProcess(ConnectionError):
+    """Another process does not answer any more: it was killed, or the network between them is gone."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +58,7 @@ class Processes:
 
     def gathered(self, own: list[Item]) -> list[Item]:
         """All processes' items in the order in which they were shared out, on every process."""
-        if self.count == 1:
-            return own
-        parts: list[Any] = [None] * self.count
-        dist.all_gather_object(parts, own)
+        parts = self._exchange(own)
         return [parts[i % self.count][i // self.count] for i in range(sum(map(len, parts)))]
 
     def by_first(self, work: Callable[[], Answer]) -> Answer:
@@ -60,32 +67,26 @@ class Processes:
         Raises:
             ValueError, OSError: on every process, what it raised on the first.
         """
-        if self.count == 1:
-            return work()
-        outcome: list[Any] = [None, None]
+        outcome: tuple[Any, Exception | None] = None, None
         if self.is_first:
             try:
-                outcome[0] = work()
+                outcome = work(), None
             except (ValueError, OSError) as error:
-                outcome[1] = error
-        dist.broadcast_object_list(outcome, src=0)
-        if outcome[1] is not None:
-            raise outcome[1]
-        answer: Answer = outcome[0]
-        return answer
+                outcome = None, error
+        answer, failure = self._exchange(outcome)[0]
+        if failure is not None:
+            raise failure
+        return answer  # type: ignore[no-any-return]
 
     def least(self, number: int) -> int:
         """The smallest of the numbers that the processes have."""
-        if self.count == 1:
-            return number
-        numbers: list[Any] = [None] * self.count
-        dist.all_gather_object(numbers, number)
-        return min(numbers)
+        return min(self._exchange(number))
 
     def summed(self, moments: StreamingMoments) -> StreamingMoments:
         """Moments of the rows that all processes saw, the same on every process; on CPU."""
         if self.count == 1:
             return moments
+        self._exchange(None)  # a process that has stopped says so here, and not by a sum that never comes
         count = self._sum(torch.tensor(moments.count, dtype=torch.float64))
         mean = moments.mean.cpu() if moments.count else torch.zeros(moments.d, dtype=torch.float64)
         # All must add up sums about one and the same point; one that float32 holds, as elsewhere.
@@ -101,9 +102,7 @@ class Processes:
         """
         if self.count == 1:
             return
-        mine = {name: _fingerprint(value) for name, value in what.items()}
-        everyone: list[Any] = [None] * self.count
-        dist.all_gather_object(everyone, mine)
+        everyone = self._exchange({name: _fingerprint(value) for name, value in what.items()})
         for name in what:
             if len({theirs[name] for theirs in everyone}) > 1:
                 raise ValueError(
@@ -111,11 +110,58 @@ class Processes:
                     "the same arguments (the sequences are shared out here), or distributed=False"
                 )
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What ends one process inside ends all of them at their next exchange, with its reason: nobody waits in vain.
+
+        Raises:
+            StoppedElsewhere: in the processes that did not stop by themselves.
+            LostProcess: one of them does not answer any more.
+        """
+        try:
+            yield
+            self._exchange(None)
+        except (StoppedElsewhere, LostProcess):
+            raise
+        except Exception as error:
+            self._exchange(None, stopped=f"{type(error).__name__}: {error}")
+            raise
+
+    def _exchange(self, mine: Any, *, stopped: str | None = None) -> list[Any]:
+        """What every process gives, by its number. All that is ever said between processes, sums aside, goes here."""
+        if self.count == 1:
+            return [mine]
+        everyone: list[Any] = [None] * self.count
+        try:
+            dist.all_gather_object(everyone, (mine, stopped))
+        except RuntimeError as error:  # gloo's and nccl's own words
+            raise LostProcess(
+                f"expected all {self.count} processes to answer, got none from one of them, which has ended or lies "
+                "behind a broken connection; see its own output, and run again (with a store, it goes on)"
+            ) from error
+        for rank, (_, reason) in enumerate(everyone):
+            if stopped is None and reason is not None:
+                raise StoppedElsewhere(
+                    f"expected all {self.count} processes to go on, got process {rank} stopped by {reason}"
+                )
+        return [theirs for theirs, _ in everyone]
+
     def _sum(self, x: Tensor) -> Tensor:
         device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else x.device
         total = x.to(device, copy=True)
         dist.all_reduce(total)
         return total.cpu()
+
+
+def together(function: Callable[P, Answer]) -> Callable[P, Answer]:
+    """A function with the keyword `distributed`, under `Processes.together`."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Answer:
+        with (present_processes() if kwargs.get("distributed", True) else ALONE).together():
+            return function(*args, **kwargs)
+
+    return call
 
 
 def _fingerprint(value: Any) -> str:

@@ -15,7 +15,7 @@ from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.subspace import Subspace
 from tl_asymmetry.models.capture import capture
 from tl_asymmetry.models.prediction import prediction_subspace
-from tl_asymmetry.models.processes import ALONE, Processes, present_processes
+from tl_asymmetry.models.processes import ALONE, Processes, present_processes, together
 from tl_asymmetry.models.readers.hub import public_name
 from tl_asymmetry.models.side_by_side import side_by_side
 from tl_asymmetry.models.view import ModelView
@@ -40,6 +40,7 @@ from tl_asymmetry.settings import GradientMoments, OpenPair, PairSettings, open_
 _UNRELATED = 0.3
 
 
+@together
 @with_fresh_settings
 def analyze_pair(
     model_base: Any,

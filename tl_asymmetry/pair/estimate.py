@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.subspace import Subspace, ordered_eigh
-from tl_asymmetry.models.processes import ALONE, present_processes
+from tl_asymmetry.models.processes import ALONE, present_processes, together
 from tl_asymmetry.models.weights import WeightSource
 from tl_asymmetry.pair.memory_plan import plan_memory
 from tl_asymmetry.pair.plan import STREAM_SUBSPACES, make_plan
@@ -60,6 +60,7 @@ class PairEstimate:
         )
 
 
+@together
 @with_fresh_settings
 def estimate_pair(
     model_base: Any,

@@ -117,17 +117,23 @@ def diverging(name: Any) -> list[tuple[float, str]]:
     return DIVERGING["dark" if is_dark(name) else "light"]
 
 
+_LONGEST_TEXT = 160
+
+
 def text(value: object) -> str:
     """A model's or user's text as text: what plotly would read as markup, template or formula is escaped.
 
     Quotes stay: plotly decodes `&lt;`, `&gt;`, `&amp;` and numbers, but would show `&quot;` as it stands. For `%{`
-    it knows no escape; a zero-width space parts it.
+    it knows no escape; a zero-width space parts it. What no figure is wide enough for is cut in the middle.
 
     Example:
-        >>> text("<b>x</b>")
-        '&lt;b&gt;x&lt;/b&gt;'
+        >>> text("<b>x</b>"), len(text("x" * 500))
+        ('&lt;b&gt;x&lt;/b&gt;', 163)
     """
-    return escape(str(value), quote=False).replace("$", "&#36;").replace("%{", "%\u200b{")
+    words = str(value)
+    if len(words) > _LONGEST_TEXT:
+        words = f"{words[: _LONGEST_TEXT // 2]} … {words[-_LONGEST_TEXT // 2 :]}"
+    return escape(words, quote=False).replace("$", "&#36;").replace("%{", "%\u200b{")
 
 
 def number(value: Any, digits: int = 3) -> str:

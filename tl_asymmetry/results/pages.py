@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import numbers
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from tl_asymmetry.disk import replace_file
 from tl_asymmetry.results.sections import FigureSection, TableSection
 
+_LONGEST_TITLE = 140
 LONG_TABLE = 12
 """Rows from which a table fills its box, so that the browser may put off what is off the screen."""
 
@@ -45,11 +47,26 @@ def render(template: str, **values: Any) -> Html:
     return Html(_environment().get_template(template).render(**values))
 
 
+def title_markup(title: str) -> Html:
+    """A title as markup; one that no page is wide enough for is cut in the middle, whole in its tooltip.
+
+    Example:
+        >>> title_markup("a < b"), len(title_markup("a" * 300))
+        ('a &lt; b', 465)
+    """
+    if len(title) <= _LONGEST_TITLE:
+        return Html(html.escape(title))
+    half = _LONGEST_TITLE // 2
+    return Html(f'<span title="{html.escape(title)}">{html.escape(f"{title[:half]} … {title[-half:]}")}</span>')
+
+
 @cache
 def _environment() -> Environment:
-    return Environment(
+    made = Environment(
         loader=PackageLoader("tl_asymmetry.results"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
+    made.filters["title_markup"] = title_markup
+    return made
 
 
 def document(title: str, body: Html, scripts: Html, *, css: str = "") -> str:

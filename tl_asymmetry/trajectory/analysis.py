@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.subspace import Subspace
-from tl_asymmetry.models.processes import ALONE, present_processes
+from tl_asymmetry.models.processes import ALONE, present_processes, together
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.models.weights import Weights, weights_from
 from tl_asymmetry.notes import Notes
@@ -25,6 +25,7 @@ from tl_asymmetry.trajectory.result import TrajectoryAnalysis
 from tl_asymmetry.trajectory.run import TrajectoryRun, TrajectorySettings
 
 
+@together
 @with_fresh_settings
 def analyze_trajectory(
     checkpoints: str | Path | Iterable[Any] | Mapping[int, Any],

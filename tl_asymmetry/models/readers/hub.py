@@ -21,7 +21,7 @@ def public_name(name: str | Path) -> str:
         ('checkpoint-500', 'EleutherAI/pythia-160m')
     """
     path = Path(name)
-    if path.is_absolute() or path.exists() or len(path.parts) > 2:
+    if path.is_absolute() or os.path.exists(path) or len(path.parts) > 2:  # pathlib raises for what no path can be
         return Path(os.path.abspath(path)).name
     return str(name)
 
@@ -33,7 +33,7 @@ def local_or_hub(name_or_path: str | Path) -> Path | None:
         ValueError: neither.
     """
     path = Path(name_or_path)
-    if path.exists():
+    if os.path.exists(path):
         return path
     name = str(name_or_path)
     if isinstance(name_or_path, Path) or not _HUB_NAME.fullmatch(name) or name.endswith(_FILES):
