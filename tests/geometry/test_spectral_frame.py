@@ -87,3 +87,10 @@ def test_intruders_are_those_that_resemble_none():
     cosines = torch.tensor([[[0.9, 0.1], [0.3, 0.4], [0.5, 0.0]]], dtype=torch.float64)
     assert intruders(cosines).tolist() == [[0, 1, 0]]
     assert intruders(cosines, threshold=0.95).tolist() == [[1, 1, 1]]
+
+
+def test_first_order_is_not_taken_where_two_singular_values_nearly_meet():
+    values = torch.tensor([[5.0, 3.0001, 3.0, 1.0]], dtype=torch.float64)
+    energy = torch.tensor([1e-3], dtype=torch.float64)
+    assert all(side.isinf().all() for side in expected_rotation(values, energy, 4, 6, 2))
+    assert all(side.item() < 1e-3 for side in expected_rotation(values, energy, 4, 6, 1))

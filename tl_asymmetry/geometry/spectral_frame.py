@@ -15,6 +15,8 @@ from tl_asymmetry.geometry.precision import exact_products
 _DEGENERATE = 1e-6
 """Share of the leading singular value under which a weight has no direction."""
 _ROUNDS = 3
+_FIRST_ORDER = 0.02
+"""sin² of a single pair of directions up to which first-order perturbation is taken at its word."""
 
 
 @dataclass(frozen=True)
@@ -120,14 +122,17 @@ def expected_rotation(
         k: dimension of the subspaces.
 
     Returns:
-        Left and right; above some hundredths no longer small, and infinite where σ_k = σ_{k+1}.
+        Left and right; infinite where one pair of directions would turn by more than sin² = 0.02, which is beyond
+        first order.
     """
     σ2 = values.square()
     lead, rest = σ2[..., :k, None], σ2[..., None, k:]
-    gaps = ((lead + rest) / (lead - rest).square()).sum((-2, -1))
-    beyond = (abs(m - n) / σ2[..., :k]).sum(-1)
-    scale = energy / (m * n * k)
-    shorter, longer = scale * gaps, scale * (gaps + beyond)
+    turns = (lead + rest) / (lead - rest).square() * (energy / (m * n))[..., None, None]
+    beyond = abs(m - n) / σ2[..., :k].clamp(min=1e-300) * (energy / (m * n)).unsqueeze(-1)
+    # One pair of nearly equal singular values can turn far while the mean over all stays small.
+    far = torch.maximum(turns.amax((-2, -1)), beyond.amax(-1)) > _FIRST_ORDER
+    shorter = torch.where(far, torch.inf, turns.sum((-2, -1)) / k)
+    longer = shorter + beyond.sum(-1) / k
     return (shorter, longer) if m <= n else (longer, shorter)
 
 

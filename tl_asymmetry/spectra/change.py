@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -28,13 +29,14 @@ class Change:
     stored: torch.dtype | None = None
     """The coarser of the two weights' storage formats; None for factors, whose product was never stored."""
 
-    @property
+    @cached_property
     def energy(self) -> Float64[Tensor, " head"]:
         """‖ΔW‖²."""
         if self.right is None:
             return self.left.double().square().sum((-2, -1))
         return (_gram(self.left) * _gram(self.right)).sum((-2, -1)).clamp(min=0)
 
+    @cached_property
     def purity(self) -> Float64[Tensor, " head"]:
         """tr (ΔW ΔWᵀ)² / ‖ΔW‖⁴: 1 for rank 1, 1/rank for a flat spectrum; NaN for a zero delta."""
         if self.right is None:

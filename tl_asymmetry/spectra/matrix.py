@@ -21,8 +21,6 @@ from tl_asymmetry.spectra.change import Change, change_of, heads_first
 
 THRESHOLD = 0.5
 """|cos| under which two singular vectors do not resemble each other."""
-_SMALL = 0.02
-"""Rotation up to which its first-order expectation is taken; beyond it, the mean over draws."""
 _DRAWS, _DRAWS_OF_LARGE, _LARGE = 8, 1, 256
 """Deltas at random orientation for each matrix; fewer where its shorter axis is longer than `_LARGE`."""
 
@@ -96,7 +94,7 @@ def _at_rank(W: Float[Tensor, "head m n"], change: Change, here: _Frames, k: int
         "on_principal_relative": share / chance,
         "left_relative": left * m / k,
         "right_relative": right * n / k,
-        "on_principal_p": two_sided_tail(share, change.purity(), m, n, k, k),
+        "on_principal_p": two_sided_tail(share, change.purity, m, n, k, k),
         "coupling": share / (left * right),
         "on_principal_unshrunk": unshrunk.square().sum((-2, -1)) / rest / chance,
         "on_principal_rounding": rounding_share_between(W, U, V) / chance,
@@ -126,7 +124,7 @@ def _turned(here: _Frames, k: int, energy: Float64[Tensor, " head"], m: int, n: 
             f"intruders{suffix}_expected": by_chance,
             f"intruders{suffix}_inside": (counted * held).sum(-1) / counted.sum(-1),
             f"rotation_{side}": rotation(before, _leading(here.aligned, side, k)),
-            f"rotation_{side}_expected": torch.where(small < _SMALL, small, drawn),
+            f"rotation_{side}_expected": torch.where(small.isfinite(), small, drawn),
         }
     return {name: torch.where(energy > 0, values, torch.nan) for name, values in columns.items()}
 

@@ -53,8 +53,9 @@ SPECTRAL_DEFINITIONS = (
     ),
     Definition(
         "Intruders and rotation by chance", "[ours]",
-        "The same of W plus the delta turned at random on both sides: first-order perturbation where the rotation is "
-        "below 0.02, else the mean of 8 draws (of 1 where the shorter axis is longer than 256).",
+        "The same of W plus the delta turned at random on both sides: first-order perturbation where no pair "
+        "of directions turns by more than sin² = 0.02, else the mean of 8 draws (of 1 where the "
+        "shorter axis is longer than 256).",
     ),
     Definition(
         "Sparse, or just small? (changed_share, changed_expected)", "[ours]",
