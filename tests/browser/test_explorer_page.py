@@ -45,7 +45,7 @@ def test_a_click_opens_the_heads_own_numbers(look, pair):
     assert told["relative at k = 4"].startswith(f"{expected['relative']:.3g} ")
     assert told["95 % interval over texts"] == f"{expected['ci_low']:.3g} to {expected['ci_high']:.3g}"
     assert told["isotropic null"].startswith(f"z {expected['isotropic_z']:.3g}, ")
-    assert told["activation-matched reference"].endswith(f"excess {expected['excess']:.3g}")
+    assert told["Adam on these inputs"].split(", ")[1].startswith(f"excess {expected['excess']:.3g} (")
     drawn = page.evaluate("Array.from(document.querySelectorAll('.card .chart')).map((c) => c.data)")
     curve, spectrum = drawn[0], drawn[1]
     points = next(t for t in curve if "q <" in t["name"].replace("&lt;", "<"))
@@ -139,12 +139,12 @@ def test_pin_keeps_a_head_beside_the_next(look):
 def test_menus_and_slider_show_the_tables_numbers_in_the_map(look, pair):
     page = look()
     page.locator("#choose-map").select_option(label="W_V in attn_in")
-    page.locator("#choose-value").select_option(label="excess over the activation-matched reference")
+    page.locator("#choose-value").select_option(label="excess over Adam on these inputs")
     page.locator("#choose-rank").press("End")
     words = page.locator("td[data-layer='2'][data-head='1']").get_attribute("aria-label")
     expected = row(pair[0], 2, 1, "W_V", "attn_in", 16)
     assert words.startswith(f"L2H1: {expected['excess']:.3g}")
-    assert "q <" not in words  # what is shown has no test
+    assert ("above it (q < 0.05)" in words) == (expected["vs_reference"] == "above")  # the test of what is shown
     page.locator("#choose-value").select_option(label="relative fraction over the isotropic null")
     words = page.locator("td[data-layer='2'][data-head='1']").get_attribute("aria-label")
     assert ("above it (q < 0.05)" in words) == (expected["isotropic_q"] < 0.05)

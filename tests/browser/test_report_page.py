@@ -36,7 +36,7 @@ def test_menus_and_slider_combine_by_keyboard(visit, report_page, pair):
     # in an order that makes each control follow upon another's change
     rank.press("End")
     matrix.select_option(label="W_K in attn_in")
-    value.select_option(label="excess over the activation-matched reference")
+    value.select_option(label="excess over Adam on these inputs")
     rank.press("ArrowLeft")
     matrix.select_option(label="W_V in prediction")
     shown = page.evaluate(SHOWN_MAP, f"{HEADS} .plot")

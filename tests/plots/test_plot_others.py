@@ -167,10 +167,11 @@ def test_rank_curve_runs_through_every_k_with_whiskers_at_the_ranks_alone():
     assert list(points.x) == [2, 8]
     np.testing.assert_allclose(points.y, [line.y[1], line.y[7]], rtol=1e-5)
     assert np.isfinite(points.error_y.array).all()
-    reference = trace(figure, "activation-matched reference")
+    reference = trace(figure, "SGD on these inputs")
     assert list(reference.x) == list(range(1, 9))  # as far as the ranks go
-    rows = result.table.query("matrix == 'W_Q' and subspace == 'attn_in' and layer == 1 and head == 0")
-    np.testing.assert_allclose(np.array(reference.y)[[1, 7]], rows["activation_matched"] * d / rows["rank"], rtol=1e-12)
+    where = "matrix == 'W_Q' and subspace == 'attn_in' and layer == 1 and head == 0 and null == 'sgd'"
+    rows = result.nulls.query(where)
+    np.testing.assert_allclose(np.array(reference.y)[[1, 7]], rows["expected"] * d / rows["rank"], rtol=1e-12)
 
 
 def test_rank_curve_errors(table):

@@ -116,7 +116,7 @@ def test_every_number_of_the_table_is_in_the_page(name, tmp_path):
 def test_every_number_of_the_nulls_is_in_the_page_and_their_words_are_the_registrys(tmp_path):
     result = analysed("llama")
     page = held(result.to_explorer(tmp_path / "explorer.html", directions=0))
-    assert [null["key"] for null in page["nulls"]] == ["isotropic", "sgd"]
+    assert [null["key"] for null in page["nulls"]] == ["isotropic", "adam", "sgd", "sign", "muon"]
     assert all(null["label"] == NULLS[null["key"]].label for null in page["nulls"])
     found = 0
     for each in page["maps"]:

@@ -35,15 +35,18 @@ def test_each_null_repeats_what_the_table_says_of_it(result):
     np.testing.assert_allclose(isotropic["excess"], table["relative"], rtol=1e-12)
     for column, other in (("low", "ci_low"), ("high", "ci_high"), ("p", "isotropic_p"), ("q", "isotropic_q")):
         np.testing.assert_array_equal(isotropic[column], table[other])
-    sgd = result.nulls[result.nulls["null"] == "sgd"].reset_index(drop=True)
     read = table[table["pathway"] == "read"].reset_index(drop=True)
-    pd.testing.assert_frame_equal(sgd[KEYS], read[KEYS])
-    np.testing.assert_array_equal(sgd["expected"], read["activation_matched"])
-    np.testing.assert_array_equal(sgd["excess"], read["excess"])
+    adam = result.nulls[result.nulls["null"] == "adam"].reset_index(drop=True)  # the optimizer that was asked for
+    pd.testing.assert_frame_equal(adam[KEYS], read[KEYS])
+    for column, other in (
+        ("expected", "activation_matched"), ("excess", "excess"), ("low", "excess_low"), ("high", "excess_high"),
+        ("p", "excess_p"), ("q", "excess_q"),
+    ):  # fmt: skip
+        np.testing.assert_array_equal(adam[column], read[other], err_msg=column)
 
 
 def test_a_null_has_rows_only_where_it_applies(result):
-    assert set(result.nulls["null"]) == {"isotropic", "sgd"}
+    assert set(result.nulls["null"]) == {"isotropic", "adam", "sgd", "sign", "muon"}
     assert of(result, "sgd").loc[lambda rows: rows["pathway"] == "write", "expected"].isna().all()
 
 
@@ -57,7 +60,7 @@ def test_nulls_are_saved_with_the_result(result, tmp_path):
 def test_described_gives_the_words_in_the_order_of_the_registry(result):
     shuffled = result.nulls.sample(frac=1, random_state=0)
     words = described(shuffled)
-    assert list(dict.fromkeys(words["null"])) == ["isotropic", "sgd"]
+    assert list(dict.fromkeys(words["null"])) == ["isotropic", "adam", "sgd", "sign", "muon"]
     assert set(words.loc[words["null"] == "sgd", "label"]) == {NULLS["sgd"].label}
     with pytest.raises(ValueError, match="expected nulls among isotropic, .*, got unheard_of; pass what analyze_pair"):
         described(result.nulls.assign(null="unheard_of"))

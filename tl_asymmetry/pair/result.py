@@ -173,10 +173,11 @@ class PairAnalysis(PairData):
             energy = stacked(deltas[matrix], "energy").unsqueeze(-1)
             arrays[f"profile/{matrix}/{subspace}"] = (stacked(held, "energies") / energy).float()
             arrays[f"eigenvalues/{subspace}"] = stacked(held, "eigenvalues")
-            for null, reference in (("sgd", "activation_reference"), ("gradient", "gradient_reference")):
-                if getattr(held[0], reference) is not None:  # [layer, top], [layer, head, top] where heads differ
-                    expected = stacked(held, reference)
-                    arrays[f"expected/{null}/{matrix}/{subspace}"] = expected.view(len(held), -1, expected.shape[-1])
+            for null in held[0].references:  # at every rank up to the largest in use: [layer, 1, top]
+                expected = torch.stack([projection.references[null] for projection in held])
+                arrays[f"expected/{null}/{matrix}/{subspace}"] = expected.unsqueeze(1)
+            if held[0].gradient_reference is not None:  # of every head by itself: [layer, head, top]
+                arrays[f"expected/gradient/{matrix}/{subspace}"] = stacked(held, "gradient_reference")
             if held[0].replicates is not None:  # fractions with one group of texts left out [layer, group, head, rank]
                 arrays[f"replicates/{matrix}/{subspace}"] = stacked(held, "replicates") / energy.unsqueeze(1)
         arrays["tokens"] = torch.cat(list(sequences))
