@@ -6,6 +6,7 @@ The rest of the package knows a model only through `ModelView`. What differs bet
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -230,6 +231,18 @@ class ModelView:
         counts = [shape[0] for shape in self._shapes[matrix] if shape is not None and len(shape) == 3]
         return max(counts) if self._adapter.unit(matrix) == "expert" and counts else None
 
+    def unit(self, layer: int, matrix: str) -> str | None:
+        """What a layer has several of in one matrix: "head", "expert", or None."""
+        if kind_of(matrix).heads:
+            return "head"
+        shape = self._shapes[matrix][layer] if self.has(layer, matrix) else None
+        return "expert" if shape is not None and len(shape) == 3 else None
+
+    def entries(self, matrix: str) -> int:
+        """Entries of a matrix, all heads or experts together, in the layer where it is largest."""
+        self._require_matrix(matrix)
+        return max(math.prod(shape) for shape in self._shapes[matrix] if shape is not None)
+
     def has(self, layer: int, matrix: str) -> bool:
         """Whether a layer has a matrix of that name."""
         self._require_layer(layer)
@@ -369,6 +382,10 @@ class ModelView:
         yield from self.headless().items()
 
     # -- running -----------------------------------------------------------------------------------
+
+    def shows(self, layer: int, point: str) -> bool:
+        """Whether a layer has that point."""
+        return self._adapter.point(layer, point) is not None
 
     def has_point(self, point: str) -> bool:
         """Whether every layer of the model has that point."""

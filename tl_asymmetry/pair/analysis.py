@@ -29,7 +29,15 @@ from tl_asymmetry.pair.deltas import Delta, measure_change
 from tl_asymmetry.pair.memory_plan import plan_memory
 from tl_asymmetry.pair.non_matrix_parameters import other_changes, unmatched_parameters
 from tl_asymmetry.pair.numbers import DeltaNumbers, Layout, Measurements, layer_tensors
-from tl_asymmetry.pair.plan import Plan, Sources, counted_tokens, grouped_sequences, make_plan, too_few
+from tl_asymmetry.pair.plan import (
+    Plan,
+    Sources,
+    counted_tokens,
+    grouped_sequences,
+    make_plan,
+    matrices_of_both,
+    too_few,
+)
 from tl_asymmetry.pair.projections import Projection, keys_reference_note, project
 from tl_asymmetry.pair.result import PairAnalysis
 from tl_asymmetry.pair.sensitivity import SensitivityProfiles, prediction_variants, stacked_variants
@@ -140,7 +148,7 @@ def analyze_pair(
         max_tokens=max_tokens, run_aligned="aligned" in settings.captured,
     )  # fmt: skip
     base, aligned, sequences, notes = pair.base, pair.aligned, pair.sequences, pair.notes
-    plan = make_plan(base, settings, sequences, notes)
+    plan = make_plan(base, settings, sequences, notes, available=matrices_of_both(base, aligned, notes))
     for name in unmatched_parameters(base, aligned):
         notes.add(f"{name} exists in one of the two models only and is left out")
     notes.add(keys_reference_note(softmax_centres_keys=base.key_shift_invariant))
@@ -165,14 +173,17 @@ def analyze_pair(
                 layer, moments, given, centered=centered, exact=base.dtype == torch.float64,
                 softmax_centres_keys=base.key_shift_invariant, optimizer=optimizer,
             )  # fmt: skip
-            weights = {matrix: base.weight(layer, matrix) for matrix in plan.matrices}
-            measured = {matrix: measure_change(base, aligned, layer, matrix, seed=seed) for matrix in plan.matrices}
+            here = [matrix for matrix in plan.matrices if base.has(layer, matrix)]
+            weights = {matrix: base.weight(layer, matrix) for matrix in here}
+            measured = {matrix: measure_change(base, aligned, layer, matrix, seed=seed) for matrix in here}
+            against = {name: [m for m in here if name in plan.targets[m]] for name in plan.subspaces}
             projections = [
                 projection
-                for name in plan.subspaces
+                for name, held in against.items()
+                if held
                 for projection in project(
-                    [measured[matrix] for matrix in plan.matrices if name in plan.targets[matrix]], name, bases,
-                    plan.ranks, intervals=intervals, gradient=gradient,
+                    [measured[matrix] for matrix in held], name, bases, plan.ranks, intervals=intervals,
+                    gradient=gradient,
                 )
             ]  # fmt: skip
             return _Layer(
@@ -201,8 +212,9 @@ def analyze_pair(
             f"moments were captured in {len(memory.passes)} passes over the texts, {memory.layers_per_pass} layers at "
             "a time, to fit into memory; the numbers are those of one pass"
         )
-    deltas = {matrix: [layer.deltas[matrix] for layer in layers] for matrix in plan.matrices}
-    projections = {key: [layer.projections[key] for layer in layers] for key in layers[0].projections}
+    deltas = {matrix: [layer.deltas.get(matrix) for layer in layers] for matrix in plan.matrices}
+    keys = dict.fromkeys(key for layer in layers for key in layer.projections)
+    projections = {key: [layer.projections.get(key) for layer in layers] for key in keys}
     numbers = Measurements.of_layers(
         Layout.of(base, plan),
         [layer_tensors(layer.deltas, list(layer.projections.values()), plan.ranks) for layer in layers],
@@ -303,7 +315,7 @@ def _captured(
     with torch.no_grad():
         captures = {
             name: capture(
-                view, grouped, [(point, layer) for point in plan.points for layer in layers],
+                view, grouped, [(p, layer) for p in plan.points for layer in layers if view.shows(layer, p)],
                 exclude_first=settings.exclude_first, first_positions=settings.sensitivity,
                 beside=plan.beside, batch_size=settings.batch_size,
                 progress=settings.progress, processes=processes,
@@ -321,7 +333,7 @@ def _note_deltas(
     notes: Notes,
 ) -> list[str]:
     """Say where nothing changed, and return where so much did that the weights may be of something else."""
-    same = [matrix for matrix, changes in deltas.items() if bool((changes.energy == 0).all())]
+    same = [matrix for matrix, changes in deltas.items() if bool((changes.energy.nan_to_num() == 0).all())]
     if same and hashes["base"] != hashes["aligned"]:
         if len(same) == len(deltas):
             notes.warn("the analysed matrices are the same in both models: every delta is zero and every fraction NaN")

@@ -83,7 +83,7 @@ def asymmetry_table(numbers: Measurements) -> pd.DataFrame:
     """
     needed = [*READ_SIDE, WRITE_SIDE[0]]
     columns = [*numbers.labels, *ASYMMETRY_COLUMNS]
-    if any(key not in numbers.held for key in needed):
+    if any(key not in numbers.held or _differ(numbers, key[0]) for key in needed):
         return pd.DataFrame(columns=columns)
     frames = []
     for column, rank in enumerate(min((numbers.ranks_of(*key) for key in needed), key=len)):
@@ -97,6 +97,12 @@ def asymmetry_table(numbers: Measurements) -> pd.DataFrame:
         frames.append(_rows(numbers, W_Q.plus(W_K.grouped(numbers.layout.n_heads)), W_O, column, per_head=True))
     table = pd.concat(frames, ignore_index=True)
     return table.sort_values(["run", "layer", "head", "rank"], na_position="first", ignore_index=True)[columns]
+
+
+def _differ(numbers: Measurements, matrix: str) -> bool:
+    """Whether some layers that have a matrix have fewer heads than others."""
+    present = numbers.deltas[matrix].energy.isfinite()
+    return bool((present.any(-1) != present.all(-1)).any())
 
 
 def _side(numbers: Measurements, key: tuple[str, str], column: int) -> _Side:
@@ -133,8 +139,9 @@ def _rows(numbers: Measurements, read: _Side, write: _Side, column: int, *, per_
         "ci_low": torch.log2(low),
         "ci_high": torch.log2(high),
     }
-    frame = numbers.rows(ratio.shape[1], headed=per_head)
+    frame = numbers.rows(ratio.shape[1], ["head" if per_head else None] * numbers.layout.n_layers)
     described = BOTH_SIDES if both else READ_ONLY
-    return frame.assign(
+    frame = frame.assign(
         rank=k, expected_from=described, **{name: value.flatten().numpy() for name, value in columns.items()}
     )
+    return frame[(read.total + write.total).isfinite().flatten().numpy()]  # some layers have no attention

@@ -307,14 +307,14 @@ class PairData(Result):
 
         layout: Layout = {"title": title, "template": template, "width": width, "height": height}
         if f"spectrum/{subspace}" in self.arrays:
-            spectra = self.delta_spectrum(subspace).sum(1)  # heads pooled
+            spectra = _of_layers(np.nansum(self.delta_spectrum(subspace), 1))  # heads pooled
             return spectrum_figure(spectra, name=f"ΔW of {subspace}, heads pooled", layer=layer, **layout)
         eigenvalues = self.eigenvalues(subspace)
         if np.isnan(eigenvalues).all():
             raise ValueError(f"expected a subspace with eigenvalues, got {subspace!r}, given without; pass another one")
         edges = self._edges(subspace, eigenvalues)
         return spectrum_figure(
-            eigenvalues, name=subspace, ranks=self.config["ranks"], edge=edges, layer=layer, **layout
+            _of_layers(eigenvalues), name=subspace, ranks=self.config["ranks"], edge=edges, layer=layer, **layout
         )
 
     def _curves(self, matrix: str, subspace: str, layer: int) -> pd.DataFrame | None:
@@ -327,9 +327,8 @@ class PairData(Result):
         fraction = np.cumsum(profiles[layer].numpy().astype(np.float64), axis=-1)
         ks = np.unique(np.concatenate([np.arange(1, 65), np.geomspace(64, self._d, _CURVE_POINTS).round()]).astype(int))
         ks = ks[ks <= fraction.shape[-1]]
-        heads: list[int | None] = (
-            [None] if kind_of(matrix, self._side(matrix)).heads is None else [*range(len(fraction))]
-        )
+        whole = len(fraction) == 1 and kind_of(matrix, self._side(matrix)).heads is None
+        heads: list[int | None] = [None] if whole else [*range(len(fraction))]
         expected = {
             array.split("/")[1]: values[layer].numpy()
             for array, values in self.arrays.items()
@@ -382,3 +381,8 @@ class PairData(Result):
             there = sorted(n.removeprefix(f"{kind}/") for n in self.arrays if n.startswith(f"{kind}/"))
             raise ValueError(f"expected one of {', '.join(there)}, got {'/'.join(keys)!r}; pass what was analysed")
         return self.arrays[name].numpy()
+
+
+def _of_layers(spectra: Float[np.ndarray, "layer d"]) -> dict[str, np.ndarray]:
+    """Spectra by layer, of the layers that have one."""
+    return {f"L{layer}": λ for layer, λ in enumerate(spectra) if np.isfinite(λ).all() and λ.any()}

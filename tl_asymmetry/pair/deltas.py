@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from tl_asymmetry.geometry.factored import factored_energy, factored_svd
 from tl_asymmetry.geometry.fraction import gram_energy, inner_product, row_pieces, total
+from tl_asymmetry.geometry.padding import padded_stack
 from tl_asymmetry.geometry.precision import exact_products, product_dtype
 from tl_asymmetry.geometry.rounding import coarser, rounding_noise, storage_dtype
 from tl_asymmetry.geometry.subspace import ordered_eigh
@@ -287,9 +289,10 @@ def _orthonormal(columns: Float[Tensor, "head long n"]) -> Float[Tensor, "head l
     return Q * torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2)
 
 
-def stacked(layers: Sequence[object], name: str) -> Tensor:
-    """One tensor field of what every layer has, `[layer, ...]`."""
-    return torch.stack([getattr(layer, name) for layer in layers])
+def stacked(layers: Sequence[object | None], name: str) -> Tensor:
+    """One tensor field of what the layers have, `[layer, ...]`; NaN where a layer has nothing, see `padded_stack`."""
+    beyond = 0.0 if name in ("spectrum", "directions", "partners") else math.nan
+    return padded_stack([None if layer is None else getattr(layer, name) for layer in layers], beyond=beyond)
 
 
 def residual_first(matrix: str, weight: Float[Tensor, "*head rows columns"]) -> Float[Tensor, "head d_model other"]:

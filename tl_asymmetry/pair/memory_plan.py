@@ -174,7 +174,7 @@ def plan_memory(
 
 def workload(base: ModelView, plan: Plan, sequences: Sequence[Tensor], settings: PairSettings) -> Workload:
     """The sizes of one analysis."""
-    sizes = [base.weight(0, matrix).numel() for matrix in plan.matrices]
+    sizes = [base.entries(matrix) for matrix in plan.matrices]
     longest = max(map(len, sequences))
     load = Workload(
         n_layers=base.n_layers,
@@ -182,10 +182,12 @@ def workload(base: ModelView, plan: Plan, sequences: Sequence[Tensor], settings:
         d_vocab=base.d_vocab,
         matrices=sum(sizes),
         largest=max(sizes),
-        attention=sum(n for n, matrix in zip(sizes, plan.matrices, strict=True) if base.heads(matrix) is not None),
+        attention=sum(
+            n for n, matrix in zip(sizes, plan.matrices, strict=True) if base.heads(matrix) or base.experts(matrix)
+        ),
         points=len(plan.points),
         beside=len(plan.beside),
-        heads=sum((base.heads(matrix) or 1) * len(plan.targets[matrix]) for matrix in plan.matrices),
+        heads=sum((base.heads(m) or base.experts(m) or 1) * len(plan.targets[m]) for m in plan.matrices),
         groups=len(balanced_groups(sequences, settings.groups)),
         models=len(settings.captured),
         sensitivity=settings.sensitivity,

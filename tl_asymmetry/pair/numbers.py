@@ -5,6 +5,7 @@ Small enough to keep for every checkpoint of a run: sizes are set by heads, rank
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from tl_asymmetry.geometry.padding import padded_stack
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair.bases import REFERENCES
 from tl_asymmetry.pair.deltas import Delta
@@ -32,8 +34,8 @@ class Layout:
     """Blocks."""
     n_heads: int
     """Query heads."""
-    headed: Mapping[str, bool]
-    """Whether a matrix has heads."""
+    units: Mapping[str, tuple[str | None, ...]]
+    """For each matrix and layer what there are several of, "head" or "expert"; None for one of a kind."""
     targets: Mapping[str, tuple[str, ...]]
     """For each matrix, in order, the subspaces it is held against."""
     ranks: tuple[int, ...]
@@ -44,9 +46,9 @@ class Layout:
     @classmethod
     def of(cls, view: ModelView, plan: Plan) -> Layout:
         """Of an analysis that begins."""
-        headed = {matrix: view.heads(matrix) is not None for matrix in plan.matrices}
+        units = {m: tuple(view.unit(layer, m) for layer in range(view.n_layers)) for m in plan.matrices}
         targets = {matrix: plan.targets[matrix] for matrix in plan.matrices}
-        return cls(view.d_model, view.n_layers, view.n_heads, headed, targets, plan.ranks, plan.measured)
+        return cls(view.d_model, view.n_layers, view.n_heads, units, targets, plan.ranks, plan.measured)
 
 
 @dataclass(frozen=True)
@@ -177,11 +179,18 @@ class Measurements:
             return np.zeros(len(self.places), dtype=int)
         return self.places.groupby(self.labels, sort=False).ngroup().to_numpy()
 
-    def rows(self, heads: int, *, headed: bool) -> pd.DataFrame:
-        """Labels, layer and head (NA for a matrix without) of a column's entries, which are places × heads."""
+    def rows(self, heads: int, units: Sequence[str | None]) -> pd.DataFrame:
+        """Labels, layer, head and expert (NA where there are none) of a column's entries, which are places × heads.
+
+        Args:
+            heads: heads, or experts, of a place.
+            units: for each layer, which of the two.
+        """
         frame = self.places.loc[np.repeat(self.places.index, heads)].reset_index(drop=True)
-        numbers = np.tile(np.arange(heads), len(self.places)) if headed else [pd.NA] * len(frame)
-        return frame.assign(head=pd.array(numbers, dtype="Int64"), run=np.repeat(self.runs, heads))
+        own = np.array(units, dtype=object)[frame["layer"].to_numpy(int)]
+        numbers = pd.Series(np.tile(np.arange(heads), len(self.places)), dtype="Int64")
+        axes = {axis: numbers.where(own == axis) for axis in ("head", "expert")}
+        return frame.assign(**axes, run=np.repeat(self.runs, heads))
 
 
 _OF_A_SUBSPACE = ("eigenvalues", "exists")
@@ -192,10 +201,28 @@ _UNSHRUNK = "unshrunk_"
 def stacked_layers(layers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """`layer_tensors` of every layer, stacked. Where weight decay makes no difference ΔW − sW is ΔW."""
     names = dict.fromkeys(name for layer in layers for name in layer)
-    return {
-        name: torch.stack([layer[name] if name in layer else layer[name.replace(_UNSHRUNK, "")] for layer in layers])
-        for name in names
-    }
+    stacks = {name: [layer.get(name, layer.get(name.replace(_UNSHRUNK, ""))) for layer in layers] for name in names}
+    return {name: _stacked(name, parts) for name, parts in stacks.items()}
+
+
+def _stacked(name: str, parts: Sequence[Tensor | None]) -> Tensor:
+    """Layers with fewer heads than others are padded; beyond the end of a spectrum there is nothing."""
+    if name.endswith("tails"):
+        return padded_stack(_aligned(parts))
+    return padded_stack(parts, beyond=0.0 if name.endswith("spectrum") else math.nan)
+
+
+def _aligned(parts: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Tails `[2, item, rank]` of layers with different numbers of heads, the heads pooled last in each."""
+    most = max(part.shape[1] for part in parts if part is not None)
+
+    def widened(part: Tensor | None) -> Tensor | None:
+        if part is None or part.shape[1] == most:
+            return part
+        gap = part.new_full((2, most - part.shape[1], part.shape[2]), torch.nan)
+        return torch.cat([part[:, : max(part.shape[1] - 1, 1)], gap, part[:, -1:]], 1)[:, -most:]
+
+    return [widened(part) for part in parts]
 
 
 def _one_delta(tensors: Mapping[str, Tensor], name: str) -> dict[str, Any]:

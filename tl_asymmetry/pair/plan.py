@@ -23,8 +23,10 @@ from tl_asymmetry.models.capture import (
     merged,
 )
 from tl_asymmetry.models.checks import check_ranks, check_token_count
+from tl_asymmetry.models.readers.base import Weights
+from tl_asymmetry.models.readers.hub import public_name
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.names import kind_of, nearest
+from tl_asymmetry.names import MATRICES, kind_of, nearest
 from tl_asymmetry.notes import Notes
 from tl_asymmetry.settings import PairSettings
 
@@ -114,8 +116,22 @@ def _models(activations: str) -> tuple[str, ...]:
     return ("base", "aligned") if activations == "both" else (activations,)
 
 
-def make_plan(view: ModelView, settings: PairSettings, sequences: Sequence[Tensor], notes: Notes) -> Plan:
+def make_plan(
+    view: ModelView,
+    settings: PairSettings,
+    sequences: Sequence[Tensor],
+    notes: Notes,
+    *,
+    available: Sequence[str] | None = None,
+) -> Plan:
     """Resolve the defaults and refuse what the model does not have.
+
+    Args:
+        view: the base.
+        settings: what was asked for.
+        sequences: what will be run.
+        notes: what the reader must know goes there.
+        available: matrices to choose from; default those that every layer has in one shape.
 
     Raises:
         ValueError: an unknown matrix or subspace, a rank out of range or above the number of tokens, a subspace of
@@ -123,7 +139,7 @@ def make_plan(view: ModelView, settings: PairSettings, sequences: Sequence[Tenso
     """
     d, subspaces = view.d_model, settings.subspaces
     asked = check_ranks(default_ranks(d) if settings.ranks is None else settings.ranks, d)
-    chosen = chosen_matrices(view, settings.matrices)
+    chosen = chosen_matrices(view, settings.matrices, available)
     names, given = _chosen_subspaces(view, subspaces)
     if given and len(given) == len(names):
         notes.add("only own subspaces are measured: for the default ones beside them pass their names as well")
@@ -202,23 +218,39 @@ def default_ranks(d: int) -> tuple[int, ...]:
     return tuple(sorted({k for k in (1, 4, 16, 64, d // 16, d // 4) if 0 < k < d}))
 
 
-def chosen_matrices(view: ModelView, matrices: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The matrices asked for, one or several, all by default, in canonical order.
+def matrices_of_both(base: ModelView, aligned: Weights, notes: Notes) -> tuple[str, ...]:
+    """What can be compared, in canonical order: irregular matrices too, where both sides show them."""
+    irregular = [matrix for matrix in base.irregular if matrix in aligned.irregular]
+    missing = [matrix for matrix in base.irregular if matrix not in irregular]
+    if missing:
+        notes.add(f"left out, since {public_name(aligned.name)!r} does not show them: {', '.join(missing)}")
+    return tuple(matrix for matrix in MATRICES if matrix in base.matrices or matrix in irregular)
+
+
+def chosen_matrices(
+    view: ModelView, matrices: str | Sequence[str] | None, available: Sequence[str] | None = None
+) -> tuple[str, ...]:
+    """The matrices asked for, one or several, of those available (that every layer has); all by default, in order.
 
     Raises:
         ValueError: one that the model does not have.
     """
-    if matrices is None:
-        return view.matrices
-    listed = [matrices] if isinstance(matrices, str) else list(matrices) if isinstance(matrices, Iterable) else []
-    unknown = [matrix for matrix in listed if matrix not in view.matrices]
-    if unknown or not listed:
-        what = nearest(unknown[0], view.matrices) if unknown else "one or several of these"
+    there = view.matrices if available is None else available
+    if not there:
         raise ValueError(
-            f"expected matrices among {', '.join(view.matrices)}, got {unknown[0] if unknown else matrices!r}; pass "
-            f"{what}"
+            f"expected a model with named matrices on its residual stream, got {view.name!r} with none; pass a "
+            "transformer"
         )
-    return tuple(matrix for matrix in view.matrices if matrix in listed)
+    if matrices is None:
+        return tuple(there)
+    listed = [matrices] if isinstance(matrices, str) else list(matrices) if isinstance(matrices, Iterable) else []
+    unknown = [matrix for matrix in listed if matrix not in there]
+    if unknown or not listed:
+        what = nearest(unknown[0], there) if unknown else "one or several of these"
+        raise ValueError(
+            f"expected matrices among {', '.join(there)}, got {unknown[0] if unknown else matrices!r}; pass {what}"
+        )
+    return tuple(matrix for matrix in there if matrix in listed)
 
 
 def _chosen_subspaces(view: ModelView, subspaces: Any) -> tuple[tuple[str, ...], dict[str, list[Subspace]]]:

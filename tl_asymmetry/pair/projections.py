@@ -164,7 +164,8 @@ def _tails(
         return tails
     total = delta.numbers.energy
     if delta.gram is not None:
-        spectra = covariance.whitened_gram_spectra(delta.gram)
+        grams = delta.gram if heads == 1 else torch.cat([delta.gram, delta.gram.sum(0, keepdim=True)])
+        spectra = covariance.whitened_gram_spectra(grams)
     else:
         spectra = covariance.whitened_spectra(delta.flat.unflatten(1, (heads, -1)).transpose(0, 1))
         if heads > 1:

@@ -47,7 +47,7 @@ def _figures(result: PairData) -> list[FigureSection]:
         )
         figures.append(FigureSection("Layer by layer", result.plot_layers()))
         curves = {f"{matrix}, layer {layer}": result.plot_rank_curve(matrix, layer)
-                  for matrix in matrices for layer in _some_layers(result)}  # fmt: skip
+                  for matrix in matrices for layer in _some_layers(result, matrix)}  # fmt: skip
         figures.append(FigureSection("Does the choice of rank matter?", curves))
         if len(result.asymmetry):
             figures.append(FigureSection("Read against write", result.plot_asymmetry()))
@@ -59,10 +59,10 @@ def _figures(result: PairData) -> list[FigureSection]:
     return figures
 
 
-def _some_layers(result: PairData) -> list[int]:
-    """First, middle and last layer."""
-    last = result.config["shape"]["n_layers"] - 1
-    return sorted({0, last // 2, last})
+def _some_layers(result: PairData, matrix: str) -> list[int]:
+    """First, middle and last layer of those that have a matrix."""
+    layers = sorted(int(layer) for layer in result.table.loc[result.table["matrix"] == matrix, "layer"].unique())
+    return sorted({layers[0], layers[(len(layers) - 1) // 2], layers[-1]})
 
 
 def _spectra(result: PairData) -> list[str]:

@@ -16,6 +16,7 @@ from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import place_of
 from tl_asymmetry.pair.data import PairData
+from tl_asymmetry.geometry.padding import padded_stack
 from tl_asymmetry.pair.deltas import Delta, stacked
 from tl_asymmetry.pair.directions import describe_directions
 from tl_asymmetry.pair.projections import Projection
@@ -137,8 +138,9 @@ class PairAnalysis(PairData):
             raise ImportError("expected xarray to be installed; pip install 'tl-asymmetry[xarray]'") from error
         datasets = {}
         for key, rows in self.table.groupby(["matrix", "subspace"], sort=False):
-            axes = ["layer", "rank"] if rows["head"].isna().all() else ["layer", "head", "rank"]
-            plain = rows.drop(columns=["matrix", "subspace", *({"head"} - set(axes))])
+            units = [unit for unit in ("head", "expert") if rows[unit].notna().all()]
+            axes = ["layer", *units, "rank"]
+            plain = rows.drop(columns=["matrix", "subspace", *({"head", "expert"} - set(axes))])
             plain = plain.astype({axis: "int64" for axis in axes})
             datasets[key] = plain.set_index(axes).to_xarray()
         return datasets
@@ -155,8 +157,8 @@ class PairAnalysis(PairData):
         asymmetry: pd.DataFrame,
         other_changes: pd.DataFrame,
         circuits: Sequence[pd.DataFrame],
-        deltas: Mapping[str, Sequence[Delta]],
-        projections: Mapping[tuple[str, str], Sequence[Projection]],
+        deltas: Mapping[str, Sequence[Delta | None]],
+        projections: Mapping[tuple[str, str], Sequence[Projection | None]],
         variants: Mapping[str, Tensor],
         sequences: Sequence[Tensor],
         config: dict[str, Any],
@@ -170,15 +172,16 @@ class PairAnalysis(PairData):
             for name in ("directions", "partners"):
                 arrays[f"{name}/{matrix}"] = stacked(layers, name)
         for (matrix, subspace), held in projections.items():
+            first = next(layer for layer in held if layer is not None)
             energy = stacked(deltas[matrix], "energy").unsqueeze(-1)
             arrays[f"profile/{matrix}/{subspace}"] = (stacked(held, "energies") / energy).float()
             arrays[f"eigenvalues/{subspace}"] = stacked(held, "eigenvalues")
-            for null in held[0].references:  # at every rank up to the largest in use: [layer, 1, top]
-                expected = torch.stack([projection.references[null] for projection in held])
-                arrays[f"expected/{null}/{matrix}/{subspace}"] = expected.unsqueeze(1)
-            if held[0].gradient_reference is not None:  # of every head by itself: [layer, head, top]
+            for null in first.references:  # at every rank up to the largest in use: [layer, 1, top]
+                parts = [None if layer is None else layer.references[null] for layer in held]
+                arrays[f"expected/{null}/{matrix}/{subspace}"] = padded_stack(parts).unsqueeze(1)
+            if first.gradient_reference is not None:  # of every head by itself: [layer, head, top]
                 arrays[f"expected/gradient/{matrix}/{subspace}"] = stacked(held, "gradient_reference")
-            if held[0].replicates is not None:  # fractions with one group of texts left out [layer, group, head, rank]
+            if first.replicates is not None:  # fractions with one group of texts left out [layer, group, head, rank]
                 arrays[f"replicates/{matrix}/{subspace}"] = stacked(held, "replicates") / energy.unsqueeze(1)
         arrays["tokens"] = torch.cat(list(sequences))
         arrays["lengths"] = torch.tensor([len(sequence) for sequence in sequences])

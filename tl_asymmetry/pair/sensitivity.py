@@ -7,9 +7,9 @@ from itertools import product
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor
 
+from tl_asymmetry.geometry.padding import padded_stack
 from tl_asymmetry.geometry.subspace import principal_subspace
 from tl_asymmetry.models.capture import merged
 from tl_asymmetry.models.prediction import prediction_subspace
@@ -83,7 +83,8 @@ def prediction_variants(base: ModelView, aligned: ModelView) -> dict[str, Tensor
 
 def stacked_variants(layers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Profiles `[layer, head, d]` by variant."""
-    return {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
+    names = dict.fromkeys(name for layer in layers for name in layer)
+    return {name: padded_stack([layer.get(name) for layer in layers]) for name in names}
 
 
 def sensitivity_table(arrays: Mapping[str, Tensor], ranks: list[int], headed: Mapping[str, bool]) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""From projections to the tidy table of a pair: one row per layer × head × matrix × subspace × rank."""
+"""From projections to the tidy table of a pair: one row per layer × head or expert × matrix × subspace × rank."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from tl_asymmetry.results.nulls import ISOTROPIC, NULL_COLUMNS
 PAIR_COLUMNS = {
     "layer": "layer, from 0",
     "head": "head; the key-value head for W_K and W_V; NA for a matrix of the MLP",
+    "expert": "expert of a mixture; NA for any other matrix",
     "matrix": "W_Q … W_out",
     "pathway": '"read" (d_model is the input) or "write" (d_model is the output)',
     "subspace": "name of the subspace the delta is held against",
@@ -100,7 +101,7 @@ def pair_tables(numbers: Measurements, *, optimizer: str, few: bool, seed: int) 
 
     def ordered(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:
         return pd.concat(parts, ignore_index=True).sort_values(
-            ["run", "matrix", "subspace", "layer", "head", "rank"],
+            ["run", "matrix", "subspace", "layer", "head", "expert", "rank"],
             key=lambda c: c.map(order) if c.name == "matrix" else c,
             ignore_index=True,
             kind="stable",
@@ -175,7 +176,7 @@ class _Block:
     def finished(self, judged: Judged, *, few: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Rows of the table and of the nulls, without those at ranks that do not exist."""
         heads = self.delta.energy.shape[1]
-        keys = self.numbers.rows(heads, headed=self.numbers.layout.headed[self.matrix]).assign(
+        keys = self.numbers.rows(heads, self.numbers.layout.units[self.matrix]).assign(
             matrix=self.matrix, pathway=kind_of(self.matrix).side, subspace=self.subspace, rank=self.k
         )
         columns, biased = self._columns(judged)
@@ -191,7 +192,8 @@ class _Block:
             "rounding": frame["rounding_share"] >= ROUNDING_FLAGGED,
             "rounding_dominated": frame["rounding_share"] >= ROUNDING_DOMINATED,
         })  # fmt: skip
-        exists = np.repeat(self.exists, heads)
+        # A layer may lack the matrix, or have fewer heads than others.
+        exists = np.repeat(self.exists, heads) & self.delta.energy.isfinite().flatten().numpy()
         return frame[exists], _null_rows(keys, frame["fraction"], self._nulls(frame), exists)
 
     def _columns(self, judged: Judged) -> tuple[dict[str, Tensor | np.ndarray], np.ndarray]:

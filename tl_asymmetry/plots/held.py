@@ -117,8 +117,8 @@ def _from_columns(table: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:
 
 
 def _places(rows: pd.DataFrame) -> pd.MultiIndex:
-    """Layer, head (−1 without), matrix, subspace and rank of each row."""
-    heads = rows["head"].astype("Int64").fillna(-1)
+    """Layer, head or expert (−1 without either), matrix, subspace and rank of each row."""
+    heads = pick.units(rows).fillna(-1)
     return pd.MultiIndex.from_arrays(
         [rows["layer"].astype(int), heads.astype(int), rows["matrix"], rows["subspace"], rows["rank"].astype(int)]
     )

@@ -44,6 +44,19 @@ def default_subspace(table: pd.DataFrame, matrix: str) -> str:
     return wanted if wanted in there else there[0]
 
 
+def units(rows: pd.DataFrame) -> pd.Series:
+    """Which head or expert of its layer each row is about, NA for a matrix of one piece.
+
+    A mixture's experts stand where heads do, and beside them the one MLP of a layer without experts stands first.
+    """
+    heads = rows["head"].astype("Int64")
+    if "expert" not in rows:
+        return heads
+    experts = rows["expert"].astype("Int64")
+    mixed = rows["matrix"].isin(rows.loc[experts.notna(), "matrix"])
+    return heads.where(~mixed, experts.fillna(0))
+
+
 def select(table: pd.DataFrame, matrix: str, subspace: str | None) -> tuple[pd.DataFrame, str]:
     """The rows of one matrix against one subspace, and that subspace's name.
 
@@ -56,6 +69,7 @@ def select(table: pd.DataFrame, matrix: str, subspace: str | None) -> tuple[pd.D
     of_matrix = table[table["matrix"] == matrix]
     one_of(f"subspace of {matrix}", chosen, list(dict.fromkeys(of_matrix["subspace"])), "subspace")
     rows = of_matrix[of_matrix["subspace"] == chosen]
+    rows = rows.assign(head=units(rows))
     if rows.duplicated(["layer", "head", "rank"]).any():
         raise ValueError(
             f"expected one row per layer, head and rank of {matrix} against {chosen}, got several; "

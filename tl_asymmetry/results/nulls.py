@@ -20,6 +20,7 @@ ISOTROPIC = "isotropic"
 NULL_COLUMNS = {
     "layer": "as in the table",
     "head": "as in the table",
+    "expert": "as in the table",
     "matrix": "as in the table",
     "pathway": "as in the table",
     "subspace": "as in the table",

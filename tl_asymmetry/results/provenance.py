@@ -107,11 +107,13 @@ def weights_hash(view: Weights, *, each: Callable[[str, Tensor], None] = lambda 
 
 
 def _storage(view: Weights) -> torch.dtype:
-    """The finest storage format among the first layer's matrices, or among an adapter's tensors."""
+    """The finest storage format among the matrices of the first layer that has any, or among an adapter's tensors."""
     if isinstance(view, WeightSource) and view.only_changes:
         tensors = (weight for _, weight in view.named_weights() if weight.ndim > 1)
     else:
-        tensors = (view.weight(0, matrix) for matrix in view.matrices)
+        names = (*view.matrices, *view.irregular)
+        layer = next(i for i in range(view.n_layers) if any(view.has(i, matrix) for matrix in names))
+        tensors = (view.weight(layer, matrix) for matrix in names if view.has(layer, matrix))
     stored = [storage_dtype(weight) for weight in tensors]
     finest = stored[0]
     for dtype in stored[1:]:

@@ -174,9 +174,9 @@ def _adapted(view: Weights, layer: int, matrix: str) -> tuple[Tensor, Factors] |
 def _gradient_spectra(layer: int, layout: Layout, gradient: GradientMoments) -> dict[str, Tensor]:
     """Eigenvalues of the upstream gradient's second moment of each write matrix `[head, d]`, descending."""
     numbers = {}
-    for matrix, headed in layout.headed.items():
+    for matrix, units in layout.units.items():
         if kind_of(matrix).writes:
-            heads = range(layout.n_heads) if headed else [None]
+            heads = range(layout.n_heads) if units[layer] else [None]
             moments = torch.stack([gradient.gradient_moment(layer, matrix, head).double().cpu() for head in heads])
             numbers[f"gradients/{matrix}"] = torch.linalg.eigvalsh(moments).flip(-1).clamp(min=0)
     return numbers

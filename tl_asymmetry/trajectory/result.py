@@ -92,7 +92,7 @@ class TrajectoryAnalysis(TrajectoryData):
             d=shape["d_model"],
             n_layers=shape["n_layers"],
             n_heads=shape["n_heads"],
-            headed={matrix: kind_of(matrix).heads is not None for matrix in targets},
+            units={m: ("head" if kind_of(m).heads else None,) * shape["n_layers"] for m in targets},
             targets={matrix: tuple(names) for matrix, names in targets.items()},
             ranks=tuple(settings["ranks"]),
             measured={name: tuple(ranks) for name, ranks in settings["measured"].items()},

@@ -1,0 +1,112 @@
+"""Pairs whose layers differ or have experts: all rows that there should be, their fractions by a naive path."""
+
+from __future__ import annotations
+
+import copy
+
+import pandas as pd
+import pytest
+import torch
+
+from tests.models.test_sites import VOCABULARY, adapter_of
+from tl_asymmetry import analyze_pair, load
+from tl_asymmetry.names import MATRICES
+
+RANK = 2
+NAMES = ("qwen2-moe", "qwen3.5", "gemma4", "deepseek-v3", "mixtral")
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (8, 12), generator=torch.Generator().manual_seed(2))
+
+
+def changed(model):
+    twin = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return twin
+
+
+@pytest.fixture(scope="module")
+def analysed():
+    """By name: the base's adapter, the aligned model's sites, and the analysis."""
+    made = {}
+
+    def of(name):
+        if name not in made:
+            base = adapter_of(name)
+            aligned = changed(base.inner)
+            twin = type(base)(aligned)
+            options = {"tokens": tokens(), "ranks": [1, RANK], "groups": 1, "batch_size": 3, "progress": False}
+            made[name] = base, twin, analyze_pair(base.inner, aligned, **options)
+        return made[name]
+
+    return of
+
+
+def naive_fraction(base, twin, layer, matrix, unit):
+    """‖QᵀΔW‖²/‖ΔW‖², Q the leading directions of what enters the matrix's module, first positions left out."""
+    site, other = base.sites[layer][matrix], twin.sites[layer][matrix]
+    seen: list[torch.Tensor] = []
+    module, side = base.point(layer, MATRICES[matrix].point)
+    assert side == "input"
+    handle = module.register_forward_pre_hook(lambda _module, args: seen.append(args[0].detach().clone()))
+    with torch.no_grad():
+        base.run(tokens(), False, layer + 1)
+    handle.remove()
+    x = seen[0].reshape(*tokens().shape, -1)[:, 1:].flatten(0, 1)
+    Q = torch.linalg.eigh(x.mT @ x).eigenvectors.flip(-1)[:, :RANK]
+    Δ = other.weight - site.weight
+    Δ = Δ if unit is None else Δ[unit]
+    return float((Q.mT @ Δ).square().sum() / Δ.square().sum())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_are_those_of_the_layers_that_have_the_matrix(name, analysed):
+    base, _, result = analysed(name)
+    expected = set()
+    for layer, sites in enumerate(base.sites):
+        for matrix, site in sites.items():
+            if matrix not in MATRICES:
+                continue
+            for unit in range(len(site.weight)) if site.unit else [None]:
+                head, expert = (None, unit) if site.unit == "expert" else (unit, None)
+                expected.add((layer, head, expert, matrix))
+    rows = result.table.drop_duplicates(["layer", "head", "expert", "matrix"])
+    found = {tuple(None if pd.isna(x) else x for x in row)
+             for row in rows[["layer", "head", "expert", "matrix"]].itertuples(index=False)}  # fmt: skip
+    assert found == expected
+    assert result.table["fraction"].notna().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_read_fractions_are_the_naive_ones(name, analysed):
+    base, twin, result = analysed(name)
+    own = result.table[(result.table["rank"] == RANK) & (result.table["subspace"].isin(["attn_in", "mlp_in"]))]
+    assert len(own) > 4
+    for row in own.itertuples():
+        unit = row.expert if pd.notna(row.expert) else row.head if pd.notna(row.head) else None
+        expected = naive_fraction(base, twin, row.layer, row.matrix, unit)
+        assert row.fraction == pytest.approx(expected, rel=1e-8), (row.layer, row.matrix, unit)
+
+
+@pytest.mark.parametrize("name", ["qwen3.5", "qwen2-moe"])
+def test_a_result_with_gaps_is_told_drawn_saved_and_read(name, analysed, tmp_path):
+    _, _, result = analysed(name)
+    assert "nan" not in result.summary().lower()
+    for matrix in dict.fromkeys(result.table["matrix"]):
+        result.plot_heads(matrix)
+    result.to_html(tmp_path / "report.html")
+    result.save(tmp_path / "saved")
+    pd.testing.assert_frame_equal(load(tmp_path / "saved").table, result.table)
+
+
+def test_a_folder_is_what_the_loaded_model_is(tmp_path):
+    base = adapter_of("qwen3.5").inner
+    aligned = changed(base)
+    aligned.save_pretrained(tmp_path)
+    options = {"tokens": tokens(), "ranks": [RANK], "groups": 1, "progress": False}
+    live, folder = (analyze_pair(base, other, **options).table for other in (aligned, tmp_path))
+    pd.testing.assert_frame_equal(live, folder, rtol=1e-6)
