@@ -77,7 +77,8 @@ def layer_anatomy(
         or not any(_along(d, x) for d in (before - pre, post - before) for _, x in left)
     ):
         mid = None
-    rescaled, joined = [], []
+    rescaled: list[str] = []
+    joined: list[str] = []
     for matrix, gained in _gains(pre, before if mid is not None else None, post).items():
         site = sites.get(matrix)
         written = None if site is None or site.unit == "expert" else seen.get((site.module, "output"))

@@ -237,7 +237,7 @@ class HuggingFaceAdapter:
                 "stream only, or the class that ends in ForCausalLM"
             )
         W_U = head.weight.mT
-        narrowing = getattr(_parent_of_layers(self.inner, self.blocks), "project_out", None)
+        narrowing: Any = getattr(_parent_of_layers(self.inner, self.blocks), "project_out", None)
         # OPT 350M predicts from a narrower space, into which it projects the stream.
         return W_U if len(W_U) == self.d_model else getattr(narrowing, WRAPPED, narrowing).weight.mT @ W_U
 

@@ -125,7 +125,7 @@ def transformers_model(
     masked = predicts_masked_tokens(config)
     with _loading(name), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_pretrained(
+        model: Any = (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_pretrained(
             name, dtype=dtype, attn_implementation="eager", trust_remote_code=trust_remote_code
         )
         return model.to(device).eval()

@@ -106,7 +106,7 @@ def layer_sites(block: nn.Module, *, d_model: int, n_heads: int) -> dict[str, Si
     """
     maps = dict(linear_maps(block))
     attention = _Attention.of(block, maps, n_heads)
-    mixture = any(_EXPERTS.search(path) or module._parameters[name].ndim == 3 for path, (module, name) in maps.items())
+    mixture = any(_EXPERTS.search(path) or getattr(module, name).ndim == 3 for path, (module, name) in maps.items())
     found: dict[str, Site] = {}
     for path, (module, parameter) in maps.items():
         named = list(_named(path, module, parameter, attention, mixture))
@@ -116,7 +116,7 @@ def layer_sites(block: nn.Module, *, d_model: int, n_heads: int) -> dict[str, Si
     return found
 
 
-def linear_maps(block: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
+def linear_maps(block: nn.Module) -> Iterator[tuple[str, tuple[Any, str]]]:
     """Path → module and parameter of all that multiplies: `nn.Linear`, `Conv1D`, routers, stacks of experts."""
     for name, module in block.named_modules():
         path = ".".join(part for part in name.split(".") if part != WRAPPED)
@@ -143,7 +143,7 @@ class _Attention:
     """Query heads."""
 
     @classmethod
-    def of(cls, block: nn.Module, maps: Mapping[str, tuple[nn.Module, str]], n_heads: int) -> _Attention:
+    def of(cls, block: nn.Module, maps: Mapping[str, tuple[Any, str]], n_heads: int) -> _Attention:
         """Heads by the output projection, whose input is all of them side by side."""
         queries = (*_PROJECTIONS["W_Q"], *_PROJECTIONS["W_DQ"], *_FUSED_PROJECTIONS)
         roots = frozenset(_attention_root(path) for path in maps if path.rpartition(".")[2] in queries) - {""}
@@ -166,7 +166,7 @@ class _Attention:
         return leaf if known and _attention_root(path) in self.roots else None
 
 
-def _named(path: str, module: nn.Module, parameter: str, attention: _Attention, mixture: bool) -> Iterator[Site]:
+def _named(path: str, module: Any, parameter: str, attention: _Attention, mixture: bool) -> Iterator[Site]:
     """The sites of a parameter that the tables know."""
     leaf = attention.leaf(path)
     transposed = _lies_out_in(module)
@@ -183,7 +183,7 @@ def _named(path: str, module: nn.Module, parameter: str, attention: _Attention, 
         yield from _mlp_sites(path, module, mixture)
 
 
-def _attention_sites(leaf: str, module: nn.Module, attention: _Attention) -> Iterator[Site]:
+def _attention_sites(leaf: str, module: Any, attention: _Attention) -> Iterator[Site]:
     transposed, d_head = _lies_out_in(module), attention.d_head
     matrix = next((name for name, leaves in _PROJECTIONS.items() if leaf in leaves), None)
     outputs = module.weight.shape[0 if transposed else 1]
@@ -210,7 +210,7 @@ def _attention_sites(leaf: str, module: nn.Module, attention: _Attention) -> Ite
             yield Site("W_KR", "read", module, "weight", transposed, partial(_columns, start=outputs - rotary))
 
 
-def _fused(leaf: str, module: nn.Module, attention: _Attention) -> dict[str, tuple[Split, Unit]]:
+def _fused(leaf: str, module: Any, attention: _Attention) -> dict[str, tuple[Split, Unit]]:
     """How queries, keys and values lie in one projection."""
     kind, d_head, n = type(attention.module).__name__, attention.d_head, attention.n_heads
     outputs = module.weight.shape[0 if _lies_out_in(module) else 1]
@@ -238,7 +238,7 @@ def _fused(leaf: str, module: nn.Module, attention: _Attention) -> dict[str, tup
     }
 
 
-def _mlp_sites(path: str, module: nn.Module, mixture: bool) -> Iterator[Site]:
+def _mlp_sites(path: str, module: Any, mixture: bool) -> Iterator[Site]:
     transposed = _lies_out_in(module)
     # A "shared" MLP without experts beside it (Granite 4) is the layer's MLP.
     suffix = "_shared" if mixture and _SHARED.search(path) else ""
@@ -257,7 +257,7 @@ def _mlp_sites(path: str, module: nn.Module, mixture: bool) -> Iterator[Site]:
         yield Site(matrix + suffix, "write" if matrix == "W_out" else "read", module, "weight", transposed, _whole)
 
 
-def _expert_sites(path: str, module: nn.Module, parameter: str) -> Iterator[Site]:
+def _expert_sites(path: str, module: Any, parameter: str) -> Iterator[Site]:
     """Experts stacked in one parameter `[expert, …, …]`; a mixture of attention heads (JetMoe) goes by its path."""
     if _ATTENTION.search(path):
         return
@@ -276,7 +276,7 @@ def _expert_sites(path: str, module: nn.Module, parameter: str) -> Iterator[Site
         yield Site("W_in", "read", module, parameter, transposed, _whole, "expert")
 
 
-def _by_path(path: str, module: nn.Module, parameter: str, d_model: int) -> Iterator[Site]:
+def _by_path(path: str, module: Any, parameter: str, d_model: int) -> Iterator[Site]:
     """A map the tables do not know, by the side of it that is as wide as the stream; by its name where both are."""
     shape = getattr(module, parameter).shape
     if len(shape) != 2:

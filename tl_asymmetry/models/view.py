@@ -157,7 +157,8 @@ class ModelView:
         regular = [m for m, each in self._shapes.items() if len(set(each)) == 1 and adapter.unit(m) != "expert"]
         self.matrices = tuple(m for m in regular if m in MATRICES)
         self.irregular = tuple(m for m in self._shapes if m in MATRICES and m not in regular)
-        self.d_mlp = self._shapes["W_in"][0][1] if "W_in" in self.matrices else None
+        W_in = self._shapes["W_in"][0] if "W_in" in self.matrices else None
+        self.d_mlp = None if W_in is None else W_in[1]
         self.notes = self._notes()
         if self.positional == "shortformer":
             raise ValueError(
