@@ -71,17 +71,20 @@ def _strangers(result: PairData) -> Iterator[str]:
 
 def _where(at_rank: pd.DataFrame) -> Iterator[str]:
     """Where fewer than half of a matrix's heads changed: which ones."""
-    places = at_rank.drop_duplicates(["matrix", "layer", "head"])
+    places = at_rank.drop_duplicates(["matrix", "layer", "head", "expert"])
     for matrix, block in places.groupby("matrix", sort=False):
         changed = block[block["delta_norm"] > 0]
         if 0 < 2 * len(changed) <= len(block):
-            headed = bool(block["head"].notna().all())
-            named = [f"L{row.layer}H{row.head}" if headed else f"L{row.layer}" for row in changed.itertuples()]
+            unit = next((unit for unit in ("head", "expert") if block[unit].notna().any()), "layer")
+            named = [_place(row.layer, row.head, row.expert) for row in changed.itertuples()]
             more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
-            yield (
-                f"{matrix} changed in {len(changed)} of {len(block)} {'heads' if headed else 'layers'}: "
-                f"{', '.join(named[:_NAMED])}{more}."
-            )
+            yield (f"{matrix} changed in {len(changed)} of {len(block)} {unit}s: {', '.join(named[:_NAMED])}{more}.")
+
+
+def _place(layer: int, head: int, expert: int) -> str:
+    """As a place is spelled: "L7H3", "L7E12", "L7"."""
+    unit = "" if pd.isna(head) else f"H{head}"
+    return f"L{layer}{unit}" if pd.isna(expert) else f"L{layer}E{expert}"
 
 
 def _reading(changed: pd.DataFrame, k: int, optimizer: str) -> Iterator[str]:
