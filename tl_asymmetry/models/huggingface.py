@@ -20,7 +20,7 @@ from tl_asymmetry.models.anatomy import Anatomy, layer_anatomy, norm_gain, seen_
 from tl_asymmetry.models.bridge import BridgeAdapter
 from tl_asymmetry.models.running import evaluation, hooked
 from tl_asymmetry.models.sites import WRAPPED, Site, layer_sites, linear_maps
-from tl_asymmetry.names import MATRICES
+from tl_asymmetry.names import ATTENTION, MATRICES, kind_of
 
 _PROBE_TOKENS = 6
 _FOREIGN = ("vision", "visual", "audio", "image", "mtp")
@@ -66,8 +66,6 @@ class HuggingFaceAdapter:
         model: a `PreTrainedModel`, or a TransformerBridge around one.
     """
 
-    names_hooks = False
-    """Whether its blocks have TransformerLens's hook points."""
     tells_folded_norms = False
     may_be_processed = False
     """Whether its weights may have gone through TransformerLens's processing."""
@@ -283,15 +281,34 @@ class HuggingFaceAdapter:
             return None  # experts, and routers that give more than the product
         return site.module, site.part_of_output
 
+    @cached_property
+    def _hooked(self) -> BridgeAdapter | None:
+        """The Bridge with its own hook points, where only the MLPs are out of the ordinary (a mixture)."""
+        if self.inner is self.model or type(self.inner).__name__.startswith("OPT"):
+            return None
+        attention = [{n: s.weight.shape for n, s in sites.items() if n in ATTENTION} for sites in self.sites]
+        others = {n for sites in self.sites for n in sites if n in MATRICES and kind_of(n).part == "attn"} - {
+            *ATTENTION
+        }
+        like = all(len(shapes) == len(ATTENTION) and shapes == attention[0] for shapes in attention)
+        return BridgeAdapter(self.model) if like and not others else None
+
+    @property
+    def names_hooks(self) -> bool:
+        """Whether its blocks have TransformerLens's hook points."""
+        return self._hooked is not None
+
     def norms(self, layer: int) -> dict[str, nn.Module]:
-        return {}
+        """The layer's norms by where they stand; none where TransformerLens does not name them."""
+        return {} if self._hooked is None else self._hooked.norms(layer)
 
     def norm_form(self, norm: nn.Module) -> tuple[Tensor | None, bool]:
+        """A norm's gain as multiplied (None where it has none), and whether it subtracts the mean."""
         return norm_gain(norm, self.d_model), subtracts_mean(norm, self.d_model)
 
     @property
     def splits_inputs(self) -> str | None:
-        return None
+        return None if self._hooked is None else self._hooked.splits_inputs
 
     # -- running -----------------------------------------------------------------------------------
 
@@ -326,8 +343,8 @@ class HuggingFaceAdapter:
         that a HookedTransformer of the same model has it too; transformers' own elsewhere.
         """
         covered = {_storage(getattr(site.module, site.parameter)) for sites in self.sites for site in sites.values()}
-        if self.inner is not self.model and all(_has_projections(block) for block in self.model.blocks):
-            entries = BridgeAdapter(self.model).headless()
+        if self._hooked is not None:
+            entries = self._hooked.headless()
             return {name: made for name, made in entries.items() if _storage(made()) not in covered}
         entries = {"embed.W_E": self.embedding}
         head = self.inner.get_output_embeddings()
@@ -400,11 +417,6 @@ def has_like_layers(model: Any) -> bool:
     ]
     experts = any(unit == "expert" for layer in shapes for unit, _ in layer.values())
     return set(shapes[0]) <= set(BridgeAdapter.names) and not experts and all(layer == shapes[0] for layer in shapes)
-
-
-def _has_projections(block: Any) -> bool:
-    attention = block._modules.get("attn")
-    return attention is not None and {"q", "k", "v", "o"} <= set(attention._modules)
 
 
 # -- finding -----------------------------------------------------------------------------------------------------------
