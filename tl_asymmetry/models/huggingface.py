@@ -251,6 +251,8 @@ class HuggingFaceAdapter:
 
     def point(self, layer: int, point: str) -> tuple[nn.Module, str] | None:
         """The module to watch and whether its "input" or its "output" is the wanted tensor."""
+        if self._hooked is not None:
+            return self._hooked.point(layer, point)
         sites = self.sites[layer]
 
         def entrance(*names: str) -> tuple[nn.Module, str] | None:
@@ -287,11 +289,9 @@ class HuggingFaceAdapter:
         if self.inner is self.model or type(self.inner).__name__.startswith("OPT"):
             return None
         attention = [{n: s.weight.shape for n, s in sites.items() if n in ATTENTION} for sites in self.sites]
-        others = {n for sites in self.sites for n in sites if n in MATRICES and kind_of(n).part == "attn"} - {
-            *ATTENTION
-        }
         like = all(len(shapes) == len(ATTENTION) and shapes == attention[0] for shapes in attention)
-        return BridgeAdapter(self.model) if like and not others else None
+        further = {n for sites in self.sites for n in sites if n in MATRICES and kind_of(n).part == "attn"}
+        return BridgeAdapter(self.model) if like and further == {*ATTENTION} else None
 
     @property
     def names_hooks(self) -> bool:
