@@ -133,9 +133,21 @@ def test_weights_that_are_not_finite(pair: tuple[Any, Any], role: str, value: fl
 def test_what_is_no_transformerlens_model(pair: tuple[Any, Any]) -> None:
     from transformers import AutoModelForCausalLM
 
-    refused("expected a HookedTransformer or TransformerBridge, got NoneType; pass", None, pair[1])
-    refused("expected a HookedTransformer or TransformerBridge, got Linear; pass", torch.nn.Linear(2, 2), pair[1])
-    refused("expected a HookedTransformer or TransformerBridge, got str; pass Trans", "gpt2", pair[1])
+    refused(
+        "expected a HookedTransformer, a TransformerBridge or a model of transformers, got NoneType; pass",
+        None,
+        pair[1],
+    )
+    refused(
+        "expected a HookedTransformer, a TransformerBridge or a model of transformers, got Linear; pass",
+        torch.nn.Linear(2, 2),
+        pair[1],
+    )
+    refused(
+        "expected a HookedTransformer, a TransformerBridge or a model of transformers, got str; pass Trans",
+        "gpt2",
+        pair[1],
+    )
     hf = AutoModelForCausalLM.from_pretrained(tiny.hf_directory("gpt2"))
     refused(r"got GPT2LMHeadModel; pass TransformerBridge.boot_transformers\(.*, hf_model=model\)", pair[0], hf)
 
