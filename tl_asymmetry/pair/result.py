@@ -12,11 +12,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from tl_asymmetry.geometry.padding import padded_stack
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import place_of
 from tl_asymmetry.pair.data import PairData
-from tl_asymmetry.geometry.padding import padded_stack
 from tl_asymmetry.pair.deltas import Delta, stacked
 from tl_asymmetry.pair.directions import describe_directions
 from tl_asymmetry.pair.projections import Projection
