@@ -202,9 +202,13 @@ def place_of(place: PlaceLike) -> Place:
             layer, head, expert = (None if number is None else int(number) for number in found.groups()[:3])
             return Place(int(layer or 0), found[4], head, expert)
     elif isinstance(place, Sequence) and 2 <= len(place) <= 4:
-        layer, matrix, *rest = place
-        if isinstance(layer, int) and isinstance(matrix, str) and all(n is None or isinstance(n, int) for n in rest):
-            return Place(layer, matrix, *rest)
+        parts: list[Any] = list(place)
+        if (
+            isinstance(parts[0], int)
+            and isinstance(parts[1], str)
+            and all(n is None or isinstance(n, int) for n in parts[2:])
+        ):
+            return Place(*parts)
     raise ValueError(f'expected a place, got {place!r}; pass "L7H3.W_Q", "L7.W_in" or (layer, matrix, head)')
 
 

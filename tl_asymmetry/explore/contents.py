@@ -74,7 +74,8 @@ def maps(result: PairData, pack: Pack) -> list[dict[str, Any]]:
 def nulls(result: PairData) -> list[dict[str, str]]:
     """The nulls that some row is held against, in words."""
     words = described(result.nulls).drop_duplicates("null")[["null", "label", "over", "meaning", "applies"]]
-    return [{"key": str(row.pop("null")), **row} for row in words.to_dict("records")]
+    renamed = words.rename(columns={"null": "key"}).astype(str)
+    return [{str(name): value for name, value in row.items()} for row in renamed.to_dict("records")]
 
 
 def verdicts() -> list[dict[str, str]]:

@@ -38,7 +38,7 @@ def padded_stack(
     wide = torch.full((len(parts), *shape), torch.nan, dtype=there[0].dtype)
     for i, part in enumerate(parts):
         if part is not None:
-            corner = tuple(slice(size) for size in part.shape)
-            wide[(i, *corner[:-1])] = beyond
-            wide[(i, *corner)] = part
+            corner: tuple[slice, ...] = tuple(slice(size) for size in part.shape)
+            wide[i][corner[:-1]] = beyond
+            wide[i][corner] = part
     return wide

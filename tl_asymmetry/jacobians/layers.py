@@ -263,7 +263,9 @@ def jacobian_sketch(
                     JV = _pushed(jacobian, V, own, memory)
                 found[layer].append(JV.double().sum(0).cpu() / kept if reduce else JV.cpu())
                 bar.update()
-    return torch.stack([sum(parts).to(dtype) if reduce else torch.cat(parts) for parts in found.values()])
+    return torch.stack([
+        torch.stack(parts).sum(0).to(dtype) if reduce else torch.cat(parts) for parts in found.values()
+    ])  # fmt: skip
 
 
 def _say_what_matters(request: Request, used: str, notes: Notes) -> None:

@@ -102,7 +102,7 @@ def capture_moments(
     """
     view = ModelView(model)
     single = isinstance(hook_points, str) or (isinstance(hook_points, tuple) and isinstance(hook_points[-1], int))
-    sites = [
+    sites: list[Any] = [
         site
         for point in ([hook_points] if single else hook_points)
         for site in ([(point, layer) for layer in range(view.n_layers)] if isinstance(point, str) else [point])

@@ -6,6 +6,7 @@ carry.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from numbers import Real
 from typing import Any
@@ -327,12 +328,13 @@ def check_tokenizers(base: ModelView, aligned: Weights, read: Collection[int] | 
 
 def check_ranks(ranks: Any, d: int) -> tuple[int, ...]:
     """The distinct ranks in rising order; refuses what is no integer from 1 to d - 1, or a list of them."""
-    listed = [ranks] if isinstance(ranks, Real) and not isinstance(ranks, bool) else ranks
+    listed: Any = [ranks] if isinstance(ranks, Real) and not isinstance(ranks, bool) else ranks
     listed = list(listed) if isinstance(listed, Iterable) and not isinstance(listed, str | bytes) else []
     if not listed:
         raise ValueError(f"expected a list of ranks, got {ranks!r}; pass ranks=[1, 4, 16] or leave it out")
     for rank in listed:
-        if isinstance(rank, bool) or not isinstance(rank, Real) or int(rank) != rank or not 0 < rank < d:
+        number = rank if isinstance(rank, Real) and not isinstance(rank, bool) else math.nan
+        if not 0 < float(number) < d or float(number) % 1:
             raise ValueError(f"expected ranks from 1 to {d - 1} (d_model - 1), got {rank!r}; pass such ranks")
     return tuple(sorted({int(rank) for rank in listed}))
 

@@ -76,7 +76,7 @@ class Processes:
         answer, failure = self._exchange(outcome)[0]
         if failure is not None:
             raise failure
-        return answer  # type: ignore[no-any-return]
+        return answer
 
     def least(self, number: int) -> int:
         """The smallest of the numbers that the processes have."""

@@ -86,7 +86,8 @@ def asymmetry_table(numbers: Measurements) -> pd.DataFrame:
     if any(key not in numbers.held or _differ(numbers, key[0]) for key in needed):
         return pd.DataFrame(columns=columns)
     frames = []
-    for column, rank in enumerate(min((numbers.ranks_of(*key) for key in needed), key=len)):
+    common = min(len(numbers.ranks_of(*key)) for key in needed)
+    for column, rank in enumerate(numbers.layout.ranks[:common]):
         if not all(rank in numbers.layout.measured[subspace] for _, subspace in needed):
             continue
         W_Q, W_K, W_O = (_side(numbers, key, column) for key in needed)

@@ -134,8 +134,10 @@ class Measurements:
             tensors: the numbers.
             delta: what stands in front of the names that belong to one delta of several.
         """
-        deltas = {m: DeltaNumbers(**{f.name: tensors.get(f"{delta}{m}/{f.name}") for f in fields(DeltaNumbers)})
-                  for m in layout.targets}  # fmt: skip
+        named: dict[str, dict[str, Any]] = {
+            m: {f.name: tensors.get(f"{delta}{m}/{f.name}") for f in fields(DeltaNumbers)} for m in layout.targets
+        }
+        deltas = {matrix: DeltaNumbers(**of) for matrix, of in named.items()}
         held = {
             (m, name): RankNumbers(
                 **{field: tensors[f"{field}/{name}"] for field in _OF_A_SUBSPACE},

@@ -228,7 +228,7 @@ def matrices_of_both(base: ModelView, aligned: Weights, notes: Notes) -> tuple[s
 
 
 def chosen_matrices(
-    view: ModelView, matrices: str | Sequence[str] | None, available: Sequence[str] | None = None
+    view: Weights, matrices: str | Sequence[str] | None, available: Sequence[str] | None = None
 ) -> tuple[str, ...]:
     """The matrices asked for, one or several, of those available (that every layer has); all by default, in order.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pandas as pd
 
@@ -75,16 +76,17 @@ def _where(at_rank: pd.DataFrame) -> Iterator[str]:
     for matrix, block in places.groupby("matrix", sort=False):
         changed = block[block["delta_norm"] > 0]
         if 0 < 2 * len(changed) <= len(block):
-            unit = next((unit for unit in ("head", "expert") if block[unit].notna().any()), "layer")
+            several = [axis for axis in ("head", "expert") if block[axis].notna().any()]
+            unit = several[0] if several else "layer"
             named = [_place(row.layer, row.head, row.expert) for row in changed.itertuples()]
             more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
             yield (f"{matrix} changed in {len(changed)} of {len(block)} {unit}s: {', '.join(named[:_NAMED])}{more}.")
 
 
-def _place(layer: int, head: int, expert: int) -> str:
+def _place(layer: Any, head: Any, expert: Any) -> str:
     """As a place is spelled: "L7H3", "L7E12", "L7"."""
-    unit = "" if pd.isna(head) else f"H{head}"
-    return f"L{layer}{unit}" if pd.isna(expert) else f"L{layer}E{expert}"
+    spelled = "" if pd.isna(head) else f"H{head}"
+    return f"L{layer}{spelled}" if pd.isna(expert) else f"L{layer}E{expert}"
 
 
 def _reading(changed: pd.DataFrame, k: int, optimizer: str) -> Iterator[str]:

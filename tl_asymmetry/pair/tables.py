@@ -181,7 +181,7 @@ class _Block:
         )
         columns, biased = self._columns(judged)
         values = {name: np.ravel(value) for name, value in columns.items()}
-        frame = pd.DataFrame({**dict(keys.items()), **values})
+        frame = keys.assign(**values)
         sampled = frame["ci_low"].notna() | frame["excess_low"].notna()
         wide = frame["ci_high"] > _WIDE_INTERVAL * frame["ci_low"]
         frame["flags"] = _flags({
@@ -315,8 +315,7 @@ def _null_rows(
 
     repeated = pd.concat([keys] * len(nulls), ignore_index=True)
     expected = values("expected")
-    rows = pd.DataFrame({
-        **dict(repeated.items()),
+    rows = repeated.assign(**{
         "null": np.repeat(list(nulls), len(keys)),
         "expected": expected,
         "excess": np.tile(fraction, len(nulls)) / expected,

@@ -133,21 +133,22 @@ def heads_figure(
         # The menu shows and hides traces, the slider refills them: so each works whatever the other stands at.
         n, m = len(shown), len(kinds)
         targets = [*range(n), *range(n + 3, n + 3 + m), len(owners) - 1]
-        steps = []
-        for at in range(len(ranks)):
-            here = [looks[key][at] for key in shown]
+        steps: list[Any] = []
+        nowhere: list[Any] = [None]
+        for step in range(len(ranks)):
+            here = [looks[key][step] for key in shown]
             steps.append(
                 [
                     {
-                        "x": [x] * n + [kind[at][0] or [None] for kind in dots] + [x],
-                        "y": [layers] * n + [kind[at][1] or [None] for kind in dots] + [layers],
+                        "x": [x] * n + [kind[step][0] or nowhere for kind in dots] + [x],
+                        "y": [layers] * n + [kind[step][1] or nowhere for kind in dots] + [layers],
                         "z": [k["z"] for k in here] + [None] * m + [blank],
                         **{name: [k[name] for k in here] + [None] * (m + 1) for name in ("zmin", "zmax", "text")},
                         **{
                             f"colorbar.{name}": [k[name] for k in here] + [None] * (m + 1)
                             for name in ("tickvals", "ticktext")
                         },
-                        "customdata": [None] * (n + m) + [hovers[at]],
+                        "customdata": [None] * (n + m) + [hovers[step]],
                     },
                     targets,
                 ]

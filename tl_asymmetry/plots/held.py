@@ -83,9 +83,9 @@ def held_against(table: pd.DataFrame, nulls: pd.DataFrame | None) -> list[Held]:
         at = _places(table)
         found = []
         for key, rows in nulls.groupby("null", sort=False):
-            words = (str(rows[word].iloc[0]) for word in ("label", "over", "meaning", "applies"))
+            label, over, meaning, applies = (str(rows[w].iloc[0]) for w in ("label", "over", "meaning", "applies"))
             numbers = rows[list(NUMBERS)].set_axis(_places(rows)).reindex(at).set_axis(table.index)
-            found.append((str(key), *words, numbers.astype(float)))
+            found.append((str(key), label, over, meaning, applies, numbers.astype(float)))
     return [
         Held(key, label, over, meaning, applies, numbers, _relation(table, key, numbers))
         for key, label, over, meaning, applies, numbers in found

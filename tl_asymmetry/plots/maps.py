@@ -204,7 +204,7 @@ def dots(x: list[float], y: list[float], relation: int, size: float, name: str) 
 def where(mask: np.ndarray, layers: Sequence[int], offset: float = 0.0) -> tuple[list[float], list[float]]:
     """Coordinates of the cells of a mask [layer, head], moved towards the upper right by `offset` of a cell."""
     i, j = np.nonzero(mask)
-    return [float(v) + offset for v in j], [float(layers[v]) - offset for v in i]
+    return [float(v) + offset for v in j], [float(layers[int(v)]) - offset for v in i]
 
 
 def mark_size(layers: list[int], heads: list[int | None]) -> float:

@@ -443,17 +443,17 @@ def emergence_figure(
     if len(ranks) > 1:
         changes = []
         for k in ranks:
-            z, words, nx, ny = drawn(k)
-            changes.append([{"z": [z, None], "customdata": [words, None], "x": [x, nx], "y": [layers, ny]}, [0, 1]])
+            z, hovers, nx, ny = drawn(k)
+            changes.append([{"z": [z, None], "customdata": [hovers, None], "x": [x, nx], "y": [layers, ny]}, [0, 1]])
         figure.update_layout(sliders=[rank_slider(ranks, start, changes)])
     maps.head_axes(figure, layers, heads, shared)
-    words = heading(
+    title = heading(
         f"{style.text(matrix)}: since when more concentrated than chance",
         f"First step from which q stays below {level:g} in {style.text(space)}, for the change "
         f"{WORDS.get(reference, style.text(reference))}. Not corrected for the number of checkpoints.",
         **layout,
     )
-    return finish(figure, words, right=72, plot_height=maps.map_height(layers), **layout)
+    return finish(figure, title, right=72, plot_height=maps.map_height(layers), **layout)
 
 
 def _of_reference(table: pd.DataFrame, reference: str | None) -> tuple[pd.DataFrame, str]:

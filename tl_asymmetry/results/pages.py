@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tl_asymmetry.disk import replace_file
@@ -207,7 +207,7 @@ def table_box(section: TableSection, max_rows: int, key: str) -> tuple[TableBox,
 def _cell(value: Any) -> str:
     """A cell's text: four significant digits for floats, an en dash where nothing is known."""
     if isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral):
-        return "–" if pd.isna(value) else f"{float(value):.4g}"
+        return "–" if math.isnan(value) else f"{float(value):.4g}"
     text = str(value)
     return "–" if text in ("<NA>", "None", "NaT") and not isinstance(value, str) else text
 

@@ -42,7 +42,7 @@ def model_record(view: Weights, weights: str) -> dict[str, Any]:
     }
 
 
-def shape_record(view: ModelView) -> dict[str, Any]:
+def shape_record(view: Weights) -> dict[str, Any]:
     """A model's numbers of layers and heads, and its widths. JSON-ready."""
     return {
         "n_layers": view.n_layers,

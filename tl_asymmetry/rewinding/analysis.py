@@ -222,7 +222,7 @@ class _Study:
         """The unedited models: cross-entropies and their distance."""
         return self.store.entry("baseline")
 
-    def _outcomes(self, sets: Sequence[Sequence[Unit]], bar: Any) -> list[dict[str, float]]:
+    def _outcomes(self, sets: Sequence[Sequence[Unit]], bar: Any) -> list[dict[str, float | None]]:
         trials = [[edit for unit in units for edit in unit.edits(self.base)] for units in sets]
         sums, baseline = measure(
             self.aligned, self.base, trials, self.evaluated, outputs=self.outputs, whole=self.whole, advance=bar.update

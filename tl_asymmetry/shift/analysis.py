@@ -176,7 +176,7 @@ def _tangents(view: ModelView, changes: Mapping[str, Tensor]) -> Iterator[None]:
         for name, parameter in module._parameters.items()
         if parameter is not None and id(parameter) in named
     ]
-    duals: dict[int, Tensor] = {}
+    duals: dict[int, Any] = {}
 
     def put() -> None:
         for module, name, parameter in slots:

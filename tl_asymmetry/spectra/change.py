@@ -80,8 +80,8 @@ class Change:
         """The same singular values at a random orientation on both sides."""
         if self.right is None:
             return Change(at_random_orientation(self.left, generator), None)
-        sides = (at_random_orientation(side, generator, axes=(-2,)) for side in (self.left, self.right))
-        return Change(*sides)
+        left, right = (at_random_orientation(side, generator, axes=(-2,)) for side in (self.left, self.right))
+        return Change(left, right)
 
 
 def change_of(base: Weights, aligned: Weights, layer: int, matrix: str) -> Change:

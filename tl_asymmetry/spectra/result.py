@@ -69,7 +69,10 @@ class SpectralAnalysis(Result):
             ValueError: no such column or matrix.
         """
         rows = self._shown_rows()
-        for what, name, there in (("column", by, list(rows)), ("matrix", matrix, list(self.config["shown_rank"]))):
+        for what, name, there in (
+            ("column", by, [str(column) for column in rows]),
+            ("matrix", matrix, list(self.config["shown_rank"])),
+        ):
             if name is not None and name not in there:
                 raise ValueError(f"expected a {what} among {', '.join(there)}, got {name!r}; pass one of them")
         rows = rows if matrix is None else rows[rows["matrix"] == matrix]

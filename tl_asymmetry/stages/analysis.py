@@ -107,7 +107,9 @@ def analyze_stages(
     hashes = {
         name: checked_hash(weights, f"model of stage {name}", warn=notes.warn) for name, weights in opened.items()
     }
-    rows, pairs, arrays = [], [], {}
+    rows: list[dict[str, Any]] = []
+    pairs: list[dict[str, Any]] = []
+    arrays: dict[str, Tensor] = {}
     units = [(layer, matrix) for layer in range(first.n_layers) for matrix in names]
     for layer, matrix in tqdm(units, desc="stages", unit="matrix", disable=not progress):
         found = _Matrix(

@@ -122,7 +122,7 @@ class GradientProjection(torch.optim.Optimizer):
         """The optimiser's own."""
         self.optimizer.zero_grad(set_to_none=set_to_none)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Project and step; call it after the gradient was clipped, as the published arms do.
 
         With `target="gradient"` the parameters' `.grad` holds what the optimiser got afterwards.

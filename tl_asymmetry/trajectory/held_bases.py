@@ -98,8 +98,8 @@ def hold(bases: LayerBases, plan: Plan, columns: Mapping[str, int], *, intervals
             if found.replicates is not None:
                 tensors[f"{name}/reference_replicates/{matrix}"] = found.replicates
     for matrix in plan.matrices:
-        if kind_of(matrix).reads and (found := bases.covariance(matrix, columns=columns[matrix])) is not None:
-            tensors[f"covariance/{matrix}"], tensors[f"mean/{matrix}"] = found
+        if kind_of(matrix).reads and (moments := bases.covariance(matrix, columns=columns[matrix])) is not None:
+            tensors[f"covariance/{matrix}"], tensors[f"mean/{matrix}"] = moments
     return HeldBases(bases.layer, tensors)
 
 

@@ -175,7 +175,7 @@ class AdapterWeights(WeightSource):
         if factors is not None:
             return factors.product(matrix)
         parameter = self._blueprint.parameter(layer, matrix)
-        change = self._changes[parameter]
+        change: Any = self._changes[parameter]
         if isinstance(change, Whole):
             return super().delta(layer, matrix, base)
         return self._blueprint.layouts[matrix].take(change.delta(partial(self._stored_base, parameter, base)))
@@ -278,7 +278,9 @@ class AdapterWeights(WeightSource):
             return []
         # A whole state dict: of plain copies only those were trained that the configuration lists, or that differ.
         doubtful = {p: s for p, s in known.plain.items() if not (p.endswith(".bias") and bias != "none")}
-        equal, different, unknown = [], [], []
+        equal: list[str] = []
+        different: list[str] = []
+        unknown: list[str] = []
         for parameter, stored in {**known.frozen, **doubtful}.items():
             same = self._is_the_bases(_canonical(parameter, skeleton), stored)
             (unknown if same is None else equal if same else different).append(parameter)
@@ -449,7 +451,8 @@ class AdapterWeights(WeightSource):
 
 def _sorted(files: TensorFiles, skeleton: Skeleton, adapter: Mapping[str, Any]) -> _Sorted:
     """Sort the stored names by what they say; those of another architecture are refused, not left aside."""
-    known, strangers = _Sorted(), []
+    known = _Sorted()
+    strangers: list[str] = []
     kind = TUNERS[str(adapter["peft_type"])]
     mark = re.compile(rf"(?P<module>.+?)\.(?P<tensor>{re.escape(kind.prefix)}\w+)(?P<rest>(\.[^.]+)*)")
     chosen = _chosen_adapter(files, mark)

@@ -16,7 +16,7 @@ import json
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -262,23 +262,28 @@ def skeleton_of(config: Any, name: str) -> Skeleton:
         ValueError: no configuration of a causal language model.
     """
     try:
-        return _skeleton(type(config), _described(config))
+        return _skeleton(_kind(config), _described(config))
     except ValueError as error:
         raise ValueError(f"{error} (the configuration of {name!r})") from error
 
 
 def blueprint_of(config: Any) -> Blueprint:
     """The blueprint of a configuration; kept as its skeleton is."""
-    return _blueprint(type(config), _described(config))
+    return _blueprint(_kind(config), _described(config))
+
+
+def _kind(config: Any) -> Any:
+    return type(config)
 
 
 @functools.lru_cache(maxsize=16)
-def _skeleton(kind: type[Any], described: str) -> Skeleton:
-    return Skeleton(kind.from_dict(json.loads(described)))
+def _skeleton(kind: Hashable, described: str) -> Skeleton:
+    configuration: Any = kind
+    return Skeleton(configuration.from_dict(json.loads(described)))
 
 
 @functools.lru_cache(maxsize=16)
-def _blueprint(kind: type[Any], described: str) -> Blueprint:
+def _blueprint(kind: Hashable, described: str) -> Blueprint:
     return Blueprint(_skeleton(kind, described))
 
 

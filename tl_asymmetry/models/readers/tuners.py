@@ -87,7 +87,7 @@ def merged(
                 f"base_model.{name}" if name in TUNERS[kind].shared else f"base_model.model.{module}.{name}": tensor
                 for name, tensor in own.items()
             }  # fmt: skip
-            result = peft.set_peft_model_state_dict(tuned, state)
+            result: Any = peft.set_peft_model_state_dict(tuned, state)
             if result.unexpected_keys:
                 raise ValueError(f"it has no place for {result.unexpected_keys[0]}")
             return tuned.merge_and_unload().get_submodule(module).weight.detach()
@@ -117,7 +117,7 @@ def _layer(weight: Tensor, *, turned: bool) -> nn.Module:
         if turned:
             from transformers.pytorch_utils import Conv1D
 
-            layer: nn.Module = Conv1D(weight.shape[1], weight.shape[0])
+            layer: Any = Conv1D(weight.shape[1], weight.shape[0])
         else:
             layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
