@@ -95,8 +95,9 @@ def test_every_number_of_the_table_is_in_the_page(name, tmp_path):
         ].sort_values(["layer", "head", "rank"])
         assert each["heads"] == (None if rows["head"].isna().all() else rows["head"].nunique())
         for column, values in each["columns"].items():
-            if rows[column].dtype == "float64":
-                np.testing.assert_allclose(values, rows[column], rtol=1e-6, err_msg=column)
+            if pd.api.types.is_numeric_dtype(rows[column].dtype):
+                told = rows[column].to_numpy(float, na_value=np.nan)
+                np.testing.assert_allclose(values, told, rtol=1e-6, err_msg=column)
             else:
                 assert list(values) == rows[column].fillna("").tolist()
         assert set(each["columns"]) | set(contents.KEYS) == set(result.table.columns)
