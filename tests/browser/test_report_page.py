@@ -62,7 +62,16 @@ def test_hover_explains_a_cell(visit, report_page, pair):
     page.locator(f"{HEADS} .plot .nsewdrag").hover(position={"x": 40, "y": 20})
     page.locator(f"{HEADS} .hovertext").first.wait_for()
     words = page.locator(f"{HEADS} .hovertext").first.text_content()
-    for part in ("L0H0", "W_Q", "95 % interval", "isotropic null", "activation-matched", "rounding share", "q "):
+    for part in (
+        "L0H0",
+        "W_Q",
+        "95 % interval",
+        "isotropic null",
+        "Adam on these inputs",
+        "verdict",
+        "rounding share",
+        "q ",
+    ):
         assert part in words
 
 

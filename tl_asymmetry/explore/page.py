@@ -118,7 +118,8 @@ def _directions(result: PairData, model: Any, n: int, progress: bool, pack: Pack
                 "looked up; pass model=base."}  # fmt: skip
     view = ModelView(model)
     found = find_directions(
-        view, result.arrays, result.config, n=n, tokens=NEAREST_TOKENS, contexts=CONTEXTS, progress=progress
-    )
+        view, result.arrays, result.config, n=n, tokens=NEAREST_TOKENS, contexts=CONTEXTS, progress=progress,
+        argument="directions",
+    )  # fmt: skip
     sequences = result.arrays["tokens"].split(result.arrays["lengths"].tolist())
     return contents.directions(found, sequences, view.tokenizer, pack)

@@ -87,6 +87,7 @@ def find_directions(
     contexts: int,
     place: Place | None = None,
     progress: bool,
+    argument: str = "n",
 ) -> dict[str, MatrixDirections]:
     """The leading directions of every analysed head, by matrix, in one pass over the texts.
 
@@ -98,6 +99,7 @@ def find_directions(
         contexts: calibration contexts of each direction and sign.
         place: only this one, as layer 0 and head 0 of what is returned.
         progress: show a bar.
+        argument: what the caller's own argument for `n` is named, for its refusal.
 
     Raises:
         ValueError: another model than the one analysed, or more directions than were kept.
@@ -107,7 +109,7 @@ def find_directions(
         matrices = [place.matrix]
     kept = min(arrays[f"directions/{m}"].shape[2] for m in matrices)
     if not 1 <= n <= kept:
-        raise ValueError(f"expected n from 1 to {kept}, got {n}; pass a number in between")
+        raise ValueError(f"expected {argument} from 1 to {kept}, got {n}; pass a number in between")
     require_base(view, config)
     layers = slice(None) if place is None else slice(place.layer, place.layer + 1)
     heads = slice(None) if place is None else slice(place.head or 0, (place.head or 0) + 1)
