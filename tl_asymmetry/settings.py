@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, runtime_checkable
 
@@ -89,6 +89,9 @@ class PairSettings:
     """Show progress bars."""
 
     def __post_init__(self) -> None:
+        for name in ("matrices", "ranks", "subspaces"):
+            if isinstance(given := getattr(self, name), Iterator):  # read once, recorded and checked more often
+                object.__setattr__(self, name, list(given))
         if self.gradient is not None and not isinstance(self.gradient, GradientMoments):
             raise ValueError(
                 "expected gradient with a method gradient_moment(layer, matrix, head), got "
@@ -152,6 +155,7 @@ def open_pair(
     *,
     max_tokens: int | None = None,
     run_aligned: bool = False,
+    check: Callable[[ModelView], object] | None = None,
 ) -> OpenPair:
     """See two models as one pair and read the tokens; nothing is run, and no weight is read yet.
 
@@ -161,11 +165,14 @@ def open_pair(
         texts, tokens, mask: what to read.
         max_tokens: no more than this.
         run_aligned: the aligned model must be a loaded one, since its activations are wanted.
+        check: refuses what was asked of this base, before the aligned model is opened, which may be a download.
 
     Raises:
         ValueError: models that cannot be compared, tokens that cannot be read.
     """
     base, notes = ModelView(model_base), Notes()
+    if check is not None:
+        check(base)
     sequences = token_sequences(base, texts, tokens, mask, max_tokens=max_tokens, notes=notes.add)
     aligned = opened(model_aligned, base, runs=run_aligned)
     if run_aligned and (highest := max(int(sequence.max()) for sequence in sequences)) >= aligned.d_vocab:

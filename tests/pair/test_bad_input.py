@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
@@ -244,8 +245,28 @@ def test_a_point_the_model_does_not_have() -> None:
             base, tiny.bridge("neox", delta=0.05), subspaces=["resid_mid"])  # fmt: skip
 
 
-def test_arguments_are_checked_before_a_directory_is_loaded(tmp_path: Path) -> None:
-    refused("expected ranks from 1 to 47", tiny.bridge("gpt2"), tmp_path / "not there", ranks=[99])
+@pytest.mark.parametrize("call", [analyze_pair, estimate_pair])
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"ranks": [99]}, "expected ranks from 1 to 47"),
+        ({"matrices": ["W_gate"]}, "expected matrices among W_Q, .*, got 'W_gate'"),
+        ({"subspaces": ["attn"]}, "expected subspaces among attn_in, .*, got 'attn'"),
+    ],
+)
+def test_arguments_are_checked_before_a_directory_is_loaded(
+    call: Any, options: dict[str, Any], text: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=text):
+        call(tiny.bridge("gpt2"), tmp_path / "not there", tokens=TOKENS, progress=False, **options)
+
+
+def test_iterators_are_as_good_as_lists() -> None:
+    pair, options = (tiny.bridge("gpt2"), tiny.bridge("gpt2", delta=0.05)), {"tokens": TOKENS, "progress": False}
+    listed = {"matrices": ["W_Q", "W_O"], "ranks": [1, 4], "subspaces": ["attn_in", "prediction"]}
+    result = analyze_pair(*pair, **options, **{name: iter(values) for name, values in listed.items()})
+    pd.testing.assert_frame_equal(result.table, analyze_pair(*pair, **options, **listed).table)
+    assert {name: result.config["arguments"][name] for name in listed} == listed
 
 
 def test_estimate_refuses_the_same() -> None:

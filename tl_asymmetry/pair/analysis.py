@@ -32,6 +32,7 @@ from tl_asymmetry.pair.numbers import DeltaNumbers, Layout, Measurements, layer_
 from tl_asymmetry.pair.plan import (
     Plan,
     Sources,
+    check_asked,
     counted_tokens,
     grouped_sequences,
     make_plan,
@@ -146,6 +147,7 @@ def analyze_pair(
     pair = open_pair(
         model_base, model_aligned, texts, tokens, mask,
         max_tokens=max_tokens, run_aligned="aligned" in settings.captured,
+        check=lambda base: check_asked(base, settings),
     )  # fmt: skip
     base, aligned, sequences, notes = pair.base, pair.aligned, pair.sequences, pair.notes
     plan = make_plan(base, settings, sequences, notes, available=matrices_of_both(base, aligned, notes))

@@ -17,7 +17,7 @@ from tl_asymmetry.geometry.subspace import Subspace, ordered_eigh
 from tl_asymmetry.models.processes import ALONE, present_processes, together
 from tl_asymmetry.models.weights import WeightSource
 from tl_asymmetry.pair.memory_plan import plan_memory
-from tl_asymmetry.pair.plan import STREAM_SUBSPACES, make_plan
+from tl_asymmetry.pair.plan import STREAM_SUBSPACES, check_asked, make_plan
 from tl_asymmetry.settings import GradientMoments, PairSettings, open_pair
 
 _PROBE = 512
@@ -110,6 +110,7 @@ def estimate_pair(
     pair = open_pair(
         model_base, model_aligned, texts, tokens, mask,
         max_tokens=max_tokens, run_aligned="aligned" in settings.captured,
+        check=lambda base: check_asked(base, settings),
     )  # fmt: skip
     base, aligned, sequences = pair.base, pair.aligned, pair.sequences
     plan = make_plan(base, settings, sequences, pair.notes)

@@ -116,6 +116,18 @@ def _models(activations: str) -> tuple[str, ...]:
     return ("base", "aligned") if activations == "both" else (activations,)
 
 
+def check_asked(view: ModelView, settings: PairSettings) -> None:
+    """Refuse ranks, matrices and subspaces that no aligned model could make possible: the base alone says so.
+
+    Raises:
+        ValueError: as of `make_plan`.
+    """
+    if settings.ranks is not None:
+        check_ranks(settings.ranks, view.d_model)
+    chosen_matrices(view, settings.matrices, [m for m in MATRICES if m in (*view.matrices, *view.irregular)])
+    _chosen_subspaces(view, settings.subspaces)
+
+
 def make_plan(
     view: ModelView,
     settings: PairSettings,
