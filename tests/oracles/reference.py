@@ -158,13 +158,6 @@ def isoscore_star(points: Array) -> float:
 # --- rounding ------------------------------------------------------------------------------------------------------
 
 
-def fraction_unrounded(fraction: float, share: float, k: int, d: int) -> float:
-    return (fraction - share * k / d) / (1 - share)
-
-
-# --- circuits ------------------------------------------------------------------------------------------------------
-
-
 def product_change(X: Array, Y: Array, X_new: Array, Y_new: Array) -> Array:
     """X'Y'ᵀ − XYᵀ of one head, d × d."""
     return X_new @ Y_new.T - X @ Y.T
