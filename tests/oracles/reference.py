@@ -155,7 +155,7 @@ def isoscore_star(points: Array) -> float:
     return float((n * occupied - 1) / (n - 1))
 
 
-# --- rounding ------------------------------------------------------------------------------------------------------
+# --- products ------------------------------------------------------------------------------------------------------
 
 
 def product_change(X: Array, Y: Array, X_new: Array, Y_new: Array) -> Array:
