@@ -13,7 +13,9 @@ from scipy import stats
 
 from tests.oracles import reference
 from tl_asymmetry.geometry.nulls import (
+    FAR,
     HAAR_DRAWS,
+    QUANTILE_TOLERANCE,
     IsotropicNull,
     adjusted_p,
     beta_disagreement,
@@ -22,6 +24,7 @@ from tl_asymmetry.geometry.nulls import (
     isotropic_null,
 )
 from tl_asymmetry.geometry.quadratic_form import fraction_tail_rank_one
+from tl_asymmetry.geometry.saddlepoint import rotation_tails
 
 D = 48
 SPECTRA = {
@@ -121,17 +124,32 @@ def test_haar_leverages_have_the_law_of_a_projections_diagonal(k: int) -> None:
 @pytest.mark.parametrize("k", RANKS)
 def test_under_the_null_p_is_uniform(haar: dict[tuple[str, int], np.ndarray], name: str, k: int) -> None:
     fractions = torch.tensor(haar[name, k])
-    p, method = IsotropicNull(D, seed=1).tail(spectrum_of(name).expand(DRAWS, -1), k, fractions)
-    assert set(method) == {"exact"} if k == 1 else set(method) <= {"beta", "draws"}
+    p, below, method = IsotropicNull(D, seed=1).tails(spectrum_of(name).expand(DRAWS, -1), k, fractions)
+    if k == 1 or name == "rank 1":
+        assert set(method) == {"exact"}
+    else:
+        # One law for the middle, which the spectrum decides, and the saddlepoint for either tail.
+        middle = "beta" if beta_disagreement(spectrum_of(name), D, k).item() <= QUANTILE_TOLERANCE else "draws"
+        assert set(method) == {middle, "saddlepoint"}
+        f = fractions.unsqueeze(-1)
+        copies = torch.tensor([[k, D - k]], dtype=torch.float64).expand(DRAWS, -1)
+        tails = rotation_tails(torch.cat([1 - f, -f], -1), copies, spectrum_of(name).expand(DRAWS, -1), D)
+        far = tails.numpy().min(0) < FAR
+        assert ((method == "saddlepoint") == far).all()
+        np.testing.assert_array_equal([p[far], below[far]], tails.numpy()[:, far])
     assert stats.kstest(p, "uniform").pvalue > 0.01
     for α in (0.05, 0.01):
         assert (p <= α).mean() == pytest.approx(α, abs=4 * np.sqrt(α * (1 - α) / DRAWS))
 
 
-def test_methods_at_k_four() -> None:
-    null = IsotropicNull(D, seed=0)
-    for name, expected in [("flat", {"beta", "draws"}), ("rank 1", {"beta"}), ("one spike", {"draws"})]:
-        assert set(null.tail(spectrum_of(name), 4, torch.tensor([0.2], dtype=torch.float64))[1]) <= expected, name
+@pytest.mark.parametrize(
+    ("name", "middle", "tail"),
+    [("flat", "draws", "saddlepoint"), ("one spike", "draws", "saddlepoint"), ("rank 1", "exact", "exact")],
+)
+def test_methods_at_k_four(name: str, middle: str, tail: str) -> None:
+    fractions = torch.tensor([0.1, 0.2], dtype=torch.float64)
+    method = IsotropicNull(D, seed=0).tail(spectrum_of(name).expand(2, -1), 4, fractions)[1]
+    assert method.tolist() == [middle, tail]
 
 
 @pytest.mark.slow
@@ -150,10 +168,9 @@ def test_where_the_code_says_beta_the_beta_holds(d: int, name: str, k: int) -> N
     }[name]
     λ = λ / λ.sum()
     spectrum = torch.tensor(λ).unsqueeze(0)
-    says_beta = IsotropicNull(d, seed=0).tail(spectrum, k, torch.tensor([k / d], dtype=torch.float64))[1][0] == "beta"
-    if name == "flat 1":
-        assert says_beta  # exactly so
-    if not says_beta:
+    method = IsotropicNull(d, seed=0).tail(spectrum, k, torch.tensor([k / d], dtype=torch.float64))[1][0]
+    assert (method == "exact") == (name == "flat 1")  # a Beta, exactly so
+    if method not in ("beta", "exact"):
         assert beta_disagreement(spectrum, d, k).item() > 0.03
         return
     # 200,000 draws on other seeds: 20,000 subspaces, ten permutations of the coordinates each.

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.oracles import reference_tangents as reference
-from tl_asymmetry.geometry import semi_nmf
+from tl_asymmetry.geometry import nonnegative, semi_nmf
 
 
 def gaussian(*shape, seed=0):
@@ -88,11 +88,9 @@ def test_a_half_space_makes_it_as_good_as_pca():
 
 @pytest.mark.parametrize("rows", [2050, 5000])
 def test_blocks_of_rows_change_nothing(rows, monkeypatch):
-    from tl_asymmetry.geometry import semi_nmf as module
-
     A = gaussian(rows, 6) + 1
     whole = semi_nmf(A, 3, seeds=(0,), max_iter=10, tol=0.0)
-    monkeypatch.setattr(module, "_ROWS_PER_BLOCK", 177)
+    monkeypatch.setattr(nonnegative, "_ROWS_PER_BLOCK", 177)
     blocks = semi_nmf(A, 3, seeds=(0,), max_iter=10, tol=0.0)
     assert torch.allclose(whole.Z, blocks.Z, atol=1e-9)
     assert whole.objective == pytest.approx(blocks.objective, rel=1e-12)

@@ -98,7 +98,8 @@ def rounding_noise(
         share = torch.stack(shares).mean(0)
         noise = torch.stack(noises).sum(0)
         spread = torch.zeros_like(rows).index_add_(1, row, noise)
-        counts = torch.zeros(d, dtype=torch.float64, device=W.device).index_add_(0, row, torch.ones_like(W[0]))
+        ones = torch.ones_like(row, dtype=torch.float64)
+        counts = torch.zeros(d, dtype=torch.float64, device=W.device).index_add_(0, row, ones)
         spread = spread / counts.clamp(min=1)
         total = spread.sum(-1, keepdim=True)
         rows = torch.where(total > 0, spread / total, rows)
@@ -107,7 +108,7 @@ def rounding_noise(
 
 def _entry_law(W: Tensor, ΔW: Tensor) -> Tensor:
     """Entries of the delta where the format is finest, of unit size `[head, n]`; Gaussian where none of them moved."""
-    finest = W.abs().argsort(-1)[:, : max(1, W.shape[1] // 10)]
+    finest = W.abs().argsort(-1).narrow(-1, 0, max(1, W.shape[1] // 10))
     law = ΔW.gather(1, finest)
     size = law.square().mean(-1, keepdim=True).sqrt()
     normal = torch.special.ndtri(

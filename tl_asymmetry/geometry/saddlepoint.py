@@ -52,7 +52,7 @@ def rotation_tails(
 def _tails(h: Tensor, h_copies: Tensor, s: Tensor, d: int) -> Tensor:
     total_h, total_s = (h * h_copies).sum(-1), s.sum(-1)
     h = h - total_h.unsqueeze(-1) / d
-    s = torch.cat([s, torch.zeros_like(s[:, :1])], -1) - total_s.unsqueeze(-1) / d
+    s = torch.cat([s, s.new_zeros(len(s), 1)], -1) - total_s.unsqueeze(-1) / d
     s_copies = torch.ones_like(s)
     s_copies[:, -1] = d - (s.shape[-1] - 1)
     spread = 2 * (h_copies * h.square()).sum(-1) * (s_copies * s.square()).sum(-1) / ((d - 1) * (d + 2))
