@@ -215,6 +215,15 @@ def test_tail_of_items_that_have_none() -> None:
         assert method[3] != "none"
 
 
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_delta_without_factors_has_no_tail(k: int) -> None:
+    """An adapter leaves a matrix alone: its spectrum is empty."""
+    nothing = torch.zeros(2, 0, dtype=torch.float64)
+    *tails, method = IsotropicNull(4, seed=0).tails(nothing, k, torch.full((2,), torch.nan, dtype=torch.float64))
+    assert np.isnan(tails).all()
+    assert method.tolist() == ["none", "none"]
+
+
 def test_tail_depends_on_neither_scale_nor_company_nor_global_seed() -> None:
     null = IsotropicNull(D, seed=0)
     λ = torch.cat([spectrum_of("one spike"), spectrum_of("power law")])

@@ -89,6 +89,8 @@ def test_what_cannot_vary_has_no_tail() -> None:
     flat = torch.ones(1, 8)
     assert rotation_tails(torch.tensor([[0.5, -0.5]]), torch.tensor([[4.0, 4.0]]), flat, 8).isnan().all()
     assert rotation_tails(torch.tensor([[0.5, 0.5]]), torch.tensor([[4.0, 4.0]]), torch.rand(1, 3), 8).isnan().all()
+    nothing = torch.zeros(1, 0)
+    assert rotation_tails(torch.tensor([[0.5, -0.5]]), torch.tensor([[4.0, 4.0]]), nothing, 8).isnan().all()
 
 
 def test_a_head_wholly_inside_u4_among_1024() -> None:

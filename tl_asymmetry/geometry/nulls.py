@@ -116,6 +116,8 @@ class IsotropicNull:
         """
         _require_rank(k, self.d)
         λ = spectrum.cpu().double().clamp(min=0)
+        if λ.shape[-1] == 0:
+            λ = λ.new_zeros(len(λ), 1)
         λ = λ / λ.sum(-1, keepdim=True)
         x = fraction.cpu().double()
         variance = isotropic_variance(λ.square().sum(-1), self.d, k)
