@@ -99,6 +99,7 @@ def test_a_result_with_gaps_is_told_drawn_saved_and_read(name, analysed, tmp_pat
     for matrix in dict.fromkeys(result.table["matrix"]):
         result.plot_heads(matrix)
     result.to_html(tmp_path / "report.html")
+    result.to_explorer(tmp_path / "explorer.html", directions=0)
     result.save(tmp_path / "saved")
     pd.testing.assert_frame_equal(load(tmp_path / "saved").table, result.table)
 

@@ -37,10 +37,11 @@ def maps(result: PairData, pack: Pack) -> list[dict[str, Any]]:
     helds = held_against(table, described(result.nulls))
     found = []
     for (matrix, subspace), rows in table.groupby(["matrix", "subspace"], sort=False):
-        heads = pick.heads_of(rows)
+        units = pick.units(rows)
+        heads = pick.heads_of(rows.assign(head=units))
         shared, group = pick.kv_group(table, str(matrix), None)
         order = pd.MultiIndex.from_product([layers, heads, ranks], names=["layer", "head", "rank"])
-        keyed = rows.assign(head=rows["head"].astype("float64").fillna(-1)).set_index(["layer", "head", "rank"])
+        keyed = rows.assign(head=units.astype("float64").fillna(-1)).set_index(["layer", "head", "rank"])
         at = pd.MultiIndex.from_arrays(
             [
                 order.get_level_values(0),
