@@ -379,7 +379,12 @@ def test_auto_falls_back_where_the_closed_form_is_wrong(model):
             found = layer_jacobians(model, tokens=tokens, layers=[1], reduce=None, progress=False)
         assert found.config["method"] == "autograd"
         assert any("computed by autograd" in note for note in found.notes)
-        plain = jacobians(model, tokens, layers=[1], method="autograd")
+        with pytest.warns(UserWarning, match="1 hook on blocks.1.") as warned:
+            plain = layer_jacobians(model, tokens=tokens, layers=[1], reduce=None, method="autograd", progress=False)
+        (hooked,) = (str(warning.message) for warning in warned)
+        assert "is analysed with what has been put into it: 1 hook on " in hooked
+        assert hooked in found.notes
+        assert hooked in plain.notes
         assert torch.equal(found.arrays["per_token"], plain.arrays["per_token"])
         with pytest.raises(ValueError, match="expected a block with a closed form, but it is .* off autograd"):
             layer_jacobians(model, tokens=tokens, layers=[1], method="einsum", progress=False)
@@ -476,7 +481,7 @@ def test_weights_that_are_not_finite_are_named():
     ModelView(model).weight(1, "W_O").view(-1)[0] = torch.nan
     for call in (layer_jacobians, prediction_pullback):
         with pytest.raises(ValueError, match=r"expected finite weights, got 1 NaN .* in blocks.1.attn.W_O"):
-            call(model, tiny.tokens(1, T), progress=False)
+            call(model, tokens=tiny.tokens(1, T), progress=False)
 
 
 def test_bad_tokens_and_directions(model):
@@ -521,19 +526,22 @@ def test_what_cannot_fit_is_refused_beforehand(model, monkeypatch):
     monkeypatch.setattr(work, "free_memory", lambda device: None)  # a system that does not say
     assert (
         work.plan_memory(
-            work.make_request(model, tokens, None, "block", "same", None), tokens, "einsum", matrices=2, chunk=None
+            work.make_request(ModelView(model), list(tokens), None, "block", "same", None),
+            6,
+            "einsum",
+            matrices=2,
+            chunk=None,
         ).chunk
         == 6
     )
 
 
 def test_more_memory_means_more_at_once(model, monkeypatch):
-    tokens = tiny.tokens(1, 6)
-    request = work.make_request(model, tokens, None, "block", "same", None)
+    request = work.make_request(ModelView(model), list(tiny.tokens(1, 6)), None, "block", "same", None)
     chunks = []
     for free in (1e6, 2e6, 1e9):
         monkeypatch.setattr(work, "free_memory", lambda device, free=free: int(free))
-        chunks.append(work.plan_memory(request, tokens, "einsum", matrices=0, chunk=None).chunk)
+        chunks.append(work.plan_memory(request, 6, "einsum", matrices=0, chunk=None).chunk)
     assert chunks[0] < chunks[1] <= chunks[2] == 6
 
 

@@ -298,9 +298,9 @@ def jacobian_table(arrays: Mapping[str, Tensor], layers: Sequence[int], *, part:
 
 def token_table(arrays: Mapping[str, Tensor], layers: Sequence[int]) -> pd.DataFrame:
     """One row per layer and token; empty where only the mean was kept."""
-    batch, n = arrays["tokens"].shape
     frames = []
     for i, layer in enumerate(layers if "per_token" in arrays else ()):
+        batch, n = arrays["tokens"].shape  # sequences of several lengths keep a mean only and their tokens in a row
         every, mean = arrays["per_token"][i], arrays["mean"][i].double()
         frames.append(
             pd.DataFrame(
