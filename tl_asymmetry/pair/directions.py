@@ -89,7 +89,7 @@ def find_directions(
     progress: bool,
     argument: str = "n",
 ) -> dict[str, MatrixDirections]:
-    """The leading directions of every analysed head, by matrix, in one pass over the texts.
+    """The leading directions of every head of the matrices that all layers have, by matrix, in one pass over the texts.
 
     Args:
         view: the base model that was analysed.
@@ -105,8 +105,11 @@ def find_directions(
         ValueError: another model than the one analysed, or more directions than were kept.
     """
     matrices = [name.removeprefix("directions/") for name in arrays if name.startswith("directions/")]
-    if place is not None:
-        matrices = [place.matrix]
+    # Of what only some layers have, or each expert, one place at a time.
+    regular = [m for m in matrices if m in view.matrices and view.has_point(kind_of(m).point)]
+    matrices = regular if place is None else [place.matrix]
+    if not matrices:
+        return {}
     kept = min(arrays[f"directions/{m}"].shape[2] for m in matrices)
     if not 1 <= n <= kept:
         raise ValueError(f"expected {argument} from 1 to {kept}, got {n}; pass a number in between")
