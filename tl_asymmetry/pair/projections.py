@@ -150,7 +150,8 @@ def _tails(
     An adapter's change is tested within what its A reads, where it lies by construction.
     """
     if isinstance(delta, FactoredDelta):
-        own = bases.adapter(delta.matrix, delta.residual)
+        # Without factors the adapter leaves the matrix alone: nothing to test.
+        own = bases.adapter(delta.matrix, delta.residual) if delta.residual.shape[1] else None
         covariance = None if own is None else MatchedCovariance.of(own.covariance, own.mean)
         if own is not None:
             frame = own.frame.to(delta.residual)
