@@ -206,10 +206,11 @@ def test_bad_input(options, message):
 
 def test_no_tokens_and_no_memory(monkeypatch):
     model = tiny.build("gpt2", KIND)
-    with pytest.raises(
-        ValueError, match="expected tokens to average Jacobians over, got None; pass tokens or jacobians="
-    ):
-        prediction_pullback(model)
+    found = prediction_pullback(model, max_tokens=40, progress=False)
+    assert found.config["tokens"] == 40
+    texts, short = found.notes
+    assert texts.startswith("activations come from the package's calibration texts; texts like those the model is used")
+    assert short == "only the first 40 tokens were used (max_tokens)"
     monkeypatch.setattr(pullback, "free_memory", lambda device: 1000)
     with pytest.raises(ValueError, match="expected a call that fits into 1e-06 GB, got one that needs about"):
         prediction_pullback(model, tokens=tiny.tokens(1, T), progress=False)
