@@ -80,7 +80,7 @@ def centroids(
         ValueError: an unknown part or kind, a layer or position out of range, targets of another shape, draws < 1.
 
     Example:
-        >>> tokens = torch.arange(24).view(2, 12)
+        >>> tokens = torch.arange(4, 28).view(2, 12)
         >>> centroids(model, tokens=tokens, part="mlp", layer=1).shape
         torch.Size([2, 12, 64])
         >>> local = centroids(model, tokens=tokens, kind="logit", noise=0.01, draws=4)

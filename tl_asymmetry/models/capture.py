@@ -95,7 +95,7 @@ def capture_moments(
 
     Example:
         >>> from tl_asymmetry.demo import demo_model
-        >>> tokens = torch.arange(24).view(2, 12)
+        >>> tokens = torch.arange(4, 28).view(2, 12)
         >>> moments = capture_moments(demo_model("base"), "attn_in", tokens=tokens, progress=False)
         >>> moments["attn_in", 0].count
         22

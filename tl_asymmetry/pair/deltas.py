@@ -243,22 +243,27 @@ def measure_factors(matrix: str, base: Float[Tensor, "*head rows columns"], fact
         inner = total((W.mT.to(dtype) @ residual.to(dtype)).double() * other, axes=2)  # ⟨residual otherᵀ, W⟩
     base_energy = inner_product(W, W)
     directions, partners = _signed(_padded(U), _padded(V), wide=W.shape[-1] > W.shape[-2])
-    spectrum = torch.zeros(len(σ), min(W.shape[-2:]), dtype=torch.float64)
-    spectrum[:, : σ.shape[-1]] = σ.square().cpu()
+    columns = other.shape[0] * other.shape[1]
+    pooled = factored_svd(residual, other.flatten(0, 1))[1] if len(σ) > 1 else None
     numbers = Delta(
         matrix=matrix,
         base_energy=base_energy.cpu(),
         energy=energy.cpu(),
         shrink=(inner / base_energy).cpu(),
-        spectrum=spectrum,
+        spectrum=_whole_spectrum(σ, min(W.shape[-2:])),
         directions=directions.cpu().float().mT,
         partners=partners.cpu().float().mT,
         rounding=torch.where(energy > 0, 0.0, torch.nan).double().cpu(),
         noise_rows=torch.full((len(σ), W.shape[-2]), 1 / W.shape[-2], dtype=torch.float64),
-        columns=other.shape[0] * other.shape[1],
-        pooled_spectrum=factored_svd(residual, other.flatten(0, 1))[1].square().cpu() if len(σ) > 1 else None,
+        columns=columns,
+        pooled_spectrum=None if pooled is None else _whole_spectrum(pooled, min(W.shape[-2], columns)),
     )
     return FactoredDelta(numbers, residual, other)
+
+
+def _whole_spectrum(σ: Float64[Tensor, "*head k"], r: int) -> Float64[Tensor, "*head r"]:
+    """Squares of the singular values of thin factors, and zeros up to the length that the whole matrix has."""
+    return torch.nn.functional.pad(σ.square().cpu(), (0, r - σ.shape[-1]))
 
 
 def _padded(vectors: Float64[Tensor, "head long r"]) -> Float64[Tensor, "head long n"]:
