@@ -75,7 +75,7 @@ class MatchedCovariance:
             spectra.append(_eigenvalues(gram)[..., : d - 1])
         return spectra
 
-    def whitened_gram_spectra(self, gram: Float[Tensor, "head d d"]) -> list[Float64[Tensor, "head d"]]:
+    def whitened_gram_spectra(self, gram: Float[Tensor, "head d d"]) -> list[Float64[Tensor, "head r"]]:
         """The same from ΔW ΔWᵀ, where ΔW itself is wider than high."""
         # Any factor of the Gram does: Y Yᵀ = L⁻¹ ΔW ΔWᵀ L⁻ᵀ.
         half = torch.linalg.solve_triangular(self.root, gram.to(self.root), upper=False)
