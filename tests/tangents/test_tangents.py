@@ -517,7 +517,10 @@ def test_refuses_checkpoints_that_have_no_early_part():
         analyze_tangents([], tokens=zipf_tokens(), **QUIET)
     with pytest.raises(ValueError, match="expected total_steps with a generator"):
         analyze_tangents(iter(late.items()), tokens=zipf_tokens(), **QUIET)
-    with pytest.raises(ValueError, match="expected checkpoints as a list"):
+    with pytest.raises(
+        ValueError,
+        match="expected a folder with directories named like checkpoint-500, got 'somewhere'; pass the output",
+    ):
         analyze_tangents("somewhere", tokens=zipf_tokens(), **QUIET)
     probe = TangentProbe(tokens=zipf_tokens(), total_steps=100, **QUIET)
     with pytest.raises(ValueError, match="where the basis is fitted, got none"):
