@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tl_asymmetry.models.loading import bridge_around
 from tl_asymmetry.models.view import ModelView
 
 peft = pytest.importorskip("peft")
+READING = ("W_Q", "W_K", "W_V", "W_gate", "W_in")
 BOTH: dict[str, Any] = {**OPTIONS, "reference": "both"}
 
 
@@ -38,10 +40,24 @@ def checkpoint(model: Any) -> Any:
     return bridge_around(twin, "checkpoint")
 
 
-def agree(recorded: TrajectoryAnalysis, truth: TrajectoryAnalysis, rtol: float) -> None:
+def agree(recorded: TrajectoryAnalysis, truth: TrajectoryAnalysis, rtol: float, factored: Sequence[str] = ()) -> None:
+    """The same tables, but that read matrices which changed in factors alone are not tested against their inputs."""
     for name in ("table", "asymmetry", "curves"):
         ours, theirs = (getattr(result, name).drop(columns=LEFT_OUT, errors="ignore") for result in (recorded, truth))
+        if name == "table":
+            theirs = untested(theirs, theirs["matrix"].isin(factored))
         pd.testing.assert_frame_equal(ours, theirs, rtol=rtol, atol=1e-6, obj=name)
+
+
+def untested(table: pd.DataFrame, rows: pd.Series) -> pd.DataFrame:
+    """What a table says where there is no reference for the test: an adapter's own one needs more than is held."""
+    verdicts = dict.fromkeys(("beyond", "less than trained", "as trained"), "concentrated")
+    return table.assign(
+        excess_p=table["excess_p"].mask(rows),
+        excess_q=table["excess_q"].mask(rows),
+        vs_reference=table["vs_reference"].mask(rows, ""),
+        verdict=table["verdict"].mask(rows, table["verdict"].replace(verdicts)),
+    )
 
 
 # Draws and storage: what follows from the last digits, and from bits that a change in factors does not have.
@@ -69,7 +85,9 @@ def test_lora_is_recorded_as_its_merged_checkpoints(name: str, way: str, dtype: 
 
     train(adapted, 4, after=after)
     result = recorder.result()
-    agree(result, analyze_trajectory(kept, **BOTH, progress=False), rtol=2e-3 if dtype == torch.bfloat16 else 2e-4)
+    factored = ["W_in"] if name == "gpt2" else READING
+    truth = analyze_trajectory(kept, **BOTH, progress=False)
+    agree(result, truth, rtol=2e-3 if dtype == torch.bfloat16 else 2e-4, factored=factored)
     assert result.table["delta_relative_norm"].between(1e-4, 0.2).all()
     if name == "llama":  # nothing stored was subtracted
         assert (result.table["rounding_share"] == 0).all()
