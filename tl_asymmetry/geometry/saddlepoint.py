@@ -94,7 +94,7 @@ def _saddlepoint(e: Tensor, copies: Tensor, mean: Tensor) -> Tensor:
     """
     low, high = 0.5 / e.amin(-1).clamp(max=-1e-300), 0.5 / e.amax(-1).clamp(min=1e-300)
     pole = torch.where(mean < 0, high, low)
-    t = torch.zeros_like(mean)
+    t, done = torch.zeros_like(mean), torch.zeros_like(mean, dtype=torch.bool)
     for _ in range(_STEPS):
         x = 1 - 2 * t.unsqueeze(-1) * e
         slope = mean + (copies * e * (1 / x - 1)).sum(-1)
@@ -104,7 +104,9 @@ def _saddlepoint(e: Tensor, copies: Tensor, mean: Tensor) -> Tensor:
         step = pole + B / (slope - B / (pole - t))
         settled = (step - t).abs() <= 1e-9 * (1e-3 + t.abs())
         step = torch.where(settled | ((step > low) & (step < high)), step, (low + high) / 2)
-        if bool(settled.all()):
-            return step
-        t = step
+        # An item stays where it settled: its digits do not depend on how long others take.
+        t = torch.where(done, t, step)
+        done |= settled
+        if bool(done.all()):
+            break
     return t
