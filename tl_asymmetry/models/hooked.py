@@ -247,7 +247,7 @@ class HookedAdapter:
             owner = name.rsplit(".", 1)[0]
             if leaf in MATRICES and (kind_of(leaf).part == "attn" or owner.endswith(".mlp")):
                 continue
-            if owner.endswith(".mlp.W_gate"):  # a mixture's router
+            if owner.endswith(".mlp.W_gate") or ".mlp.experts." in name:  # a mixture's router and experts
                 continue
             if shared_norm and ".ln2." in name:
                 continue
