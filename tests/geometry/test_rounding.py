@@ -66,10 +66,12 @@ def test_trial_table(planted: tuple[torch.Tensor, torch.Tensor], size: float, ex
     fraction = reference.subspace_fraction(measured.numpy(), Q)
     # What lies along the intended delta is signal, the rest is noise.
     true = 1 - ((measured * delta).sum() ** 2 / measured.square().sum()).item()
-    estimate = rounding_share(W.float(), measured.float(), torch.bfloat16, seed=0).item()
+    rounding = rounding_noise(W.float(), measured.float(), torch.bfloat16, seed=0)
+    estimate, noise = rounding.share.item(), rounding.fraction(torch.tensor(Q))[-1].item()
     assert true == pytest.approx(expected, abs=0.04)
     assert estimate == pytest.approx(true, abs=0.05)
-    assert reference.fraction_unrounded(fraction, estimate, RANK, D) == pytest.approx(1, abs=0.25)
+    assert noise == pytest.approx(RANK / D, rel=0.25)
+    assert (fraction - estimate * noise) / (1 - estimate) == pytest.approx(1, abs=0.25)
 
 
 def test_float32_pairs_carry_none_and_zero_deltas_are_undefined() -> None:
