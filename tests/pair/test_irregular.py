@@ -111,3 +111,20 @@ def test_a_folder_is_what_the_loaded_model_is(tmp_path):
     options = {"tokens": tokens(), "ranks": [RANK], "groups": 1, "progress": False}
     live, folder = (analyze_pair(base, other, **options).table for other in (aligned, tmp_path))
     pd.testing.assert_frame_equal(live, folder, rtol=1e-6)
+
+
+def test_directions_of_an_expert_are_its_own(analysed):
+    base, twin, result = analysed("qwen2-moe")
+    layer = next(i for i, sites in enumerate(base.sites) if sites["W_in"].unit == "expert")
+    for expert in (0, 2):
+        Δ = twin.sites[layer]["W_in"].weight[expert] - base.sites[layer]["W_in"].weight[expert]
+        σ = torch.linalg.svdvals(Δ.double())
+        shown = result.directions(f"L{layer}E{expert}.W_in", n=1, contexts=1, model=base.inner)
+        assert shown["energy"].iloc[0] == pytest.approx(float(σ[0].square() / σ.square().sum()), rel=1e-5)
+    count = len(base.sites[layer]["W_in"].weight)
+    with pytest.raises(ValueError, match=f"expected an expert from 0 to {count - 1} for W_in, got None; pass that"):
+        result.directions(f"L{layer}.W_in", model=base.inner)
+    with pytest.raises(
+        ValueError, match=f"expected an expert from 0 to {count - 1} for W_in, got expert {count}; pass"
+    ):
+        result.directions(f"L{layer}E{count}.W_in", model=base.inner)

@@ -382,6 +382,16 @@ class ModelView:
                     yield f"blocks.{layer}.{part}{matrix}", weight.detach()
         yield from self.headless().items()
 
+    def stamp(self) -> tuple[tuple[int, int], ...] | None:
+        """Address and version of every parameter: another one when weights were moved or changed in place, at no cost.
+
+        Torch counts no change made through `.data`. None where a parameter has no version (inference tensors).
+        """
+        weights = [weight for _, weight in self._adapter.parameters()]
+        if any(weight.is_inference() for weight in weights):
+            return None
+        return tuple((weight.data_ptr(), weight._version) for weight in weights)
+
     # -- running -----------------------------------------------------------------------------------
 
     def shows(self, layer: int, point: str) -> bool:

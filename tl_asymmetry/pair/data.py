@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from jaxtyping import Float
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.spectrum import marchenko_pastur_edge
 from tl_asymmetry.names import POINTS, Side, kind_of
+from tl_asymmetry.pair.directions import Lookups
 from tl_asymmetry.pair.sensitivity import sensitivity_table
 from tl_asymmetry.pair.stability import stability_table
 from tl_asymmetry.results.nulls import described
@@ -50,10 +51,11 @@ class PairData(Result):
     circuits: pd.DataFrame
     """Per head: change of the products W_Q W_Kᵀ and W_V W_O, and the fraction of it on each side."""
     _model: weakref.ref[Any] | None = None
+    _lookups: Lookups = field(default_factory=Lookups, init=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and copy: the model is not a part of the result."""
-        return {**vars(self), "_model": None}
+        """For pickle and copy: the model, and what was looked up in it, is not a part of the result."""
+        return {**vars(self), "_model": None, "_lookups": Lookups()}
 
     # -- numbers -------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,8 @@ DIRECTION_COLUMNS = ("direction", "sign", "energy", "embedding_tokens", "unembed
 _NEAREST = 8
 _CONTEXT_TOKENS = 12
 _BATCH = 8
-_CHUNK = 512
+# Directions and tokens whose cosines are made at once: 32 MB of them.
+_CHUNK, _VOCABULARY_CHUNK = 512, 16_384
 
 
 @dataclass(frozen=True)
@@ -47,32 +49,97 @@ class MatrixDirections:
     """Those projections: of the matrix's input on the direction (read), of what the delta writes along it (write)."""
 
 
+class Lookups:
+    """What was looked up of one result's directions: kept, so that nothing is run or multiplied twice.
+
+    A pass over the texts shows the inputs of all layers up to the one that was asked for, and serves all their heads. A
+    second one goes through all layers, so that there is no third.
+    """
+
+    def __init__(self) -> None:
+        self._checked: tuple[weakref.ref[Any], tuple[tuple[int, int], ...] | None] | None = None
+        self._contexts: dict[Place, tuple[Tensor, Tensor]] = {}
+        self._near: dict[Place, dict[str, tuple[Tensor, Tensor]]] = {}
+
+    def require_base(self, view: ModelView, config: Mapping[str, Any]) -> None:
+        """`require_base`, once for a model whose weights stay as they are."""
+        stamp = view.stamp()
+        if stamp is not None and self._checked is not None:
+            model, then = self._checked
+            if model() is view.model and then == stamp:
+                return
+        require_base(view, config)
+        self._checked = weakref.ref(view.model), stamp
+
+    def contexts(
+        self, view: ModelView, arrays: Mapping[str, Tensor], place: Place, count: int
+    ) -> tuple[Int[Tensor, "n 2 context"], Float[Tensor, "n 2 context"]]:
+        """Positions and projections of one place's directions, at least `count` of them where there are so many."""
+        if place not in self._contexts or self._contexts[place][0].shape[-1] < min(count, len(arrays["tokens"])):
+            together = regular_matrices(view, arrays)
+            if place.matrix in together:
+                layers = slice(0, view.n_layers if self._contexts else place.layer + 1)
+                probes = {m: _probes(arrays, m)[layers] for m in together}
+                found = _contexts(view, arrays, probes, layers, slice(None), count, False)
+            else:
+                layers, heads = _one(place)
+                probes = {place.matrix: _probes(arrays, place.matrix)[layers, heads]}
+                found = _contexts(view, arrays, probes, layers, heads, count, False)
+            for matrix, (positions, projections) in found.items():
+                headed = kind_of(matrix).heads is not None
+                for i, layer in enumerate(range(view.n_layers)[layers]):
+                    for entry in range(positions.shape[1]):
+                        own = Place(layer, matrix, entry if headed else None) if matrix in together else place
+                        self._contexts[own] = positions[i, entry], projections[i, entry]
+        return self._contexts[place]
+
+    def near(
+        self, view: ModelView, arrays: Mapping[str, Tensor], place: Place
+    ) -> dict[str, tuple[Int[Tensor, "n 2 token"], Float[Tensor, "n 2 token"]]]:
+        """Nearest tokens of one place's directions and their cosines, in each of the vocabulary's two matrices."""
+        if place not in self._near:
+            found = _near(view, {place.matrix: arrays[f"directions/{place.matrix}"][_one(place)]}, _NEAREST)
+            self._near[place] = {space: tuple(x[0, 0] for x in of[place.matrix]) for space, of in found.items()}  # type: ignore[misc]
+        return self._near[place]
+
+
 def describe_directions(
-    view: ModelView, arrays: Mapping[str, Tensor], config: Mapping[str, Any], place: Place, *, n: int, contexts: int
+    view: ModelView,
+    arrays: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    place: Place,
+    *,
+    n: int,
+    contexts: int,
+    kept: Lookups,
 ) -> pd.DataFrame:
     """One row per direction and sign of one head; see `PairAnalysis.directions`."""
-    _check_place(arrays, place)
-    found = find_directions(
-        view, arrays, config, n=n, tokens=_NEAREST, contexts=contexts, place=place, progress=False
-    )[place.matrix]  # fmt: skip
+    _check_matrix(arrays, place)
+    _check_count(arrays, [place.matrix], n, "n")
+    kept.require_base(view, config)
+    _check_unit(view, arrays, place)
     sequences = arrays["tokens"].split(arrays["lengths"].tolist())
+    positions, projections = kept.contexts(view, arrays, place, contexts)
+    near = kept.near(view, arrays, place)
+    spectrum = arrays[f"spectrum/{place.matrix}"][_one(place)][0, 0]
 
-    def tokens(ids: Tensor, cosines: Tensor) -> list[tuple[str, float]]:
+    def tokens(space: str, *at: int) -> list[tuple[str, float]]:
+        ids, cosines = (x[at] for x in near[space])
         words = [str(t) if view.tokenizer is None else view.tokenizer.decode([t]) for t in ids.tolist()]
         return list(zip(words, cosines.tolist(), strict=True))
 
     rows = []
     for i in range(n):
-        for sign, s in (("+", 0), ("−", 1)):
-            at = 0, 0, i, s
-            words = context_words(view.tokenizer, sequences, found.contexts[at].tolist(), _CONTEXT_TOKENS)
+        for s, sign in enumerate("+−"):
+            shown = positions[i, s, :contexts].tolist()
+            words = context_words(view.tokenizer, sequences, shown, _CONTEXT_TOKENS)
             rows.append({
                 "direction": i + 1,
                 "sign": sign,
-                "energy": found.energy[0, 0, i].item(),
-                "embedding_tokens": tokens(found.embedding[at], found.embedding_cosine[at]),
-                "unembedding_tokens": tokens(found.unembedding[at], found.unembedding_cosine[at]),
-                "contexts": list(zip(words, found.projections[at].tolist(), strict=True)),
+                "energy": (spectrum[i] / spectrum.sum()).item(),
+                "embedding_tokens": tokens("embedding", i, s),
+                "unembedding_tokens": tokens("unembedding", i, s),
+                "contexts": list(zip(words, projections[i, s, :contexts].tolist(), strict=True)),
             })  # fmt: skip
     return pd.DataFrame(rows)[list(DIRECTION_COLUMNS)]
 
@@ -85,7 +152,6 @@ def find_directions(
     n: int,
     tokens: int,
     contexts: int,
-    place: Place | None = None,
     progress: bool,
     argument: str = "n",
 ) -> dict[str, MatrixDirections]:
@@ -97,37 +163,24 @@ def find_directions(
         n: directions of each head.
         tokens: nearest tokens of each direction and sign.
         contexts: calibration contexts of each direction and sign.
-        place: only this one, as layer 0 and head 0 of what is returned.
         progress: show a bar.
         argument: what the caller's own argument for `n` is named, for its refusal.
 
     Raises:
         ValueError: another model than the one analysed, or more directions than were kept.
     """
-    matrices = [name.removeprefix("directions/") for name in arrays if name.startswith("directions/")]
-    # Of what only some layers have, or each expert, one place at a time.
-    regular = [m for m in matrices if m in view.matrices and view.has_point(kind_of(m).point)]
-    matrices = regular if place is None else [place.matrix]
+    matrices = regular_matrices(view, arrays)
     if not matrices:
         return {}
-    kept = min(arrays[f"directions/{m}"].shape[2] for m in matrices)
-    if not 1 <= n <= kept:
-        raise ValueError(f"expected {argument} from 1 to {kept}, got {n}; pass a number in between")
+    _check_count(arrays, matrices, n, argument)
     require_base(view, config)
-    layers = slice(None) if place is None else slice(place.layer, place.layer + 1)
-    heads = slice(None) if place is None else slice(place.head or 0, (place.head or 0) + 1)
-
-    def of(kind: str, matrix: str) -> Tensor:
-        return arrays[f"{kind}/{matrix}"][layers, heads]
-
-    directions = {m: of("directions", m)[:, :, :n] for m in matrices}
-    probes = {m: directions[m] if kind_of(m).reads else of("partners", m)[:, :, :n] for m in matrices}
-    excited = _contexts(view, arrays, probes, layers, heads, contexts, progress)
-    spaces = {"embedding": view.embedding(), "unembedding": view.unembedding()[0].mT}
-    near = {name: {m: _nearest(vectors, d, tokens) for m, d in directions.items()} for name, vectors in spaces.items()}
+    directions = {m: arrays[f"directions/{m}"][:, :, :n] for m in matrices}
+    probes = {m: _probes(arrays, m)[:, :, :n] for m in matrices}
+    excited = _contexts(view, arrays, probes, slice(None), slice(None), contexts, progress)
+    near = _near(view, directions, tokens)
     found = {}
     for m in matrices:
-        spectrum = of("spectrum", m)
+        spectrum = arrays[f"spectrum/{m}"]
         found[m] = MatrixDirections(
             energy=spectrum[..., :n] / spectrum.sum(-1, keepdim=True),
             embedding=near["embedding"][m][0],
@@ -138,6 +191,29 @@ def find_directions(
             projections=excited[m][1],
         )
     return found
+
+
+def regular_matrices(view: ModelView, arrays: Mapping[str, Tensor]) -> list[str]:
+    """The analysed matrices that all layers have; in others, and in experts, directions are found place by place."""
+    names = [name.removeprefix("directions/") for name in arrays if name.startswith("directions/")]
+    return [m for m in names if m in view.matrices and view.has_point(kind_of(m).point)]
+
+
+def _one(place: Place) -> tuple[slice, slice]:
+    """Of arrays `[layer, head, …]` the part of one place."""
+    entry = place.head or place.expert or 0
+    return slice(place.layer, place.layer + 1), slice(entry, entry + 1)
+
+
+def _probes(arrays: Mapping[str, Tensor], matrix: str) -> Float[Tensor, "layer head n width"]:
+    """What a matrix's inputs are projected on: its directions, or for a write matrix their partners."""
+    return arrays[f"{'directions' if kind_of(matrix).reads else 'partners'}/{matrix}"]
+
+
+def _check_count(arrays: Mapping[str, Tensor], matrices: Sequence[str], n: int, argument: str) -> None:
+    kept = min(arrays[f"directions/{m}"].shape[2] for m in matrices)
+    if not 1 <= n <= kept:
+        raise ValueError(f"expected {argument} from 1 to {kept}, got {n}; pass a number in between")
 
 
 def require_base(view: ModelView, config: Mapping[str, Any]) -> None:
@@ -152,18 +228,31 @@ def require_base(view: ModelView, config: Mapping[str, Any]) -> None:
         )
 
 
-def _check_place(arrays: Mapping[str, Tensor], place: Place) -> None:
-    layer, matrix, head = place.layer, place.matrix, place.head
-    if f"directions/{matrix}" not in arrays:
+def _check_matrix(arrays: Mapping[str, Tensor], place: Place) -> None:
+    if f"directions/{place.matrix}" not in arrays:
         there = [name.split("/")[1] for name in arrays if name.startswith("directions/")]
-        raise ValueError(f"expected a matrix among {', '.join(there)}, got {matrix!r}; pass one that was analysed")
-    layers, heads = arrays[f"directions/{matrix}"].shape[:2]
-    if not 0 <= layer < layers:
-        raise ValueError(f"expected a layer from 0 to {layers - 1}, got {layer}; pass one of these")
-    whole = kind_of(matrix).heads is None
-    if whole != (head is None) or (head is not None and not 0 <= head < heads):
-        wanted = "head=None (an MLP matrix)" if whole else f"a head from 0 to {heads - 1}"
-        raise ValueError(f"expected {wanted} for {matrix}, got {head}; pass that")
+        raise ValueError(
+            f"expected a matrix among {', '.join(there)}, got {place.matrix!r}; pass one that was analysed"
+        )
+    layers = len(arrays[f"directions/{place.matrix}"])
+    if not 0 <= place.layer < layers:
+        raise ValueError(f"expected a layer from 0 to {layers - 1}, got {place.layer}; pass one of these")
+
+
+def _check_unit(view: ModelView, arrays: Mapping[str, Tensor], place: Place) -> None:
+    """Refuse a head where there are experts, and the like."""
+    matrix, count = place.matrix, arrays[f"directions/{place.matrix}"].shape[1]
+    unit = view.unit(place.layer, matrix)
+    given = {"head": place.head, "expert": place.expert}
+    wanted = {name for name, number in given.items() if number is not None}
+    number = None if unit is None else given[unit]
+    if wanted != ({unit} - {None}) or (number is not None and not 0 <= number < count):
+        expected = "head=None (an MLP matrix)" if unit is None else f"{_ARTICLES[unit]} from 0 to {count - 1}"
+        got = place.head if place.expert is None else f"expert {place.expert}"
+        raise ValueError(f"expected {expected} for {matrix}, got {got}; pass that")
+
+
+_ARTICLES = {"head": "a head", "expert": "an expert"}
 
 
 class _Leaders:
@@ -240,21 +329,57 @@ def _contexts(
     }
 
 
+def _near(
+    view: ModelView, directions: Mapping[str, Float[Tensor, "layer head n d"]], count: int
+) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
+    """`_nearest` in the embedding and in the unembedding, by matrix; once where these are one."""
+    spaces = {"embedding": view.embedding(), "unembedding": view.unembedding()[0].mT}
+    near: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+    for name, vectors in spaces.items():
+        tied = name == "unembedding" and _same(vectors, spaces["embedding"])
+        near[name] = near["embedding"] if tied else {m: _nearest(vectors, d, count) for m, d in directions.items()}
+    return near
+
+
 def _nearest(
     vectors: Float[Tensor, "token d"], directions: Float[Tensor, "layer head n d"], count: int
 ) -> tuple[Int[Tensor, "layer head n 2 count"], Float[Tensor, "layer head n 2 count"]]:
-    """Tokens of largest cosine with each direction and with its negative."""
-    unit = vectors.float() / vectors.float().norm(dim=-1, keepdim=True).clamp(min=1e-30)
-    count = min(count, len(unit))
-    tokens, cosines = [], []
-    with exact_products(unit.device):
-        for part in directions.flatten(0, 2).split(_CHUNK):
-            cosine = part.to(unit) @ unit.mT
-            both = torch.stack([cosine, -cosine], dim=1).topk(count, dim=-1)
-            tokens.append(both.indices.cpu())
-            cosines.append(both.values.cpu())
-    shape = (*directions.shape[:3], 2, count)
-    return torch.cat(tokens).reshape(shape), torch.cat(cosines).reshape(shape)
+    """Tokens of largest cosine with each direction and with its negative; a block of the vocabulary at a time."""
+    flat = directions.flatten(0, 2).to(vectors.device, torch.float32)
+    leaders = [_Nearest(min(count, len(vectors))) for _ in flat.split(_CHUNK)]
+    with exact_products(vectors.device):
+        for start in range(0, len(vectors), _VOCABULARY_CHUNK):
+            block = vectors[start : start + _VOCABULARY_CHUNK].float()
+            sizes = torch.linalg.vector_norm(block, dim=-1).clamp(min=1e-30)
+            for part, leading in zip(flat.split(_CHUNK), leaders, strict=True):
+                leading.see(part @ block.mT / sizes, start)
+    shape = (*directions.shape[:3], 2, -1)
+    tokens, cosines = (torch.cat([getattr(leading, name) for leading in leaders]) for name in ("tokens", "cosines"))
+    return tokens.reshape(shape), cosines.reshape(shape)
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    return (x.data_ptr(), x.shape, x.stride()) == (y.data_ptr(), y.shape, y.stride())
+
+
+class _Nearest:
+    """The tokens of largest and of smallest cosine seen so far, on CPU; the smallest with their sign turned."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.tokens = torch.empty(0, dtype=torch.long)
+        self.cosines = torch.empty(0)
+
+    def see(self, cosines: Float[Tensor, "direction token"], first: int) -> None:
+        """Take in a block of the vocabulary, whose first token is `first`."""
+        kept = min(self.count, cosines.shape[1])
+        largest, smallest = (cosines.topk(kept, dim=-1, largest=largest) for largest in (True, False))
+        values = torch.stack([largest.values, -smallest.values], 1).cpu()
+        places = torch.stack([largest.indices, smallest.indices], 1).cpu() + first
+        if first:
+            values, places = torch.cat([self.cosines, values], -1), torch.cat([self.tokens, places], -1)
+        self.cosines, at = values.topk(self.count if first else kept, dim=-1)
+        self.tokens = places.gather(-1, at)
 
 
 def context_words(tokenizer: Any, sequences: Sequence[Tensor], places: Sequence[int], width: int) -> list[str]:

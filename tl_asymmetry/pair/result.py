@@ -46,6 +46,9 @@ class PairAnalysis(PairData):
     ) -> pd.DataFrame:
         """The leading residual directions of one head's delta, with what they are near and what excites them.
 
+        The first call runs the calibration tokens through the layers up to this one, a later one through all layers if
+        it must; what was looked up is kept for all heads of these layers.
+
         Args:
             layer: which layer; or the whole place, spelled "L7H3.W_Q" or "L7.W_in".
             matrix: its name.
@@ -70,7 +73,9 @@ class PairAnalysis(PairData):
             )
         said: Any = layer if matrix is None else (layer, matrix, head)
         place = place_of(said)
-        return describe_directions(ModelView(model), self.arrays, self.config, place, n=n, contexts=contexts)
+        return describe_directions(
+            ModelView(model), self.arrays, self.config, place, n=n, contexts=contexts, kept=self._lookups
+        )
 
     def top(self, n: int = 10, by: str = "excess", matrix: str | None = None) -> pd.DataFrame:
         """The heads that stand out most, one line each, at the shown rank.
