@@ -12,6 +12,7 @@ DEFINED = {
     "Weight deltas: `analyze_pair`": "tl_asymmetry.results.definitions.DEFINITIONS",
     "Training runs: `analyze_trajectory`": "tl_asymmetry.trajectory.report.TRAJECTORY_DEFINITIONS",
     "Several analyses: `compare`": "tl_asymmetry.comparison.result.COMPARISON_DEFINITIONS",
+    "Many deltas: `compare_deltas`": "tl_asymmetry.comparison.deltas_result.DELTA_DEFINITIONS",
     "Gradients: `gradient_covariance`": "tl_asymmetry.gradients.report.DEFINITIONS",
     "Graded objectives: `contrastive_control`": "tl_asymmetry.control.result.DEFINITIONS",
     "Rank-1 edits: `rank_one_study`": "tl_asymmetry.interventions.result.DEFINITIONS",

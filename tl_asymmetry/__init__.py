@@ -19,6 +19,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:  # for editors and type checkers; the same names as below
     from tl_asymmetry import edits, geometry, grokking, objectives
     from tl_asymmetry.comparison.analysis import compare
+    from tl_asymmetry.comparison.deltas import compare_deltas
+    from tl_asymmetry.comparison.deltas_result import DeltaComparison
     from tl_asymmetry.comparison.result import Comparison
     from tl_asymmetry.control.analysis import contrastive_control
     from tl_asymmetry.control.result import ControlStudy
@@ -69,6 +71,8 @@ __getattr__, __dir__, __all__ = attach(
         "spectra.analysis": ["analyze_spectra"],
         "spectra.result": ["SpectralAnalysis"],
         "comparison.analysis": ["compare"],
+        "comparison.deltas": ["compare_deltas"],
+        "comparison.deltas_result": ["DeltaComparison"],
         "comparison.result": ["Comparison"],
         # a training run
         "trajectory.analysis": ["analyze_trajectory"],

@@ -1,1 +1,1 @@
-"""Several analyses of one base, side by side: `compare.py` makes what `result.py` holds."""
+"""Several analyses, or several deltas, of one base side by side: `analysis.py` and `deltas.py`."""

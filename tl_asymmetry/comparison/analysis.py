@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tl_asymmetry.comparison.result import ASYMMETRY_COLUMNS, OVERLAP_COLUMNS, TABLE_COLUMNS, Comparison
 from tl_asymmetry.geometry.jackknife import MINIMUM_GROUPS
-from tl_asymmetry.geometry.nulls import IsotropicNull, adjusted_p, isotropic_variance
+from tl_asymmetry.geometry.nulls import IsotropicNull, adjusted_p
+from tl_asymmetry.geometry.overlap import overlap_by_chance
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.names import SMALLEST_EIGENVALUE
 from tl_asymmetry.notes import Notes
@@ -320,7 +321,7 @@ def _overlap(
     inner = (σ[0].unsqueeze(-1) * σ[1].unsqueeze(-2) * cosines * partners).sum((-2, -1))
     cosine = inner / (σ[0].norm(dim=-1) * σ[1].norm(dim=-1))
     share = [(part[..., : U[0].shape[-2]] * kept).sum(-1) / part.sum(-1) for part in λ]
-    z, p, method = _chance(overlap.flatten(), n.flatten(), null)
+    z, p, method = overlap_by_chance(overlap.flatten(), n.flatten(), null)
     nothing = n.flatten().numpy() == 0
     columns = {
         "overlap": overlap,
@@ -337,17 +338,3 @@ def _overlap(
     frame["directions"] = n.flatten().numpy()
     frame["z"], frame["p"], frame["p_method"], frame["q"] = z, p, method, adjusted_p(p)
     return frame
-
-
-def _chance(overlap: Tensor, n: Tensor, null: IsotropicNull) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """z and one-sided p of overlaps under a Haar-random space in the place of one of the two."""
-    z, p = (np.full(len(n), np.nan) for _ in range(2))
-    method = np.full(len(n), "none", dtype=object)
-    for k in sorted({int(v) for v in n if 0 < v < null.d}):
-        at = (n == k).numpy()
-        # ‖DₐD_bᵀ‖²/k is the fraction of the projector onto one space, of k equal eigenvalues, inside the other
-        spectrum = torch.full((int(at.sum()), k), 1 / k, dtype=torch.float64)
-        p[at], method[at] = null.tail(spectrum, k, overlap[at])
-        spread = isotropic_variance(torch.full((1,), 1 / k, dtype=torch.float64), null.d, k).sqrt()
-        z[at] = ((overlap[at] - k / null.d) / spread).numpy()
-    return z, p, method

@@ -152,8 +152,8 @@ def _from_files(name: str, files: TensorFiles, folder: Path, base: Any) -> Weigh
     return HuggingFaceWeights(name, config, files, None)
 
 
-def opened(model_aligned: Any, base: ModelView, *, runs: bool) -> Weights:
-    """The aligned model: a view of a loaded one, or a source that reads it tensor by tensor."""
+def opened(model_aligned: Any, base: Weights | None, *, runs: bool) -> Weights:
+    """A model, aligned where there is a base: a view of a loaded one, or a source that reads it tensor by tensor."""
     if not isinstance(model_aligned, str | Path | Mapping | WeightSource):
         return ModelView(model_aligned)
     if runs:

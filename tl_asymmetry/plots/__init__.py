@@ -9,6 +9,7 @@ from tl_asymmetry.plots.asymmetry import asymmetry_figure
 from tl_asymmetry.plots.comparison import differences_figure, overlap_figure
 from tl_asymmetry.plots.control import grades_figure
 from tl_asymmetry.plots.coupling import accuracy_figure, arms_figure, coupling_figure, windows_figure
+from tl_asymmetry.plots.deltas import deltas_figure
 from tl_asymmetry.plots.gradients import effective_rank_figure
 from tl_asymmetry.plots.head_maps import head_maps_figure
 from tl_asymmetry.plots.heads import heads_figure
@@ -38,6 +39,7 @@ __all__ = [
     "controls_figure",
     "coupling_figure",
     "curves_figure",
+    "deltas_figure",
     "differences_figure",
     "doses_figure",
     "effective_rank_figure",

@@ -108,6 +108,7 @@ def overlap_figure(
     matrix: str,
     *,
     kv: bool | None = None,
+    what: str = "leading residual directions",
     **layout: Unpack[Layout],
 ) -> go.Figure:
     """Map how far two deltas' leading residual directions span the same space, over chance; a dot where q < 0.05.
@@ -116,6 +117,7 @@ def overlap_figure(
         overlap: rows of `Comparison.overlap` of one pair of analyses.
         matrix: one of the table's.
         kv, layout: as in `heads_figure`.
+        what: which directions they are, for the title.
 
     Raises:
         ValueError: for an unknown matrix, or rows of several pairs.
@@ -138,7 +140,7 @@ def overlap_figure(
         value = pd.Series(np.log2((rows["overlap"] / rows["chance"]).to_numpy(float)), index=rows.index)
     words = heading(
         f"{style.text(matrix)}: directions shared",
-        f"Overlap of the leading residual directions of {style.text(a)} and {style.text(b)}, over that of random "
+        f"Overlap of the {what} of {style.text(a)} and {style.text(b)}, over that of random "
         f"spaces. Dot: q &lt; {SIGNIFICANT}.",
         **layout,
     )

@@ -23,6 +23,7 @@ KINDS = {
     "Comparison": "tl_asymmetry.comparison.result",
     "ControlStudy": "tl_asymmetry.control.result",
     "CouplingStudy": "tl_asymmetry.coupling.result",
+    "DeltaComparison": "tl_asymmetry.comparison.deltas_result",
     "GradientCovariance": "tl_asymmetry.gradients.result",
     "GrokRun": "tl_asymmetry.grokking",
     "LayerJacobians": "tl_asymmetry.jacobians.result",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,7 @@ from tqdm.auto import tqdm
 from tl_asymmetry.geometry.nulls import adjusted_p
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.models.checks import check_shapes
-from tl_asymmetry.models.readers.base import Weights, WeightSource
-from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.models.weights import weights_from
+from tl_asymmetry.models.weights import opened
 from tl_asymmetry.names import kind_of
 from tl_asymmetry.notes import Notes
 from tl_asymmetry.pair.plan import chosen_matrices
@@ -69,8 +66,8 @@ def analyze_spectra(
     """
     arguments = described(matrices=matrices, ranks=ranks, seed=seed, progress=progress)
     notes = Notes()
-    base = _weights(model_base)
-    aligned = _weights(model_aligned, base)
+    base = opened(model_base, None, runs=False)
+    aligned = opened(model_aligned, base, runs=False)
     check_shapes(base, aligned)
     chosen = chosen_matrices(base, matrices)
     shorter = {matrix: min(base.weight(0, matrix).shape[-2:]) for matrix in chosen}
@@ -103,12 +100,6 @@ def analyze_spectra(
         "shown_rank": {matrix: _shown(ranks_of[matrix], shorter[matrix]) for matrix in chosen},
     }
     return SpectralAnalysis(table=_table(rows), config=config, notes=tuple(notes.lines), arrays={})
-
-
-def _weights(model: Any, base: Weights | None = None) -> Weights:
-    if isinstance(model, str | Path | Mapping | WeightSource):
-        return weights_from(model, base=base)
-    return ModelView(model)
 
 
 def _ranks(shorter: Mapping[str, int], ranks: Sequence[int] | None, notes: Notes) -> dict[str, list[int]]:

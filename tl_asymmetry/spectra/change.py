@@ -13,7 +13,7 @@ from torch import Tensor
 from tl_asymmetry.geometry.factored import factored_svd
 from tl_asymmetry.geometry.precision import exact_products, product_dtype
 from tl_asymmetry.geometry.rounding import coarser, storage_dtype
-from tl_asymmetry.geometry.spectral_frame import at_random_orientation
+from tl_asymmetry.geometry.spectral_frame import at_random_orientation, spectral_frame
 from tl_asymmetry.models.readers.base import Weights, WeightSource
 from tl_asymmetry.names import kind_of
 
@@ -37,12 +37,21 @@ class Change:
         return (_gram(self.left) * _gram(self.right)).sum((-2, -1)).clamp(min=0)
 
     @cached_property
+    def decomposed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """U `[head, m, r]`, σ `[head, r]` descending and V `[head, n, r]` with ΔW = U diag(σ) Vᵀ, float64."""
+        if self.right is not None:
+            return factored_svd(self.left, self.right)
+        frame = spectral_frame(self.left)
+        r = frame.values.shape[-1]
+        return frame.left(r), frame.values, frame.right(r)
+
+    @cached_property
     def purity(self) -> Float64[Tensor, " head"]:
         """tr (ΔW ΔWᵀ)² / ‖ΔW‖⁴: 1 for rank 1, 1/rank for a flat spectrum; NaN for a zero delta."""
         if self.right is None:
             wide = self.left.shape[-1] > self.left.shape[-2]
             return _gram(self.left.mT if wide else self.left).square().sum((-2, -1)) / self.energy.square()
-        σ = factored_svd(self.left, self.right)[1]
+        σ = self.decomposed[1]
         return σ.pow(4).sum(-1) / σ.square().sum(-1).square()
 
     def between(self, U: Float64[Tensor, "head m k"], V: Float64[Tensor, "head n k"]) -> Float64[Tensor, "head k k"]:
@@ -70,6 +79,14 @@ class Change:
             return (self.left.double() * W.double()).sum((-2, -1))
         with exact_products(W.device):
             return ((W.double().mT @ self.left.double()) * self.right.double()).sum((-2, -1))
+
+    def times(self, other: Change) -> Float64[Tensor, " head"]:
+        """⟨ΔW, ΔW'⟩."""
+        if self.right is None or other.right is None:
+            return self.inner(other.left) if other.right is None else other.inner(self.left)
+        with exact_products(self.left.device):
+            sides = [a.double().mT @ b.double() for a, b in ((self.left, other.left), (self.right, other.right))]
+        return (sides[0] * sides[1]).sum((-2, -1))
 
     def added_to(self, W: Float[Tensor, "head m n"]) -> Float[Tensor, "head m n"]:
         """W + ΔW, in the precision of the delta."""
