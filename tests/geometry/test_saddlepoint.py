@@ -85,6 +85,17 @@ def test_scale_company_and_dtype_do_not_matter() -> None:
     assert together.dtype == single.dtype == torch.float64
 
 
+def test_zeros_behind_a_spectrum_are_missing_ones() -> None:
+    d, k = 64, 4
+    short, long = torch.arange(8.0, 0, -1).double().unsqueeze(0), torch.arange(32.0, 0, -1).double().unsqueeze(0)
+    x = torch.tensor([0.2], dtype=torch.float64)
+    apart = [isotropic_tail(λ / λ.sum(), d, k, x) for λ in (short, long)]
+    stacked = torch.cat([torch.nn.functional.pad(short, (0, 24)) / short.sum(), long / long.sum()])
+    h = torch.cat([1 - x, -x]).expand(2, -1)
+    together = rotation_tails(h, torch.tensor([[float(k), d - k]]).expand(2, -1), stacked, d)[0]
+    assert torch.equal(together, torch.cat(apart))
+
+
 def test_what_cannot_vary_has_no_tail() -> None:
     flat = torch.ones(1, 8)
     assert rotation_tails(torch.tensor([[0.5, -0.5]]), torch.tensor([[4.0, 4.0]]), flat, 8).isnan().all()

@@ -165,8 +165,9 @@ class IsotropicNull:
         # A coordinate permutation of a Haar subspace is one again: a pool smaller than HAAR_DRAWS is used repeatedly.
         while left > 0:
             order = torch.randperm(self.d, generator=generator)[: λ.shape[-1]]
-            for block in pool[:left].split(_BLOCK):
-                yield block[:, order].double() @ λ.mT
+            # The pool lies with its draws side by side: an entry of the order is one run of memory.
+            for block in pool[:left].mT.split(_BLOCK, 1):
+                yield (λ @ block.index_select(0, order).double()).mT
             left -= len(pool)
 
 
@@ -187,8 +188,8 @@ def haar_leverages(d: int, k: int, seed: int) -> Float[Tensor, "draw d"]:
         Z = torch.randn(min(chunk, count - start), d, k, generator=generator)
         # ‖Qᵀe_i‖² = z_iᵀ (ZᵀZ)⁻¹ z_i: a k × k inverse, no QR of d × k. (A triangular solve is 100 times slower here.)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(Z.mT @ Z))
-        pool.append(((Z @ inverse) * Z).sum(-1))
-    return torch.cat(pool)
+        pool.append(((Z @ inverse) * Z).sum(-1).mT)
+    return torch.cat(pool, 1).mT
 
 
 def fraction_cumulants(spectrum: Float[Tensor, "item r"], d: int, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -41,12 +41,15 @@ def rotation_tails(
         True
     """
     h, h_copies, s = (x.detach().cpu().double() for x in (h, h_copies, s))
-    pieces = max(1, _GRID // max(1, h.shape[-1] * (s.shape[-1] + 1)))
-    done = [
-        _tails(hs, copies, spectrum, d)
-        for hs, copies, spectrum in zip(h.split(pieces), h_copies.split(pieces), s.split(pieces), strict=True)
-    ]
-    return torch.cat(done, 1) if done else torch.zeros(2, 0, dtype=torch.float64)
+    # Zeros behind an item's last eigenvalue are missing ones: heads beside their pool are as short as if alone.
+    places = torch.arange(1, s.shape[-1] + 1)
+    lengths = torch.where(s != 0, places, 0).amax(-1) if s.numel() else torch.zeros(len(s), dtype=torch.long)
+    tails = torch.full((2, len(s)), torch.nan, dtype=torch.float64)
+    for length in lengths.unique().tolist():
+        at_once = max(1, _GRID // max(1, h.shape[-1] * (length + 1)))
+        for items in (lengths == length).nonzero().flatten().split(at_once):
+            tails[:, items] = _tails(h[items], h_copies[items], s[items, :length], d)
+    return tails
 
 
 def _tails(h: Tensor, h_copies: Tensor, s: Tensor, d: int) -> Tensor:
@@ -95,11 +98,15 @@ def _saddlepoint(e: Tensor, copies: Tensor, mean: Tensor) -> Tensor:
     low, high = 0.5 / e.amin(-1).clamp(max=-1e-300), 0.5 / e.amax(-1).clamp(min=1e-300)
     pole = torch.where(mean < 0, high, low)
     t, done = torch.zeros_like(mean), torch.zeros_like(mean, dtype=torch.bool)
+    weighted = copies.sqrt() * e
+    q = torch.empty_like(e)
     for _ in range(_STEPS):
-        x = 1 - 2 * t.unsqueeze(-1) * e
-        slope = mean + (copies * e * (1 / x - 1)).sum(-1)
+        # q = √copies · e/(1 − 2 t e): of it both derivatives are made, the grid is read and written in place.
+        torch.mul(e, -2 * t.unsqueeze(-1), out=q).add_(1)
+        torch.div(weighted, q, out=q)
+        slope = mean + 2 * t * torch.linalg.vecdot(weighted, q)
+        curvature = 2 * q.square_().sum(-1)
         low, high = torch.where(slope < 0, t, low), torch.where(slope < 0, high, t)
-        curvature = (2 * copies * (e / x).square()).sum(-1)
         B = curvature * (pole - t).square()
         step = pole + B / (slope - B / (pole - t))
         settled = (step - t).abs() <= 1e-9 * (1e-3 + t.abs())
