@@ -213,7 +213,10 @@ def test_too_few_tokens(pair: tuple[Any, Any]) -> None:
         ({"matrices": ["W_Q", "W_gate"]}, "expected matrices among W_Q, .*, got 'W_gate'; pass one of these"),
         ({"matrices": []}, r"expected matrices among W_Q, .*, got \[\]; pass one or several of these"),
         ({"matrices": "WQ"}, "expected matrices among W_Q, .*, got 'WQ'; pass 'W_Q'"),
-        ({"subspaces": ["attn"]}, "expected subspaces among attn_in, .*, prediction, got 'attn'; pass 'attn_in'"),
+        (
+            {"subspaces": ["attn"]},
+            "expected subspaces among attn_in, .*, prediction, embedding, .*, got 'attn'; pass 'attn_in'",
+        ),
         ({"subspaces": []}, r"expected at least one subspace among attn_in, .*, got \[\]; leave it out"),
         ({"subspaces": {}}, "expected at least one subspace among .*, got {}; leave it out for the default"),
         (
@@ -241,7 +244,7 @@ def test_arguments(options: dict[str, Any], text: str) -> None:
 
 def test_a_point_the_model_does_not_have() -> None:
     base = tiny.bridge("neox")
-    refused(r"expected subspaces among attn_in, mlp_in, resid_pre, resid_post, prediction, got 'resid_mid'; pass",
+    refused(r"expected subspaces among attn_in, mlp_in, resid_pre, resid_post, prediction, .*, got 'resid_mid'; pass",
             base, tiny.bridge("neox", delta=0.05), subspaces=["resid_mid"])  # fmt: skip
 
 

@@ -100,21 +100,24 @@ def compare_deltas(
     table = pd.concat(rows, ignore_index=True)
     table = _tested(table, seed)
     arms = [run.arm for run in shelf.values()]
-    whole = cosines_of(list(arrays.values()))
+    units: list[str | None] = [None, *chosen]
+    cosines = {
+        unit: cosines_of([x for name, x in arrays.items() if unit is None or name.endswith(f"/{unit}")])
+        for unit in units
+    }
     config = {
         "arguments": arguments,
         "versions": versions(),
         "base": model_record(base, base_hash),
         "models": {name: model_record(run.weights, hashes[name]) for name, run in shelf.items()},
         "arms": arms,
-        "order": _order(whole),
+        "order": _order(cosines[None]),
         "shape": shape_record(base),
         "matrices": list(chosen),
         "rank": rank,
     }
-    by_matrix = {m: cosines_of([x for name, x in arrays.items() if name.endswith(f"/{m}")]) for m in chosen}
     return DeltaComparison(
-        table=table, arms=_arm_table({None: whole, **by_matrix}, arms), config=config, notes=tuple(notes.lines),
+        table=table, arms=_arm_table(cosines, arms), config=config, notes=tuple(notes.lines),
         arrays=arrays,
     )  # fmt: skip
 

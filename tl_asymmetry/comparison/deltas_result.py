@@ -139,7 +139,7 @@ class DeltaComparison(Result):
         over = (rows[f"overlap_{side}"] / rows[f"chance_{side}"]).groupby([rows["a"], rows["b"]]).median()
         names = list(self.config["models"])
         grid = np.full((len(names), len(names)), np.nan)
-        for (a, b), value in over.items():
+        for a, b, value in over.reset_index().itertuples(index=False):
             i, j = names.index(a), names.index(b)
             grid[i, j] = grid[j, i] = value
         return self._ordered(grid)

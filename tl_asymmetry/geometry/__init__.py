@@ -26,6 +26,14 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as below
     )
     from tl_asymmetry.geometry.subspace import Subspace, as_subspace, principal_subspace, random_subspace
     from tl_asymmetry.models.capture import capture_moments
+    from tl_asymmetry.models.named_subspaces import (
+        difference_of_means,
+        embedding_subspace,
+        massive_coordinates,
+        suppressed_subspace,
+        weak_readout_subspace,
+        written_not_read_subspaces,
+    )
     from tl_asymmetry.models.prediction import prediction_subspace
 
 __getattr__, __dir__, __all__ = attach(
@@ -47,5 +55,9 @@ __getattr__, __dir__, __all__ = attach(
         "geometry.moments": ["StreamingMoments"],
         "models.capture": ["capture_moments"],
         "models.prediction": ["prediction_subspace"],
+        "models.named_subspaces": [
+            "difference_of_means", "embedding_subspace", "massive_coordinates", "suppressed_subspace",
+            "weak_readout_subspace", "written_not_read_subspaces",
+        ],
     },
 )  # fmt: skip

@@ -49,7 +49,7 @@ def prediction_gram(
     """P Pᵀ of P = C · diag(γ) W_U minus its mean over the vocabulary, float64 on CPU; see `prediction_subspace`."""
     W_U, gain, subtracts_mean = view.unembedding()
     W_U = W_U[:, :d_vocab]
-    gram, mean = _second_moment_over_vocabulary(W_U)
+    gram, mean = vocabulary_moments(W_U)
     if centered:
         gram = gram - W_U.shape[1] * torch.outer(mean, mean)
     if fold_norm:
@@ -62,7 +62,7 @@ def prediction_gram(
     return gram
 
 
-def _second_moment_over_vocabulary(
+def vocabulary_moments(
     W_U: Float[Tensor, "d_model d_vocab"],
 ) -> tuple[Float[Tensor, "d_model d_model"], Float[Tensor, " d_model"]]:
     """W_U W_Uᵀ and the mean column, float64 on CPU; chunks, so that no second copy of W_U is made."""

@@ -99,11 +99,12 @@ def analyze_pair(
         mask: which of `tokens` are real, `[batch, pos]`; padding stands at the ends of rows.
         matrices: default all the model has of W_Q, W_K, W_V, W_O, W_in, W_gate, W_out.
         ranks: default the distinct values of 1, 4, 16, 64, d//16, d//4 below d.
-        subspaces: names out of attn_in, mlp_in, resid_pre, resid_mid, resid_post, prediction, and mappings from
-            other names to own directions (a `Subspace`, a vector, a matrix `[d_model, k]`, a list of vectors; or a list
-            with a `Subspace` or matrix for each layer), which are measured at their own number, and below it only where
-            they have eigenvalues. Every matrix is then held against each. Default: a read matrix against its own input,
-            a write matrix against the stream it writes into, all against "prediction".
+        subspaces: names out of attn_in, mlp_in, resid_pre, resid_mid, resid_post, prediction, embedding, weak_readout,
+            suppressed, written_not_read (the last four: see `tl_asymmetry.geometry`), and mappings from other names to
+            own directions (a `Subspace`, a vector, a matrix `[d_model, k]`, a list of vectors; or a list with a
+            `Subspace` or matrix for each layer), which are measured at their own number, and below it only where they
+            have eigenvalues. Every matrix is then held against each. Default: a read matrix against its own input, a
+            write matrix against the stream it writes into, all against "prediction".
         optimizer: the optimiser of the training in between, "sgd", "adam" or "muon": recorded with the result.
         exclude_first: leave the first position of each sequence out, whose attention-sink activations would dominate.
         centered: principal directions of the covariance instead of the uncentred second moment.

@@ -23,6 +23,7 @@ from tl_asymmetry.models.capture import (
     merged,
 )
 from tl_asymmetry.models.checks import check_ranks, check_token_count
+from tl_asymmetry.models.named_subspaces import READY
 from tl_asymmetry.models.readers.base import Weights
 from tl_asymmetry.models.readers.hub import public_name
 from tl_asymmetry.models.view import ModelView
@@ -270,6 +271,7 @@ def _chosen_subspaces(view: ModelView, subspaces: Any) -> tuple[tuple[str, ...],
     if subspaces is None:
         return (), {}
     available = [*(point for point in STREAM_SUBSPACES if view.has_point(point)), "prediction"]
+    everything = [*available, *READY]
     listed = [subspaces] if isinstance(subspaces, str | Mapping) else subspaces
     if not isinstance(listed, Iterable) or isinstance(listed, Tensor):
         listed = []
@@ -279,16 +281,19 @@ def _chosen_subspaces(view: ModelView, subspaces: Any) -> tuple[tuple[str, ...],
         if isinstance(entry, Mapping):
             names += list(entry)
             given |= {name: _of_every_layer(name, value, view) for name, value in entry.items()}
+        elif isinstance(entry, str) and entry in READY:
+            names.append(entry)
+            given[entry] = READY[entry](view)
         elif entry in available:
             names.append(entry)
         else:
             raise ValueError(
-                f"expected subspaces among {', '.join(available)}, got {entry!r}; pass {nearest(entry, available)} or "
-                'a mapping from names to your own directions, such as {"refusal": vector}'
+                f"expected subspaces among {', '.join(everything)}, got {entry!r}; pass {nearest(entry, everything)} "
+                'or a mapping from names to your own directions, such as {"refusal": vector}'
             )
     if not names:
         raise ValueError(
-            f"expected at least one subspace among {', '.join(available)}, got {subspaces!r}; leave it out for the "
+            f"expected at least one subspace among {', '.join(everything)}, got {subspaces!r}; leave it out for the "
             "default"
         )
     return tuple(dict.fromkeys(names)), given
@@ -296,7 +301,7 @@ def _chosen_subspaces(view: ModelView, subspaces: Any) -> tuple[tuple[str, ...],
 
 def _of_every_layer(name: Any, value: Any, view: ModelView) -> list[Subspace]:
     """Own directions, the same in every layer or one list, matrix or `Subspace` for each."""
-    if not isinstance(name, str) or name in (*STREAM_SUBSPACES, "prediction"):
+    if not isinstance(name, str) or name in (*STREAM_SUBSPACES, "prediction", *READY):
         raise ValueError(
             f"expected own subspaces under names of their own, got {name!r}, which is "
             f"{'the name of a built-in one' if isinstance(name, str) else 'none'}; pass another name"
