@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,19 @@ _SUBMODULE = {"W_Q": "q", "W_K": "k", "W_V": "v", "W_O": "o", "W_in": "in", "W_g
 
 class _Stopped(Exception):
     """Raised after the last block wanted to leave out the unembedding, and caught again at once."""
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Makes a live tensor times a number."""
+
+    tensor: Callable[[], Tensor]
+    """What is scaled."""
+    factor: float
+    """By what."""
+
+    def __call__(self) -> Tensor:
+        return self.tensor() * self.factor
 
 
 class BridgeAdapter:
@@ -253,7 +267,7 @@ class BridgeAdapter:
                 entries[f"{name}.b"] = lambda: norm.bias
 
         scale = self.embedding_scale
-        entries["embed.W_E"] = lambda: self.embedding() if scale == 1 else self.embedding() * scale
+        entries["embed.W_E"] = self.embedding if scale == 1 else Scaled(self.embedding, scale)
         cover(self.embedding(), self.unembedding())
         if _child(model, "pos_embed") is not None and hasattr(model.pos_embed, "weight"):
             entries["pos_embed.W_pos"] = lambda: model.pos_embed.weight

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_asymmetry.geometry.precision import exact_products, product_dtype
-from tl_asymmetry.models.bridge import BridgeAdapter
+from tl_asymmetry.models.bridge import BridgeAdapter, Scaled
 from tl_asymmetry.models.encoders import encoder_adapter, is_encoder
 from tl_asymmetry.models.hooked import HookedAdapter
 from tl_asymmetry.models.huggingface import HuggingFaceAdapter, is_regular, is_transformers_model
@@ -54,6 +54,14 @@ class Parameters(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._makers[name]().detach()
+
+    def unscaled(self, name: str) -> tuple[Tensor, float]:
+        """A tensor and what it is to be multiplied by: of a scaled embedding no copy is made."""
+        maker = self._makers[name]
+        return (maker.tensor().detach(), maker.factor) if isinstance(maker, Scaled) else (self[name], 1.0)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._makers  # Mapping's own would make the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._makers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import pandas as pd
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from tl_asymmetry.geometry.fraction import total
 from tl_asymmetry.geometry.precision import product_dtype
 from tl_asymmetry.models.readers.base import Weights, WeightSource
-from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.models.view import ModelView, Parameters
 
 OTHER_COLUMNS = ("layer", "parameter", "base_norm", "delta_norm", "delta_relative_norm", "delta_shrink")
 """Columns of the table of other changes, in this order."""
@@ -28,7 +28,7 @@ def other_changes(base: ModelView, aligned: Weights) -> pd.DataFrame:
     ours, theirs = _headless(base, aligned)
     unchanged = ours if _only_changes(aligned) else {}
     rows = [
-        _row(name, ours[name], theirs[name] if name in theirs else ours[name])
+        _row(name, ours.unscaled(name), (theirs if name in theirs else ours).unscaled(name))
         for name in ours
         if name in theirs or name in unchanged
     ]
@@ -41,7 +41,7 @@ def unmatched_parameters(base: ModelView, aligned: Weights) -> Iterator[str]:
     yield from sorted(theirs - ours if _only_changes(aligned) else ours ^ theirs)
 
 
-def _headless(base: ModelView, aligned: Weights) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+def _headless(base: ModelView, aligned: Weights) -> tuple[Parameters, Parameters]:
     untied = base.tied != aligned.tied  # one of the two may have learned an unembedding of its own
     return base.headless(include_tied=untied), aligned.headless(include_tied=untied)
 
@@ -50,18 +50,32 @@ def _only_changes(aligned: Weights) -> bool:
     return isinstance(aligned, WeightSource) and aligned.only_changes
 
 
-def _row(name: str, base: Tensor, aligned: Tensor) -> tuple[int | None, str, float, float, float, float]:
+def _row(
+    name: str, ours: tuple[Tensor, float], theirs: tuple[Tensor, float]
+) -> tuple[int | None, str, float, float, float, float]:
+    (base, scale), (aligned, other_scale) = ours, theirs
     common = tuple(slice(0, min(sizes)) for sizes in zip(base.shape, aligned.shape, strict=True))
-    base, aligned = base[common], aligned.to(base.device)[common]
+    base, aligned = base[common], aligned[common]
     dtype = product_dtype(base, aligned)
     base_energy = energy = inner = 0.0
     # In pieces that stay in the processor's cache: an embedding is the largest tensor of a small model.
-    for W, W_aligned in zip(base.reshape(-1).split(_PIECE), aligned.reshape(-1).split(_PIECE), strict=True):
+    for W, W_aligned in _pieces(base, aligned):
         W = W.to(dtype)
-        ΔW = W_aligned.to(dtype) - W
-        base_energy += total(W.square()).item()
-        energy += total(ΔW.square()).item()
-        inner += total(W * ΔW).item()
+        W_aligned = W_aligned.to(W)
+        ΔW = (W_aligned if other_scale == scale else W_aligned * (other_scale / scale)) - W
+        base_energy += total(W.square(), axes=W.ndim).item()
+        energy += total(ΔW.square(), axes=W.ndim).item()
+        inner += total(W * ΔW, axes=W.ndim).item()
     relative, shrink = ((energy / base_energy) ** 0.5, inner / base_energy) if base_energy else (float("nan"),) * 2
     block = re.match(r"blocks\.(\d+)\.", name)
-    return (int(block[1]) if block else None, name, base_energy**0.5, energy**0.5, relative, shrink)
+    layer = int(block[1]) if block else None
+    return layer, name, scale * base_energy**0.5, scale * energy**0.5, relative, shrink
+
+
+def _pieces(base: Tensor, aligned: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Two tensors cut alike across the axis along which the first lies furthest apart: no copy, whatever its layout."""
+    if base.numel() <= _PIECE:
+        return iter([(base, aligned)])
+    axis = max(range(base.ndim), key=base.stride)
+    rows = max(1, _PIECE * base.shape[axis] // base.numel())
+    return zip(base.split(rows, axis), aligned.split(rows, axis), strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_asymmetry.geometry.precision import product_dtype
-from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.models.view import ModelView, Parameters
 from tl_asymmetry.names import MATRICES, kind_of
 
 
@@ -132,7 +132,7 @@ class WeightSource:
         """The same source with a base to add its changes to, where it is one of changes and has none."""
         return self
 
-    def headless(self, *, include_tied: bool = False) -> Mapping[str, Tensor]:
+    def headless(self, *, include_tied: bool = False) -> Parameters:
         """All parameters that are no matrix, by HookedTransformer's names, each read when it is looked up.
 
         Embeddings come in the type they are stored in: they are the largest tensors, and only compared in pieces.

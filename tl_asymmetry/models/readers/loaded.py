@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from tl_asymmetry.models.loading import bridge_around, transformers_model
 from tl_asymmetry.models.readers.base import WeightSource
 from tl_asymmetry.models.readers.folder import read_tokenizer
 from tl_asymmetry.models.readers.stored import DIMENSIONS
-from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.models.view import ModelView, Parameters
 
 
 class LoadedWeights(WeightSource):
@@ -56,7 +56,7 @@ class LoadedWeights(WeightSource):
     def has(self, layer: int, matrix: str) -> bool:
         return self._view.has(layer, matrix)
 
-    def headless(self, *, include_tied: bool = False) -> Mapping[str, Tensor]:
+    def headless(self, *, include_tied: bool = False) -> Parameters:
         return self._view.headless(include_tied=include_tied)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
