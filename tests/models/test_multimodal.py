@@ -147,8 +147,12 @@ def test_an_adapter_of_a_multimodal_model(name: str, tmp_path: Path) -> None:
 
 def test_live_as_from_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a torchvision that can be imported TransformerLens wraps the whole, and the view is the folder's."""
+    import huggingface_hub
+
     monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
     monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("something would be installed"))
+    # TransformerLens 4 asks the hub for a processor, five minutes long where there is no network.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     model = loaded("gemma3", 0.05)
     model.set_attn_implementation("eager")
     view, weights = ModelView(bridge_around(model, "whole")), weights_from(multimodal("gemma3", 0.05))
