@@ -62,31 +62,37 @@ def fresh_settings() -> Iterator[None]:
 
 
 def _full_products() -> AbstractContextManager[None]:
-    backends: tuple[Any, ...] = (getattr(torch.backends.mkldnn, "matmul", None), torch.backends.cuda.matmul)
-    own: list[tuple[Any, str]] = []
-    before: list[str] = []
+    aside = _Aside()
+    return temporarily(aside.enter, aside.leave)
 
-    def enter() -> None:
+
+class _Aside:
+    """The caller's precision of float32 products, while ours holds."""
+
+    def __init__(self) -> None:
+        self.backends: tuple[Any, ...] = (getattr(torch.backends.mkldnn, "matmul", None), torch.backends.cuda.matmul)
+        self.own: list[tuple[Any, str]] = []
+        self.before: list[str] = []
+
+    def enter(self) -> None:
         try:
-            before.append(torch.get_float32_matmul_precision())
+            self.before.append(torch.get_float32_matmul_precision())
         except RuntimeError:
             # torch ≥ 2.9 will not name one precision where a backend was given its own (`fp32_precision`): put these
             # aside.
-            own.extend([(backend, backend.fp32_precision) for backend in backends])
-            for backend in backends:
+            self.own.extend([(backend, backend.fp32_precision) for backend in self.backends])
+            for backend in self.backends:
                 backend.fp32_precision = "ieee"
-            before.append(torch.get_float32_matmul_precision())
-        if before != ["highest"]:
+            self.before.append(torch.get_float32_matmul_precision())
+        if self.before != ["highest"]:
             torch.set_float32_matmul_precision("highest")
 
-    def leave() -> None:
-        for precision in before:
+    def leave(self) -> None:
+        for precision in self.before:
             if precision != "highest":
                 torch.set_float32_matmul_precision(precision)
-        for backend, precision in own:
+        for backend, precision in self.own:
             backend.fp32_precision = precision
-
-    return temporarily(enter, leave)
 
 
 def product_dtype(*tensors: Tensor) -> torch.dtype:

@@ -192,7 +192,7 @@ class Measurements:
         own = np.array(units, dtype=object)[frame["layer"].to_numpy(int)]
         numbers = pd.Series(np.tile(np.arange(heads), len(self.places)), dtype="Int64")
         axes = {axis: numbers.where(own == axis) for axis in ("head", "expert")}
-        return frame.assign(**axes, run=np.repeat(self.runs, heads))
+        return pd.DataFrame({**frame, **axes, "run": np.repeat(self.runs, heads)})
 
 
 _OF_A_SUBSPACE = ("eigenvalues", "exists")

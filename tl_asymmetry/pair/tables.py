@@ -176,12 +176,13 @@ class _Block:
     def finished(self, judged: Judged, *, few: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Rows of the table and of the nulls, without those at ranks that do not exist."""
         heads = self.delta.energy.shape[1]
-        keys = self.numbers.rows(heads, self.numbers.layout.units[self.matrix]).assign(
-            matrix=self.matrix, pathway=kind_of(self.matrix).side, subspace=self.subspace, rank=self.k
-        )
+        # In one go: column by column pandas copies the list of names each time.
+        keys = pd.DataFrame({
+            **self.numbers.rows(heads, self.numbers.layout.units[self.matrix]),
+            "matrix": self.matrix, "pathway": kind_of(self.matrix).side, "subspace": self.subspace, "rank": self.k,
+        })  # fmt: skip
         columns, biased = self._columns(judged)
-        values = {name: np.ravel(value) for name, value in columns.items()}
-        frame = keys.assign(**values)
+        frame = pd.DataFrame({**keys, **{name: np.ravel(value) for name, value in columns.items()}})
         sampled = frame["ci_low"].notna() | frame["excess_low"].notna()
         wide = frame["ci_high"] > _WIDE_INTERVAL * frame["ci_low"]
         frame["flags"] = _flags({
@@ -315,7 +316,8 @@ def _null_rows(
 
     repeated = pd.concat([keys] * len(nulls), ignore_index=True)
     expected = values("expected")
-    rows = repeated.assign(**{
+    rows = pd.DataFrame({
+        **repeated,
         "null": np.repeat(list(nulls), len(keys)),
         "expected": expected,
         "excess": np.tile(fraction, len(nulls)) / expected,

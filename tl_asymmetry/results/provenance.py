@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,7 @@ def _storage(view: Weights) -> torch.dtype:
     return finest
 
 
+@cache  # read from files
 def _version(package: str) -> str | None:
     try:
         return version(package)
