@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,8 @@ class NaivePair:
             for group in self.groups
         ]
         self.prediction = self._prediction()
+        for name in ("weight", "basis", "eigengap", "activation_matched", "gradient_matched"):
+            setattr(self, name, cache(getattr(self, name)))  # every row asks again
 
     # -- the model -----------------------------------------------------------------------------------------------
 
@@ -166,7 +169,7 @@ class NaivePair:
             without = [
                 reference.subspace_fraction(ΔW, self.basis(subspace, layer, leave_out=i)[:, :k]) for i in range(g)
             ]
-            t = stats.t(g - 1).ppf(0.975)
+            t = stats.t.ppf(0.975, g - 1)
             low, high, _ = reference.log_jackknife(f * d / k, [r * d / k for r in without], t, corrected=True)
         matched = self.activation_matched(matrix, subspace, layer, k)
         of_gradient = self.gradient_matched(matrix, subspace, layer, head, k)
@@ -242,7 +245,7 @@ class NaivePair:
         if self.replicated("attn_in"):
             g = len(self.groups)
             without = [relative(read, self.basis("attn_in", layer, leave_out=i)) / written for i in range(g)]
-            t = stats.t(g - 1).ppf(0.975)
+            t = stats.t.ppf(0.975, g - 1)
             low, high = np.log2(reference.log_jackknife(reading / written, without, t, corrected=True)[:2])
         return {
             "read": reading,

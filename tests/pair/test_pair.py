@@ -31,8 +31,9 @@ ROTARY = ("llama", "neox", "rms_rotary_gated_gqa")
 PARALLEL = ("neox",)
 NO_MEAN = ("llama", "rms_rotary_gated_gqa")
 
-CASES = [(name, kind) for name in ("gpt2", "llama", "neox") for kind in tiny.KINDS]
-CASES += [("rms_rotary_gated_gqa", kind) for kind in tiny.KINDS]
+# Both kinds of one architecture, and one kind of the others: that the other gives their tables is tested by itself.
+CASES = [("gpt2", kind) for kind in tiny.KINDS]
+CASES += [("llama", tiny.KINDS[0]), ("neox", "bridge"), ("rms_rotary_gated_gqa", "bridge")]
 
 
 @functools.cache
@@ -158,7 +159,7 @@ def test_the_table_in_float64(name: str, kind: str) -> None:
     assert (table["flags"].str.contains("few_tokens") == sampled).all()
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES[: 3 * len(tiny.KINDS)])
+@pytest.mark.parametrize(("name", "kind"), [("gpt2", tiny.KINDS[0]), ("llama", "bridge")])
 def test_the_table_in_float32(name: str, kind: str) -> None:
     base, aligned = models(name, kind, torch.float32)
     result = run(base, aligned, ranks=[1, 4], gradient=Gradient())
@@ -245,12 +246,12 @@ def test_profiles_and_spectra_hold_the_table() -> None:
 
 
 @needs_hooked
-@pytest.mark.parametrize("name", ["gpt2", "llama", "neox"])
+@pytest.mark.parametrize("name", ["llama", "neox"])  # gpt2: both against the oracle
 def test_both_kinds_give_the_same_table(name: str) -> None:
     pairs = {kind: models(name, kind) for kind in tiny.KINDS}
-    hooked, bridge = (run(*pairs[kind], ranks=[1, 3, 4]) for kind in ("hooked", "bridge"))
+    hooked, bridge = (run(*pairs[kind], ranks=[1, 4]) for kind in ("hooked", "bridge"))
     same_tables(hooked, bridge, 1e-5)  # Hugging Face's RMS norms and softmax are float32 in float64 models too
-    mixed = run(pairs["hooked"][0], pairs["bridge"][1], ranks=[1, 3, 4])
+    mixed = run(pairs["hooked"][0], pairs["bridge"][1], ranks=[1, 4])
     same_tables(mixed, hooked, 1e-5)
     hashes = [[r.config["models"][m]["weights_xxh3"] for m in ("base", "aligned")] for r in (hooked, bridge, mixed)]
     assert hashes[0] == hashes[1] == hashes[2]
@@ -258,9 +259,9 @@ def test_both_kinds_give_the_same_table(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "kind", "dtype"),
-    [("gpt2", kind, torch.float64) for kind in tiny.KINDS]
-    + [("neox", "bridge", torch.float64), ("plain", "bridge", torch.float64)]
-    + [("llama", kind, torch.float32) for kind in tiny.KINDS],
+    # one of each way to leave padding out: TransformerLens's, Hugging Face's, the Bridge's own; and one in float32
+    [("gpt2", tiny.KINDS[0], torch.float64), ("neox", "bridge", torch.float64), ("plain", "bridge", torch.float64)]
+    + [("llama", "bridge", torch.float32)],
 )
 def test_batch_size_and_padding_make_no_difference(name: str, kind: str, dtype: torch.dtype) -> None:
     base, aligned = models(name, kind, dtype)

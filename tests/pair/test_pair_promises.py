@@ -148,16 +148,20 @@ def test_what_was_put_into_a_model_is_named(kind: str) -> None:
         centroids(base, tokens=TOKENS[:1])
 
 
+@functools.cache
+def quiet(kind: str) -> PairAnalysis:
+    return analyze_pair(*pair(kind, "llama"), **OPTIONS)
+
+
 @pytest.mark.parametrize("kind", tiny.KINDS)
 @pytest.mark.parametrize("flag", HOOK_FLAGS)
 def test_options_that_move_hooks_make_no_difference(kind: str, flag: str) -> None:
-    base, aligned = tiny.build("llama", kind), tiny.build("llama", kind, delta=0.05)
-    quiet = analyze_pair(base, aligned, **OPTIONS)
+    base = tiny.build("llama", kind)
     switch = getattr(base, f"set_{flag}", None)
     if switch is None or (flag, kind) == ("use_attn_in", "hooked"):
         pytest.skip("no option of this model")
     switch(True)
-    identical_tables(quiet, analyze_pair(base, aligned, **OPTIONS))
+    identical_tables(quiet(kind), analyze_pair(base, pair(kind, "llama")[1], **OPTIONS))
     assert getattr(base.cfg, flag) is True
 
 
@@ -390,14 +394,13 @@ def test_results_pickle_copy_and_compare(tmp_path: Path) -> None:
     import copy
     import pickle
 
-    base, aligned = pair()
-    result = analyze_pair(base, aligned, **OPTIONS)
+    result = analyze_pair(*pair(), **OPTIONS)
     for twin in (pickle.loads(pickle.dumps(result)), copy.copy(result), copy.deepcopy(result), PairAnalysis.load(
         result.save(tmp_path)
     )):  # fmt: skip
         assert twin == result
         pd.testing.assert_frame_equal(twin.table, result.table, check_exact=True)
-    assert result != analyze_pair(base, aligned, **{**OPTIONS, "seed": 1})
+    assert result != analyze_pair(*pair(), **{**OPTIONS, "seed": 1})
     assert result != "a result"
 
 
@@ -420,11 +423,16 @@ def test_a_notebook_shows_the_facts() -> None:
 # --- directions ------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def analyzed_at_rank_one(kind: str) -> PairAnalysis:
+    return analyze_pair(*pair(kind), TEXTS, ranks=[1], groups=1, progress=False)
+
+
 @pytest.mark.parametrize("kind", tiny.KINDS)
 @pytest.mark.parametrize(("matrix", "head"), [("W_Q", 3), ("W_V", 1), ("W_O", 2), ("W_in", None), ("W_out", None)])
 def test_directions_against_a_naive_svd_and_argmax(kind: str, matrix: str, head: int | None) -> None:
     base, aligned = pair(kind)
-    result = analyze_pair(base, aligned, TEXTS, ranks=[1], groups=1, progress=False)
+    result = analyzed_at_rank_one(kind)
     layer, view = 1, ModelView(base)
     table = result.directions(layer, matrix, head, n=2, contexts=3)
     assert list(table["direction"]) == [1, 1, 2, 2]
@@ -559,9 +567,9 @@ def test_calibration_texts_are_noted() -> None:
 
 
 def test_the_progress_bar_can_be_switched_off(capfd: pytest.CaptureFixture[str]) -> None:
-    analyze_pair(*pair(), **OPTIONS)
+    analyze_pair(*pair(), **OPTIONS, matrices=["W_in"])
     assert capfd.readouterr() == ("", "")
-    analyze_pair(*pair(), **OPTIONS | {"progress": True})
+    analyze_pair(*pair(), **OPTIONS | {"progress": True}, matrices=["W_in"])
     assert "activations" in capfd.readouterr().err
 
 
