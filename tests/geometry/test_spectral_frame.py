@@ -9,6 +9,7 @@ from tl_asymmetry.geometry.spectral_frame import (
     at_random_orientation,
     expected_rotation,
     intruders,
+    leading_frame,
     rotation,
     spectral_frame,
 )
@@ -33,6 +34,16 @@ def test_a_frame_is_the_svd(shape, dtype):
     ):
         v = haar(axis, 3, torch.Generator().manual_seed(1)).expand(2, -1, -1)
         torch.testing.assert_close(cosines(v), (v.mT @ vectors).abs(), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("shape", [(260, 280), (280, 260), (30, 12)])
+def test_leading_vectors_alone_are_those_of_the_whole_frame(shape):
+    W = weights(*shape)
+    whole, leading = spectral_frame(W, longer=5), leading_frame(W, 5)
+    torch.testing.assert_close(leading.values, whole.values[..., :5], rtol=1e-12, atol=0)
+    for ours, theirs in ((leading.left(5), whole.left(5)), (leading.right(5), whole.right(5))):
+        assert ours.shape == theirs.shape
+        torch.testing.assert_close((ours.mT @ theirs).abs(), torch.eye(5).double().expand(2, -1, -1), rtol=0, atol=1e-9)
 
 
 def test_a_weight_without_full_rank_has_no_direction_there():

@@ -138,7 +138,7 @@ class Comparison(Result):
         from tl_asymmetry.plots import differences_figure
 
         return differences_figure(
-            self._pair(self.table, a, b), matrix, subspace=subspace, rank=rank, **self._kv(matrix),
+            self._pair(self.table, a, b), matrix, subspace=subspace, rank=rank, kv=self._kv(matrix),
             default_rank=self.config["shown_rank"],
             title=title, template=template, width=width, height=height,
         )  # fmt: skip
@@ -169,7 +169,7 @@ class Comparison(Result):
         from tl_asymmetry.plots import overlap_figure
 
         return overlap_figure(
-            self._pair(self.overlap, a, b), matrix, **self._kv(matrix),
+            self._pair(self.overlap, a, b), matrix, kv=self._kv(matrix),
             title=title, template=template, width=width, height=height,
         )  # fmt: skip
 
@@ -291,7 +291,7 @@ class Comparison(Result):
         x, y = chosen[0]
         return table[(table["a"] == x) & (table["b"] == y)]
 
-    def _kv(self, matrix: str) -> dict[str, bool]:
-        kinds = [MATRICES[matrix]] if matrix in MATRICES else []
+    def _kv(self, matrix: str) -> bool:
         shape = self.config["shape"]
-        return {"kv": any(kind.heads == "kv" for kind in kinds) and shape["n_kv_heads"] < shape["n_heads"]}
+        shared = matrix in MATRICES and MATRICES[matrix].heads == "kv"
+        return shared and shape["n_kv_heads"] < shape["n_heads"]

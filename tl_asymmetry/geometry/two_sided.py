@@ -124,16 +124,28 @@ def _haar(m: int, k: int) -> tuple[float, float]:
     return k**2 / m**2 - 2 * β / m, β
 
 
-def rounding_share_between(
-    weight: Float[Tensor, "*head m n"], left: Float[Tensor, "*head m k"], right: Float[Tensor, "*head n j"]
-) -> Float64[Tensor, "*head"]:
-    """The expected two-sided share of storage noise alone: independent errors, each in proportion to its entry's ulp.
+def rounding_profile_between(
+    weight: Float[Tensor, "*head m n"], left: Float[Tensor, "*head m k"], right: Float[Tensor, "*head n k"]
+) -> Float64[Tensor, "*head k"]:
+    """The expected two-sided share of storage noise alone, between the first 1, 2, … k columns of both frames.
 
-    Σ_ij N_ij ‖U_i‖² ‖V_j‖² / Σ_ij N_ij with N_ij = 4^⌊log₂|W_ij|⌋, the same for bf16, fp16 and fp32. NaN for W = 0.
+    Independent errors, each in proportion to its entry's ulp: Σ_ij N_ij ‖U_i‖² ‖V_j‖² / Σ_ij N_ij with
+    N_ij = 4^⌊log₂|W_ij|⌋, the same for bf16, fp16 and fp32. NaN for W = 0.
     """
     exponent = torch.frexp(weight.double()).exponent
     noise = torch.where(weight != 0, torch.ldexp(torch.ones_like(weight, dtype=torch.float64), 2 * exponent), 0.0)
-    rows, columns = (side.double().square().sum(-1, keepdim=True) for side in (left, right))
+    rows, columns = (side.double().square().cumsum(-1) for side in (left, right))
     with exact_products(weight.device):
-        held = (rows.mT @ noise @ columns).squeeze((-2, -1))
-    return torch.where(noise.sum((-2, -1)) > 0, held / noise.sum((-2, -1)), math.nan)
+        held = (rows * (noise @ columns)).sum(-2)
+    total = noise.sum((-2, -1)).unsqueeze(-1)
+    return torch.where(total > 0, held / total, math.nan)
+
+
+def nested_sums(block: Float64[Tensor, "*head k k"]) -> Float64[Tensor, "*head k"]:
+    """Sums over the leading 1 × 1, 2 × 2, … k × k corners.
+
+    Example:
+        >>> nested_sums(torch.ones(3, 3, dtype=torch.float64)).tolist()
+        [1.0, 4.0, 9.0]
+    """
+    return block.cumsum(-1).cumsum(-2).diagonal(dim1=-2, dim2=-1)

@@ -12,9 +12,10 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from tl_asymmetry.geometry.changed import changed_expected, changed_share
+from tl_asymmetry.geometry.precision import exact_products
 from tl_asymmetry.geometry.rounding import rounding_noise
-from tl_asymmetry.geometry.spectral_frame import Frame, expected_rotation, intruders, rotation, spectral_frame
-from tl_asymmetry.geometry.two_sided import rounding_share_between, two_sided_tail
+from tl_asymmetry.geometry.spectral_frame import Frame, expected_rotation, intruders, leading_frame, spectral_frame
+from tl_asymmetry.geometry.two_sided import nested_sums, rounding_profile_between, two_sided_tail
 from tl_asymmetry.models.readers.base import Weights
 from tl_asymmetry.names import kind_of
 from tl_asymmetry.spectra.change import Change, change_of, heads_first
@@ -32,10 +33,11 @@ def matrix_rows(
     W = heads_first(base.weight(layer, matrix))
     change = change_of(base, aligned, layer, matrix)
     whole = _of_whole(W, change, seed=seed)
-    here = _Frames.of(W, change, np.random.default_rng([seed, layer]))
+    frames = _Frames.of(W, change, max(ranks), np.random.default_rng([seed, layer]))
+    profiles = _shares(W, change, frames) | _turned(frames) | _drift(frames)
     headed = kind_of(matrix).heads is not None
     for rank in ranks:
-        columns = whole | _at_rank(W, change, here, rank)
+        columns = whole | _at_rank(W, change, frames, profiles, rank)
         for head in range(len(W)):
             place = {"layer": layer, "head": head if headed else None, "expert": None, "matrix": matrix, "rank": rank}
             yield place | {name: float(values[head]) for name, values in columns.items()}
@@ -43,19 +45,21 @@ def matrix_rows(
 
 @dataclass(frozen=True)
 class _Frames:
-    """The frames of the base, of the aligned weight, and of deltas at random orientation."""
+    """The frames of the base, of the aligned weight, and of deltas at random orientation, up to the largest rank."""
 
+    rank: int
     base: Frame
     aligned: Frame
     turned: list[Frame]
 
     @classmethod
-    def of(cls, W: Tensor, change: Change, generator: np.random.Generator) -> _Frames:
+    def of(cls, W: Tensor, change: Change, rank: int, generator: np.random.Generator) -> _Frames:
         draws = _DRAWS if min(W.shape[-2:]) <= _LARGE else _DRAWS_OF_LARGE
         return cls(
-            spectral_frame(W),
-            spectral_frame(change.added_to(W)),
-            [spectral_frame(change.turned(generator).added_to(W)) for _ in range(draws)],
+            rank,
+            spectral_frame(W, longer=2 * rank),
+            leading_frame(change.added_to(W), rank),
+            [leading_frame(change.turned(generator).added_to(W), rank) for _ in range(draws)],
         )
 
 
@@ -78,56 +82,92 @@ def _of_whole(W: Float[Tensor, "head m n"], change: Change, *, seed: int) -> dic
     }
 
 
-def _at_rank(W: Float[Tensor, "head m n"], change: Change, here: _Frames, k: int) -> dict[str, Tensor]:
-    m, n = W.shape[-2:]
-    energy = change.energy
-    U, V = here.base.left(k), here.base.right(k)
+def _shares(W: Float[Tensor, "head m n"], change: Change, frames: _Frames) -> dict[str, Float64[Tensor, "head k"]]:
+    """Shares of ‖ΔW‖² at rank 1, 2, … in the base's frame, and of rounding alone."""
+    k, energy = frames.rank, change.energy.unsqueeze(-1)
+    U, V, σ = frames.base.left(k), frames.base.right(k), frames.base.values
     core = change.between(U, V)
-    share, chance = core.square().sum((-2, -1)) / energy, k * k / (m * n)
-    left, right = (profile.sum(-1) / energy for profile in (change.left_profile(U), change.right_profile(V)))
-    shrink = change.inner(W) / here.base.values.square().sum(-1)
-    unshrunk = core - torch.diag_embed(shrink.unsqueeze(-1) * here.base.values[..., :k])
-    rest = energy - shrink.square() * here.base.values.square().sum(-1)
-    σ, moved = here.base.values[..., :k], here.aligned.values[..., :k]
+    size = σ.square().sum(-1)
+    shrink = change.inner(W) / size
+    unshrunk = core - torch.diag_embed(shrink.unsqueeze(-1) * σ[..., :k])
     return {
-        "on_principal": share,
-        "on_principal_relative": share / chance,
-        "left_relative": left * m / k,
-        "right_relative": right * n / k,
-        "on_principal_p": two_sided_tail(share, change.purity, m, n, k, k),
-        "coupling": share / (left * right),
-        "on_principal_unshrunk": unshrunk.square().sum((-2, -1)) / rest / chance,
-        "on_principal_rounding": rounding_share_between(W, U, V) / chance,
-        **_turned(here, k, energy, m, n),
-        "drift": (moved - σ).square().sum(-1).sqrt() / σ.square().sum(-1).sqrt(),
+        "on_principal": nested_sums(core.square()) / energy,
+        "left": change.left_profile(U).cumsum(-1) / energy,
+        "right": change.right_profile(V).cumsum(-1) / energy,
+        "unshrunk": nested_sums(unshrunk.square()) / (energy - (shrink.square() * size).unsqueeze(-1)),
+        "rounding": rounding_profile_between(W, U, V),
     }
 
 
-def _turned(here: _Frames, k: int, energy: Float64[Tensor, " head"], m: int, n: int) -> dict[str, Tensor]:
-    """Intruders and rotation on both sides, beside those of deltas at random orientation. NaN for a zero delta."""
+def _turned(frames: _Frames) -> dict[str, Float64[Tensor, "head k"]]:
+    """Intruders and rotation of both sides at rank 1, 2, …, beside those of deltas at random orientation."""
+    k = frames.rank
     columns: dict[str, Tensor] = {}
-    first_order = expected_rotation(here.base.values, energy, m, n, k)
-    for side, small in zip(("left", "right"), first_order, strict=True):
-        cosines = {"left": here.base.left_cosines, "right": here.base.right_cosines}[side]
-        before, span = _leading(here.base, side, k), _leading(here.base, side, min(2 * k, here.base.values.shape[-1]))
-
-        def intruding(frame: Frame, cosines: Any = cosines, side: str = side) -> Tensor:
-            return intruders(cosines(_leading(frame, side, k)), THRESHOLD)
-
-        counted = intruding(here.aligned)
-        held = (span.mT @ _leading(here.aligned, side, k)).square().sum(-2)
-        by_chance = torch.stack([intruding(frame).sum(-1) for frame in here.turned]).mean(0)
-        drawn = torch.stack([rotation(before, _leading(frame, side, k)) for frame in here.turned]).mean(0)
-        suffix = "" if side == "left" else "_right"
+    for side, cosines in (("left", frames.base.left_cosines), ("right", frames.base.right_cosines)):
+        before, after = _leading(frames.base, side, 2 * k), _leading(frames.aligned, side, k)
+        drawn = [_leading(frame, side, k) for frame in frames.turned]
+        intruding = intruders(cosines(after), THRESHOLD)
+        # What the base's 2, 4, 6, … leading directions, or all it has, hold of each vector: [head, rank, vector]
+        spans = (2 * torch.arange(1, k + 1)).clamp(max=before.shape[-1]) - 1
+        held = (before.mT @ after).square().cumsum(-2)[..., spans, :]
+        counted = intruding.cumsum(-1)
         columns |= {
-            f"intruders{suffix}": counted.sum(-1),
-            f"intruders{suffix}_expected": by_chance,
-            f"intruders{suffix}_inside": (counted * held).sum(-1) / counted.sum(-1),
-            f"rotation_{side}": rotation(before, _leading(here.aligned, side, k)),
-            f"rotation_{side}_expected": torch.where(small.isfinite(), small, drawn),
+            f"intruders_{side}": counted,
+            f"intruders_{side}_expected": _mean([intruders(cosines(v), THRESHOLD).cumsum(-1) for v in drawn]),
+            f"intruders_{side}_inside": (held * intruding.unsqueeze(-2)).tril().sum(-1) / counted,
+            f"rotation_{side}": _rotations(before[..., :k], after),
+            f"rotation_{side}_expected": _mean([_rotations(before[..., :k], v) for v in drawn]),
         }
-    return {name: torch.where(energy > 0, values, torch.nan) for name, values in columns.items()}
+    return columns
+
+
+def _drift(frames: _Frames) -> dict[str, Float64[Tensor, "head k"]]:
+    """How far the leading singular values moved."""
+    σ = frames.base.values[..., : frames.rank]
+    moved = (frames.aligned.values - σ).square().cumsum(-1).sqrt()
+    return {"drift": moved / σ.square().cumsum(-1).sqrt()}
+
+
+def _at_rank(W: Tensor, change: Change, frames: _Frames, profiles: dict[str, Tensor], k: int) -> dict[str, Tensor]:
+    """The columns of one rank. NaN for a zero delta."""
+    m, n = W.shape[-2:]
+    at, chance = {name: profile[..., k - 1] for name, profile in profiles.items()}, k * k / (m * n)
+    first_order = dict(
+        zip(("left", "right"), expected_rotation(frames.base.values, change.energy, m, n, k), strict=True)
+    )
+    turned = {"drift": at["drift"]}
+    for side, suffix in (("left", ""), ("right", "_right")):
+        small = first_order[side]
+        turned |= {
+            f"intruders{suffix}": at[f"intruders_{side}"],
+            f"intruders{suffix}_expected": at[f"intruders_{side}_expected"],
+            f"intruders{suffix}_inside": at[f"intruders_{side}_inside"],
+            f"rotation_{side}": at[f"rotation_{side}"],
+            f"rotation_{side}_expected": torch.where(small.isfinite(), small, at[f"rotation_{side}_expected"]),
+        }
+    return {
+        "on_principal": at["on_principal"],
+        "on_principal_relative": at["on_principal"] / chance,
+        "left_relative": at["left"] * m / k,
+        "right_relative": at["right"] * n / k,
+        "on_principal_p": two_sided_tail(at["on_principal"], change.purity, m, n, k, k),
+        "coupling": at["on_principal"] / (at["left"] * at["right"]),
+        "on_principal_unshrunk": at["unshrunk"] / chance,
+        "on_principal_rounding": at["rounding"] / chance,
+        **{name: torch.where(change.energy > 0, values, torch.nan) for name, values in turned.items()},
+    }
 
 
 def _leading(frame: Frame, side: str, k: int) -> Float64[Tensor, "head axis k"]:
     return frame.left(k) if side == "left" else frame.right(k)
+
+
+def _rotations(first: Float64[Tensor, "head d k"], second: Float64[Tensor, "head d k"]) -> Float64[Tensor, "head k"]:
+    """`rotation` of the spans of the first 1, 2, … k columns."""
+    with exact_products(first.device):
+        inner = nested_sums((first.mT @ second).square())
+    return (1 - inner / torch.arange(1, first.shape[-1] + 1, device=first.device)).clamp(0, 1)
+
+
+def _mean(draws: list[Tensor]) -> Tensor:
+    return torch.stack(draws).mean(0)

@@ -131,7 +131,8 @@ def spectral_report(result: SpectralAnalysis) -> Report:
             TableSection("All rows", result.table, "One row per layer, matrix, head and rank.", "table"),
         ],
         methods=[
-            ("Frames", "Gram matrix and eigensolve in float64, one matrix at a time"),
+            ("Frames", "Gram matrix and eigensolve in float64, one matrix at a time; of all weights but the base's the "
+             "leading vectors alone"),
             ("Chance", f"independent Haar frames; deltas turned at random, seed {result.config['arguments']['seed']}; "
              "q by Benjamini–Hochberg over the layers and heads of one matrix and rank"),
         ],
