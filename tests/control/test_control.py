@@ -252,7 +252,7 @@ def test_resumed_after_a_kill_repeats_nothing(tmp_path, monkeypatch):
         return train(policy, *arguments, **options)
 
     chosen = {"sharp": CrossEntropy(), "soft": CrossEntropy(8.0)}
-    options = {"matrices": ["W_Q", "W_O"]}
+    options = {"matrices": ["W_O"]}
     monkeypatch.setitem(control, "train", counting)
     with pytest.raises(Killed):
         run(chosen, store=tmp_path, **options)

@@ -130,8 +130,9 @@ def test_a_blueprint_keeps_no_more_than_its_own_numbers() -> None:
     assert all(_kept(layout.index) for layout in blueprint.layouts.values())
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
-@pytest.mark.parametrize("name", ["gpt2", "neox", "gemma2", "mixtral"])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("gpt2", tiny.KINDS[0]), ("neox", "bridge"), ("gemma2", tiny.KINDS[0]), ("mixtral", "bridge")]
+)
 def test_the_analysis_is_that_of_two_loaded_models(name: str, kind: str) -> None:
     base = tiny.build(name, kind)
     loaded = quiet(base, tiny.build(name, kind, delta=DELTA))
@@ -145,7 +146,7 @@ def test_the_analysis_is_that_of_two_loaded_models(name: str, kind: str) -> None
 def test_base_weights_against_themselves() -> None:
     base = tiny.bridge("llama")
     with pytest.warns(UserWarning, match="the two models are identical, weight for weight"):
-        result = analyze_pair(base, tiny.hf_directory("llama"), **OPTIONS)
+        result = analyze_pair(base, tiny.hf_directory("llama"), **OPTIONS, matrices=["W_Q"])
     assert result.table["fraction"].isna().all()
 
 
