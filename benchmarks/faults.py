@@ -35,9 +35,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests import tiny
 from tests.killing import dies
 from tests.reliability.test_interrupts import CONTEXTS, Struck, same, state
-from tl_asymmetry import analyze_pair, analyze_trajectory, rank_one_study
+from tl_asymmetry import (
+    analyze_pair,
+    analyze_tangents,
+    analyze_trajectory,
+    contrastive_control,
+    rank_one_study,
+    rewind_study,
+)
 from tl_asymmetry.grokking import Recipe, train
 from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.objectives import CrossEntropy, PreferenceBatch, TokenBatch
 from tl_asymmetry.results.result import load
 from tl_asymmetry.store import PartStore, StoreReader
 
@@ -70,6 +78,10 @@ def writers() -> dict[str, Callable[[Path], None]]:
     base = tiny.bridge("gpt2")
     aligned = tiny.perturbed(base)
     common: dict[str, Any] = {"tokens": TOKENS, "progress": False}
+
+    def counted(tokens: torch.Tensor) -> TokenBatch:
+        return TokenBatch(tokens, torch.arange(tokens.shape[1]).expand_as(tokens) >= 2)
+
     pair = analyze_pair(base, aligned, ranks=[4], groups=1, matrices=["W_Q"], **common)
 
     def parts(folder: Path) -> None:
@@ -85,6 +97,17 @@ def writers() -> dict[str, Callable[[Path], None]]:
         ) and None,
         "study": lambda folder: rank_one_study(
             base, aligned, store=folder, sites=[(0, "W_Q", 0), (1, "W_O", 1)], draws=2, **common
+        ) and None,
+        "tangents": lambda folder: analyze_tangents(
+            {0: base, 20: aligned}, store=folder, rank=2, strata=2, groups=2, **common
+        ) and None,
+        "control": lambda folder: contrastive_control(
+            base, {"sharp": CrossEntropy(), "soft": CrossEntropy(8.0)}, [PreferenceBatch(counted(TOKENS), counted(TOKENS.flip(0)))],
+            store=folder, steps=1, seeds=[0, 1], batch_size=3, ranks=[4], matrices=["W_Q"], gradient_rows=8,
+            progress=False,
+        ) and None,
+        "rewinding": lambda folder: rewind_study(
+            base, aligned, store=folder, matrices=["W_Q"], steps=2, orders=1, matched=1, shares=(0, 1), **common
         ) and None,
         "grokking run": lambda folder: train(
             "add", p=7, seed=0, recipe=Recipe(steps=4, every=2), sizes={"d_model": 16, "d_mlp": 32}, store=folder
@@ -184,12 +207,14 @@ def interrupts_at_random(most: int) -> dict[str, Count]:
         counts[f"{kind}: all contexts by turns"] = count = Count()
         before = state(view)
         for _ in range(most):
-            signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.0005, 0.02))
             with contextlib.suppress(KeyboardInterrupt):
+                # again after a second: what Python raises in a `__del__` it reports and forgets
+                signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.0005, 0.02), 1)
                 while True:
                     for context in CONTEXTS.values():
                         with context(view):
                             pass
+            signal.setitimer(signal.ITIMER_REAL, 0)
             count.add(same(before, state(view)) == "", kind)
     return counts
 

@@ -18,7 +18,8 @@ class temporarily(AbstractContextManager[None]):
 
     An interrupt is one event: of two calls it cuts off one. So what undoes is called twice, and once more when the
     context is dropped without having been left, as by an interrupt between the block's last step and the first of
-    leaving it.
+    leaving it. One that comes in the very step in which a context is dropped undoes nothing and ends nothing: Python
+    reports it on stderr and goes on, and Ctrl-C wants to be pressed again.
 
     Args:
         do: makes the change; it must note what it is about to change before it does.

@@ -106,6 +106,14 @@ class StreamingMoments:
         return 0 if self._sums is None else int(self._sums.count.item())
 
     @property
+    def mean_square(self) -> float:
+        """Σ ‖x‖² / n d, the mean square of an entry; NaN or infinite where a square overflowed."""
+        sums = self._require_rows()
+        i = torch.arange(self.d, device=sums.gram.device)
+        squares = sums.gram.index_select(0, i * self.d - i * (i - 1) // 2).sum() / sums.count
+        return float((squares + sums.shift @ (2 * sums.total / sums.count + sums.shift)) / self.d)
+
+    @property
     def mean(self) -> Float[Tensor, " d"]:
         """Mean row, float64."""
         sums = self._require_rows()

@@ -95,6 +95,24 @@ class _Aside:
             backend.fp32_precision = precision
 
 
+SMALLEST_SQUARE, LARGEST_SQUARE = 1e-24, 1e24
+"""Mean squares of the entries between which sums of products of two in float32 keep their digits."""
+
+
+def squares_fit(mean_square: Tensor, least: float = SMALLEST_SQUARE, most: float = LARGEST_SQUARE) -> bool:
+    """Whether float32 can hold products of entries of this mean square; NaN and infinity say that it could not.
+
+    Args:
+        mean_square: as computed, of each matrix; exactly 0 counts as fitting.
+        least, most: the range.
+
+    Example:
+        >>> squares_fit(torch.tensor([1e-6, 0.0])), squares_fit(torch.tensor([1e-6, 1e-30]))
+        (True, False)
+    """
+    return bool((((mean_square >= least) & (mean_square <= most)) | (mean_square == 0)).all())
+
+
 def product_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any of the tensors is float64, else float32: what a product of them is computed in."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

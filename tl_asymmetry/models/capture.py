@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,10 +15,10 @@ from tqdm.auto import tqdm
 
 from tl_asymmetry.geometry.memory import return_freed_memory
 from tl_asymmetry.geometry.moments import StreamingMoments
-from tl_asymmetry.geometry.precision import with_fresh_settings
+from tl_asymmetry.geometry.precision import LARGEST_SQUARE, SMALLEST_SQUARE, with_fresh_settings
 from tl_asymmetry.models.processes import ALONE, Processes
 from tl_asymmetry.models.texts import batches, token_sequences
-from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.models.view import ModelView, overflowed
 from tl_asymmetry.notes import warn
 
 Site = tuple[str, int]
@@ -91,7 +92,8 @@ def capture_moments(
         `{(name, layer): StreamingMoments}`.
 
     Raises:
-        ValueError: a point the model does not have, or what `token_sequences` refuses.
+        ValueError: a point the model does not have, activations that float32 cannot square, or what `token_sequences`
+            refuses.
 
     Example:
         >>> from tl_asymmetry.demo import demo_model
@@ -138,6 +140,9 @@ def capture(
         batch_size: sequences per forward pass.
         progress: show a progress bar.
         processes: processes that share the sequences of each group; all get the moments of all.
+
+    Raises:
+        ValueError: activations that overflow, or whose squares float32 cannot hold.
     """
     shares = [processes.share(group) for group in groups]
     shown = progress and processes.is_first
@@ -174,9 +179,25 @@ def capture(
             # A finished group leaves the device: only one group's moments are ever held there.
             counted.append({site: processes.summed(m.cpu()) for site, m in (moments | extra).items()})
             firsts.append({site: processes.summed(m.cpu()) for site, m in first.items()})
+            for site in sites:
+                _check_size(view, site, counted[-1][site])
             return_freed_memory()
     lengths = [len(sequence) - exclude_first for group in groups for sequence in group]
     return Capture(tuple(counted), tuple(firsts) if first_positions else None, sum(lengths), len(lengths))
+
+
+def _check_size(view: ModelView, site: Site, moments: StreamingMoments) -> None:
+    """Refuse activations of which sums of squares have no digits: infinite ones, and such as overflow or vanish."""
+    if not moments.count:
+        return
+    size, single = moments.mean_square, view.dtype != torch.float64
+    if not math.isfinite(size) or (single and size > LARGEST_SQUARE):
+        raise ValueError(overflowed(view, f"{site[0]!r} of layer {site[1]}"))
+    if single and 0 < size < SMALLEST_SQUARE:
+        raise ValueError(
+            f"expected activations whose squares float32 can hold, got some of about {size**0.5:.0e} in {site[0]!r} of "
+            f"layer {site[1]}; pass the model in float64 (model.double())"
+        )
 
 
 def balanced_groups(sequences: Sequence[Tensor], groups: int) -> list[list[Tensor]]:

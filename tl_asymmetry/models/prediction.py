@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_asymmetry.geometry.precision import exact_products, product_dtype, with_fresh_settings
+from tl_asymmetry.geometry.precision import exact_products, product_dtype, squares_fit, with_fresh_settings
 from tl_asymmetry.geometry.subspace import Subspace, principal_subspace
 from tl_asymmetry.models.view import ModelView
 
@@ -63,16 +63,21 @@ def prediction_gram(
 
 
 def vocabulary_moments(
-    W_U: Float[Tensor, "d_model d_vocab"],
+    W_U: Float[Tensor, "d_model d_vocab"], dtype: torch.dtype | None = None
 ) -> tuple[Float[Tensor, "d_model d_model"], Float[Tensor, " d_model"]]:
-    """W_U W_Uᵀ and the mean column, float64 on CPU; chunks, so that no second copy of W_U is made."""
+    """W_U W_Uᵀ and the mean column, float64 on CPU; chunks, so that no second copy of W_U is made.
+
+    In float64 where float32 cannot hold the products.
+    """
     d, vocabulary = W_U.shape
     gram = torch.zeros(d, d, dtype=torch.float64, device=W_U.device)
     total = torch.zeros(d, dtype=torch.float64, device=W_U.device)
     for start in range(0, vocabulary, _VOCABULARY_CHUNK):
         chunk = W_U[:, start : start + _VOCABULARY_CHUNK]
-        chunk = chunk.to(product_dtype(chunk))
+        chunk = chunk.to(product_dtype(chunk) if dtype is None else dtype)
         with exact_products(W_U.device):
             gram += chunk @ chunk.mT
         total += chunk.sum(1, dtype=torch.float64)
+    if dtype is None and not squares_fit(gram.trace() / W_U.numel()):
+        return vocabulary_moments(W_U, torch.float64)
     return gram.cpu(), (total / vocabulary).cpu()

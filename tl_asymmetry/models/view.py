@@ -548,13 +548,15 @@ class ModelView:
             The largest error, relative to the largest entry of the product it occurs in.
 
         Raises:
-            ValueError: an error beyond what the model's data type explains.
+            ValueError: an error beyond what the model's data type explains, activations that overflow.
         """
         tolerance = {torch.float64: 1e-8, torch.float32: 5e-3}.get(self.dtype, 5e-2)
         worst, where = 0.0, ""
         with torch.no_grad(), self.evaluating():
             for site, error in self._projection_errors(tokens):
-                if not error <= worst:
+                if not math.isfinite(error):
+                    raise ValueError(overflowed(self, f"the product of {site}"))
+                if error > worst:
                     worst, where = error, site
         if not worst <= tolerance:
             raise ValueError(
@@ -626,6 +628,15 @@ def _adapter_for(model: Any) -> HookedAdapter | BridgeAdapter | HuggingFaceAdapt
     raise ValueError(
         f"expected a HookedTransformer, a TransformerBridge or a model of transformers, got {type(model).__name__}; "
         "pass TransformerBridge.boot_transformers(name_or_directory)"
+    )
+
+
+def overflowed(view: ModelView, where: str) -> str:
+    """What is said where a model's activations are not finite, or too large to be multiplied."""
+    wider = "float32" if view.dtype in (torch.float16, torch.bfloat16) else "float64"
+    return (
+        f"expected activations within what {str(view.dtype).removeprefix('torch.')} can hold and multiply, got an "
+        f"overflow in {where}; pass the model loaded with dtype=torch.{wider}, or weights that did not diverge"
     )
 
 

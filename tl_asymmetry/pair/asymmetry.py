@@ -94,8 +94,9 @@ def asymmetry_table(numbers: Measurements) -> pd.DataFrame:
         layer_write = W_O.pooled()
         if WRITE_SIDE[1] in numbers.held:
             layer_write = layer_write.plus(_side(numbers, WRITE_SIDE[1], column).pooled())
-        frames.append(_rows(numbers, W_Q.pooled().plus(W_K.pooled()), layer_write, column, per_head=False))
-        frames.append(_rows(numbers, W_Q.plus(W_K.grouped(numbers.layout.n_heads)), W_O, column, per_head=True))
+        there = torch.stack([numbers.held[key].exists[:, column] for key in needed]).gt(0).all(0)
+        frames.append(_rows(numbers, W_Q.pooled().plus(W_K.pooled()), layer_write, column, there, per_head=False))
+        frames.append(_rows(numbers, W_Q.plus(W_K.grouped(numbers.layout.n_heads)), W_O, column, there, per_head=True))
     table = pd.concat(frames, ignore_index=True)
     return table.sort_values(["run", "layer", "head", "rank"], na_position="first", ignore_index=True)[columns]
 
@@ -117,7 +118,10 @@ def _side(numbers: Measurements, key: tuple[str, str], column: int) -> _Side:
     return _Side(held.inside[..., column], total, expected, replicates)
 
 
-def _rows(numbers: Measurements, read: _Side, write: _Side, column: int, *, per_head: bool) -> pd.DataFrame:
+def _rows(
+    numbers: Measurements, read: _Side, write: _Side, column: int, there: Tensor, *, per_head: bool
+) -> pd.DataFrame:
+    """Rows of the places that are `there`: whose subspaces have so many directions."""
     k = numbers.layout.ranks[column]
     scale = numbers.layout.d / k
     read_relative, write_relative = (side.inside / side.total * scale for side in (read, write))
@@ -145,4 +149,5 @@ def _rows(numbers: Measurements, read: _Side, write: _Side, column: int, *, per_
     frame = frame.assign(
         rank=k, expected_from=described, **{name: value.flatten().numpy() for name, value in columns.items()}
     )
-    return frame[(read.total + write.total).isfinite().flatten().numpy()]  # some layers have no attention
+    # some layers have no attention
+    return frame[((read.total + write.total).isfinite() & there.unsqueeze(-1)).flatten().numpy()]

@@ -98,7 +98,7 @@ def layer_circuits(
         base: the base's matrices `[head, ...]` in TransformerLens orientation.
         deltas: of this layer, by matrix.
         bases: of this layer.
-        ranks: ranks to read; those above a basis's size are left out.
+        ranks: ranks to read; those at which a subspace has no directions are left out.
     """
     frames = []
     for circuit, (left, right), sides in _CIRCUITS:
@@ -106,7 +106,8 @@ def layer_circuits(
             continue
         changes = deltas[left].factors(), deltas[right].factors()
         X, Y = residual_first(left, base[left]), residual_first(right, base[right])
-        leading = [bases.subspace(name).basis[:, : max(ranks)] for *_, name in sides]
+        subspaces = [bases.subspace(name) for *_, name in sides]
+        leading = [subspace.basis[:, : max(ranks)] for subspace in subspaces]
         energy, base_energy = [], []
         profiles: list[list[Tensor]] = [[] for _ in sides]
         for change in _changes_of_few_heads(X, Y, *changes):
@@ -115,9 +116,11 @@ def layer_circuits(
             for profile, (_, axis, *_), basis in zip(profiles, sides, leading, strict=True):
                 profile.append(change.energies(basis, axis).cumsum(-1))
         norms = torch.cat(energy), torch.cat(base_energy)
-        for profile, (side, _, pathway, name), basis in zip(profiles, sides, leading, strict=True):
-            read = [k for k in ranks if k <= basis.shape[1]]
-            frame = _rows(*norms, torch.cat(profile)[:, [k - 1 for k in read]], read, basis.shape[0])
+        for profile, (side, _, pathway, name), subspace in zip(profiles, sides, subspaces, strict=True):
+            read = [k for k in ranks if k <= min(subspace.rank, subspace.existing)]
+            if not read:
+                continue
+            frame = _rows(*norms, torch.cat(profile)[:, [k - 1 for k in read]], read, subspace.d)
             frames.append(frame.assign(layer=layer, circuit=circuit, side=side, pathway=pathway, subspace=name))
     table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(CIRCUIT_COLUMNS))
     return table[list(CIRCUIT_COLUMNS)]

@@ -63,7 +63,8 @@ class PairData(Result):
         """Share of ‖ΔW‖² along each ordered direction of a subspace; its cumulative sum is the fraction at each rank.
 
         Returns:
-            float32 `[layer, head, d_model]` (an MLP matrix has one head; a given subspace has its own rank).
+            float32 `[layer, head, d_model]` (an MLP matrix has one head; a given subspace has its own rank); NaN beyond
+            the directions that a subspace has (`Subspace.existing`).
 
         Raises:
             ValueError: a matrix or subspace that was not analysed.

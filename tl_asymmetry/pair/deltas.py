@@ -14,13 +14,16 @@ from torch import Tensor
 from tl_asymmetry.geometry.factored import factored_energy, factored_svd
 from tl_asymmetry.geometry.fraction import gram_energy, inner_product, row_pieces, total
 from tl_asymmetry.geometry.padding import padded_stack
-from tl_asymmetry.geometry.precision import exact_products, product_dtype
+from tl_asymmetry.geometry.precision import exact_products, product_dtype, squares_fit
 from tl_asymmetry.geometry.rounding import coarser, rounding_noise, storage_dtype
 from tl_asymmetry.geometry.subspace import ordered_eigh
 from tl_asymmetry.models.readers.base import Factors, Weights, WeightSource
 from tl_asymmetry.names import kind_of
 
 _DECAY = 1e-3
+
+# Of base weights. Circuits multiply four entries, so that these have half the range of a delta's (`squares_fit`).
+_SMALLEST_BASE, _LARGEST_BASE = 1e-10, 1e12
 
 DIRECTIONS = 5
 """Leading residual directions kept of each head's delta."""
@@ -142,7 +145,8 @@ def measure_change(base: Weights, aligned: Weights, layer: int, matrix: str, *, 
 def measure_delta(
     matrix: str, base: Float[Tensor, "*head rows columns"], aligned: Float[Tensor, "*head rows columns"], *, seed: int
 ) -> LiveDelta:
-    """Subtract two matrices (in float32, or float64 if either is) and measure the difference.
+    """Subtract two matrices and measure the difference: in float32, in float64 if either is or float32 cannot hold
+    products of their entries.
 
     Args:
         matrix: name; W_O and W_out have their residual axis last, all others second to last.
@@ -153,9 +157,12 @@ def measure_delta(
     stored = coarser(storage_dtype(base), storage_dtype(aligned))
     W = residual_first(matrix, base)
     ΔW = _subtracted(residual_first(matrix, aligned).to(W.device), W)
+    base_energy, energy, inner = (inner_product(x, y) for x, y in ((W, W), (ΔW, ΔW), (ΔW, W)))
+    if ΔW.dtype == torch.float32 and not (_base_fits(W, base_energy) and _delta_fits(ΔW, energy)):
+        del ΔW
+        return measure_delta(matrix, base.double(), aligned.double(), seed=seed)
     del aligned  # read from files for this one subtraction
     rounding = rounding_noise(W, ΔW, stored, seed=seed)
-    base_energy, energy, inner = (inner_product(x, y) for x, y in ((W, W), (ΔW, ΔW), (ΔW, W)))
     wide = ΔW.shape[-1] > ΔW.shape[-2]
     with exact_products(ΔW.device):
         gram = ΔW @ ΔW.mT if wide else ΔW.mT @ ΔW
@@ -193,6 +200,19 @@ def measure_delta(
     )
     twin = LiveDelta(left, None if wide else rest, gram if wide else None)
     return replace(live, numbers=replace(numbers, unshrunk=left), unshrunk=twin)
+
+
+def _base_fits(W: Float[Tensor, "head d_model other"], energy: Float64[Tensor, " head"]) -> bool:
+    return squares_fit(energy / W[0].numel(), _SMALLEST_BASE, _LARGEST_BASE) and not _vanished(W, energy)
+
+
+def _delta_fits(change: Float[Tensor, "head d_model other"], energy: Float64[Tensor, " head"]) -> bool:
+    return squares_fit(energy / change[0].numel()) and not _vanished(change, energy)
+
+
+def _vanished(x: Float[Tensor, "head d_model other"], energy: Float64[Tensor, " head"]) -> bool:
+    """Whether all squares of a head that is not zero underflowed."""
+    return any(bool(x[head].any()) for head in (energy == 0).nonzero().flatten().tolist())
 
 
 def _shrunk(
@@ -235,13 +255,16 @@ def measure_factors(matrix: str, base: Float[Tensor, "*head rows columns"], fact
         factors: of ΔW, the scale included.
     """
     W = residual_first(matrix, base)
+    base_energy = inner_product(W, W)
+    if not _base_fits(W, base_energy):
+        W = W.double()
+        base_energy = inner_product(W, W)
     dtype = product_dtype(W)
     residual, other = (side.to(W.device, torch.float64) for side in (factors.residual, factors.other))
     U, σ, V = factored_svd(residual.unsqueeze(0), other)
     energy = σ.square().sum(-1)
     with exact_products(W.device):
         inner = total((W.mT.to(dtype) @ residual.to(dtype)).double() * other, axes=2)  # ⟨residual otherᵀ, W⟩
-    base_energy = inner_product(W, W)
     directions, partners = _signed(_padded(U), _padded(V), wide=W.shape[-1] > W.shape[-2])
     columns = other.shape[0] * other.shape[1]
     pooled = factored_svd(residual, other.flatten(0, 1))[1] if len(σ) > 1 else None

@@ -180,6 +180,9 @@ class PairAnalysis(PairData):
             first = next(layer for layer in held if layer is not None)
             energy = stacked(deltas[matrix], "energy").unsqueeze(-1)
             arrays[f"profile/{matrix}/{subspace}"] = (stacked(held, "energies") / energy).float()
+            for layer, projection in enumerate(held):
+                if projection is not None:
+                    arrays[f"profile/{matrix}/{subspace}"][layer, :, projection.existing :] = torch.nan
             arrays[f"eigenvalues/{subspace}"] = stacked(held, "eigenvalues")
             for null in first.references:  # at every rank up to the largest in use: [layer, 1, top]
                 parts = [None if layer is None else layer.references[null] for layer in held]

@@ -7,10 +7,11 @@ from itertools import product
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor
 
 from tl_asymmetry.geometry.padding import padded_stack
-from tl_asymmetry.geometry.subspace import principal_subspace
+from tl_asymmetry.geometry.subspace import Subspace, principal_subspace
 from tl_asymmetry.models.capture import merged
 from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.view import ModelView
@@ -34,17 +35,19 @@ class SensitivityProfiles:
     folded or not.
     """
 
-    def __init__(self, predictions: Mapping[str, Tensor], sources: Sources) -> None:
+    def __init__(self, predictions: Mapping[str, Subspace], sources: Sources) -> None:
         self._predictions = predictions
         self._sources = sources
 
     def of_layer(self, layer: int, deltas: Mapping[str, AnyDelta], plan: Plan) -> dict[str, Tensor]:
-        """One layer's energy profiles on all variants of the subspaces that its deltas are held against."""
+        """One layer's energy profiles on all variants of the subspaces that its deltas are held against; NaN along
+        what is no direction of a variant."""
         profiles = {}
-        for variant, basis in self._variants(layer, plan):
+        for variant, subspace in self._variants(layer, plan):
             for matrix, delta in deltas.items():
                 if variant.split("/")[0] in plan.targets[matrix]:
-                    profile = delta.energies(basis) / delta.numbers.energy.unsqueeze(-1)
+                    profile = delta.energies(subspace.basis) / delta.numbers.energy.unsqueeze(-1)
+                    profile[:, subspace.existing :] = torch.nan
                     profiles[f"{_PREFIX}/{matrix}/{variant}"] = profile.float()
         return profiles
 
@@ -58,22 +61,22 @@ class SensitivityProfiles:
                         arrays[f"moments/{model}/{site[0]}/{layer}/{part}/{name}"] = value
         return arrays
 
-    def _variants(self, layer: int, plan: Plan) -> Iterator[tuple[str, Tensor]]:
+    def _variants(self, layer: int, plan: Plan) -> Iterator[tuple[str, Subspace]]:
         points = [name for name in plan.subspaces if name in plan.points]
         for name, activations, excluded in product(points, ("base", "aligned", "both"), (True, False)):
             moments = self._sources.total((name, layer), activations, exclude_first=excluded)
             for centered in (False, True):
-                basis = principal_subspace(moments, centered=centered).basis
+                subspace = principal_subspace(moments, centered=centered)
                 labels = "centered" if centered else "uncentered", "excluded" if excluded else "included"
-                yield f"{name}/{activations}/{labels[0]}/{labels[1]}/-", basis
+                yield f"{name}/{activations}/{labels[0]}/{labels[1]}/-", subspace
         yield from self._predictions.items()
 
 
-def prediction_variants(base: ModelView, aligned: ModelView) -> dict[str, Tensor]:
-    """The prediction subspace's variants: whose unembedding, centred or not, norm folded or not; basis by label."""
+def prediction_variants(base: ModelView, aligned: ModelView) -> dict[str, Subspace]:
+    """The prediction subspace's variants by label: whose unembedding, centred or not, norm folded or not."""
     return {
         f"prediction/{role}/{'centered' if centered else 'uncentered'}/-/{'folded' if fold else 'plain'}": (
-            prediction_subspace(view, fold_norm=fold, centered=centered, d_vocab=base.d_vocab).basis
+            prediction_subspace(view, fold_norm=fold, centered=centered, d_vocab=base.d_vocab)
         )
         for (role, view), centered, fold in product(
             (("base", base), ("aligned", aligned)), (True, False), (True, False)
@@ -88,7 +91,8 @@ def stacked_variants(layers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor
 
 
 def sensitivity_table(arrays: Mapping[str, Tensor], ranks: list[int], headed: Mapping[str, bool]) -> pd.DataFrame:
-    """One row per layer × head × matrix × variant × rank, from what `stacked_variants` gave a result to keep."""
+    """One row per layer × head × matrix × variant × rank, from what `stacked_variants` gave a result to keep; NaN at
+    ranks that a variant does not have."""
     frames = []
     for name, profile in arrays.items():
         if not name.startswith(f"{_PREFIX}/"):

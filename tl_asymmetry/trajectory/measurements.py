@@ -303,5 +303,5 @@ def _pooled(numbers: Measurements, matrices: Sequence[str], subspace: str) -> li
             "delta_relative_norm": relative_norm,
         }
         for i, k in enumerate(ranks)
-        if k in numbers.layout.measured[subspace]
+        if k in numbers.layout.measured[subspace] and bool((held[0].exists[:, i] > 0).all())
     ]

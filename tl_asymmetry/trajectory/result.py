@@ -130,7 +130,7 @@ class TrajectoryAnalysis(TrajectoryData):
             "model": about["model"],
             "steps": [start["step"], *steps],
             **{name: value for name, value in settings.items() if name != "start"},
-            "shown_rank": about["shown_rank"],
+            "shown_rank": _shown_rank(tables.curves, about["shown_rank"]),
             "intervals": about["intervals"],
             "tokens": about["tokens"],
             "tokens_xxh3": settings["tokens"],
@@ -145,6 +145,12 @@ class TrajectoryAnalysis(TrajectoryData):
             notes=tuple(notes),
             arrays={"steps": torch.tensor(list(steps)), **{name: torch.stack(held) for name, held in spectra.items()}},
         )
+
+
+def _shown_rank(curves: pd.DataFrame, planned: int) -> int:
+    """The rank nearest to the planned one that no matrix and subspace lacks more often than others."""
+    there = curves["rank"].value_counts()
+    return int(min(there.index[there == there.max()], key=lambda k: (abs(k - planned), k), default=planned))
 
 
 def _listed(entry: Mapping[str, Any]) -> dict[str, Any]:
