@@ -102,9 +102,9 @@ def writers() -> dict[str, Callable[[Path], None]]:
             {0: base, 20: aligned}, store=folder, rank=2, strata=2, groups=2, **common
         ) and None,
         "control": lambda folder: contrastive_control(
-            base, {"sharp": CrossEntropy(), "soft": CrossEntropy(8.0)}, [PreferenceBatch(counted(TOKENS), counted(TOKENS.flip(0)))],
-            store=folder, steps=1, seeds=[0, 1], batch_size=3, ranks=[4], matrices=["W_Q"], gradient_rows=8,
-            progress=False,
+            base, {"sharp": CrossEntropy(), "soft": CrossEntropy(8.0)},
+            [PreferenceBatch(counted(TOKENS), counted(TOKENS.flip(0)))], store=folder, steps=1, seeds=[0, 1],
+            batch_size=3, ranks=[4], matrices=["W_Q"], gradient_rows=8, progress=False,
         ) and None,
         "rewinding": lambda folder: rewind_study(
             base, aligned, store=folder, matrices=["W_Q"], steps=2, orders=1, matched=1, shares=(0, 1), **common
