@@ -23,6 +23,7 @@ from tl_asymmetry.pair.projections import Projection
 from tl_asymmetry.pair.report import pair_report
 from tl_asymmetry.pair.summary import headline, summary_table
 from tl_asymmetry.pair.top import top_heads
+from tl_asymmetry.results.labelled import require_xarray
 from tl_asymmetry.results.report import Report
 
 
@@ -137,10 +138,7 @@ class PairAnalysis(PairData):
         Returns:
             `{(matrix, subspace): Dataset over layer, head, rank}`; an MLP matrix has no head axis.
         """
-        try:
-            import xarray  # noqa: F401 - pandas' to_xarray needs it
-        except ImportError as error:
-            raise ImportError("expected xarray to be installed; pip install 'tl-asymmetry[xarray]'") from error
+        require_xarray()
         datasets = {}
         for key, rows in self.table.groupby(["matrix", "subspace"], sort=False):
             units = [unit for unit in ("head", "expert") if rows[unit].notna().all()]

@@ -67,7 +67,10 @@ def curves_figure(
     for matrix in wanted or ["none"]:
         style.one_of("matrices", matrix, there, "matrices")
     picked = {m: _against(curves, m, subspace) for m in wanted}
-    ranks, start = pick.pick_ranks(pd.concat([rows for rows, _ in picked.values()]), rank, default_rank, None)
+    every = pd.concat([rows for rows, _ in picked.values()])
+    held = every.groupby("rank")["matrix"].nunique()  # inputs may have fewer directions than predictions
+    every = every[every["rank"].isin(held.index[held == len(picked)])]
+    ranks, start = pick.pick_ranks(every, rank, default_rank, None)
     sides = [s for s in ("read", "write") if any(rows["pathway"].iloc[0] == s for rows, _ in picked.values())]
     figure = make_subplots(rows=len(sides), cols=1, shared_xaxes=True, vertical_spacing=0.09)
     frames = {m: [_curve(rows[rows["rank"] == k], m, space) for k in ranks] for m, (rows, space) in picked.items()}

@@ -66,6 +66,22 @@ class Result:
     arrays: dict[str, Tensor]
     """Arrays behind the tables, by name; see the accessors."""
 
+    # -- other forms ---------------------------------------------------------------------------------------------
+
+    def to_xarray(self) -> Any:
+        """The table with its axes named. Needs the extra `xarray`.
+
+        Returns:
+            An `xarray.Dataset` over the first columns that tell all rows apart (layer, head, rank …; −1 where a row has
+            none, as a matrix of the MLP has no head), or over rows where the grid would be mostly empty.
+
+        Raises:
+            ImportError: xarray is not installed.
+        """
+        from tl_asymmetry.results.labelled import labelled
+
+        return labelled(self.table)
+
     # -- words ---------------------------------------------------------------------------------------------------
 
     def _title(self) -> str:
