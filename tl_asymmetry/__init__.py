@@ -10,11 +10,15 @@ The pieces stand in `tl_asymmetry.geometry`, `.edits`, `.objectives` and `.grokk
 first used: neither pandas nor TransformerLens nor plotly before it is needed.
 """
 
+import sys
 from typing import TYPE_CHECKING
 
 from tl_asymmetry._lazy import attach
 
 __version__ = "0.1.0"
+
+if "ipykernel" in sys.modules:  # a notebook
+    from tl_asymmetry import _bars  # noqa: F401
 
 if TYPE_CHECKING:  # for editors and type checkers; the same names as below
     from tl_asymmetry import edits, geometry, grokking, objectives
