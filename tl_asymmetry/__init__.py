@@ -18,7 +18,7 @@ from tl_asymmetry._lazy import attach
 __version__ = "0.1.0"
 
 if "ipykernel" in sys.modules:  # a notebook
-    from tl_asymmetry import _bars  # noqa: F401
+    from tl_asymmetry import _bars
 
 if TYPE_CHECKING:  # for editors and type checkers; the same names as below
     from tl_asymmetry import edits, geometry, grokking, objectives
