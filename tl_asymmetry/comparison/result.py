@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from tl_asymmetry.names import MATRICES, SIGNIFICANT, kind_of
+from tl_asymmetry.names import MATRICES, PREDICTION, SIGNIFICANT, kind_of
 from tl_asymmetry.results.report import DEFINITIONS, Definition, FigureSection, Report, TableSection
 from tl_asymmetry.results.result import Result
 
@@ -15,15 +15,18 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 TABLE_COLUMNS = {
-    "a": "name of one analysis",
+    "a": "name of one arm",
     "b": "name of the other",
+    "runs_a": "runs of a",
+    "runs_b": "runs of b",
     "layer": "layer, from 0",
     "head": "head; the key-value head for W_K and W_V; NA for a matrix of the MLP",
+    "expert": "expert of a mixture; NA for any other matrix",
     "matrix": "W_Q … W_out",
     "pathway": '"read" or "write"',
     "subspace": "name of the subspace both deltas are held against",
     "rank": "k",
-    "relative_a": "relative fraction of a's delta",
+    "relative_a": "relative fraction of a's delta; of several runs the geometric mean",
     "relative_b": "of b's",
     "log2_ratio": "log2(relative_a / relative_b); 0 where both are as concentrated",
     "ci_low": "lower end of the 95 % interval of log2_ratio over texts; NaN where the subspace needs no texts",
@@ -31,11 +34,16 @@ TABLE_COLUMNS = {
     "difference": "relative_a − relative_b",
     "difference_low": "lower end of its 95 % interval over texts",
     "difference_high": "upper end",
+    "seed_low": "lower end of the 95 % interval of log2_ratio over training runs; NaN where an arm has one run",
+    "seed_high": "upper end",
+    "seed_p": "two-sided probability of arms so far apart, with the spread between runs of each as the yardstick",
+    "seed_q": "p corrected over families (matrix, subspace) of a rank, layers in them and heads in these",
+    "vs_other": '"larger" (in a), "smaller" or "not told apart" by that test; "" where an arm has one run',
     "excess_a": "a's fraction over its matched reference, which is b's too where activations are the base's",
     "excess_b": "b's",
-    "isotropic_q_a": "q of a's fraction in its own analysis",
+    "isotropic_q_a": "q of a's fraction in its own analysis, the largest over its runs",
     "isotropic_q_b": "of b's",
-    "rounding_share_a": "share of a's ‖ΔW‖² that storage explains",
+    "rounding_share_a": "share of a's ‖ΔW‖² that storage explains, the largest over its runs",
     "rounding_share_b": "of b's",
     "delta_relative_norm_a": "‖ΔW‖ / ‖W_base‖ of a",
     "delta_relative_norm_b": "of b",
@@ -43,30 +51,37 @@ TABLE_COLUMNS = {
 """Columns of `Comparison.table`, in this order, and what they mean."""
 
 ASYMMETRY_COLUMNS = {
-    "a": "name of one analysis",
+    "a": "name of one arm",
     "b": "name of the other",
+    "runs_a": "runs of a",
+    "runs_b": "runs of b",
     "layer": "layer",
     "head": "head; NA = whole layer",
     "rank": "k",
-    "log2_ratio_a": "log2(relative read / relative write) of a",
+    "log2_ratio_a": "log2(relative read / relative write) of a, the mean over its runs",
     "log2_ratio_b": "of b",
-    "difference": "log2_ratio_a − log2_ratio_b",
+    "difference": "log2_ratio_a − log2_ratio_b; what training gives by chance is nearly the same in both",
     "ci_low": "lower end of its 95 % interval over texts, which move the read sides only",
     "ci_high": "upper end",
+    "seed_low": "lower end of its 95 % interval over training runs; NaN where an arm has one run",
+    "seed_high": "upper end",
 }
 """Columns of `Comparison.asymmetry`, in this order, and what they mean."""
 
 OVERLAP_COLUMNS = {
-    "a": "name of one analysis",
+    "a": "name of one arm",
     "b": "name of the other",
     "layer": "layer",
     "head": "head; NA for a matrix of the MLP",
+    "expert": "expert of a mixture; NA for any other matrix",
     "matrix": "W_Q … W_out",
     "directions": "n, leading residual directions of each delta: as asked for, fewer where one delta has fewer",
-    "overlap": "‖DₐᵀD_b‖² / n of the two orthonormal sets: 1 if they span one space",
+    "overlap": "‖DₐᵀD_b‖² / n of the two orthonormal sets: 1 if they span one space; the mean over all pairs of a run "
+    "of a with one of b",
     "chance": "n/d, its mean over random spaces",
-    "z": "standard deviations above chance",
-    "p": "one-sided probability of an overlap this large with a Haar-random space",
+    "within": "mean overlap between two runs of one arm; NaN where both have one run",
+    "z": "standard deviations above chance, of the pair with the largest p",
+    "p": "one-sided probability of an overlap this large with a Haar-random space, the largest over pairs of runs",
     "p_method": '"exact", "beta" or "draws"',
     "q": "Benjamini–Hochberg over the layers and heads of this matrix",
     "cosine": "⟨ΔWₐ, ΔW_b⟩ / (‖ΔWₐ‖ ‖ΔW_b‖) of their best rank-n approximations, which sees both sides and the signs",
@@ -80,8 +95,16 @@ COMPARISON_DEFINITIONS = (
     Definition(
         "Ratio and difference (log2_ratio, difference)", "[ours]",
         "Of the relative fractions of two deltas in the same subspace. Their interval leaves the same group of texts "
-        "out of both; it covers which texts define the subspace, for these two trained models. It says nothing of "
+        "out of both; it covers which texts define the subspace, for these very trained models. It says nothing of "
         "other seeds, data or lengths of training.",
+    ),
+    Definition(
+        "Spread between runs (seed_p, seed_q, vs_other)", "[ours]",
+        "Welch's t between the log2 relative fractions of the runs of two arms, each arm with the spread of its own "
+        "runs; between arms of different numbers of runs with the degrees of freedom of the smaller one. q corrects it "
+        "over families (matrix, subspace), the layers in those found and the heads in these. It speaks of other seeds "
+        "of these two recipes. With one run an arm the spread is unknown and nothing is counted as different: two runs "
+        "of one recipe differ beyond their intervals over texts in most heads.",
     ),
     Definition(
         "Overlap", "[ours]",
@@ -192,7 +215,8 @@ class Comparison(Result):
         for (a, b, matrix, subspace), block in shown.groupby(["a", "b", "matrix", "subspace"], sort=False):
             o = self.overlap
             o = o[(o["a"] == a) & (o["b"] == b) & (o["matrix"] == matrix)]
-            told = block["ci_low"].notna()
+            tested = int((block["vs_other"] != "").sum())
+            larger, smaller = (int((block["vs_other"] == answer).sum()) for answer in ("larger", "smaller"))
             rows.append(
                 {
                     "a": a,
@@ -201,12 +225,13 @@ class Comparison(Result):
                     "subspace": subspace,
                     "relative a": block["relative_a"].median(),
                     "relative b": block["relative_b"].median(),
-                    "log2(a/b)": block["log2_ratio"].median(),
-                    "a>b": f"{int((block['ci_low'] > 0).sum())}/{int(told.sum())}" if told.any() else "–",
-                    "a<b": f"{int((block['ci_high'] < 0).sum())}/{int(told.sum())}" if told.any() else "–",
+                    "ratio": 2 ** block["log2_ratio"].median(),
+                    "a>b": f"{larger}/{tested}" if tested else "–",
+                    "a<b": f"{smaller}/{tested}" if tested else "–",
                     "overlap": o["overlap"].median(),
+                    "within": o["within"].median(),
                     "chance": o["chance"].median(),
-                    "overlap q<0.05": f"{int((o['q'] < SIGNIFICANT).sum())}/{len(o)}",
+                    "overlap q<0.05": f"{int((o['q'] < SIGNIFICANT).sum())}/{int(o['q'].notna().sum())}",
                     "cosine": o["cosine"].median(),
                 }
             )
@@ -216,31 +241,36 @@ class Comparison(Result):
         k = self.config["shown_rank"]
         sentences = []
         for (a, b), rows in self.table[self.table["rank"] == k].groupby(["a", "b"], sort=False):
+            rows = rows[rows["log2_ratio"].notna()]
             own = rows[
                 (rows["pathway"] == "read")
                 & (rows["subspace"] == rows["matrix"].map(lambda matrix: kind_of(matrix).point))
             ]
-            write = rows[(rows["pathway"] == "write") & (rows["subspace"] == "prediction")]
-            if len(own) and own["log2_ratio"].notna().any():
-                told = own["ci_low"].notna()
-                sentences.append(
-                    f"Reading, rank {k}: the median head's fraction is {2 ** own['log2_ratio'].median():.2f} times as "
-                    f"large in {a} as in {b}; larger beyond its interval over texts in {int((own['ci_low'] > 0).sum())}"
-                    f", smaller in {int((own['ci_high'] < 0).sum())} of {int(told.sum())} heads and matrices."
-                )
-            if len(write) and write["log2_ratio"].notna().any():
-                sentences.append(
-                    f"Writing into the prediction directions: {2 ** write['log2_ratio'].median():.2f} times as large "
-                    f"in {a} as in {b} at the median (no interval: weights only)."
-                )
-            o = self.overlap[(self.overlap["a"] == a) & (self.overlap["b"] == b)]
-            if len(o) and o["overlap"].notna().any():
+            write = rows[(rows["pathway"] == "write") & (rows["subspace"] == PREDICTION)]
+            for words, some in (
+                (f"Reading, in the {k} leading directions of each matrix's own input", own),
+                (f"Writing, in the {k} leading prediction directions", write),
+            ):
+                if len(some):
+                    sentences.append(f"{words}: {_ratio(some, str(a), str(b))}{_told(some, str(a), str(b))}.")
+            o = self.overlap[(self.overlap["a"] == a) & (self.overlap["b"] == b) & self.overlap["q"].notna()]
+            if len(o):
+                within = o["within"].median()
+                runs = "" if pd.isna(within) else f", {within:.2f} between two runs of one arm"
                 sentences.append(
                     f"Directions: the leading {int(o['directions'].max())} residual directions of {a} and {b} overlap "
-                    f"by {o['overlap'].median():.2f} at the median, {o['chance'].median():.2f} by chance; "
-                    f"{int((o['q'] < SIGNIFICANT).sum())} of {len(o)} beyond chance (q < {SIGNIFICANT})."
+                    f"by {o['overlap'].median():.2f} at the median ({o['chance'].median():.2f} by chance{runs}); "
+                    f"{int((o['q'] < SIGNIFICANT).sum())} of {len(o)} overlap more than random spaces do (q < "
+                    f"{SIGNIFICANT}), as any two changes that follow the same inputs would."
                 )
-        sentences.append("One trained model of each kind: intervals cover texts, not training runs.")
+        single = [name for name, runs in self.config["runs"].items() if runs == 1]
+        if single:
+            which = "each kind" if len(single) == len(self.config["runs"]) else ", ".join(single)
+            sentences.append(
+                f"One trained model of {which}: "
+                "intervals cover texts, not training runs, and two runs of one recipe differ as well, so no head is "
+                "counted as different from it; pass several runs an arm, compare({name: [run, run, run], …})."
+            )
         return sentences
 
     def _report(self) -> Report:
@@ -262,18 +292,20 @@ class Comparison(Result):
             summary="\n\n".join(self._headline()),
             notes=self.notes,
             figures=[
-                FigureSection("Where they differ", each("plot_differences", self.table), "Dot: the interval over texts "
-                              "leaves 0 out."),
+                FigureSection("Where they differ", each("plot_differences", self.table), "Dot: told apart by the "
+                              "spread between runs of one arm; none where an arm has one run."),
                 FigureSection("Do they move along the same directions?", each("plot_overlap", self.overlap)),
             ],
             tables=[
-                TableSection("Summary", self._summary_table(), "Medians over layers and heads.", "summary"),
+                TableSection("Summary", self._summary_table(), "Medians over layers and heads, each by itself: that of "
+                             "the ratio is not the ratio of the other two.", "summary"),
                 TableSection("Differences", self.table, "One row per pair, layer, head, matrix, subspace, rank.",
                              "table"),
                 TableSection("Overlap", self.overlap, "Leading residual directions.", "overlap"),
                 TableSection("Asymmetry", self.asymmetry, "Read against write; head empty = whole layer.", "asymmetry"),
             ],
             methods=[
+                ("Training runs", "Welch's t between arms of several runs, on log2 of the relative fraction"),
                 ("Intervals", "paired delete-one-group jackknife: both fractions without the same group of texts"),
                 ("Overlap", "against Haar-random spaces; q by Benjamini–Hochberg over the heads of a matrix"),
             ],
@@ -295,3 +327,24 @@ class Comparison(Result):
         shape = self.config["shape"]
         shared = matrix in MATRICES and MATRICES[matrix].heads == "kv"
         return shared and shape["n_kv_heads"] < shape["n_heads"]
+
+
+def _ratio(rows: pd.DataFrame, a: str, b: str) -> str:
+    ratio = 2 ** rows["log2_ratio"]
+    return (
+        f"over {len(rows)} heads and matrices the fraction in {a} is {ratio.median():.2f} times that in {b} at the "
+        f"median ({ratio.min():.2f} to {ratio.max():.2f})"
+    )
+
+
+def _told(rows: pd.DataFrame, a: str, b: str) -> str:
+    """What the spread between runs says; nothing where an arm has one run."""
+    tested = rows[rows["vs_other"] != ""]
+    if tested.empty:
+        return ""
+    counts = {answer: int((tested["vs_other"] == answer).sum()) for answer in ("larger", "smaller", "not told apart")}
+    runs = f"{int(rows['runs_a'].iloc[0])} runs of {a} and {int(rows['runs_b'].iloc[0])} of {b}"
+    return (
+        f"; held against the spread between {runs}, {counts['larger']} of {len(tested)} are larger in {a} (q ≤ "
+        f"{SIGNIFICANT}), {counts['smaller']} smaller, and {counts['not told apart']} are not told apart"
+    )

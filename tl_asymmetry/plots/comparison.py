@@ -21,7 +21,8 @@ DIFFERENCE_HOVER = (
     "<br>q %{customdata[4]}, rounding share %{customdata[5]}"
     "<br>%{customdata[6]}: relative %{customdata[7]}, excess %{customdata[8]}"
     "<br>q %{customdata[9]}, rounding share %{customdata[10]}"
-    "<br>ratio %{customdata[11]}, 95 % interval over texts: %{customdata[12]}<extra></extra>"
+    "<br>ratio %{customdata[11]}, 95 % interval over texts: %{customdata[12]}"
+    "<br>over training runs: %{customdata[13]}, q %{customdata[14]}<extra></extra>"
 )
 OVERLAP_HOVER = (
     "<b>%{customdata[0]}</b><br>overlap of %{customdata[1]} directions %{customdata[2]}, chance %{customdata[3]}"
@@ -40,7 +41,9 @@ def differences_figure(
     kv: bool | None = None,
     **layout: Unpack[Layout],
 ) -> go.Figure:
-    """Map log2(relative_a / relative_b) over layers and heads; a dot where its interval over texts leaves 0 out.
+    """Map log2(relative_a / relative_b) over layers and heads; a dot where the spread between runs tells them apart.
+
+    Without several runs in both arms there are no dots: two runs of one recipe differ as well.
 
     Grey with a cross, or a diamond: where either delta is rounding, mostly or in part, as in `heads_figure`.
 
@@ -60,7 +63,10 @@ def differences_figure(
     """
     pick.require(
         table,
-        ("a", "b", *pick.KEYS, "pathway", "log2_ratio", "ci_low", "ci_high", "rounding_share_a", "rounding_share_b"),
+        (
+            "a", "b", *pick.KEYS, "pathway", "log2_ratio", "ci_low", "ci_high", "seed_low", "seed_high", "seed_q",
+            "vs_other", "rounding_share_a", "rounding_share_b",
+        ),
         "Comparison.table",
     )  # fmt: skip
     a, b = _one_pair(table)
@@ -77,28 +83,35 @@ def differences_figure(
         return [style.text(of), *(style.number(row[f"{column}_{suffix}"]) for column in columns)]
 
     def hover(row: Any, name: str) -> list[str]:
-        low, high = style.as_float(row["ci_low"]), style.as_float(row["ci_high"])
-        told = "none" if math.isnan(low) else f"{style.number(2**low)} to {style.number(2**high)}"
         ratio = style.as_float(row["log2_ratio"])
         return [
             name, *side(row, a, "a"), *side(row, b, "b"),
-            style.MISSING if math.isnan(ratio) else style.number(2**ratio), told,
+            style.MISSING if math.isnan(ratio) else style.number(2**ratio), interval(row, "ci"), interval(row, "seed"),
+            style.number(row["seed_q"]),
         ]  # fmt: skip
+
+    def interval(row: Any, of: str) -> str:
+        low, high = style.as_float(row[f"{of}_low"]), style.as_float(row[f"{of}_high"])
+        return "none" if math.isnan(low) else f"{style.number(2**low)} to {style.number(2**high)}"
 
     frames = []
     for k in ranks:
         here = rows[rows["rank"] == k]
-        certain = (here["ci_low"] > 0) | (here["ci_high"] < 0)
+        certain = here["vs_other"].isin(["larger", "smaller"])
         frames.append((here, here["log2_ratio"], certain))
     words = heading(
         f"{style.text(matrix)}: {style.text(a)} against {style.text(b)}",
-        f"Ratio of the relative fractions in {style.text(space)}. Orange: more in {style.text(a)}. Dot: the 95 % "
-        "interval over texts leaves 1 out.",
+        f"Ratio of the relative fractions in {style.text(space)}. Orange: more in {style.text(a)}. "
+        + (
+            f"Dot: told apart by the spread between runs (q ≤ {SIGNIFICANT})."
+            if (rows["vs_other"] != "").any()
+            else "One run an arm: nothing is counted as different."
+        ),
         **layout,
     )
     shares = frames[0][0][["rounding_share_a", "rounding_share_b"]].max(axis=1)
     return _map(
-        frames, ranks, start, matrix, hover, DIFFERENCE_HOVER, words, "a / b", "interval leaves 1 out",
+        frames, ranks, start, matrix, hover, DIFFERENCE_HOVER, words, "a / b", "told apart by runs",
         rounding=shares, shared=shared, group=group, **layout,
     )  # fmt: skip
 
@@ -183,7 +196,7 @@ def _map(
     def drawn(at: int) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
         rows, value, marked = frames[at]
         z = pick.grid(rows, value, layers, heads).clip(-limit, limit)
-        cells = [[[style.MISSING] * 13 for _ in heads] for _ in layers]
+        cells = [[[style.MISSING] * 15 for _ in heads] for _ in layers]
         for row in rows.to_dict("records"):
             i = layers.index(int(row["layer"]))
             j = heads.index(None if pd.isna(row["head"]) else int(row["head"]))
