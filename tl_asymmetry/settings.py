@@ -47,6 +47,15 @@ class PermutedGradients(Protocol):
         ...
 
 
+@runtime_checkable
+class WeightedInputs(Protocol):
+    """What a gradient covariance may offer besides: inputs of read matrices weighted by their gradients."""
+
+    def weighted_input(self, layer: int, matrix: str) -> tuple[Tensor, Tensor] | None:
+        """Σ_t ‖δ_t‖² a_t a_tᵀ and Σ_t ‖δ_t‖ a_t, scaled alike; None where there are none."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class PairSettings:
     """What `analyze_pair` is asked to do; its docstring says more of each.

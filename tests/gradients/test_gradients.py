@@ -89,6 +89,12 @@ def test_both_sides_and_the_gradient_itself_against_loops(matrix):
             assert cross["gradient_norm"] == pytest.approx(np.linalg.norm(G), rel=1e-9)
             sizes = (own_a**2).sum(1) @ (own_δ**2).sum(1)
             assert cross["coherence"] == pytest.approx((G**2).sum() / sizes, rel=1e-9)
+        weighted = result.weighted_input(layer, matrix)
+        assert (weighted is None) == (matrix in ("W_K", "W_O", "W_out"))  # keys' δ cancel over every sequence
+        if weighted is not None:
+            rows = np.linalg.norm(δ.reshape(len(own_a), -1), axis=1, keepdims=True) * own_a
+            np.testing.assert_allclose(weighted[0], reference.second_moment(rows[counted]), rtol=1e-9, atol=1e-14)
+            np.testing.assert_allclose(weighted[1], rows[counted].mean(0), rtol=1e-9, atol=1e-14)
         if matrix in ("W_O", "W_out"):
             P = _prediction(toy())[:, : of_δ["rank"]]
             energy = np.trace(P.T @ Σ @ P) / np.trace(Σ)

@@ -27,8 +27,8 @@ Key = tuple[str, str, int, int | None, int]
 class NaivePair:
     """One analysis, by brute force.
 
-    `groups` holds sequences of token ids; `gradient` is a function (layer, matrix, head) → second moment; `given` maps
-    names to one basis per layer.
+    `groups` holds sequences of token ids; `gradient` is a function (layer, matrix, head) → second moment, `weighted`
+    (layer, matrix) → second moment of inputs weighted by their gradients; `given` maps names to one basis per layer.
     """
 
     base: Any
@@ -43,6 +43,7 @@ class NaivePair:
     activations: str = "base"
     optimizer: str = "adam"
     gradient: Callable[[int, str, int | None], Any] | None = None
+    weighted: Callable[[int, str], Any] | None = None
     given: dict[str, Sequence[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -131,6 +132,9 @@ class NaivePair:
     def activation_matched(self, matrix: str, subspace: str, layer: int, k: int) -> float:
         if matrix not in READ_POINT:
             return float("nan")
+        Q = self.basis(subspace, layer)[:, :k]
+        if self.weighted is not None and (Σ_w := self.weighted(layer, matrix)) is not None:
+            return self._share(float64(Σ_w), Q)
         # Keys and values learn at every position; keys about each sequence's mean where softmax ignores it.
         point = ("whole " if matrix in ("W_K", "W_V") else "") + READ_POINT[matrix]
         centred = matrix == "W_K" and self.positional == "standard"
@@ -138,21 +142,21 @@ class NaivePair:
             np.concatenate([s[point, layer] - (s[point, layer].mean(0) if centred else 0) for s in group])
             for group in self.rows
         ]
-        adam = self.optimizer == "adam"
         if len(groups) < 3:
-            Σ = reference.second_moment(np.concatenate(groups))
-            D = np.diag(1 / np.sqrt(np.diag(Σ))) if adam else np.eye(self.d)
-            Q = D @ self.basis(subspace, layer)[:, :k]
-            return np.trace(Q.T @ Σ @ Q) / np.trace(D @ Σ @ D)
+            return self._share(reference.second_moment(np.concatenate(groups)), Q)
         crossed = self.replicated(subspace)
         bases = [self.basis(subspace, layer, leave_out=g if crossed else None) for g in range(len(groups))]
-        return reference.cross_fitted(groups, bases, k, adam=adam)
+        return reference.cross_fitted(groups, bases, k, adam=self.optimizer == "adam")
+
+    def _share(self, Σ: Array, Q: Array) -> float:
+        """Of what the optimiser makes of Σ."""
+        D = np.diag(1 / np.sqrt(np.diag(Σ))) if self.optimizer == "adam" else np.eye(self.d)
+        return np.trace(Q.T @ D @ Σ @ D @ Q) / np.trace(D @ Σ @ D)
 
     def gradient_matched(self, matrix: str, subspace: str, layer: int, head: int | None, k: int) -> float:
         if self.gradient is None or matrix not in ("W_O", "W_out"):
             return float("nan")
-        Σ, Q = float64(self.gradient(layer, matrix, head)), self.basis(subspace, layer)[:, :k]
-        return np.trace(Q.T @ Σ @ Q) / np.trace(Σ)
+        return self._share(float64(self.gradient(layer, matrix, head)), self.basis(subspace, layer)[:, :k])
 
     # -- tables --------------------------------------------------------------------------------------------------
 

@@ -51,11 +51,56 @@ def naive_moment(layer, matrix, head):
     return reference_gradients.moment_of_nonzero(δ.reshape(-1, D))[0]
 
 
+@functools.cache
+def naive_weighted(layer, matrix):
+    """Σ ‖δ_t‖² a_t a_tᵀ, one token after the other; keys, whose δ cancel over a sequence, have none."""
+    if matrix == "W_K":
+        return None
+    batch = data()
+    loss = reference_gradients.summed_cross_entropy(batch.tokens, batch.mask)
+    (δ,) = reference_gradients.upstream_gradients(pair()[0], loss, layer, matrix)
+    a = reference_gradients.inputs(pair()[0], batch.tokens, layer, matrix).reshape(-1, D)
+    return sum((row**2).sum() * np.outer(x, x) for x, row in zip(a, δ.reshape(len(a), -1), strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_read_rows_weigh_their_inputs_by_their_gradients(optimizer):
+    result = analysed(gradients(), optimizer=optimizer, ranks=[3])
+    plain = analysed(None, optimizer=optimizer, ranks=[3])
+    oracle = NaivePair(
+        *pair(), groups=[[s] for s in tiny.tokens(6, 12)], ranks=[3], optimizer=optimizer, weighted=naive_weighted
+    )
+    read = result.table[result.table["pathway"] == "read"]
+    for row in read.itertuples():
+        expected = oracle.activation_matched(row.matrix, row.subspace, int(row.layer), 3)
+        assert row.activation_matched == pytest.approx(expected, rel=1e-9)
+        assert row.excess == pytest.approx(row.fraction / expected, rel=1e-9)
+    assert read["excess_p"].notna().all()
+    own = read["subspace"] != "prediction"
+    assert (read["excess_low"].notna() == (own | (read["matrix"] == "W_K"))).all()  # else nothing varies with the texts
+    keys = ["layer", "head", "matrix", "subspace"]
+    nulls = result.nulls.merge(read[[*keys, "excess_p", "excess_q", "activation_matched"]], on=keys)
+    for matrix, null in (("W_Q", "weighted"), ("W_V", "weighted"), ("W_in", "weighted"), ("W_K", optimizer)):
+        held = nulls[(nulls["matrix"] == matrix) & (nulls["null"] == null)]
+        assert len(held) == (read["matrix"] == matrix).sum()
+        np.testing.assert_allclose(held["expected"], held["activation_matched"])
+        np.testing.assert_allclose(held[["p", "q"]], held[["excess_p", "excess_q"]])
+        tested = result.tests[result.tests["matrix"] == matrix]
+        assert set(tested["null"]) == {"isotropic", null}
+    # The unweighted references stay beside it, without a test.
+    queries = (result.nulls["matrix"] == "W_Q") & (result.nulls["null"] == optimizer)
+    assert result.nulls.loc[queries, "p"].isna().all()
+    before = plain.nulls[(plain.nulls["matrix"] == "W_Q") & (plain.nulls["null"] == optimizer)]
+    np.testing.assert_allclose(result.nulls.loc[queries, "expected"], before["expected"])
+    assert "these inputs weighted by gradients" in " ".join(result.summary().split())
+
+
 def test_write_rows_and_the_asymmetry_against_naive_gradients():
     result = analysed(gradients())
     oracle = NaivePair(
-        *pair(), groups=[[s] for s in tiny.tokens(6, 12)], ranks=RANKS, gradient=functools.cache(naive_moment)
-    )
+        *pair(), groups=[[s] for s in tiny.tokens(6, 12)], ranks=RANKS, gradient=functools.cache(naive_moment),
+        weighted=naive_weighted,
+    )  # fmt: skip
     columns = ("gradient_matched", "gradient_excess")
     written = result.table[result.table["pathway"] == "write"]
     assert written[list(columns)].notna().all().all()

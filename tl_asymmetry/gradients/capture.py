@@ -41,6 +41,8 @@ class PartMoments:
     """Of a, by point and layer, over the tokens at which any matrix that reads there has a gradient."""
     gradients: dict[Outer, Moments] = field(default_factory=dict)
     """Of δ, by layer and matrix, over the tokens at which it is not zero."""
+    weighted: dict[Outer, StreamingMoments] = field(default_factory=dict)
+    """Of ‖δ‖ a, of read matrices; taken over into a total when the group is finished."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Captured:
     permuted: dict[Outer, Tensor]
     """Σ_t a_t δ_π(t)ᵀ of read matrices, `[draw, heads, d_model, other]` on CPU, π a permutation of the tokens of each
     sequence; `other` is sketched where full moments of the d_mlp axis were not asked for."""
+    weighted: dict[Outer, StreamingMoments]
+    """Of ‖δ_t‖ a_t of read matrices, all heads' δ together, over all groups and passes; on CPU."""
     losses: list[float]
     """The objective's value for each batch."""
     terms: int
@@ -132,7 +136,10 @@ class _Collector:
         self._cross: dict[Outer, Tensor] = {}
         self._products: dict[Outer, Tensor] = {}
         self._permuted: dict[Outer, Tensor] = {}
+        self._weighted: dict[Outer, StreamingMoments] = {}
         self._permutations, self._seed = permutations, seed
+        # Σ_t δ_t = 0 over every sequence then: no δ is independent of the others, and ‖δ_t‖² is no weight.
+        self._keys_cancel = view.key_shift_invariant
         self._settled = 0
 
     def begin(self, segments: Sequence[tuple[int, Tensor]], first_row: int, names: Sequence[str] | None) -> None:
@@ -152,6 +159,11 @@ class _Collector:
             if site not in held:
                 held[site] = self._empty(kind_of(matrix).output_axis, δ)
             _update(held[site], δ[rows], counted[rows], narrow[rows])
+        if kind_of(matrix).reads and not (matrix == "W_K" and self._keys_cancel):
+            sized = a * δ.flatten(2).norm(dim=-1, keepdim=True)
+            for group, rows in self._segments:
+                weighted = self._part(group, index).weighted
+                weighted.setdefault(site, StreamingMoments(a.shape[-1])).update(sized[rows], counted[rows])
         narrow_a = self._narrowed(a, INPUT_AXIS[kind_of(matrix).point])
         self._multiply(site, index, a, δ, narrow_a, narrow, counted)
         self._wait(index, (kind_of(matrix).point, layer), a, counted)
@@ -173,6 +185,9 @@ class _Collector:
             if self._settled <= group < before:
                 part.inputs = {key: moments.cpu() for key, moments in part.inputs.items()}
                 part.gradients = {key: moments.cpu() for key, moments in part.gradients.items()}
+                for site, moments in part.weighted.items():
+                    self._weighted.setdefault(site, StreamingMoments(moments.d)).merge(moments.cpu())
+                part.weighted.clear()
         self._settled = max(before, self._settled)
 
     def captured(self, passes: tuple[str, ...], losses: list[float], terms: int) -> Captured:
@@ -186,6 +201,7 @@ class _Collector:
             },
             products={site: products.cpu() for site, products in self._products.items()},
             permuted={site: drawn.cpu() for site, drawn in self._permuted.items()},
+            weighted=self._weighted,
             losses=losses,
             terms=terms,
         )

@@ -29,7 +29,8 @@ class GradientCovariance(Result):
     """Input and gradient second moments of every matrix under one objective. Made by `gradient_covariance`.
 
     `table` has one row per layer × head × matrix × side; `gradient_table.GRADIENT_COLUMNS` says what the columns mean.
-    Pass it to `analyze_pair(..., gradient=...)` for the matched reference of write matrices.
+    Pass it to `analyze_pair(..., gradient=...)` for the matched reference of write matrices, and so that the reference
+    of read matrices weighs every input by its gradient.
     """
 
     TABLES: ClassVar[tuple[str, ...]] = ("table", "gradients")
@@ -77,6 +78,16 @@ class GradientCovariance(Result):
         self._require(layer, matrix)
         own = kind_of(matrix).output_axis == "head"
         return self._moment(f"gradient/{matrix}", layer, matrix, head if own else None, half)
+
+    def weighted_input(self, layer: int, matrix: str) -> tuple[Float64[Tensor, "d d"], Float64[Tensor, " d"]] | None:
+        """Second moment and mean of ‖δ_t‖ a_t, all heads' δ together: what a matrix learns from, token by token.
+
+        Returns:
+            Σ_t ‖δ_t‖² a_t a_tᵀ / n and Σ_t ‖δ_t‖ a_t / n, float64 on CPU; None for a write matrix, for one that was
+            not captured, and for keys whose gradients cancel over every sequence (softmax ignores what they share).
+        """
+        moments = self.arrays.get(f"weighted/{matrix}")
+        return None if moments is None else (moments[layer], self.arrays[f"weighted_mean/{matrix}"][layer])
 
     def spectrum(self, matrix: str, side: str = "gradient", *, half: str = "all") -> Float[np.ndarray, "layer head r"]:
         """Eigenvalues of a side's second moment, descending (the leading ones on a sketched axis); one head if shared.
@@ -230,6 +241,11 @@ class GradientCovariance(Result):
         for matrix in dict.fromkeys(matrix for _, matrix in captured.permuted):
             drawn = [captured.permuted[layer, matrix] for layer in range(len(layers))]
             arrays[f"permuted/{matrix}"] = torch.stack(drawn, dim=1)
+        for matrix in dict.fromkeys(matrix for _, matrix in captured.weighted):
+            weighted = [captured.weighted[layer, matrix] for layer in range(len(layers))]
+            empty = torch.zeros(weighted[0].d, weighted[0].d, dtype=torch.float64)
+            arrays[f"weighted/{matrix}"] = torch.stack([m.second_moment if m.count else empty for m in weighted])
+            arrays[f"weighted_mean/{matrix}"] = torch.stack([m.mean if m.count else empty[0] for m in weighted])
         return cls(table=table, gradients=gradients, config=config, notes=tuple(notes), arrays=arrays)
 
     # -- looking up ----------------------------------------------------------------------------------------------

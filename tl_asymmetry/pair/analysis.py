@@ -20,7 +20,7 @@ from tl_asymmetry.models.readers.hub import public_name
 from tl_asymmetry.models.side_by_side import side_by_side
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.models.weights import Weights
-from tl_asymmetry.names import kind_of
+from tl_asymmetry.names import SMALLEST_EIGENVALUE, kind_of
 from tl_asymmetry.notes import Notes
 from tl_asymmetry.pair.asymmetry import asymmetry_table
 from tl_asymmetry.pair.bases import LayerBases
@@ -105,7 +105,7 @@ def analyze_pair(
             `Subspace` or matrix for each layer), which are measured at their own number, and below it only where they
             have eigenvalues. Every matrix is then held against each. Default: a read matrix against its own input, a
             write matrix against the stream it writes into, all against "prediction".
-        optimizer: the optimiser of the training in between, "sgd", "adam" or "muon": recorded with the result.
+        optimizer: the optimiser of the training in between, "sgd", "adam" or "muon": whose reference is tested.
         exclude_first: leave the first position of each sequence out, whose attention-sink activations would dominate.
         centered: principal directions of the covariance instead of the uncentred second moment.
         batch_size: sequences per forward pass.
@@ -113,8 +113,8 @@ def analyze_pair(
         groups: groups of sequences for the jackknife; 1 switches intervals off (less memory, less time).
         activations: whose activations define the subspaces: "base", "aligned" or "both".
         gradient: output-gradient second moments for the matched reference of W_O and W_out: a `GradientCovariance` of
-            the base (with its `permutations`, also for the permutation range of read matrices), or any object with
-            `gradient_moment(layer, matrix, head)`.
+            the base, by which the reference of read matrices weighs their inputs (and with its `permutations` draws a
+            permutation range), or any object with `gradient_moment(layer, matrix, head)`.
         sensitivity: also keep moments and projections under the other choices of subspace, for `.sensitivity()`.
         layers_per_pass: hold the moments of so many layers at once, and run the texts again for the next ones (each
             time only as far as needed); by default as many as fit into the free memory, all of them if possible.
@@ -174,7 +174,7 @@ def analyze_pair(
         def analyse(layer: int) -> _Layer:
             bases = LayerBases(
                 layer, moments, given, centered=centered, exact=base.dtype == torch.float64,
-                softmax_centres_keys=base.key_shift_invariant, optimizer=optimizer,
+                softmax_centres_keys=base.key_shift_invariant, optimizer=optimizer, gradient=gradient,
             )  # fmt: skip
             here = [matrix for matrix in plan.matrices if base.has(layer, matrix)]
             weights = {matrix: base.weight(layer, matrix) for matrix in here}
@@ -251,6 +251,7 @@ def analyze_pair(
             **plan.described(),
             "shown_rank": shown_rank,
             "unrelated": unrelated,
+            "low_rank": _low_rank(numbers),
             "tokens": counted,
             "sequences": len(sequences),
             "layers_per_pass": memory.layers_per_pass,
@@ -349,6 +350,27 @@ def _note_deltas(
             f"of a head's weights under {_UNRELATED:g}): is this the base that they were trained from?"
         )
     return unlike
+
+
+def _low_rank(numbers: Measurements) -> dict[str, int]:
+    """Read matrices whose delta has at most half the rank it could have in every layer, and the largest such rank.
+
+    Training of whole matrices leaves full rank once there are as many tokens as dimensions. An adapter that is given as
+    one has a reference of its own and is not listed.
+    """
+    found = {}
+    for matrix, changes in numbers.deltas.items():
+        adapted = any(held.lora is not None for (m, _), held in numbers.held.items() if m == matrix)
+        if kind_of(matrix).writes or adapted:
+            continue
+        whole = changes.spectrum[:, 0] if changes.pooled_spectrum is None else changes.pooled_spectrum
+        changed = (changes.energy.nan_to_num() > 0).sum(1)
+        most = (changed * changes.spectrum.shape[-1]).clamp(max=numbers.layout.d)
+        rank = (whole > SMALLEST_EIGENVALUE * whole[:, :1]).sum(1)
+        there = changed > 0
+        if bool(there.any()) and bool((2 * rank <= most)[there].all()):
+            found[matrix] = int(rank[there].max())
+    return found
 
 
 def _note_existing(numbers: Measurements, plan: Plan, notes: Notes) -> int:

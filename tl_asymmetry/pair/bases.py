@@ -24,6 +24,7 @@ from tl_asymmetry.geometry.references import (
 from tl_asymmetry.geometry.subspace import Subspace, leading_directions, principal_subspace
 from tl_asymmetry.models.capture import Site, first_of, means_of, merged
 from tl_asymmetry.names import kind_of
+from tl_asymmetry.settings import GradientMoments, WeightedInputs
 
 # Replicates are solved in float32, at half the time, where that time counts: in models at least this wide …
 _FLOAT32_WIDTH = 512
@@ -78,6 +79,7 @@ class LayerBases:
         exact: float64 in replicates too (for float64 models, whose tables agree to 1e-10).
         softmax_centres_keys: whether W_K's gradient sees its input about each sequence's mean.
         optimizer: whose reference is made with replicates, and tested.
+        gradient: where it weighs the inputs of read matrices, what is tested is weighted so.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class LayerBases:
         exact: bool,
         softmax_centres_keys: bool,
         optimizer: str,
+        gradient: GradientMoments | None = None,
     ) -> None:
         self.layer = layer
         self._groups = groups
@@ -102,7 +105,9 @@ class LayerBases:
         self.optimizer = optimizer
         self._fits: dict[tuple[Reading, str], CrossFit] = {}
         self._inputs: dict[Reading, list[Tensor]] = {}
-        self._matched: dict[tuple[Reading, int], MatchedCovariance | None] = {}
+        self._matched: dict[tuple[Reading, int, str], MatchedCovariance | None] = {}
+        self._gradient = gradient
+        self._weighted: dict[str, tuple[Tensor, Tensor] | None] = {}
 
     def is_captured(self, name: str) -> bool:
         """Whether the subspace comes from activations, so that other texts would have given another one."""
@@ -227,20 +232,33 @@ class LayerBases:
         replicates["muon"] = in_sample["muon"] * (replicates["sgd"] / in_sample["sgd"]).pow(0 if flat else 1)
         return References(crossed[self.optimizer], crossed, replicates[self.optimizer])
 
+    def weighted(self, matrix: str) -> tuple[Float64[Tensor, "d d"], Float64[Tensor, " d"]] | None:
+        """Second moment and mean of a read matrix's inputs weighted by their gradients; None without such gradients."""
+        if matrix not in self._weighted:
+            given = self._gradient
+            found = given.weighted_input(self.layer, matrix) if isinstance(given, WeightedInputs) else None
+            device = self.input_moment(self.reading(matrix)).device
+            self._weighted[matrix] = None if found is None else (found[0].to(device), found[1].to(device))
+        return self._weighted[matrix]
+
+    def learned(self, matrix: str) -> tuple[Float64[Tensor, "d d"], Float64[Tensor, " d"]]:
+        """Second moment and mean of what a read matrix learns from, weighted where there are gradients."""
+        reading = self.reading(matrix)
+        return self.weighted(matrix) or (self.input_moment(reading), self.input_mean(reading))
+
     def covariance(self, matrix: str, *, columns: int) -> tuple[Float64[Tensor, "d d"], Float64[Tensor, " d"]] | None:
         """Left covariance of a matrix's update by chance and its mean input, scaled alike; None where none varies."""
-        reading = self.reading(matrix)
-        Σ = self.input_moment(reading)
+        Σ, mean = self.learned(matrix)
         if bool(Σ.isnan().any()) or not bool(Σ.trace() > 0):
             return None
-        mean = self.input_mean(reading)
         if self.optimizer == "adam":
             mean = inverse_size(Σ.diagonal()) * mean
         return input_covariance(Σ, self.optimizer, columns=columns), mean
 
     def matched(self, matrix: str, *, columns: int) -> MatchedCovariance | None:
         """What a matrix's deltas are whitened with, by the chosen optimiser; None where its input does not vary."""
-        key = self.reading(matrix), columns if self.optimizer == "muon" else 0
+        own = "" if self.weighted(matrix) is None else matrix
+        key = self.reading(matrix), columns if self.optimizer == "muon" else 0, own
         if key not in self._matched:
             found = self.covariance(matrix, columns=columns)
             self._matched[key] = None if found is None else MatchedCovariance.of(*found)
@@ -248,11 +266,10 @@ class LayerBases:
 
     def adapter(self, matrix: str, adapter: Float[Tensor, "d r"]) -> AdapterCovariance | None:
         """The same for an adapter's change, in coordinates of what its A reads."""
-        reading = self.reading(matrix)
-        Σ = self.input_moment(reading)
+        Σ, mean = self.learned(matrix)
         if bool(Σ.isnan().any()):
             return None
-        return AdapterCovariance.of(adapter, Σ, self.input_mean(reading), self.optimizer)
+        return AdapterCovariance.of(adapter, Σ, mean, self.optimizer)
 
 
 def crossed_replicates(

@@ -98,10 +98,12 @@ class RankNumbers:
     adam: Float64[Tensor, "*place rank"] | None
     sign: Float64[Tensor, "*place rank"] | None
     muon: Float64[Tensor, "*place rank"] | None
+    weighted: Float64[Tensor, "*place rank"] | None
+    """Of the chosen optimiser, inputs weighted by gradients; None without such gradients."""
     lora: Float64[Tensor, "*place rank"] | None
     """None but for adapters."""
     gradient: Float64[Tensor, "*place head rank"] | None
-    """Share of the output gradient's variance; None for read matrices and without gradients."""
+    """Of the chosen optimiser on the output's gradients; None for read matrices and without gradients."""
     permuted: Float64[Tensor, "*place 3 head rank"] | None
     """Mean and 95 % range of the fraction of gradients with δ permuted within sequences; None without such draws."""
     replicates: Float64[Tensor, "*place group head rank"] | None
@@ -285,7 +287,7 @@ def _at_ranks(projection: Projection, ranks: Sequence[int]) -> RankNumbers:
         noise=projection.noise[..., at],
         activation_replicates=read(projection.reference_replicates),
         tails=None if projection.tails is None else projection.tails[..., : len(ranks)],
-        **{null: read(projection.references.get(null)) for null in (*REFERENCES, "lora")},
+        **{null: read(projection.references.get(null)) for null in (*REFERENCES, "weighted", "lora")},
         unshrunk_inside=None if twin is None else inside(twin.energies),
         unshrunk_tails=None if twin is None or twin.tails is None else twin.tails[..., : len(ranks)],
         eigenvalues=torch.stack([λ[k - 1 : k + 1] for k in ranks]),

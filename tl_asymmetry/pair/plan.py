@@ -34,8 +34,8 @@ from tl_asymmetry.settings import PairSettings
 STREAM_SUBSPACES = ("attn_in", "mlp_in", "resid_pre", "resid_mid", "resid_post")
 """Subspaces that come from activations, named as their hook points."""
 
-
-_TOKENS_PER_DIMENSION, _SEQUENCES = 10, 16
+TOKENS_PER_DIMENSION, SEQUENCES = 10, 16
+"""Under so many tokens for each dimension, or so many sequences, intervals and references are not trusted."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def _beside(view: ModelView, matrices: Sequence[str], settings: PairSettings) ->
 
 def too_few(tokens: int, sequences: int, d: int) -> bool:
     """Whether intervals and references rest on too few tokens, or too few sequences, to be trusted."""
-    return tokens < _TOKENS_PER_DIMENSION * d or sequences < _SEQUENCES
+    return tokens < TOKENS_PER_DIMENSION * d or sequences < SEQUENCES
 
 
 def counted_tokens(sequences: Sequence[Tensor], settings: PairSettings) -> int:

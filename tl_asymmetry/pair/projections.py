@@ -12,6 +12,7 @@ from torch import Tensor
 from tl_asymmetry.geometry.fraction import gram_energy
 from tl_asymmetry.geometry.matched import MatchedCovariance
 from tl_asymmetry.geometry.nulls import PERMUTATIONS, order_range
+from tl_asymmetry.geometry.references import expected_fraction, input_covariance
 from tl_asymmetry.names import kind_of
 from tl_asymmetry.pair.bases import LayerBases, crossed_replicates
 from tl_asymmetry.pair.deltas import AnyDelta, FactoredDelta, LiveDelta
@@ -38,7 +39,7 @@ class Projection:
     """Fraction by chance in the leading 1 … top directions under the chosen optimiser, top the largest rank in use;
     None for write matrices."""
     gradient_reference: Float64[Tensor, "head top"] | None
-    """Share of the output gradient's variance in the leading 1 … top directions; None without gradients."""
+    """Fraction by chance under the chosen optimiser on the output's own gradients; None without gradients."""
     permuted: Float64[Tensor, "3 head top"] | None
     """Mean, lower and upper end of the 95 % range of the fraction in the leading 1 … top directions over gradients with
     δ permuted within sequences; None for write matrices and without enough such draws."""
@@ -47,7 +48,7 @@ class Projection:
     reference_replicates: Float64[Tensor, "group top"] | None = None
     """`activation_reference` with one group left out."""
     references: Mapping[str, Float64[Tensor, " top"]] = field(default_factory=dict)
-    """Fractions by chance of every null that the input gives, see `bases.REFERENCES`, and "lora"."""
+    """Fractions by chance of every null that the input gives, see `bases.REFERENCES`, "weighted" and "lora"."""
     tails: Float64[Tensor, "2 item rank"] | None = None
     """P(fraction ≥) and P(fraction ≤) under the chosen optimiser's reference, of every head, then of the heads pooled
     where there are several; None for write matrices."""
@@ -72,17 +73,21 @@ def project(
         bases: of this layer.
         ranks: ranks at which replicates are read.
         intervals: make replicates.
-        gradient: covariances for write matrices' matched reference.
+        gradient: covariances for write matrices' matched reference, and draws for read matrices.
     """
     subspace = bases.subspace(name)
     top = min(subspace.rank, max(ranks))
     replicates: dict[str, list[Tensor]] = {}
+    weighted = {delta.matrix: C for delta in deltas if (C := _weighted_covariance(delta, bases)) is not None}
+    without: dict[str, list[Tensor]] = {matrix: [] for matrix in weighted}
     if intervals:
         read = torch.tensor([k for k in ranks if k <= top]) - 1
         reading = [delta.matrix for delta in deltas if kind_of(delta.matrix).reads]
         for Q in crossed_replicates(bases, reading, name, top):
             for delta in deltas if bases.is_captured(name) else ():
                 replicates.setdefault(delta.matrix, []).append(delta.energies(Q).cumsum(-1)[:, read])
+            for matrix, C in weighted.items() if bases.is_captured(name) else ():
+                without[matrix].append(expected_fraction(C, Q))
     eigenvalues = torch.full((subspace.rank,), torch.nan, dtype=torch.float64)
     if subspace.eigenvalues is not None:
         eigenvalues = subspace.eigenvalues.double().cpu()
@@ -93,7 +98,7 @@ def project(
         gradient_reference = None
         if gradient is not None and kind_of(delta.matrix).writes:
             basis = subspace.basis[:, :top]
-            gradient_reference = _gradient_reference(gradient, bases.layer, delta.matrix, basis, len(energies))
+            gradient_reference = _gradient_reference(gradient, bases, delta, basis)
         projection = Projection(
             matrix=delta.matrix,
             subspace=name,
@@ -107,7 +112,11 @@ def project(
             replicates=torch.stack(replicates[delta.matrix]) if delta.matrix in replicates else None,
         )
         if kind_of(delta.matrix).reads:
-            projection = _against_input(projection, delta, bases, subspace.basis[:, :top], existing, ranks)
+            by_weight = None
+            if (C := weighted.get(delta.matrix)) is not None:
+                held = without[delta.matrix]
+                by_weight = expected_fraction(C, subspace.basis[:, :top]), torch.stack(held) if held else None
+            projection = _against_input(projection, delta, bases, subspace.basis[:, :top], existing, ranks, by_weight)
         if delta.unshrunk is not None:
             twin = replace(projection, energies=delta.unshrunk.energies(subspace.basis))
             if kind_of(delta.matrix).reads:
@@ -120,12 +129,19 @@ def project(
 
 def _against_input(
     projection: Projection, delta: AnyDelta, bases: LayerBases, basis: Tensor, existing: Sequence[int],
-    ranks: Sequence[int],
+    ranks: Sequence[int], weighted: tuple[Tensor, Tensor | None] | None,
 ) -> Projection:  # fmt: skip
-    """A read matrix's references, and the test against that of the chosen optimiser (an adapter's own where there is
-    one)."""
+    """A read matrix's references, and the test against that of the chosen optimiser: on inputs weighted by gradients
+    where there are any, and an adapter's own where there is one.
+
+    The weighted reference is not cross-fitted, which makes it too high rather than too low on the texts of the
+    subspace; its replicates are those of the directions alone.
+    """
     found = bases.references(delta.matrix, projection.subspace, basis.shape[1], columns=delta.numbers.columns)
     references, chosen, replicates = dict(found.expected), found.chosen, found.replicates
+    if weighted is not None:
+        chosen, replicates = weighted
+        references["weighted"] = chosen
     adapter = bases.adapter(delta.matrix, delta.residual) if isinstance(delta, FactoredDelta) else None
     if adapter is not None:
         inside = gram_energy(adapter.covariance, adapter.frame.mT @ basis.to(adapter.frame)).cumsum(0).cpu()
@@ -219,9 +235,19 @@ def keys_reference_note(*, softmax_centres_keys: bool) -> str:
     )
 
 
-def _gradient_reference(gradient: GradientMoments, layer: int, matrix: str, basis: Tensor, heads: int) -> Tensor:
+def _weighted_covariance(delta: AnyDelta, bases: LayerBases) -> Float64[Tensor, "d d"] | None:
+    """Left covariance by chance of a read matrix whose inputs are weighted by gradients; None without those."""
+    if kind_of(delta.matrix).writes or (found := bases.weighted(delta.matrix)) is None:
+        return None
+    return input_covariance(found[0], bases.optimizer, columns=delta.numbers.columns)
+
+
+def _gradient_reference(gradient: GradientMoments, bases: LayerBases, delta: AnyDelta, basis: Tensor) -> Tensor:
+    """Of a write matrix: what the optimiser makes of Σ_δ, as `_against_input` of Σ_a."""
+    heads = len(delta.numbers.energy)
     rows = []
-    for head in range(heads) if kind_of(matrix).point == "z" else [None]:
-        Σ = gradient.gradient_moment(layer, matrix, head).double()
-        rows.append(gram_energy(Σ, basis).cumsum(0) / Σ.trace())
+    for head in range(heads) if kind_of(delta.matrix).point == "z" else [None]:
+        Σ = gradient.gradient_moment(bases.layer, delta.matrix, head)
+        C = input_covariance(Σ, bases.optimizer, columns=delta.numbers.columns)
+        rows.append(expected_fraction(C, basis))
     return torch.stack(rows)

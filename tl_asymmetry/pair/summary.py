@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from tl_asymmetry.names import PREDICTION, ROUNDING_DOMINATED, SIGNIFICANT, kind_of
-from tl_asymmetry.pair.asymmetry import READ_ONLY
+from tl_asymmetry.pair.asymmetry import READ_ONLY, READ_SIDE, WRITE_SIDE
 from tl_asymmetry.pair.data import PairData
-from tl_asymmetry.results.nulls import NULLS
+from tl_asymmetry.pair.plan import SEQUENCES, TOKENS_PER_DIMENSION
+from tl_asymmetry.results.nulls import ISOTROPIC, NULLS
 
 _NAMED = 6
+_PLACE = ["matrix", "layer", "head", "expert"]
 _ASKED = ("above", "below", "not told apart")
 
 
@@ -52,13 +55,15 @@ def headline(result: PairData) -> list[str]:
     changed = at_rank[at_rank["delta_norm"] > 0]
     if changed.empty:
         return ["No matrix differs between the two models: nothing to be located."]
+    related = changed[~changed["matrix"].isin(result.config["unrelated"])]
+    tested = [*_reading(result, related, k), *_writing(related, k)]
     return [
         *_strangers(result),
         *_where(at_rank),
-        *_reading(changed, k, result.config["arguments"]["optimizer"]),
-        *_writing(changed, k),
+        *tested,
         *_asymmetry(result, k),
-        *_warnings(changed),
+        *(_MEANT if tested else ()),
+        *_warnings(result, related),
     ]
 
 
@@ -66,21 +71,29 @@ def _strangers(result: PairData) -> Iterator[str]:
     if unlike := result.config["unrelated"]:
         yield (
             f"{', '.join(unlike)} point elsewhere than the base's: these are two models, not one before and after "
-            "training, and nothing below is about what training changed."
+            "training. The table holds their difference against chance; nothing in it is about what training changed."
         )
 
 
 def _where(at_rank: pd.DataFrame) -> Iterator[str]:
-    """Where fewer than half of a matrix's heads changed: which ones."""
-    places = at_rank.drop_duplicates(["matrix", "layer", "head", "expert"])
+    """Where a matrix changed in some of its heads: which ones; and which matrices did not change."""
+    places = at_rank.drop_duplicates(_PLACE)
+    still = []
     for matrix, block in places.groupby("matrix", sort=False):
-        changed = block[block["delta_norm"] > 0]
-        if 0 < 2 * len(changed) <= len(block):
+        changed = block["delta_norm"] > 0
+        if not changed.any():
+            still.append(str(matrix))
+        elif not changed.all():
             several = [axis for axis in ("head", "expert") if block[axis].notna().any()]
-            unit = several[0] if several else "layer"
-            named = [_place(row.layer, row.head, row.expert) for row in changed.itertuples()]
+            few = 2 * changed.sum() <= len(block)
+            named = [_place(row.layer, row.head, row.expert) for row in block[changed == few].itertuples()]
             more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
-            yield (f"{matrix} changed in {len(changed)} of {len(block)} {unit}s: {', '.join(named[:_NAMED])}{more}.")
+            yield (
+                f"{matrix} changed in {changed.sum()} of {len(block)} {several[0] if several else 'layer'}s: "
+                f"{'' if few else 'all but '}{', '.join(named[:_NAMED])}{more}."
+            )
+    if still:
+        yield f"{', '.join(still)} did not change."
 
 
 def _place(layer: Any, head: Any, expert: Any) -> str:
@@ -89,75 +102,112 @@ def _place(layer: Any, head: Any, expert: Any) -> str:
     return f"L{layer}{spelled}" if pd.isna(expert) else f"L{layer}E{expert}"
 
 
-def _reading(changed: pd.DataFrame, k: int, optimizer: str) -> Iterator[str]:
+def _reading(result: PairData, changed: pd.DataFrame, k: int) -> Iterator[str]:
     own = changed[(changed["pathway"] == "read") & (changed["subspace"] == changed["matrix"].map(_input_of))]
     if own.empty:
         return
     yield (
-        f"Reading, in the {k} leading directions of each matrix's own input: {_told(own['vs_chance'])} a random "
-        f"subspace holds (median {own['relative'].median():.2f} times chance)."
+        f"Reading, in the {k} leading directions of each matrix's own input ({_tested(own['vs_chance'])}): "
+        f"{_told(own['vs_chance'], 'a random subspace')}; median {own['relative'].median():.2f} times chance."
     )
-    if (own["vs_reference"] != "").any():
+    thin = result.config["low_rank"]
+    whole = own[~own["matrix"].isin(thin)]
+    if (whole["vs_reference"] != "").any():
         yield (
-            f"Held against what training gives on these inputs by chance ({NULLS[optimizer].label}): "
-            f"{_told(own['vs_reference'])} that gives (median {own['excess'].median():.2f} times it)."
+            f"Held against what training gives on these inputs by chance ({_reference(result, whole, k)}; "
+            f"{_tested(whole['vs_reference'])}): {_told(whole['vs_reference'], 'that')}; median "
+            f"{whole['excess'].median():.2f} times it."
         )
+    if thin:
+        listed = ", ".join(f"{matrix} (rank {rank})" for matrix, rank in thin.items())
+        yield (
+            f"The change of {listed} has a rank as low as a merged adapter's, or that of very few tokens: what "
+            "training gives by chance is known for whole matrices, not for an adapter whose A is unknown, so the "
+            "table's reference does not hold there; pass the adapter itself."
+        )
+
+
+def _reference(result: PairData, rows: pd.DataFrame, k: int) -> str:
+    """Whose reference these rows are tested against."""
+    nulls = result.nulls
+    nulls = nulls[(nulls["rank"] == k) & (nulls["null"] != ISOTROPIC) & nulls["p"].notna()]
+    keys = list(dict.fromkeys(nulls.loc[nulls["matrix"].isin(rows["matrix"].unique()), "null"]))
+    return " and ".join(NULLS[key].label for key in keys)
 
 
 def _writing(changed: pd.DataFrame, k: int) -> Iterator[str]:
     written = changed[(changed["pathway"] == "write") & (changed["subspace"] == PREDICTION)]
     if len(written):
         yield (
-            f"Writing, in the {k} leading prediction directions: {_told(written['vs_chance'])} a random subspace holds "
-            f"(median {written['relative'].median():.2f} times chance)."
+            f"Writing, in the {k} leading prediction directions ({_tested(written['vs_chance'])}): "
+            f"{_told(written['vs_chance'], 'a random subspace')}; median {written['relative'].median():.2f} times "
+            "chance."
         )
 
 
 def _asymmetry(result: PairData, k: int) -> Iterator[str]:
     table = result.asymmetry
     whole = table[table["head"].isna() & (table["rank"] == k)]
-    whole = whole[whole[["log2_ratio", "log2_expected"]].notna().all(axis=1)]
-    if whole.empty:
+    known = whole[np.isfinite(whole[["log2_ratio", "log2_expected"]].astype(float)).all(axis=1)]
+    sides = {matrix for matrix, _ in (*READ_SIDE, *WRITE_SIDE)}
+    if known.empty or sides & {*result.config["unrelated"], *result.config["low_rank"]}:
         return
-    ratio, expected = whole["log2_ratio"].mean(), whole["log2_expected"].mean()
+    ratio, expected = known["log2_ratio"].mean(), known["log2_expected"].mean()
     source = (
-        "the read side's reference alone gives by chance (for the write side pass gradient=)"
-        if (whole["expected_from"] == READ_ONLY).all()
-        else "both sides' references give by chance"
+        f"the read side's reference alone gives {expected:+.2f} by chance (for the write side's pass gradient=)"
+        if (known["expected_from"] == READ_ONLY).all()
+        else f"both sides' references give {expected:+.2f} by chance"
     )
+    layers = "layers" if len(known) == len(whole) else f"{len(known)} of {len(whole)} layers"
     yield (
-        f"Asymmetry: mean log2(read / write) over layers is {ratio:+.2f}, of which {expected:+.2f} is what {source}; "
-        f"{ratio - expected:+.2f} is left. No test stands behind this number."
+        f"Asymmetry: mean log2(read / write) over {layers} is {ratio:+.2f}; {source}, which leaves "
+        f"{ratio - expected:+.2f}. No test stands behind these numbers."
     )
 
 
-def _warnings(changed: pd.DataFrame) -> Iterator[str]:
-    places = changed.drop_duplicates(["matrix", "layer", "head"])
+_MEANT = (
+    f"q ≤ {SIGNIFICANT} bounds the expected share of false findings among the families found (a matrix and a subspace) "
+    "and, on average, inside them; what is not told apart is not shown to be equal. The tests are of these weights: "
+    "another training run may differ.",
+)
+
+
+def _warnings(result: PairData, changed: pd.DataFrame) -> Iterator[str]:
+    places = changed.drop_duplicates(_PLACE)
     stored = int((places["rounding_share"] >= ROUNDING_DOMINATED).sum())
     if stored:
         yield (
             f"Storage explains half or more of the change in {stored} of {len(places)} heads and matrices: their tests "
             "are weaker, and still tests."
         )
-    decayed = changed[changed["flags"].str.contains("decay")].drop_duplicates(["matrix", "layer", "head"])
+    decayed = changed[changed["flags"].str.contains("decay")].drop_duplicates(_PLACE)
     if len(decayed):
         yield (
             f"In {len(decayed)} of {len(places)} heads and matrices a finding goes away once weight decay is taken out "
             "of the change: it is counted as not told apart."
         )
     if changed["flags"].str.contains("few_tokens").any():
-        yield "There were too few tokens or sequences for the intervals and references to be trusted; use more texts."
+        config = result.config
+        yield (
+            f"{config['tokens']} tokens in {config['sequences']} sequence{'s' if config['sequences'] > 1 else ''} are "
+            f"too few to trust subspaces, references and intervals, which want {TOKENS_PER_DIMENSION} tokens for each "
+            f"of the {config['shape']['d_model']} dimensions and {SEQUENCES} sequences; whether a head holds less than "
+            "training gives was not tested. Use more texts."
+        )
 
 
-def _told(versus: pd.Series) -> str:
-    """How many hold more, less, or are not told apart, up to "from what"."""
+def _tested(versus: pd.Series) -> str:
+    return f"{sum(_counts(versus).values())} tested"
+
+
+def _told(versus: pd.Series, than: str) -> str:
+    """How many hold more than this, less, or are not told apart."""
     counts = _counts(versus)
-    tested = sum(counts.values())
-    if not tested:
-        return "none could be tested against what"
+    if not sum(counts.values()):
+        return f"none could be held against {than}"
     return (
-        f"of {tested} heads and matrices that could be tested {counts['above']} hold more (q < {SIGNIFICANT}), "
-        f"{counts['below']} less, and {counts['not told apart']} are not told apart from what"
+        f"{counts['above']} hold more than {than} (q ≤ {SIGNIFICANT}), {counts['below']} less, "
+        f"{counts['not told apart']} are not told apart from it"
     )
 
 

@@ -35,14 +35,15 @@ PAIR_COLUMNS = {
     "p_method": '"exact", "beta", "draws", "saddlepoint", or "none" where p is NaN',
     "isotropic_q": "p corrected over families (matrix, subspace, rank), layers in them and heads in these",
     "activation_matched": "read: the fraction expected by chance under the chosen optimizer on this matrix's own "
-    "inputs, cross-fitted over groups of texts; write: NaN",
+    "inputs, cross-fitted over groups of texts, or weighted by their gradients where gradients are given; write: NaN",
     "excess": "fraction / activation_matched",
     "excess_low": "lower end of the 95 % interval of excess over texts",
     "excess_high": "upper end",
     "excess_p": "one-sided probability of a fraction this large under that reference, with or without the mean input, "
     "the larger of the two",
     "excess_q": "p corrected as isotropic_q is",
-    "gradient_matched": "write, with gradients: share of the output gradient's variance; else NaN",
+    "gradient_matched": "write, with gradients: the fraction expected by chance under the chosen optimizer on the "
+    "output's gradients; else NaN",
     "gradient_excess": "fraction / gradient_matched",
     "ci_low": "lower end of the 95 % interval of relative over texts; NaN where the subspace needs no texts",
     "ci_high": "upper end",
@@ -84,19 +85,19 @@ def pair_tables(numbers: Measurements, *, optimizer: str, few: bool, seed: int) 
     Args:
         numbers: of one run of layers, or of several that the labels of their places tell apart, in that order.
         optimizer: whose reference stands in `activation_matched`.
-        few: whether there were too few tokens or sequences to trust intervals.
+        few: whether there were too few tokens or sequences to trust intervals, or to tell less than training gives.
         seed: of the isotropic null's draws.
     """
     null = IsotropicNull(numbers.layout.d, seed=seed)
     blocks = [
-        _Block(numbers, matrix, subspace, column, optimizer=optimizer, null=null)
+        _Block(numbers, matrix, subspace, column, optimizer=optimizer, null=null, few=few)
         for matrix, subspace in numbers.held
         for column, rank in enumerate(numbers.ranks_of(matrix, subspace))
         if rank in numbers.layout.measured[subspace] and bool(numbers.held[matrix, subspace].exists[:, column].any())
     ]
     runs = numbers.runs
     of_runs = [judge([block.tested(runs == run) for block in blocks]) for run in dict.fromkeys(runs.tolist())]
-    finished = [block.finished(joined([judged[i] for judged, _ in of_runs]), few=few) for i, block in enumerate(blocks)]
+    finished = [block.finished(joined([judged[i] for judged, _ in of_runs])) for i, block in enumerate(blocks)]
     order = {matrix: i for i, matrix in enumerate(numbers.deltas)}
 
     def ordered(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:
@@ -120,12 +121,21 @@ class _Block:
     """One matrix, subspace and rank, `[place, head]`: its numbers, its evidence, then its rows."""
 
     def __init__(
-        self, numbers: Measurements, matrix: str, subspace: str, column: int, *, optimizer: str, null: IsotropicNull
+        self,
+        numbers: Measurements,
+        matrix: str,
+        subspace: str,
+        column: int,
+        *,
+        optimizer: str,
+        null: IsotropicNull,
+        few: bool,
     ) -> None:
         self.numbers, self.matrix, self.subspace, self.column = numbers, matrix, subspace, column
-        self.optimizer, self.null = optimizer, null
+        self.null, self.few = null, few
         self.d, self.k = numbers.layout.d, numbers.layout.ranks[column]
         self.delta, self.held = numbers.deltas[matrix], numbers.held[matrix, subspace]
+        self.reference = optimizer if self.held.weighted is None else "weighted"
         self.fraction = self.held.inside[..., column] / self.delta.energy
         self.exists = self.held.exists[:, column].numpy() > 0
         delta = self.delta
@@ -167,13 +177,16 @@ class _Block:
             found[ISOTROPIC, side] = Evidence(of_heads, np.where(missing, np.nan, together[i]))
             if tails is not None:
                 items = tails[:, i, :, self.column].numpy()
+                if self.few and side == "below":
+                    # In-sample the expected fraction is too high: above that is conservative, below it the reverse.
+                    items = np.full_like(items, np.nan)
                 whole = items[:, -1] if items.shape[1] > heads else np.full(places, np.nan)
-                found[self.optimizer, side] = Evidence(items[:, :heads], whole)
+                found[self.reference, side] = Evidence(items[:, :heads], whole)
         return found, method.reshape(places, heads)
 
     # -- rows ----------------------------------------------------------------------------------------------------
 
-    def finished(self, judged: Judged, *, few: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
+    def finished(self, judged: Judged) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Rows of the table and of the nulls, without those at ranks that do not exist."""
         heads = self.delta.energy.shape[1]
         # In one go: column by column pandas copies the list of names each time.
@@ -188,7 +201,7 @@ class _Block:
         frame["flags"] = _flags({
             "eigengap": (frame["eigengap"] < SMALL_EIGENGAP) & ((self.k <= _SMALL_RANK) | wide),
             "biased": biased.ravel(),
-            "few_tokens": sampled & few,
+            "few_tokens": (sampled | frame["activation_matched"].notna()) & self.few,
             "decay": judged.decay.ravel(),
             "rounding": frame["rounding_share"] >= ROUNDING_FLAGGED,
             "rounding_dominated": frame["rounding_share"] >= ROUNDING_DOMINATED,
@@ -210,9 +223,9 @@ class _Block:
         interval, of_excess = self._interval(relative), self._excess_interval(excess)
         biased = torch.where(interval.low.isfinite(), interval.biased, of_excess.biased).numpy() > 0
         λ, ρ = held.eigenvalues[:, self.column], delta.rounding
-        tested = self.evidence.get((self.optimizer, "above"))
+        tested = self.evidence.get((self.reference, "above"))
         chance = judged.versus[ISOTROPIC]
-        reference = judged.versus.get(self.optimizer, np.full(fraction.shape, "", dtype=object))
+        reference = judged.versus.get(self.reference, np.full(fraction.shape, "", dtype=object))
         measurable = np.isfinite(self.evidence[ISOTROPIC, "above"].heads)
         return {
             "fraction": fraction,
@@ -227,7 +240,7 @@ class _Block:
             "excess_low": of_excess.low,
             "excess_high": of_excess.high,
             "excess_p": nan if tested is None else tested.heads,
-            "excess_q": judged.q.get((self.optimizer, "above"), nan.numpy()),
+            "excess_q": judged.q.get((self.reference, "above"), nan.numpy()),
             "gradient_matched": gradient,
             "gradient_excess": fraction / gradient,
             "ci_low": interval.low,
@@ -255,12 +268,12 @@ class _Block:
             },
             **{
                 null: {"expected": _wide(of[:, self.column], heads)}
-                for null in (*REFERENCES, "lora")
+                for null in (*REFERENCES, "weighted", "lora")
                 if (of := getattr(held, null)) is not None
             },
             "gradient": {"expected": frame["gradient_matched"]},
         }  # fmt: skip
-        chosen = "lora" if "lora" in nulls else self.optimizer
+        chosen = "lora" if "lora" in nulls else self.reference
         if chosen in nulls:
             names = {"low": "excess_low", "high": "excess_high", "p": "excess_p", "q": "excess_q"}
             nulls[chosen] |= {field: frame[column] for field, column in names.items()}

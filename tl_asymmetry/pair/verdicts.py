@@ -23,7 +23,7 @@ TEST_COLUMNS = {
     "subspace": "the subspace it is held against",
     "rank": "k",
     "layer": "layer; NA for a family",
-    "null": "isotropic, or the optimizer whose reference is tested",
+    "null": "isotropic, the optimizer whose reference is tested, or weighted",
     "side": '"above" (more concentrated than the null) or "below"',
     "p": "family: Simes over layers; layer: heads pooled or Simes over heads, the smaller one doubled",
     "q": "at most 0.05: found, at a false-discovery rate of 5 % over families and, on average, inside those found",

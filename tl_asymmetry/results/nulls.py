@@ -110,6 +110,20 @@ NULLS: Mapping[str, Null] = {
             ),
         ),
         Null(
+            "weighted", "these inputs weighted by gradients",
+            "1 = what the optimizer makes of gradients of the measured sizes that say nothing else of these inputs.",
+            "read matrices, with gradients",
+            Definition(
+                "Input-matched reference, weighted by gradients", "[ours]",
+                "As for the chosen optimizer, every input weighted by the squared norm of the gradient that a named "
+                "objective gives it, all heads of a matrix together: tokens with large gradients count for more, "
+                "whatever else their gradients say. Without it, gradients whose size grows with the input's look like "
+                "more than training gives. It replaces the unweighted reference in excess and its test. Not "
+                "cross-fitted, so rather too high on the texts that it was measured on. W_K keeps the unweighted "
+                "reference where softmax ignores what all keys share.",
+            ),
+        ),
+        Null(
             "lora", "this adapter on these inputs", "1 = what this adapter's A makes of such gradients.",
             "read matrices changed by a LoRA adapter that is given as one",
             Definition(
@@ -123,8 +137,8 @@ NULLS: Mapping[str, Null] = {
             "write matrices, with gradients",
             Definition(
                 "Gradient-matched reference", "[ours]",
-                "On write matrices, with the gradients of a named objective: the share of the output gradients' own "
-                "second moment in the subspace.",
+                "On write matrices, with the gradients of a named objective: what the chosen optimizer makes of the "
+                "output gradients' own second moment, their correlation under Adam. It has no test of its own.",
             ),
         ),
         Null(
