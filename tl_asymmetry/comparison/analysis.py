@@ -156,7 +156,8 @@ def _names(results: Sequence[PairAnalysis], names: Sequence[str] | None) -> list
 
 def _check(arms: Mapping[str, Runs]) -> list[str]:
     """Refuse what cannot be compared; lines for the reader."""
-    named, arm_of = {}, {}
+    named: dict[str, PairAnalysis] = {}
+    arm_of: dict[str, str] = {}
     for arm, runs in arms.items():
         for i, run in enumerate(runs):
             name = arm if len(runs) == 1 else f"{arm} (run {i + 1})"
@@ -298,7 +299,7 @@ def _corrected(rows: pd.DataFrame) -> np.ndarray:
     layer = rows["layer"].to_numpy(int)
     for _, of_rank in rows.groupby("rank"):
         families = {key: block.index.to_numpy() for key, block in of_rank.groupby(["matrix", "subspace"], sort=False)}
-        heads = {}
+        heads: dict[Any, np.ndarray] = {}
         for family, at in families.items():
             heads[family] = np.full((layer.max() + 1, unit[at].max() + 1), np.nan)
             heads[family][layer[at], unit[at]] = rows["seed_p"].to_numpy(float)[at]
@@ -412,11 +413,10 @@ def _overlaps(name_a: str, a: Runs, name_b: str, b: Runs, most: int) -> pd.DataF
     frames = []
     first = a[0]
     null = IsotropicNull(first.config["shape"]["d_model"], seed=first.config["arguments"]["seed"])
-    units = first.table.groupby("matrix", sort=False)[["head", "expert"]].agg(lambda unit: bool(unit.notna().any()))
-    for matrix, row in units.iterrows():
+    for matrix, rows in first.table.groupby("matrix", sort=False):
         if any(f"directions/{matrix}" not in run.arrays for run in (*a, *b)):
             continue
-        unit = next((name for name in ("head", "expert") if row[name]), None)
+        unit = next((axis for axis in ("head", "expert") if rows[axis].notna().any()), None)
         across = [_overlap(str(matrix), x.arrays, y.arrays, most, null, unit) for x, y in product(a, b)]
         within = [
             _overlap(str(matrix), x.arrays, y.arrays, most, null, unit)["overlap"]
@@ -436,7 +436,7 @@ def _joined(pairs: Sequence[pd.DataFrame]) -> pd.DataFrame:
         joined[column] = np.mean([pair[column] for pair in pairs], 0)
     weakest = np.argmax([pair["p"].fillna(-1) for pair in pairs], 0)
     for column in ("z", "p", "p_method"):
-        joined[column] = np.choose(weakest, [pair[column].to_numpy() for pair in pairs])
+        joined[column] = np.stack([pair[column].to_numpy() for pair in pairs])[weakest, np.arange(len(joined))]
     joined["directions"] = np.min([pair["directions"] for pair in pairs], 0)
     joined["q"] = adjusted_p(joined["p"].to_numpy(float))
     return joined
