@@ -13,7 +13,7 @@ def test_equal_parts_are_stacked_as_they_are():
 
 def test_what_is_missing_is_nan_and_what_lies_beyond_a_rank_is_nothing():
     small, large = torch.ones(1, 2), torch.full((3, 4), 2.0)
-    stacked = padded_stack([small, large, None], beyond=0)
+    stacked = padded_stack([small, large, None], beyond=0.0)
     assert stacked.shape == (3, 3, 4)
     assert stacked[0, 0].tolist() == [1, 1, 0, 0]
     assert stacked[0, 1:].isnan().all()

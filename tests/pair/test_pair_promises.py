@@ -21,8 +21,8 @@ import torch
 from tests import tiny
 from tests.oracles import reference
 from tl_asymmetry import PairAnalysis, analyze_pair, centroids, estimate_pair
-from tl_asymmetry.geometry import capture_moments
 from tl_asymmetry.geometry import moments as moments_module
+from tl_asymmetry.models.capture import capture
 from tl_asymmetry.models.running import HOOK_FLAGS
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import POINTS
@@ -263,7 +263,7 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected a saved PairAnalysis, got 'Comparison'; pass its folder, or use lo"):
         PairAnalysis.load(file.parent)
     write_part(file, "result", numbers, document | {"kind": "Poem"})
-    with pytest.raises(ValueError, match="expected a saved Comparison or .*, got 'Poem'; pass it to the version that"):
+    with pytest.raises(ValueError, match="expected a saved ActivationShift or .* PairAnalysis or .*, got 'Poem'; pass it to the version that"):
         load(file.parent)
 
 
@@ -540,8 +540,8 @@ def test_the_summary() -> None:
     text = result.summary()
     assert text == repr(result)
     for words in (
-        "2 layers × 4 heads, d_model 48", "99 tokens in 9 sequences", "W_Q", "prediction", "Notes:", "Reading:",
-        "Writing:", "Asymmetry: mean log2(read / write)", "pass gradient=",
+        "2 layers × 4 heads, d_model 48", "99 tokens in 9 sequences", "W_Q", "prediction", "Notes:", "Reading, in",
+        "Writing, in", "Asymmetry: mean log2(read / write)", "pass gradient=",
     ):  # fmt: skip
         assert words in text
     assert max(map(len, text.split("\n\n")[1].splitlines())) < 120
@@ -596,11 +596,11 @@ def test_capture_runs_on_fake_cuda_tensors(name: str, monkeypatch: pytest.Monkey
         monkeypatch.setattr(moments_module, cached, getattr(moments_module, cached).__wrapped__)
     with FakeTensorMode(), IndexingWithoutDevice():
         to_fake_cuda_(model)
-        tokens = torch.zeros(4, 12, dtype=torch.long, device="cuda")
+        tokens = torch.zeros(4, 12, dtype=torch.long)
         view = ModelView(model)
         assert view.device.type == "cuda"
-        points = [p for p in POINTS if view.has_point(p)]
-        moments = capture_moments(model, points, tokens=list(tokens.unbind()), batch_size=2, progress=False)
+        sites = [(point, layer) for point in POINTS if view.has_point(point) for layer in range(view.n_layers)]
+        moments = capture(view, [tokens.unbind()], sites, exclude_first=True, batch_size=2, progress=False).groups[0]
         for (point, _), m in moments.items():
             assert m.second_moment.device.type == "cpu", point
             assert m.second_moment.shape == (m.d, m.d)

@@ -25,7 +25,7 @@ def padded_stack(
         ValueError: no part at all, or different numbers of dimensions.
 
     Example:
-        >>> padded_stack([torch.ones(2, 1), None, torch.ones(1, 2)], beyond=0).tolist()
+        >>> padded_stack([torch.ones(2, 1), None, torch.ones(1, 2)], beyond=0.0).tolist()
         [[[1.0, 0.0], [1.0, 0.0]], [[nan, nan], [nan, nan]], [[1.0, 1.0], [nan, nan]]]
     """
     there = [part for part in parts if part is not None]

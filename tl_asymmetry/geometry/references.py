@@ -38,7 +38,10 @@ def sign_limit(moment: Float[Tensor, "d d"]) -> Float64[Tensor, "d d"]:
     Exact for Gaussian a and a single step (the arcsine law, Van Vleck & Middleton 1966); persistent gradients tend
     to it.
     """
-    return 2 / math.pi * torch.arcsin(correlation(moment).clamp(-1, 1))
+    R = correlation(moment).clamp(-1, 1)
+    # The arcsine is so steep at 1 that a last digit of R becomes 1e-8: what is 1 by definition is set to it.
+    R.diagonal().copy_(moment.diagonal() > 0)
+    return 2 / math.pi * torch.arcsin(R)
 
 
 def orthogonalized(moment: Float[Tensor, "d d"], columns: int) -> Float64[Tensor, "d d"]:
