@@ -35,12 +35,10 @@ def summary_table(result: PairData) -> pd.DataFrame:
                 "relative": changed["relative"].median(),
                 "min": changed["relative"].min(),
                 "max": changed["relative"].max(),
-                "above chance": _of_tested(chance, "above"),
-                "below chance": _of_tested(chance, "below"),
+                "vs chance": _found(chance),
                 "expected": (changed["activation_matched"] * changed["relative"] / changed["fraction"]).median(),
                 "excess": changed["excess"].median(),
-                "above expected": _of_tested(reference, "above"),
-                "below expected": _of_tested(reference, "below"),
+                "vs expected": _found(reference),
                 "|ΔW|/|W|": changed["delta_relative_norm"].median(),
                 "rounding": changed["rounding_share"].median(),
             }
@@ -215,9 +213,10 @@ def _counts(versus: pd.Series) -> dict[str, int]:
     return {answer: int((versus == answer).sum()) for answer in _ASKED}
 
 
-def _of_tested(counts: dict[str, int], answer: str) -> str:
+def _found(counts: dict[str, int]) -> str:
+    """How many tests say above, how many below, of how many."""
     tested = sum(counts.values())
-    return f"{counts[answer]}/{tested}" if tested else ""
+    return f"{counts['above']}↑ {counts['below']}↓ of {tested}" if tested else ""
 
 
 def _input_of(matrix: str) -> str:
