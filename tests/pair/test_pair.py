@@ -532,12 +532,16 @@ def test_groups(groups: int, intervals: bool, recwarn: pytest.WarningsRecorder) 
         assert_same(result, alone, 1e-10)
 
 
-def test_mixture_of_experts_is_analysed_in_its_attention() -> None:
+def test_a_mixture_of_experts_has_rows_for_each_expert_and_its_router() -> None:
     base, aligned = tiny.bridge("mixtral"), tiny.bridge("mixtral", delta=0.05)
     result = run(base, aligned, ranks=[1, 4])
-    assert result.table["matrix"].unique().tolist() == ["W_Q", "W_K", "W_V", "W_O"]
-    assert any("experts and routers are left out" in note for note in result.notes)
-    assert result.other_changes["parameter"].str.contains("experts").any()
+    table = result.table
+    assert table["matrix"].unique().tolist() == ["W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out", "W_router"]
+    of_experts = table[table["expert"].notna()]
+    assert of_experts["matrix"].unique().tolist() == ["W_in", "W_gate", "W_out"]
+    assert set(of_experts["expert"]) == {0, 1, 2}
+    assert "2 of 2 layers have W_in, one for each of 3 experts" in result.notes
+    assert not result.other_changes["parameter"].str.contains("expert|router").any()
     assert len(result.asymmetry)
 
 
