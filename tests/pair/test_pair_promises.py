@@ -263,7 +263,7 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected a saved PairAnalysis, got 'Comparison'; pass its folder, or use lo"):
         PairAnalysis.load(file.parent)
     write_part(file, "result", numbers, document | {"kind": "Poem"})
-    with pytest.raises(ValueError, match="expected a saved ActivationShift or .* PairAnalysis or .*, got 'Poem'; pass it to the version that"):
+    with pytest.raises(ValueError, match="expected a saved ActivationShift or .* or PairAnalysis or .*, got 'Poem'; p"):
         load(file.parent)
 
 

@@ -12,8 +12,10 @@ import torch
 
 from tests import tiny
 from tl_asymmetry import PairAnalysis, analyze_pair
-from tl_asymmetry.geometry import adjusted_p
+from tl_asymmetry.geometry.hierarchy import hierarchy
 from tl_asymmetry.geometry.nulls import IsotropicNull
+from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.pair.deltas import residual_first
 from tl_asymmetry.pair.stability import STABILITY_COLUMNS
 from tl_asymmetry.plots import stability_figure
 
@@ -39,20 +41,17 @@ def test_every_number_is_that_of_a_naive_recount():
     result = analysed()
     stability, variants = judged(), result.sensitivity()
     assert list(stability.columns) == list(STABILITY_COLUMNS)
-    d = result.config["shape"]["d_model"]
-    null = IsotropicNull(d, seed=0)
     assert len(stability) == variants[KEYS].drop_duplicates().shape[0]
     for (matrix, subspace, k), rows in variants.groupby(["matrix", "subspace", "rank"]):
         if (matrix, k) not in (("W_Q", 1), ("W_in", 1), ("W_O", 4)):  # exact p, and Beta or draws: a sample of each
             continue
+        own = families(result.table, k)
         q = {}
         for _, block in rows.groupby(CHOICES):
-            p = []
-            for row in block.itertuples():
-                head = 0 if pd.isna(row.head) else int(row.head)
-                spectrum = torch.from_numpy(result.delta_spectrum(matrix)[int(row.layer), head])[None]
-                p.append(null.tail(spectrum, k, torch.tensor([row.fraction], dtype=torch.float64))[0][0])
-            q |= dict(zip(block.index, adjusted_p(np.array(p)), strict=True))
+            p, pooled = zip(*(own | {(matrix, subspace): evidence(block, matrix, k)}).values(), strict=True)
+            names = list(own)
+            tree = hierarchy(dict(zip(names, p, strict=True)), dict(zip(names, pooled, strict=True)))
+            q |= dict(zip(block.index, tree.head_q[matrix, subspace].flatten(), strict=True))
         for key, block in rows.groupby(["layer", "head"], dropna=False):
             told = stability[(stability["matrix"] == matrix) & (stability["subspace"] == subspace)]
             told = told[(told["rank"] == k) & (told["layer"] == key[0])]
@@ -69,6 +68,48 @@ def test_every_number_is_that_of_a_naive_recount():
             assert ("uncentred" not in told["low_variant"]) == lowest["centered"]
 
 
+def families(table: pd.DataFrame, k: int) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
+    """p of heads and of heads pooled of the analysis's own families, from the weights."""
+    at = table[table["rank"] == k]
+    return {
+        (str(matrix), str(subspace)): evidence(rows, str(matrix), k)
+        for (matrix, subspace), rows in at.groupby(["matrix", "subspace"], sort=False)
+    }
+
+
+def evidence(rows: pd.DataFrame, matrix: str, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """One call of the null for each head, and for each layer's heads side by side; rows are layers × heads."""
+    null = IsotropicNull(tiny.D_MODEL, seed=0)
+    fraction = rows["fraction"].to_numpy(float).reshape(tiny.N_LAYERS, -1)
+    heads, pooled = np.full(fraction.shape, np.nan), np.full(tiny.N_LAYERS, np.nan)
+    for layer in range(tiny.N_LAYERS):
+        change = deltas()[matrix, layer]
+        energy = change.square().sum((-2, -1)).numpy()
+        for head in range(fraction.shape[1]):
+            heads[layer, head] = tail(null, change[head], k, fraction[layer, head])
+        if fraction.shape[1] > 1:
+            whole = (fraction[layer] * energy).sum() / energy.sum()
+            pooled[layer] = tail(null, change.transpose(0, 1).flatten(1), k, whole)
+    return heads, pooled
+
+
+def tail(null: IsotropicNull, change: torch.Tensor, k: int, fraction: float) -> float:
+    spectrum = torch.linalg.svdvals(change).square()
+    return null.tail(spectrum[None], k, torch.tensor([fraction], dtype=torch.float64))[0][0]
+
+
+@functools.cache
+def deltas() -> dict[tuple[str, int], torch.Tensor]:
+    """ΔW as [head, d_model, other], in float64."""
+    kind = tiny.KINDS[-1]
+    base, aligned = (ModelView(tiny.build("llama", kind, delta=δ)) for δ in (0.0, 0.05))
+    return {
+        (matrix, layer): residual_first(matrix, aligned.weight(layer, matrix).double() - base.weight(layer, matrix))
+        for matrix in base.matrices
+        for layer in range(tiny.N_LAYERS)
+    }
+
+
 def test_the_analysis_itself_is_among_the_variants():
     result = analysed()
     stability = judged().merge(result.table, on=KEYS, suffixes=("", "_own"))
@@ -79,6 +120,16 @@ def test_the_analysis_itself_is_among_the_variants():
     certain = stability[stability["verdict"] == "concentrated"]
     assert (certain["isotropic_q"] < 0.05).all()
     assert not (stability[stability["verdict"] == "not"]["isotropic_q"] < 0.05).any()
+
+
+def test_experts_have_their_own_rows():
+    mixture = tiny.bridge("mixtral"), tiny.bridge("mixtral", delta=0.05)
+    options = {"tokens": tiny.tokens(9, 12), "ranks": [4], "groups": 1, "matrices": ["W_in", "W_router"]}
+    stability = analyze_pair(*mixture, **options, sensitivity=True, progress=False).stability()
+    experts = stability[stability["matrix"] == "W_in"].drop_duplicates(["layer", "expert"])
+    assert experts[["layer", "expert"]].values.tolist() == [[layer, e] for layer in range(2) for e in range(3)]
+    assert stability.loc[stability["matrix"] == "W_router", "expert"].isna().all()
+    assert (stability["low"] < stability["high"]).all()
 
 
 def test_a_zero_delta_has_no_verdict():

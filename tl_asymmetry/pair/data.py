@@ -94,19 +94,25 @@ class PairData(Result):
             raise ValueError(
                 "expected an analysis with sensitivity=True, got one without; pass sensitivity=True to analyze_pair"
             )
-        headed = {str(matrix): bool(rows["head"].notna().all()) for matrix, rows in self.table.groupby("matrix")}
-        return sensitivity_table(self.arrays, self.config["ranks"], headed)
+        places = self.table[["matrix", "layer", "head", "expert"]].drop_duplicates().groupby("matrix")
+        there = {str(matrix): rows.drop(columns="matrix") for matrix, rows in places}
+        return sensitivity_table(self.arrays, self.config["ranks"], there)
 
     @with_fresh_settings
     def stability(self) -> pd.DataFrame:
         """How much each head's verdict depends on the choice of subspace; columns in `stability.STABILITY_COLUMNS`.
 
-        Every variant of `sensitivity()` is held against the isotropic null of the same delta.
+        Every variant of `sensitivity()` is held against the isotropic null of the same delta, and corrected as the
+        analysis is, in the place of its own choice.
 
         Raises:
             ValueError: analysed without `sensitivity=True`.
         """
-        spectra = {str(matrix): self.delta_spectrum(str(matrix)) for matrix in dict.fromkeys(self.table["matrix"])}
+        spectra = {
+            name.removeprefix("spectrum/"): (array, self.arrays.get(f"pooled_{name}"))
+            for name, array in self.arrays.items()
+            if name.startswith("spectrum/")
+        }
         return stability_table(
             self.sensitivity(), self.table, spectra, d=self._d, seed=self.config["arguments"]["seed"]
         )

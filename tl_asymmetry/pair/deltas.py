@@ -319,7 +319,7 @@ def _orthonormal(columns: Float[Tensor, "head long n"]) -> Float[Tensor, "head l
 
 def stacked(layers: Sequence[object | None], name: str) -> Tensor:
     """One tensor field of what the layers have, `[layer, ...]`; NaN where a layer has nothing, see `padded_stack`."""
-    beyond = 0.0 if name in ("spectrum", "directions", "partners") else math.nan
+    beyond = 0.0 if name in ("spectrum", "pooled_spectrum", "directions", "partners") else math.nan
     return padded_stack([None if layer is None else getattr(layer, name) for layer in layers], beyond=beyond)
 
 

@@ -172,6 +172,8 @@ class PairAnalysis(PairData):
         arrays: dict[str, Tensor] = {}
         for matrix, layers in deltas.items():
             arrays[f"spectrum/{matrix}"] = stacked(layers, "spectrum")
+            if any(layer is not None and layer.pooled_spectrum is not None for layer in layers):
+                arrays[f"pooled_spectrum/{matrix}"] = stacked(layers, "pooled_spectrum")  # of all heads as one delta
             for name in ("directions", "partners"):
                 arrays[f"{name}/{matrix}"] = stacked(layers, name)
         for (matrix, subspace), held in projections.items():

@@ -19,7 +19,7 @@ from tl_asymmetry.pair.deltas import AnyDelta
 from tl_asymmetry.pair.plan import Plan, Sources
 
 SENSITIVITY_COLUMNS = (
-    "layer", "head", "matrix", "subspace", "activations", "centered", "first_position", "fold_norm", "rank",
+    "layer", "head", "expert", "matrix", "subspace", "activations", "centered", "first_position", "fold_norm", "rank",
     "fraction", "relative",
 )  # fmt: skip
 """Columns of `PairAnalysis.sensitivity()`, in this order."""
@@ -90,24 +90,31 @@ def stacked_variants(layers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor
     return {name: padded_stack([layer.get(name) for layer in layers]) for name in names}
 
 
-def sensitivity_table(arrays: Mapping[str, Tensor], ranks: list[int], headed: Mapping[str, bool]) -> pd.DataFrame:
-    """One row per layer × head × matrix × variant × rank, from what `stacked_variants` gave a result to keep; NaN at
-    ranks that a variant does not have."""
+def sensitivity_table(
+    arrays: Mapping[str, Tensor], ranks: Sequence[int], places: Mapping[str, pd.DataFrame]
+) -> pd.DataFrame:
+    """One row per layer × head × matrix × variant × rank, from what `stacked_variants` gave a result to keep.
+
+    NaN at ranks that a variant does not have.
+
+    Args:
+        arrays: of the result.
+        ranks: k.
+        places: layer, head and expert of what there is of each matrix.
+    """
     frames = []
     for name, profile in arrays.items():
         if not name.startswith(f"{_PREFIX}/"):
             continue
         _, matrix, subspace, activations, centering, first, norm = name.split("/")
-        layers, heads, d = profile.shape
-        cumulative = profile.double().cumsum(-1)
+        there = places[matrix]
+        cumulative = profile.double().cumsum(-1)[there["layer"].to_numpy(int), unit_of(there)]
         for k in ranks:
-            fraction = cumulative[..., k - 1].flatten().numpy()
-            frame = pd.DataFrame({"fraction": fraction, "relative": fraction * d / k})
-            frame["layer"] = pd.array(np.repeat(np.arange(layers), heads), dtype="Int64")
-            head = np.tile(np.arange(heads), layers) if headed[matrix] else [pd.NA] * layers
-            frame["head"] = pd.array(head, dtype="Int64")
+            fraction = cumulative[:, k - 1].numpy()
             frames.append(
-                frame.assign(
+                there.assign(
+                    fraction=fraction,
+                    relative=fraction * profile.shape[-1] / k,
                     matrix=matrix,
                     subspace=subspace,
                     activations=activations,
@@ -118,3 +125,8 @@ def sensitivity_table(arrays: Mapping[str, Tensor], ranks: list[int], headed: Ma
                 )
             )
     return pd.concat(frames, ignore_index=True)[list(SENSITIVITY_COLUMNS)]
+
+
+def unit_of(rows: pd.DataFrame) -> np.ndarray:
+    """Where each row's head or expert stands in its layer; 0 for a matrix that is neither's."""
+    return rows["head"].fillna(rows["expert"]).fillna(0).to_numpy(int)

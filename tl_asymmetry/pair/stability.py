@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from torch import Tensor
 
-from tl_asymmetry.geometry.nulls import IsotropicNull, adjusted_p
+from tl_asymmetry.geometry.hierarchy import hierarchy
+from tl_asymmetry.geometry.nulls import IsotropicNull
 from tl_asymmetry.names import SIGNIFICANT
+from tl_asymmetry.pair.sensitivity import unit_of
 
 STABILITY_COLUMNS = {
     "layer": "layer, from 0",
     "head": "head; the key-value head for W_K and W_V; NA for a matrix of the MLP",
+    "expert": "expert of a mixture; NA elsewhere",
     "matrix": "W_Q … W_out",
     "subspace": "the subspace whose variants are compared",
     "rank": "k",
@@ -26,68 +30,101 @@ STABILITY_COLUMNS = {
     "high": "largest relative over the variants",
     "low_variant": "the variant that gives the smallest",
     "high_variant": "the variant that gives the largest",
-    "significant": "share of the variants in which q < 0.05, each corrected over its own layers and heads",
+    "significant": "share of the variants in which q < 0.05, each in the place of the analysis's own choice",
     "verdict": '"concentrated" (q < 0.05 in all variants), "not" (in none), "depends", "none" (no test)',
 }
 """Columns of `PairAnalysis.stability()`, in this order, and what they mean."""
 
 _CHOICES = ("activations", "centered", "first_position", "fold_norm")
-_KEYS = ["layer", "head"]
+_PLACE = ["layer", "head", "expert"]
+
+Spectra = Mapping[str, tuple[Tensor, Tensor | None]]
+"""By matrix: eigenvalues of ΔW ΔWᵀ of each head [layer, head, r], and of a layer's heads as one delta [layer, s]."""
 
 
 def stability_table(
-    variants: pd.DataFrame,
-    table: pd.DataFrame,
-    spectra: Mapping[str, Float[np.ndarray, "layer head r"]],
-    *,
-    d: int,
-    seed: int,
+    variants: pd.DataFrame, table: pd.DataFrame, spectra: Spectra, *, d: int, seed: int
 ) -> pd.DataFrame:
     """One row per layer × head × matrix × subspace × rank, over all variants of the subspace.
 
-    The isotropic null belongs to the delta, not to the subspace, so every variant is held against the same law.
+    The isotropic null belongs to the delta, not to the subspace, so every variant is held against the same law. A
+    variant's tests stand in the analysis's hierarchy in the place of its own, with all other families as they are.
 
     Args:
         variants: `PairAnalysis.sensitivity()`.
         table: `PairAnalysis.table`.
-        spectra: eigenvalues of ΔW ΔWᵀ, by matrix.
+        spectra: of the deltas.
         d: d_model.
         seed: of the null's draws.
     """
     null = IsotropicNull(d, seed=seed)
     blocks = []
-    for (matrix, subspace, rank), rows in variants.groupby(["matrix", "subspace", "rank"], sort=False):
+    for rank, asked in variants.groupby("rank", sort=False):
         k = int(str(rank))
-        # groupby keeps the rows' order: layers and heads within each variant.
-        by_variant = [block for _, block in rows.groupby(list(_CHOICES), sort=False)]
-        fraction = np.stack([block["fraction"].to_numpy(float) for block in by_variant])
-        relative = np.stack([block["relative"].to_numpy(float) for block in by_variant])
-        spectrum = torch.from_numpy(spectra[str(matrix)]).flatten(0, 1).repeat(len(by_variant), 1)
-        p, _ = null.tail(spectrum, k, torch.from_numpy(fraction.ravel()))
-        q = np.stack([adjusted_p(each) for each in p.reshape(fraction.shape)])
-        known = np.isfinite(q).all(0)
-        share = np.where(known, (q < SIGNIFICANT).mean(0), np.nan)
-        names = np.array([_name(block.iloc[0]) for block in by_variant])
-        finite = np.isfinite(relative).all(0)
-        blocks.append(
-            by_variant[0][_KEYS].assign(
-                matrix=str(matrix),
-                subspace=str(subspace),
-                rank=k,
-                variants=len(by_variant),
-                low=relative.min(0),
-                median=np.median(relative, axis=0),
-                high=relative.max(0),
-                low_variant=np.where(finite, names[np.nan_to_num(relative).argmin(0)], ""),
-                high_variant=np.where(finite, names[np.nan_to_num(relative).argmax(0)], ""),
-                significant=share,
-                verdict=np.select([~known, share == 1, share == 0], ["none", "concentrated", "not"], "depends"),
+        own = {
+            (str(matrix), str(subspace)): _Tests(null, k, [rows], *spectra[str(matrix)])
+            for (matrix, subspace), rows in table[table["rank"] == k].groupby(["matrix", "subspace"], sort=False)
+        }
+        heads = {family: tests.heads[0] for family, tests in own.items()}
+        pooled = {family: tests.pooled[0] for family, tests in own.items()}
+        for (matrix, subspace), rows in asked.groupby(["matrix", "subspace"], sort=False):
+            family = str(matrix), str(subspace)
+            # groupby keeps the rows' order: layers and heads within each variant.
+            by_variant = [block for _, block in rows.groupby(list(_CHOICES), sort=False)]
+            tests = _Tests(null, k, by_variant, *spectra[family[0]])
+            q = np.stack([
+                hierarchy(heads | {family: p}, pooled | {family: together}).head_q[family][tests.places]
+                for p, together in zip(tests.heads, tests.pooled, strict=True)
+            ])  # fmt: skip
+            relative = np.stack([block["relative"].to_numpy(float) for block in by_variant])
+            known = np.isfinite(q).all(0)
+            share = np.where(known, (q < SIGNIFICANT).mean(0), np.nan)
+            names = np.array([_name(block.iloc[0]) for block in by_variant])
+            finite = np.isfinite(relative).all(0)
+            blocks.append(
+                by_variant[0][_PLACE].assign(
+                    matrix=family[0],
+                    subspace=family[1],
+                    rank=k,
+                    variants=len(by_variant),
+                    low=relative.min(0),
+                    median=np.median(relative, axis=0),
+                    high=relative.max(0),
+                    low_variant=np.where(finite, names[np.nan_to_num(relative).argmin(0)], ""),
+                    high_variant=np.where(finite, names[np.nan_to_num(relative).argmax(0)], ""),
+                    significant=share,
+                    verdict=np.select([~known, share == 1, share == 0], ["none", "concentrated", "not"], "depends"),
+                )
             )
-        )
     found = pd.concat(blocks, ignore_index=True)
-    own = table[[*_KEYS, "matrix", "subspace", "rank", "relative", "isotropic_q"]]
-    merged = found.merge(own, on=[*_KEYS, "matrix", "subspace", "rank"], how="left", validate="one_to_one")
+    keys = [*_PLACE, "matrix", "subspace", "rank"]
+    merged = found.merge(table[[*keys, "relative", "isotropic_q"]], on=keys, how="left", validate="one_to_one")
     return merged[list(STABILITY_COLUMNS)]
+
+
+class _Tests:
+    """p of one matrix, subspace and rank against chance, in one or several variants."""
+
+    def __init__(
+        self,
+        null: IsotropicNull,
+        k: int,
+        variants: Sequence[pd.DataFrame],
+        spectrum: Float[Tensor, "layer head r"],
+        pooled: Float[Tensor, "layer s"] | None,
+    ) -> None:
+        self.places = variants[0]["layer"].to_numpy(int), unit_of(variants[0])
+        fraction = torch.full((len(variants), *spectrum.shape[:2]), torch.nan, dtype=torch.float64)
+        for i, rows in enumerate(variants):
+            fraction[i][self.places] = torch.tensor(rows["fraction"].to_numpy(float))
+        p, *_ = null.tails(spectrum.flatten(0, 1).repeat(len(variants), 1), k, fraction.flatten())
+        self.heads: Float[np.ndarray, "variant layer head"] = p.reshape(fraction.shape)
+        self.pooled: Float[np.ndarray, "variant layer"] = np.full(fraction.shape[:2], np.nan)
+        if pooled is not None:
+            energy = spectrum.nan_to_num().sum(-1)
+            whole = (fraction.nan_to_num() * energy).sum(-1) / energy.sum(-1)
+            p, *_ = null.tails(pooled.repeat(len(variants), 1), k, whole.flatten())
+            self.pooled = p.reshape(whole.shape)
 
 
 def _name(row: pd.Series) -> str:

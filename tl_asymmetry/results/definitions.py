@@ -78,8 +78,8 @@ DEFINITIONS = (
         "Verdict and its stability", "[ours]",
         "A head counts as concentrated where q < 0.05. With sensitivity=True every other choice of the subspace (whose "
         "activations, centring, first position; whose unembedding, its mean, the final norm) is held against the same "
-        "null, each corrected over its own layers and heads; the verdict depends on the choice where it holds in some "
-        "of them only.",
+        "null, corrected as the analysis is with that choice in the place of its own; the verdict depends on the "
+        "choice where it holds in some of them only.",
     ),
     Definition(
         "Marchenko–Pastur edge", "[ours]",
