@@ -1,11 +1,15 @@
 """Groups to leave out: whole sequences in order, copies together."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import tiny
 from tl_asymmetry import analyze_pair, analyze_tangents, gradient_covariance
-from tl_asymmetry.models.capture import balanced_groups, copies, copies_noted, group_numbers
+from tl_asymmetry.models.capture import balanced_groups, capture, copies, copies_noted, group_numbers
+from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.objectives import CrossEntropy, TokenBatch
 
 
@@ -53,3 +57,35 @@ def test_a_model_whose_outputs_are_not_its_inputs_is_refused():
         gradient_covariance(model, CrossEntropy(), [tiny.tokens(2, 6)], progress=False)
     with pytest.raises(ValueError, match=text):
         analyze_tangents(model, tokens=tiny.tokens(4, 12), rank=2, strata=0, progress=False)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a GPU: numbers and shapes read off a tensor's entries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket in (
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.nonzero,
+            torch.ops.aten.masked_select,
+            torch.ops.aten.is_nonzero,
+        )
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_capture_makes_the_host_wait_no_more_than_a_bare_pass() -> None:
+    view = ModelView(tiny.bridge("gpt2"))
+    points = [(point, layer) for layer in range(view.n_layers) for point in ("attn_in", "resid_mid", "z")]
+    with torch.no_grad(), Waits() as bare:
+        for tokens in tiny.tokens(4).split(2):
+            view.run(tokens, layers=view.n_layers)
+    with Waits() as captured:
+        capture(view, [list(tiny.tokens(4))], points, exclude_first=True, first_positions=True, batch_size=2,
+                progress=False)  # fmt: skip
+    assert captured.count <= bare.count
+    with Waits() as seen:
+        bool(torch.ones(2).sum() > 1)
+    assert seen.count == 1
