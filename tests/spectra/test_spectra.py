@@ -142,7 +142,7 @@ def test_an_adapter_is_measured_by_its_factors(tmp_path):
     factored = analyze_spectra(folder, tmp_path / "adapter", ranks=[2], progress=False).table
     merged = analyze_spectra(folder, tmp_path / "merged", ranks=[2], progress=False).table
     changed = merged["matrix"].isin(["W_Q", "W_O", "W_in", "W_out"])
-    by_storage = ["changed_share", "changed_expected", "rounding_share"]
+    by_storage = ["changed_share", "changed_expected", "changed_relative", "rounding_share"]
     by_draws = [c for c in merged.columns if c.endswith("_expected")]  # factors are turned by their own draws
     exact = [c for c in merged.columns if c not in (*by_storage, *by_draws)]
     pd.testing.assert_frame_equal(factored.loc[changed, exact], merged.loc[changed, exact], rtol=2e-3, atol=1e-5)
@@ -184,7 +184,7 @@ def test_bf16_weights_say_how_much_is_rounding(tmp_path):
     assert table["rounding_share"].between(0.001, 0.99).all()
     assert table["changed_share"].between(0.2, 0.999).all()
     # DPO moves every entry: what does not show in bf16 is small, not absent.
-    assert table["changed_share"].to_numpy() == pytest.approx(table["changed_expected"].to_numpy(), rel=0.1)
+    assert table["changed_relative"].to_numpy() == pytest.approx(1, rel=0.1)
 
 
 def test_identical_models_are_a_result_with_a_warning(pair):
@@ -223,7 +223,7 @@ def test_a_result_is_saved_reported_and_drawn(result, tmp_path: Path):
     assert load(tmp_path).table.equals(result.table)
     page = result.to_html(tmp_path / "report.html").read_text(encoding="utf-8")
     assert "On-principal share" in page
-    for value in ("on_principal_relative", "coupling"):
+    for value in ("on_principal_relative", "coupling", "changed_relative"):
         figure = result.plot_heads("W_O", value=value, rank=1)
         shown = [trace.name for trace in figure.data if trace.type == "heatmap" and trace.visible]
         assert shown == [value]

@@ -20,8 +20,11 @@ VALUES = {
     "right_relative": ("share on the output side over chance", "1 = chance, the base's leading right vectors."),
     "on_principal_unshrunk": ("on-principal share over chance, shrinkage removed", "1 = chance, of ΔW − sW."),
     "coupling": ("coupling of both sides", "1 = no more than the product of the one-sided shares."),
+    "changed_relative": ("entries changed, over a dense change", "1 = small, not sparse; below: sparse. Of storage."),
 }
 """What a map can show: its label, and what its center means."""
+BARS = {"coupling": "coupling", "changed_relative": "× dense"}
+"""Headings of the colour bar, where it is not chance."""
 HOVER = (
     "<b>%{customdata[0]}</b>, rank %{customdata[1]}<br>on-principal %{customdata[2]}, %{customdata[3]} × chance"
     "<br>p %{customdata[4]}, q %{customdata[5]}<br>one side: left %{customdata[6]} ×, right %{customdata[7]} ×; "
@@ -72,7 +75,7 @@ def spectra_figure(
     layers, heads = pick.layers_of(rows), pick.heads_of(rows)
     shared, group = pick.kv_group(table, matrix, None)
     shown = {
-        key: maps.Value(label, meaning, "× chance" if key != "coupling" else "coupling", rows[key].astype(float))
+        key: maps.Value(label, meaning, BARS.get(key, "× chance"), rows[key].astype(float))
         for key, (label, meaning) in VALUES.items()
     }
     figure = go.Figure()

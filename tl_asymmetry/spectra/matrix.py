@@ -70,13 +70,15 @@ def _of_whole(W: Float[Tensor, "head m n"], change: Change, *, seed: int) -> dic
         never = torch.full_like(relative, torch.nan)
         rounding = torch.where(change.energy > 0, 0.0, torch.nan)
         return {
-            "changed_share": never, "changed_expected": never, "rounding_share": rounding,
+            "changed_share": never, "changed_expected": never, "changed_relative": never, "rounding_share": rounding,
             "delta_relative_norm": relative,
         }  # fmt: skip
     ΔW, stored = change.left, change.stored
+    changed, expected = changed_share(ΔW), changed_expected(W, ΔW, stored, seed=seed)
     return {
-        "changed_share": changed_share(ΔW),
-        "changed_expected": changed_expected(W, ΔW, stored, seed=seed),
+        "changed_share": changed,
+        "changed_expected": expected,
+        "changed_relative": changed / expected,
         "rounding_share": rounding_noise(W, ΔW, stored, seed=seed).share,
         "delta_relative_norm": relative,
     }

@@ -44,6 +44,7 @@ SPECTRAL_COLUMNS: Mapping[str, str] = {
     "drift": "‖σ_aligned − σ_base‖ / ‖σ_base‖ over the k leading singular values",
     "changed_share": "share of the stored entries that differ; NaN for an adapter",
     "changed_expected": "share that a dense delta of this norm and entry law would change once stored",
+    "changed_relative": "changed_share / changed_expected: 1 where the change is dense and small, below where sparse",
     "rounding_share": "share of ‖ΔW‖² that storage alone explains",
     "delta_relative_norm": "‖ΔW‖ / ‖W‖",
 }
@@ -94,8 +95,8 @@ class SpectralAnalysis(Result):
 
         Args:
             matrix: its name; None: the first.
-            value: shown first: "on_principal_relative", "left_relative", "right_relative", "on_principal_unshrunk" or
-                "coupling".
+            value: shown first: "on_principal_relative", "left_relative", "right_relative", "on_principal_unshrunk",
+                "coupling" or "changed_relative".
             rank: None: the shown one.
             title: first line of the title; None says what is shown. Plain text.
             template: None or "light", "dark", or any plotly template.
