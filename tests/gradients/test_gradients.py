@@ -222,16 +222,14 @@ def test_neither_batch_size_nor_order_changes_an_additive_objectives_moments(obj
     chosen, data = made[objective]
     assert chosen.additive
     whole = quiet(model, chosen, demo_data()[data], full_mlp=True)
-    split = rebatched(demo_data()[data], 3)
-    for other in (split, split[::-1]):
-        again = quiet(model, chosen, other, full_mlp=True)
-        assert again.config["loss"] == pytest.approx(whole.config["loss"], rel=1e-6)
-        for name, array in whole.arrays.items():
-            if name.startswith("moment/"):
-                error = (again.arrays[name] - array).norm() / array.norm()
-                assert error < 1e-6, (name, error)
-        np.testing.assert_allclose(again.gradients["gradient_norm"], whole.gradients["gradient_norm"], rtol=1e-5)
-        assert again.table["tokens"].equals(whole.table["tokens"])
+    again = quiet(model, chosen, rebatched(demo_data()[data], 3)[::-1], full_mlp=True)
+    assert again.config["loss"] == pytest.approx(whole.config["loss"], rel=1e-6)
+    for name, array in whole.arrays.items():
+        if name.startswith("moment/"):
+            error = (again.arrays[name] - array).norm() / array.norm()
+            assert error < 1e-6, (name, error)
+    np.testing.assert_allclose(again.gradients["gradient_norm"], whole.gradients["gradient_norm"], rtol=1e-5)
+    assert again.table["tokens"].equals(whole.table["tokens"])
 
 
 def test_where_the_batch_is_part_of_the_definition_the_result_says_so():

@@ -65,7 +65,8 @@ def test_it_stands_in_the_result(tmp_path: Path) -> None:
     folder = changed("llama", tmp_path / "m", {"hidden_act": "gelu", "rms_norm_eps": 1e-5})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result = analyze_pair(tiny.bridge("llama"), folder, tokens=tiny.tokens(6, 12), ranks=[1], progress=False)
+        options = {"tokens": tiny.tokens(6, 12), "ranks": [1], "matrices": ["W_Q"], "progress": False}
+        result = analyze_pair(tiny.bridge("llama"), folder, **options)
     for name in ("activation: silu (base) and gelu (aligned)", "norm epsilon: 1e-06 (base) and 1e-05 (aligned)"):
         assert any(f"the two models differ in {name}" in note for note in result.notes)
 
@@ -77,7 +78,8 @@ def test_a_vocabulary_that_was_trimmed_counts_by_its_common_rows(tmp_path: Path)
     whole = model.get_input_embeddings().weight.detach().clone()
     model.resize_token_embeddings(90)
     model.save_pretrained(tmp_path)
-    base, options = tiny.bridge("llama"), {"tokens": tiny.tokens(6, 12), "ranks": [1], "progress": False}
+    base = tiny.bridge("llama")
+    options = {"tokens": tiny.tokens(6, 12), "ranks": [1], "matrices": ["W_Q", "W_O"], "progress": False}
     with pytest.warns(UserWarning, match="the aligned model has 6 fewer tokens .* these rows of the base's emb"):
         result = analyze_pair(base, tmp_path, **options)
     changes = result.other_changes.set_index("parameter")
