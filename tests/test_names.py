@@ -8,7 +8,7 @@ import pytest
 
 import tl_asymmetry
 from tl_asymmetry import names
-from tl_asymmetry.names import MATRICES, POINTS, kind_of
+from tl_asymmetry.names import MATRICES, POINTS, kind_of, side_by_name
 
 PACKAGE = Path(tl_asymmetry.__file__).parent
 
@@ -32,12 +32,32 @@ def test_each_kind_is_whole(name: str) -> None:
 
 
 def test_a_further_map_has_the_side_it_is_given() -> None:
-    out = kind_of("linear_attn.out_proj", "write")
-    assert (out.part, out.subspace, out.output_axis, out.heads) == ("linear_attn", "prediction", "residual", None)
-    assert kind_of("mixer.in_proj", "read").input_axis == "residual"
+    out = kind_of("vision.squeeze", "write")
+    assert (out.part, out.subspace, out.output_axis, out.heads) == ("vision", "prediction", "residual", None)
+    assert kind_of("vision.expand", "read").input_axis == "residual"
+    with pytest.raises(ValueError, match="or the side"):
+        kind_of("vision.expand")
     assert kind_of("W_O", "read").side == "write"  # its own
     with pytest.raises(ValueError, match="expected a matrix among W_Q, .*, got 'WQ'; pass one of these, or the side"):
         kind_of("WQ")
+
+
+@pytest.mark.parametrize(
+    ("path", "side", "point"),
+    [("linear_attn.in_proj_qkv", "read", "attn_in"), ("mamba.in_proj", "read", "attn_in"),
+     ("mlp.shared_expert_gate", "read", "mlp_in"), ("conv.out_proj", "write", "conv.out_proj"),
+     ("temporal_block.linear_y", "read", "attn_in"), ("per_layer_input_gate", "read", "per_layer_input_gate"),
+     ("feed_forward.value", "write", "feed_forward.value"), ("attention.value", "read", "attention.value")],
+)  # fmt: skip
+def test_a_further_map_says_its_side_by_its_name(path: str, side: str, point: str) -> None:
+    kind = kind_of(path)
+    assert (kind.side, kind.point) == (side, point)
+    assert side_by_name(path) == side
+
+
+@pytest.mark.parametrize("path", ["mixer.x_proj", "mixer.dt_proj", "self_attn.kv_b_proj", "self_attn.q_b_proj", "wq_b"])
+def test_a_map_between_latents_has_no_side_on_the_stream(path: str) -> None:
+    assert side_by_name(path) is None
 
 
 def test_a_threshold_is_written_down_once() -> None:

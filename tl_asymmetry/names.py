@@ -51,7 +51,8 @@ class MatrixKind:
     point: str
     """Where its exact input is seen: one of `POINTS`, or for a further linear map its own name."""
     part: str
-    """The module of the block that it belongs to: "attn", "mlp", or a further linear map's first path element."""
+    """The part of the block that it belongs to: "attn" (attention or another mixer of tokens), "mlp", or the first
+    element of a further linear map's path."""
     heads: Literal["query", "kv"] | None = None
     """Whose heads it is split into; None for a matrix without heads."""
 
@@ -113,13 +114,37 @@ and the latents of newer attentions, a mixture's router and shared experts."""
 ATTENTION: tuple[str, ...] = ("W_Q", "W_K", "W_V", "W_O")
 """Names of the matrices that every attention with heads has, in that order."""
 
+_FURTHER_WRITES = re.compile(
+    r"(.*\.)?((out|o|o_b|output)_proj|linear_out|linear_right|per_layer_projection|proj_down)"
+    r"|attention\.output|feed_forward\.value"
+)
+_FURTHER_READS = re.compile(
+    r"(.*\.)?(in_proj\w*|linear_[xy]|linear_left|\w*_gate|[abgqkvz]_proj|kv_proj|gate_proj|wk|weights_proj"
+    r"|modality_router|[if]gate_preact|ogate_preact|proj_up(_gate)?|mlstm_layer\.[qkv])"
+    r"|attention\.(key|value|receptance)|feed_forward\.(key|receptance)"
+)
+_MIXERS = re.compile(r"(.*\.)?(linear_attn|mamba|conv|mixer|temporal_block|self_attn|self_attention)\..*")
+"""Paths inside what mixes tokens and reads one tensor: what attention's place in the layer is given to."""
+
+
+def side_by_name(path: str) -> Side | None:
+    """Which side of a further linear map is the residual stream's, by the path of its module; None where it is unknown.
+
+    Example:
+        >>> side_by_name("mamba.in_proj"), side_by_name("mamba.out_proj"), side_by_name("mamba.x_proj")
+        ('read', 'write', None)
+    """
+    if _FURTHER_WRITES.fullmatch(path):
+        return "write"
+    return "read" if _FURTHER_READS.fullmatch(path) else None
+
 
 def kind_of(matrix: str, side: Side | None = None) -> MatrixKind:
     """What is true of a matrix, by its name.
 
     Args:
         matrix: a name of `MATRICES`, or the module path of a further linear map.
-        side: of a further linear map, as the table's column `pathway` has it; a name of `MATRICES` has its own.
+        side: of a further linear map, where its name does not say it.
 
     Raises:
         ValueError: a name that is not in `MATRICES`, without its side.
@@ -127,17 +152,33 @@ def kind_of(matrix: str, side: Side | None = None) -> MatrixKind:
     Example:
         >>> kind_of("W_O").side, kind_of("W_O").point
         ('write', 'z')
-        >>> kind_of("linear_attn.in_proj_qkv", "read").subspace
-        'linear_attn.in_proj_qkv'
+        >>> kind_of("linear_attn.in_proj_qkv").subspace, kind_of("linear_attn.out_proj").side
+        ('attn_in', 'write')
+        >>> kind_of("altup.modality_router").subspace
+        'altup.modality_router'
     """
     if matrix in MATRICES:
         return MATRICES[matrix]
+    side = side or side_by_name(matrix)
     if side is None:
         raise ValueError(
             f"expected a matrix among {', '.join(MATRICES)}, got {matrix!r}; pass one of these, or the side of a "
             "further linear map"
         )
-    return MatrixKind(matrix, side, matrix, matrix.partition(".")[0])
+    part = "attn" if _MIXERS.fullmatch(matrix) else matrix.partition(".")[0]
+    shared = {"attn": "attn_in", "mlp": "mlp_in"} if side == "read" else {}
+    return MatrixKind(matrix, side, shared.get(part, matrix), part)
+
+
+def canonical(matrices: Collection[str]) -> tuple[str, ...]:
+    """Names in the order in which results list them: those of `MATRICES`, then further linear maps as they come.
+
+    Example:
+        >>> canonical(["mamba.in_proj", "W_O", "W_Q"])
+        ('W_Q', 'W_O', 'mamba.in_proj')
+    """
+    further = [matrix for matrix in matrices if matrix not in MATRICES]
+    return (*(matrix for matrix in MATRICES if matrix in matrices), *further)
 
 
 def thresholds() -> dict[str, float]:

@@ -547,7 +547,7 @@ def test_bad_arguments_are_refused_before_anything_runs(monkeypatch):
         (dict(sites=[]), "expected at least one site, got none"),
         (dict(sites=[(0, "W_Q", 0)], matrices=["W_Q"]), "expected sites or matrices, got both"),
         (dict(matrices=["W_gate"]), "expected matrices among"),
-        (dict(matrices="W_Q"), "expected matrices among"),
+        (dict(matrices=[]), "expected matrices among"),
         (dict(directions=["up"]), "expected directions among delta, activation, prediction, got"),
         (dict(directions={}), "expected at least one direction, got an empty mapping"),
         (dict(directions={"a": torch.ones(d + 1)}), rf"expected directions \[{d}, n\] for 'a', got \({d + 1}, 1\)"),

@@ -9,8 +9,19 @@ import pytest
 import torch
 
 from tests.models.test_sites import VOCABULARY, adapter_of
-from tl_asymmetry import analyze_pair, load
-from tl_asymmetry.names import MATRICES
+from tl_asymmetry import (
+    analyze_pair,
+    analyze_spectra,
+    analyze_stages,
+    analyze_trajectory,
+    gradient_covariance,
+    load,
+    rank_one_study,
+    weights_from,
+)
+from tl_asymmetry.models.huggingface import HuggingFaceAdapter
+from tl_asymmetry.names import kind_of
+from tl_asymmetry.objectives import CrossEntropy
 
 RANK = 2
 NAMES = ("qwen2-moe", "qwen3.5", "gemma4", "deepseek-v3", "mixtral")
@@ -50,7 +61,7 @@ def naive_fraction(base, twin, layer, matrix, unit):
     """‖QᵀΔW‖²/‖ΔW‖², Q the leading directions of what enters the matrix's module, first positions left out."""
     site, other = base.sites[layer][matrix], twin.sites[layer][matrix]
     seen: list[torch.Tensor] = []
-    module, side = base.point(layer, MATRICES[matrix].point)
+    module, side = base.point(layer, kind_of(matrix).point)
     assert side == "input"
     handle = module.register_forward_pre_hook(lambda _module, args: seen.append(args[0].detach().clone()))
     with torch.no_grad():
@@ -69,8 +80,6 @@ def test_rows_are_those_of_the_layers_that_have_the_matrix(name, analysed):
     expected = set()
     for layer, sites in enumerate(base.sites):
         for matrix, site in sites.items():
-            if matrix not in MATRICES:
-                continue
             for unit in range(len(site.weight)) if site.unit else [None]:
                 head, expert = (None, unit) if site.unit == "expert" else (unit, None)
                 expected.add((layer, head, expert, matrix))
@@ -84,8 +93,10 @@ def test_rows_are_those_of_the_layers_that_have_the_matrix(name, analysed):
 @pytest.mark.parametrize("name", NAMES)
 def test_read_fractions_are_the_naive_ones(name, analysed):
     base, twin, result = analysed(name)
-    own = result.table[(result.table["rank"] == RANK) & (result.table["subspace"].isin(["attn_in", "mlp_in"]))]
+    table = result.table
+    own = table[(table["rank"] == RANK) & (table["subspace"] == table["matrix"].map(lambda m: kind_of(m).point))]
     assert len(own) > 4
+    assert set(own["matrix"]) == {name for sites in base.sites for name, site in sites.items() if site.side == "read"}
     for row in own.itertuples():
         unit = row.expert if pd.notna(row.expert) else row.head if pd.notna(row.head) else None
         expected = naive_fraction(base, twin, row.layer, row.matrix, unit)
@@ -128,3 +139,66 @@ def test_directions_of_an_expert_are_its_own(analysed):
         ValueError, match=f"expected an expert from 0 to {count - 1} for W_in, got expert {count}; pass"
     ):
         result.directions(f"L{layer}E{count}.W_in", model=base.inner)
+
+
+@pytest.fixture(scope="module")
+def adapter_on_a_hybrid(tmp_path_factory):
+    """A folder with LoRA factors on attention, linear attention and MLP of Qwen3.5, and the model merged by PEFT."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "in_proj_qkv", "out_proj", "down_proj"])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tuned = peft.get_peft_model(copy.deepcopy(adapter_of("qwen3.5").inner), config)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
+    folder = tmp_path_factory.mktemp("adapter")
+    tuned.save_pretrained(folder)
+    return folder, tuned.merge_and_unload()
+
+
+def test_an_adapter_on_a_hybrid_is_what_peft_merges(adapter_on_a_hybrid):
+    folder, merged = adapter_on_a_hybrid
+    base = adapter_of("qwen3.5")
+    read = weights_from(folder, base=base.inner)
+    for layer, sites in enumerate(HuggingFaceAdapter(merged).sites):
+        for matrix, site in sites.items():
+            assert torch.allclose(read.weight(layer, matrix), site.weight, rtol=1e-5, atol=1e-6), (layer, matrix)
+    changed_ones = {m for m in base.sites[0] if not torch.equal(read.weight(0, m), base.sites[0][m].weight)}
+    assert changed_ones == {"W_out", "linear_attn.in_proj_qkv", "linear_attn.out_proj"}
+
+
+def test_an_adapter_on_a_hybrid_wants_the_plain_base(adapter_on_a_hybrid):
+    with pytest.raises(ValueError, match="expected a base as transformers loads it .* pass AutoModelForCausalLM"):
+        weights_from(adapter_on_a_hybrid[0], base=adapter_of("qwen3.5").inner.config)
+
+
+def test_an_adapter_that_does_not_fit_is_refused(adapter_on_a_hybrid):
+    with pytest.raises(ValueError, match="expected an adapter that PEFT .* can merge into .*; pass the base"):
+        weights_from(adapter_on_a_hybrid[0], base=adapter_of("lfm2").inner)
+
+
+@pytest.mark.parametrize(
+    "analysis",
+    [lambda base, other: analyze_spectra(base, other, matrices=["W_Q"], progress=False),
+     lambda base, other: analyze_trajectory({0: base, 1: other}, tokens=tokens(), matrices=["W_Q"], progress=False),
+     lambda base, other: gradient_covariance(base, CrossEntropy(), tokens(), matrices=["W_Q"], progress=False),
+     lambda base, other: rank_one_study(base, other, tokens=tokens(), matrices=["W_Q"], progress=False),
+     lambda base, other: analyze_stages({"a": base, "b": other}, matrices=["W_Q"])],
+)  # fmt: skip
+def test_what_takes_regular_matrices_only_says_so_and_what_works(analysis):
+    base = adapter_of("qwen3.5").inner
+    with pytest.raises(
+        ValueError, match=r"every layer has in one shape \(W_in, W_gate, W_out\), got 'W_Q'.*analyze_pair"
+    ):
+        analysis(base, base)
+
+
+def test_what_is_left_out_of_spectra_is_noted():
+    base = adapter_of("qwen3.5").inner
+    result = analyze_spectra(base, changed(base), ranks=[1], progress=False)
+    assert set(result.table["matrix"]) == {"W_in", "W_gate", "W_out"}
+    assert any(
+        "W_Q" in note and "linear_attn.out_proj" in note and "analyze_pair takes" in note for note in result.notes
+    )

@@ -20,7 +20,7 @@ from tl_asymmetry.models.backward import check_differentiable
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.notes import Notes
 from tl_asymmetry.pair.analysis import analyze_pair
-from tl_asymmetry.pair.plan import chosen_matrices
+from tl_asymmetry.pair.plan import chosen_matrices, note_left_out
 from tl_asymmetry.pair.result import PairAnalysis
 from tl_asymmetry.results.provenance import described, model_record, shape_record, versions, weights_hash
 from tl_asymmetry.store import Parts, open_store
@@ -110,6 +110,7 @@ def contrastive_control(
         raise ValueError(f"expected steps >= 1 and at least one seed, got {steps} and {seeds}; pass such")
     check_differentiable(view)
     chosen = chosen_matrices(view, matrices)
+    note_left_out(view, notes)
     wanted = [objective.batch_type for objective in named.values()]
     kind = PreferenceBatch if PreferenceBatch in wanted else TokenBatch
     held = as_batches(view, data, kind, batch_size=batch_size, note=notes.add, warn=notes.warn)

@@ -22,7 +22,7 @@ from tl_asymmetry.models.texts import check_tokens
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import kind_of
 from tl_asymmetry.notes import Notes
-from tl_asymmetry.pair.plan import chosen_matrices
+from tl_asymmetry.pair.plan import chosen_matrices, note_left_out
 from tl_asymmetry.results.provenance import described, model_record, shape_record, versions, weights_hash
 from tl_asymmetry.training.batches import Batch, PreferenceBatch
 from tl_asymmetry.training.data import as_batches
@@ -122,7 +122,8 @@ def gradient_covariance(
     if isinstance(objective, CrossEntropy | DPO | ORPO):
         check_predicts_its_tokens(view)
     shown = [m for m in view.matrices if all(view.projection(layer, m) is not None for layer in range(view.n_layers))]
-    chosen = chosen_matrices(view, shown if matrices is None else matrices)
+    chosen = chosen_matrices(view, matrices if matrices is not None or not shown else shown)
+    note_left_out(view, notes)
     held = as_batches(view, batches, objective.batch_type, batch_size=batch_size, note=notes.add, warn=notes.warn)
     for batch in held:
         for tokens in _tokens(batch):

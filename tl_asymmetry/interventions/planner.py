@@ -21,6 +21,7 @@ from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import ATTENTION, Place, PlaceLike, place_of
 from tl_asymmetry.pair.deltas import residual_first
+from tl_asymmetry.pair.plan import chosen_matrices
 
 EditSite: TypeAlias = tuple[int, str, int | None]
 """Layer, matrix, head (None for a matrix of the MLP)."""
@@ -194,12 +195,8 @@ def chosen_sites(
         ValueError: both sites and matrices, no site, or one that the model does not have.
     """
     if sites is None:
-        names = [m for m in view.matrices if m in ATTENTION] if matrices is None else list(matrices)
-        unknown = [m for m in names if m not in view.matrices]
-        if isinstance(matrices, str) or unknown or not names:
-            raise ValueError(
-                f"expected matrices among {', '.join(view.matrices)}, got {matrices!r}; pass a list of those"
-            )
+        attention = [m for m in view.matrices if m in ATTENTION] or None
+        names = chosen_matrices(view, attention if matrices is None else matrices)
         return tuple(
             (layer, matrix, head)
             for layer in range(view.n_layers)

@@ -20,9 +20,11 @@ from tl_asymmetry.models.anatomy import Anatomy, layer_anatomy, norm_gain, seen_
 from tl_asymmetry.models.bridge import BridgeAdapter
 from tl_asymmetry.models.running import evaluation, hooked
 from tl_asymmetry.models.sites import WRAPPED, Site, layer_sites, linear_maps
-from tl_asymmetry.names import ATTENTION, MATRICES, kind_of
+from tl_asymmetry.names import ATTENTION, MATRICES, canonical, kind_of
 
 _PROBE_TOKENS = 6
+_MUTE_HOOKS = ("OPT", "OpenAIGPT")
+"""Beginnings of the classes in which a Bridge's hooks stay silent, or see batch and positions in one."""
 _FOREIGN = ("vision", "visual", "audio", "image", "mtp")
 """Parts of paths to lists of layers that are not the language model's."""
 _FINAL_NORMS = (
@@ -99,7 +101,8 @@ class HuggingFaceAdapter:
         widths = [site.weight.shape[-1] for sites in self.sites for name, site in sites.items() if name == "W_Q"]
         counts = {name: [s[name].weight.shape[0] for s in self.sites if name in s] for name in ("W_Q", "W_K")}
         rotary = any(hasattr(config, name) for name in ("rope_parameters", "rope_theta", "rotary_dim", "rotary_pct"))
-        alibi = bool(getattr(config, "alibi", False))
+        alibi = getattr(config, "alibi", getattr(getattr(config, "attn_config", None), "alibi", None))
+        alibi = config.model_type == "bloom" if alibi is None else bool(alibi)
         return _Configuration(
             model_name=str(getattr(self.inner, "name_or_path", "") or type(self.inner).__name__),
             d_model=self.d_model,
@@ -128,8 +131,7 @@ class HuggingFaceAdapter:
     @property
     def names(self) -> tuple[str, ...]:
         """Matrices that its blocks have, in the order in which results list them."""
-        found = {name for sites in self.sites for name in sites}
-        return (*(name for name in MATRICES if name in found), *sorted(found - set(MATRICES)))
+        return canonical(dict.fromkeys(name for sites in self.sites for name in sites))
 
     def unit(self, matrix: str) -> str | None:
         """What the first axis of a matrix counts: "head", "kv head", "expert", or None without such an axis."""
@@ -251,8 +253,9 @@ class HuggingFaceAdapter:
 
     def point(self, layer: int, point: str) -> tuple[nn.Module, str] | None:
         """The module to watch and whether its "input" or its "output" is the wanted tensor."""
-        if self._hooked is not None:
-            return self._hooked.point(layer, point)
+        hooked_there = None if self._hooked is None else self._hooked.point(layer, point)
+        if hooked_there is not None:
+            return hooked_there
         sites = self.sites[layer]
 
         def entrance(*names: str) -> tuple[nn.Module, str] | None:
@@ -266,15 +269,16 @@ class HuggingFaceAdapter:
             case "resid_mid":
                 return self._anatomy[layer].mid
             case "attn_in":
-                others = (n for n, s in sites.items() if "." in n and s.side == "read" and not _of_mlp(n))
-                return entrance("W_Q", "W_DQ", "W_DKV", *others)
+                return entrance("W_Q", "W_DQ", "W_DKV", *(n for n in sites if kind_of(n).point == "attn_in"))
             case "mlp_in":
                 return entrance("W_router", "W_in", "W_gate", "W_in_shared")
             case "z":
                 return entrance("W_O")
             case "mlp_post":
                 return None if self.is_moe(layer) else entrance("W_out")
-        return None
+            case "mlp_post_shared":
+                return entrance("W_out_shared")
+        return entrance(point)
 
     def projection(self, layer: int, matrix: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]] | None:
         """The module whose output holds `input @ matrix + bias`, and how to take that matrix's part of it."""
@@ -286,7 +290,7 @@ class HuggingFaceAdapter:
     @cached_property
     def _hooked(self) -> BridgeAdapter | None:
         """The Bridge with its own hook points, where only the MLPs are out of the ordinary (a mixture)."""
-        if self.inner is self.model or type(self.inner).__name__.startswith("OPT"):
+        if self.inner is self.model or type(self.inner).__name__.startswith(_MUTE_HOOKS):
             return None
         attention = [{n: s.weight.shape for n, s in sites.items() if n in ATTENTION} for sites in self.sites]
         like = all(len(shapes) == len(ATTENTION) and shapes == attention[0] for shapes in attention)
@@ -394,15 +398,15 @@ def is_transformers_model(model: Any) -> bool:
 def is_regular(bridge: Any) -> bool:
     """Whether a TransformerBridge has the seven matrices of a transformer, in one shape and with hooks of their own.
 
-    Hybrids, mixtures, latent attention and further maps are seen through the model that it wraps; so is OPT, whose MLP
-    the Bridge's hooks see with batch and positions in one.
+    Hybrids, mixtures, latent attention and further maps are seen through the model that it wraps; so are those whose
+    hooks do not show what the modules work on.
     """
     inner = bridge.original_model
     if not all(hasattr(block, "attn") for block in bridge.blocks):
         return False
     if not is_transformers_model(inner) or type(inner).__name__.startswith("GPT2"):
         return True
-    return not type(inner).__name__.startswith("OPT") and has_like_layers(inner)
+    return not type(inner).__name__.startswith(_MUTE_HOOKS) and has_like_layers(inner)
 
 
 def has_like_layers(model: Any) -> bool:
@@ -472,10 +476,6 @@ def _parent_of_layers(model: Any, blocks: list[Any]) -> nn.Module:
             if isinstance(held, nn.ModuleList) and len(held) == len(blocks) and held[0] is blocks[0]:
                 return module
     raise ValueError(f"expected the layers of {type(model).__name__} in one list, got none; pass a whole model")
-
-
-def _of_mlp(name: str) -> bool:
-    return any(word in name for word in ("mlp", "feed_forward", "ffn", "shared_expert"))
 
 
 def _stop(*_: Any) -> None:

@@ -20,6 +20,10 @@ _ANSWERS_OF_TRANSFORMER_LENS = (
 )  # fmt: skip
 
 
+class NotWrappedError(ValueError):
+    """TransformerLens cannot wrap a model."""
+
+
 def open_model(
     name_or_path: str | Path,
     dtype: torch.dtype = torch.float32,
@@ -155,7 +159,8 @@ def bridge_around(
         dtype: of its weights.
 
     Raises:
-        ValueError: an architecture that TransformerLens does not know; a multimodal model where torchvision is missing.
+        NotWrappedError: an architecture that TransformerLens does not know.
+        ValueError: a multimodal model where torchvision is missing.
     """
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -168,7 +173,7 @@ def bridge_around(
                 name, hf_model=hf_model, tokenizer=tokenizer, device=str(device), dtype=dtype
             )
         except _ANSWERS_OF_TRANSFORMER_LENS as error:
-            raise ValueError(
+            raise NotWrappedError(
                 f"expected an architecture that TransformerLens knows, got {type(hf_model).__name__}: {error}; pass a "
                 "model of a supported one"
             ) from error

@@ -1,7 +1,7 @@
 """Which linear maps each layer of a transformers model has: their names, and how they lie in the parameters.
 
 A site is one matrix of one layer. Separate projections, fused ones, stacked experts and latent attention are rows of
-the tables below; any other linear map with a residual side is listed under its module path.
+the tables below; any other linear map whose name says which of its sides is the stream's is listed under its path.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-Side = Literal["read", "write"]
+from tl_asymmetry.names import Side, side_by_name
+
 Unit = Literal["head", "kv head", "expert"]
 Split = Callable[[Tensor], Tensor]
 """From `[..., in, out]` to TransformerLens orientation, heads first; a view wherever strides can say it."""
@@ -41,15 +42,10 @@ _MLP = {
 _FUSED_MLP = {"gate_up_proj": ("W_gate", "W_in"), "input_linear": ("W_gate", "W_in"), "Wi": ("W_in", "W_gate")}
 """Both projections of a gated MLP in one, and which half is which."""
 _ROUTERS = ("gate", "gate.wg", "router", "router.gate", "router.layer")
-_BETWEEN_LATENTS = re.compile(r"(q_b|kv_b|o_a|x|dt)_proj|wq_b")
-"""Maps from one latent space to another: no side of theirs is the stream, however wide it happens to be."""
-
 _ATTENTION = re.compile(r"(^|\.)(self_attn|attn|attention|self_attention|SelfAttention|temporal_block|mixer)(\.|$)")
 _OTHER_MIXER = re.compile(r"(^|\.)(linear_attn|mamba|mamba_decoder|indexer|compressor|altup|laurel|conv|rg_lru)(\.|$)")
 _EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
 _SHARED = re.compile(r"(^|\.)(shared_experts?|shared_mlp)(\.|$)")
-_READS = re.compile(r"in_proj.*|linear_[xy]|linear_left|.*gate|[abgqkvz]_proj|kv_proj|wk|weights_proj|modality_router")
-_WRITES = re.compile(r"(out|o|output)_proj|linear_out|linear_right|per_layer_projection|output")
 _HEAD_WIDTHS = ("v_head_dim", "head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
 _EXPERTS_IN_OUT = ("Llama4", "GptOss")
 """Beginnings of the classes whose stacked experts lie as `[expert, in, out]`; all others as `[expert, out, in]`."""
@@ -110,7 +106,7 @@ def layer_sites(block: nn.Module, *, d_model: int, n_heads: int) -> dict[str, Si
     found: dict[str, Site] = {}
     for path, (module, parameter) in maps.items():
         named = list(_named(path, module, parameter, attention, mixture))
-        for site in named or _by_path(path, module, parameter, d_model):
+        for site in named or _by_path(path, module, parameter):
             if site.weight.shape[-2 if site.side == "read" else -1] == d_model:
                 found.setdefault(site.matrix, site)
     return found
@@ -276,20 +272,11 @@ def _expert_sites(path: str, module: Any, parameter: str) -> Iterator[Site]:
         yield Site("W_in", "read", module, parameter, transposed, _whole, "expert")
 
 
-def _by_path(path: str, module: Any, parameter: str, d_model: int) -> Iterator[Site]:
-    """A map the tables do not know, by the side of it that is as wide as the stream; by its name where both are."""
-    shape = getattr(module, parameter).shape
-    if len(shape) != 2:
-        return
-    transposed = _lies_out_in(module)
-    inputs, outputs = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
-    leaf = path.rpartition(".")[2]
-    if _BETWEEN_LATENTS.fullmatch(leaf):
-        return
-    if inputs == d_model and (outputs != d_model or _READS.fullmatch(leaf)):
-        yield Site(path, "read", module, parameter, transposed, _whole)
-    elif outputs == d_model and (inputs != d_model or _WRITES.fullmatch(leaf)):
-        yield Site(path, "write", module, parameter, transposed, _whole)
+def _by_path(path: str, module: Any, parameter: str) -> Iterator[Site]:
+    """A map that the tables do not know, under its path, where that says which of its sides is the stream's."""
+    side = side_by_name(path)
+    if side is not None and getattr(module, parameter).ndim == 2:
+        yield Site(path, side, module, parameter, _lies_out_in(module), _whole)
 
 
 # -- paths -----------------------------------------------------------------------------------------------------------

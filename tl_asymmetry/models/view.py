@@ -135,7 +135,8 @@ class ModelView:
     matrices: tuple[str, ...]
     """Those of `MATRICES` that every layer of this model has, in one shape."""
     irregular: tuple[str, ...]
-    """Those that some layers lack or have in another shape, or of which each expert has its own."""
+    """Those that some layers lack or have in another shape, of which each expert has its own, or that have no name but
+    their module's path."""
     notes: tuple[str, ...]
     """Plain sentences about what the reader of a result must know of this model."""
 
@@ -164,7 +165,7 @@ class ModelView:
         self._shapes = {matrix: each for matrix, each in shapes.items() if any(shape is not None for shape in each)}
         regular = [m for m, each in self._shapes.items() if len(set(each)) == 1 and adapter.unit(m) != "expert"]
         self.matrices = tuple(m for m in regular if m in MATRICES)
-        self.irregular = tuple(m for m in self._shapes if m in MATRICES and m not in regular)
+        self.irregular = tuple(m for m in self._shapes if m not in self.matrices)
         W_in = self._shapes["W_in"][0] if "W_in" in self.matrices else None
         self.d_mlp = None if W_in is None else W_in[1]
         self.notes = self._notes()
@@ -184,9 +185,6 @@ class ModelView:
             count = sum(self.has(layer, matrix) for layer in range(self.n_layers))
             each = f", one for each of {self.experts(matrix)} experts" if self.experts(matrix) else ""
             notes.append(f"{count} of {self.n_layers} layers have {matrix}{each}")
-        unnamed = [matrix for matrix in self._shapes if matrix not in MATRICES]
-        if unnamed:
-            notes.append(f"left out, known by their module paths only: {', '.join(unnamed)}")
         if adapter.is_encoder:
             notes.append(
                 "post-norm encoder: W_Q, W_K and W_V read the stream itself, W_in what the block's first norm gives; a "
@@ -451,7 +449,7 @@ class ModelView:
         self, point: str, layer: int, reader: Reader, leading: Mapping[int, torch.Size]
     ) -> tuple[nn.Module, str, Callable[..., None]]:
         self._require_layer(layer)
-        if point not in POINTS:
+        if point not in POINTS and point not in self._shapes:
             raise ValueError(f"expected a point among {', '.join(POINTS)}, got {point!r}; pass one of these")
         split = self._adapter.splits_inputs
         if split is not None and point == "attn_in":

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from tl_asymmetry.models.huggingface import PLAIN
-from tl_asymmetry.models.loading import predicts_masked_tokens
+from tl_asymmetry.models.loading import NotWrappedError, predicts_masked_tokens
 from tl_asymmetry.models.readers.adapter import AdapterWeights
 from tl_asymmetry.models.readers.base import Factors, Weights, WeightSource, as_weights
 from tl_asymmetry.models.readers.blueprint import skeleton_of
@@ -30,7 +31,7 @@ from tl_asymmetry.models.readers.files import (
 )  # fmt: skip
 from tl_asymmetry.models.readers.folder import HuggingFaceWeights, refuse_quantised
 from tl_asymmetry.models.readers.hub import fetched, local_or_hub
-from tl_asymmetry.models.readers.loaded import LoadedWeights
+from tl_asymmetry.models.readers.loaded import adapted, loaded_folder
 from tl_asymmetry.models.readers.state_dict import MARK, StateWeights
 from tl_asymmetry.models.view import ModelView
 
@@ -120,13 +121,15 @@ def _from_folder(name: str, folder: Path, base: Any) -> WeightSource:
 
 
 def _model(name: str, folder: Path, files: TensorFiles, base: Any) -> WeightSource:
-    """A model directory: read tensor by tensor where all layers are alike, loaded whole where they are not."""
+    """A model directory: read tensor by tensor where all layers are alike, loaded whole where they are not, and where
+    TransformerLens does not name them."""
     config = read_config(folder, files)
     refuse_quantised(config, name)
     if not predicts_masked_tokens(config) and skeleton_of(config, name).has_like_layers:
         plain = isinstance(base, ModelView) and base.kind == PLAIN
-        return HuggingFaceWeights(name, config, files, folder, plain=plain)
-    return LoadedWeights(name, folder, base)
+        with suppress(NotWrappedError):
+            return HuggingFaceWeights(name, config, files, folder, plain=plain)
+    return loaded_folder(name, folder, base)
 
 
 def _from_file(name: str, path: Path, base: Any) -> WeightSource:
@@ -189,7 +192,7 @@ def _is_tuned(files: TensorFiles) -> bool:
     return any(_FACTORS in key for key in files)
 
 
-def _adapter(name: str, folder: Path, files: TensorFiles, base: Any) -> AdapterWeights:
+def _adapter(name: str, folder: Path, files: TensorFiles, base: Any) -> WeightSource:
     path = folder / _ADAPTER
     if not path.is_file():
         raise ValueError(
@@ -200,6 +203,8 @@ def _adapter(name: str, folder: Path, files: TensorFiles, base: Any) -> AdapterW
     config = config_of(base)
     if config is None:
         config = config_beside(adapter.get("base_model_name_or_path"), name, folder, base)
+    if predicts_masked_tokens(config) or not skeleton_of(config, name).has_like_layers:
+        return adapted(name, folder, str(adapter.get("peft_type")), base)
     weights = None if base is None or is_config(base) else as_weights(base)
     return AdapterWeights(name, adapter, files, config, weights)
 

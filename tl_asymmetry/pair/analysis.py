@@ -377,7 +377,8 @@ def _note_existing(numbers: Measurements, plan: Plan, notes: Notes) -> int:
     """Say at which ranks a subspace has no directions any more; the rank to show, which exists everywhere."""
     everywhere = set(plan.ranks)
     for name in plan.subspaces:
-        exists = next(held.exists for (_, subspace), held in numbers.held.items() if subspace == name) > 0
+        exists = next(held.exists for (_, subspace), held in numbers.held.items() if subspace == name)
+        exists = exists[exists.isfinite().all(1)] > 0  # of layers that have it
         ranks = numbers.layout.ranks[: exists.shape[1]]
         everywhere &= {k for k, there in zip(ranks, exists.all(0).tolist(), strict=True) if there}
         missing = [k for k, there in zip(ranks, exists.all(0).tolist(), strict=True) if not there]

@@ -27,7 +27,7 @@ from tl_asymmetry.models.named_subspaces import READY
 from tl_asymmetry.models.readers.base import Weights
 from tl_asymmetry.models.readers.hub import public_name
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.names import MATRICES, kind_of, nearest
+from tl_asymmetry.names import canonical, kind_of, nearest
 from tl_asymmetry.notes import Notes
 from tl_asymmetry.settings import PairSettings
 
@@ -125,7 +125,7 @@ def check_asked(view: ModelView, settings: PairSettings) -> None:
     """
     if settings.ranks is not None:
         check_ranks(settings.ranks, view.d_model)
-    chosen_matrices(view, settings.matrices, [m for m in MATRICES if m in (*view.matrices, *view.irregular)])
+    chosen_matrices(view, settings.matrices, canonical((*view.matrices, *view.irregular)))
     _chosen_subspaces(view, settings.subspaces)
 
 
@@ -153,6 +153,8 @@ def make_plan(
     d, subspaces = view.d_model, settings.subspaces
     asked = check_ranks(default_ranks(d) if settings.ranks is None else settings.ranks, d)
     chosen = chosen_matrices(view, settings.matrices, available)
+    if available is None:
+        note_left_out(view, notes)
     names, given = _chosen_subspaces(view, subspaces)
     if given and len(given) == len(names):
         notes.add("only own subspaces are measured: for the default ones beside them pass their names as well")
@@ -237,7 +239,7 @@ def matrices_of_both(base: ModelView, aligned: Weights, notes: Notes) -> tuple[s
     missing = [matrix for matrix in base.irregular if matrix not in irregular]
     if missing:
         notes.add(f"left out, since {public_name(aligned.name)!r} does not show them: {', '.join(missing)}")
-    return tuple(matrix for matrix in MATRICES if matrix in base.matrices or matrix in irregular)
+    return canonical((*base.matrices, *irregular))
 
 
 def chosen_matrices(
@@ -249,7 +251,13 @@ def chosen_matrices(
         ValueError: one that the model does not have.
     """
     there = view.matrices if available is None else available
+    others = view.irregular if available is None else ()
     if not there:
+        if others:
+            raise ValueError(
+                f"expected matrices that every layer has in one shape, got none in {view.name!r}; pass it to "
+                f"analyze_pair, which takes those of single layers ({', '.join(others)})"
+            )
         raise ValueError(
             f"expected a model with named matrices on its residual stream, got {view.name!r} with none; pass a "
             "transformer"
@@ -258,12 +266,27 @@ def chosen_matrices(
         return tuple(there)
     listed = [matrices] if isinstance(matrices, str) else list(matrices) if isinstance(matrices, Iterable) else []
     unknown = [matrix for matrix in listed if matrix not in there]
+    if unknown and unknown[0] in others:
+        raise ValueError(
+            f"expected matrices that every layer has in one shape ({', '.join(there)}), got {unknown[0]!r}, which not "
+            "every layer has or of which each expert has its own; pass one of these, or use analyze_pair, which takes "
+            "it"
+        )
     if unknown or not listed:
         what = nearest(unknown[0], there) if unknown else "one or several of these"
         raise ValueError(
             f"expected matrices among {', '.join(there)}, got {unknown[0] if unknown else matrices!r}; pass {what}"
         )
     return tuple(matrix for matrix in there if matrix in listed)
+
+
+def note_left_out(view: Weights, notes: Notes) -> None:
+    """Say which matrices an analysis of regular ones leaves out, and what takes them."""
+    if view.irregular:
+        notes.add(
+            f"{', '.join(view.irregular)}, which not every layer has in one shape, are left out; analyze_pair takes "
+            "them"
+        )
 
 
 def _chosen_subspaces(view: ModelView, subspaces: Any) -> tuple[tuple[str, ...], dict[str, list[Subspace]]]:

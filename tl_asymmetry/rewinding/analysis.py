@@ -30,6 +30,7 @@ from tl_asymmetry.models.texts import token_sequences
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import ATTENTION
 from tl_asymmetry.notes import Notes
+from tl_asymmetry.pair.plan import chosen_matrices
 from tl_asymmetry.results.provenance import described, model_record, shape_record, versions
 from tl_asymmetry.rewinding.result import CURVE_COLUMNS, PATH_COLUMNS, UNIT_COLUMNS, RewindStudy
 from tl_asymmetry.rewinding.units import (
@@ -120,7 +121,7 @@ def rewind_study(
     if not all(0 <= share <= 1 for share in shares):
         raise ValueError(f"expected shares from 0 to 1, got {list(shares)}; pass e.g. shares=(0, 0.5, 1)")
     base, notes = ModelView(model_base), Notes()
-    names = _chosen_matrices(base, matrices)
+    names = list(chosen_matrices(base, _attention(base) if matrices is None else matrices))
     sequences = token_sequences(base, texts, tokens, mask, max_tokens=max_tokens, notes=notes.add)
     sequences = predictable(sequences, notes)
     if isinstance(model_aligned, str | Path):
@@ -242,13 +243,9 @@ class _Study:
         return tqdm(total=trials * len(self.evaluated), desc=what, unit="pass", disable=not progress)
 
 
-def _chosen_matrices(view: ModelView, matrices: Sequence[str] | str | None) -> list[str]:
-    attention = [name for name in view.matrices if name in ATTENTION]
-    names = attention if matrices is None else [matrices] if isinstance(matrices, str) else list(matrices)
-    unknown = [name for name in names if name not in view.matrices]
-    if unknown or not names:
-        raise ValueError(f"expected matrices among {', '.join(view.matrices)}, got {matrices!r}; pass a list of those")
-    return [name for name in view.matrices if name in names]
+def _attention(view: ModelView) -> list[str] | None:
+    """Matrices of attention that every layer has; None where there is none."""
+    return [name for name in view.matrices if name in ATTENTION] or None
 
 
 def _orders(units: Sequence[Unit], ranked: Sequence[Unit], random: int, seed: int) -> dict[tuple[str, int], list[Unit]]:

@@ -15,7 +15,7 @@ from tl_asymmetry.models.checks import check_shapes
 from tl_asymmetry.models.weights import opened
 from tl_asymmetry.names import kind_of
 from tl_asymmetry.notes import Notes
-from tl_asymmetry.pair.plan import chosen_matrices
+from tl_asymmetry.pair.plan import chosen_matrices, note_left_out
 from tl_asymmetry.results.provenance import described, model_record, shape_record, versions
 from tl_asymmetry.settings import checked_hash
 from tl_asymmetry.spectra.matrix import matrix_rows
@@ -70,6 +70,7 @@ def analyze_spectra(
     aligned = opened(model_aligned, base, runs=False)
     check_shapes(base, aligned)
     chosen = chosen_matrices(base, matrices)
+    note_left_out(base, notes)
     shorter = {matrix: min(base.weight(0, matrix).shape[-2:]) for matrix in chosen}
     ranks_of = _ranks(shorter, ranks, notes)
     chosen = tuple(ranks_of)

@@ -26,6 +26,7 @@ from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.models.weights import Weights, WeightSource, weights_from
 from tl_asymmetry.names import kind_of
 from tl_asymmetry.notes import Notes
+from tl_asymmetry.pair.plan import chosen_matrices, note_left_out
 from tl_asymmetry.results.provenance import described, versions
 from tl_asymmetry.settings import checked_hash
 from tl_asymmetry.stages.result import LEDGER_COLUMNS, PAIR_COLUMNS, PREDICTION_COLUMNS, StageAnalysis
@@ -86,11 +87,10 @@ def analyze_stages(
     notes = Notes()
     opened = _opened(stages, notes)
     first = next(iter(opened.values()))
-    names = _chosen_matrices(first, matrices)
+    names = list(chosen_matrices(first, matrices))
     if not 1 <= rank < first.d_model:
         raise ValueError(f"expected a rank from 1 to {first.d_model - 1}, got {rank}; pass rank=4 for the usual one")
-    if isinstance(first, ModelView) and first.irregular:
-        notes.add(f"{', '.join(first.irregular)}, which not every layer has in one shape, are left out")
+    note_left_out(first, notes)
     read = texts is not None or tokens is not None
     views = {name: weights for name, weights in opened.items() if isinstance(weights, ModelView)}
     if read and len(views) < len(opened):
@@ -242,14 +242,6 @@ def _opened(stages: Mapping[str, Any], notes: Notes) -> dict[str, Weights]:
 
 def _shape(weights: Weights) -> tuple[Any, ...]:
     return weights.n_layers, weights.d_model, weights.n_heads, weights.n_kv_heads, weights.d_head, weights.d_mlp
-
-
-def _chosen_matrices(weights: Weights, matrices: Sequence[str] | str | None) -> list[str]:
-    known = list(weights.matrices)
-    names = known if matrices is None else [matrices] if isinstance(matrices, str) else list(matrices)
-    if not names or any(name not in known for name in names):
-        raise ValueError(f"expected matrices among {', '.join(known)}, got {matrices!r}; pass a list of those")
-    return [name for name in known if name in names]
 
 
 def _predictions(views: Mapping[str, ModelView], sequences: Sequence[Tensor], batch_size: int) -> list[dict[str, Any]]:

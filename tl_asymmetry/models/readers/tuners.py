@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,14 +67,8 @@ def merged(
     Raises:
         ValueError: PEFT is not installed, or cannot merge this kind.
     """
-    try:
-        import peft
-    except ImportError as error:
-        raise ValueError(
-            f"expected PEFT for an adapter of the kind {adapter.get('peft_type')}, got none installed; install it (pip "
-            "install peft), or pass the merged model (merge_and_unload, save_pretrained)"
-        ) from error
     kind = str(adapter["peft_type"])
+    peft = _peft(kind)
     config = peft.PeftConfig.from_peft_type(**_for_one_module(adapter, module))
     layer = _layer(weight, turned=turned)
     # Kinds with tensors that all modules share make them as large as the largest module: only this one is there.
@@ -96,6 +91,46 @@ def merged(
                 f"expected an adapter that PEFT {peft.__version__} can merge, got {kind} at {module}: "
                 f"{in_short(error)}; pass the merged model (merge_and_unload, save_pretrained)"
             ) from error
+
+
+def merged_whole(model: Any, folder: Path, kind: str) -> Any:
+    """A model after PEFT has merged the adapter of a folder into it, in place.
+
+    Args:
+        model: a copy of the base.
+        folder: with adapter_config.json.
+        kind: its peft_type.
+
+    Raises:
+        ValueError: PEFT is not installed, cannot merge this kind, or has no place for one of its tensors.
+    """
+    peft = _peft(kind)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), exact_products(model.device):
+        warnings.simplefilter("ignore")
+        try:
+            tuned = peft.get_peft_model(model, peft.PeftConfig.from_pretrained(str(folder)))
+            state = peft.load_peft_weights(str(folder), device=str(model.device))
+            left = peft.set_peft_model_state_dict(tuned, state).unexpected_keys
+            if left:
+                raise ValueError(f"the model has no place for {left[0]}")
+            return tuned.merge_and_unload()
+        except Exception as error:  # PEFT's own refusals come in many classes
+            raise ValueError(
+                f"expected an adapter that PEFT {peft.__version__} can merge into {type(model).__name__}, got {kind} "
+                f"in {folder.name!r}: {in_short(error)}; pass the base that it was trained from, or the merged model "
+                "(merge_and_unload, save_pretrained)"
+            ) from error
+
+
+def _peft(kind: str) -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError(
+            f"expected PEFT for an adapter of the kind {kind}, got none installed; install it (pip install peft), or "
+            "pass the merged model (merge_and_unload, save_pretrained)"
+        ) from error
+    return peft
 
 
 class _Tree(nn.Module):
