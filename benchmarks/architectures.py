@@ -36,6 +36,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 RESULTS = Path(__file__).parent / "results" / "architectures.json"
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 RANKS = (4,)
 TOLERANCE = 1e-6
 SEQUENCES, LENGTH = 8, 24
@@ -81,8 +82,9 @@ SHARED = (
 )  # fmt: skip
 SHARED_MAPS = (("up_proj", "down_proj"), ("input_linear", "output_linear"), ("gate_up_proj", "down_proj"))
 ROUTERS = (
-    "mlp.gate", "mlp.router", "block_sparse_moe.gate", "block_sparse_moe.router.layer", "feed_forward.router",
-    "feed_forward.gate", "mlp.router.gate", "mlp.gate.wg", "ffn.router.layer", "mixer.gate", "router.proj",
+    "mlp.gate", "mlp.router", "block_sparse_moe.gate", "block_sparse_moe.router", "block_sparse_moe.router.layer",
+    "feed_forward.router", "feed_forward.gate", "mlp.router.gate", "mlp.gate.wg", "ffn.router.layer", "mixer.gate",
+    "router.proj",
 )  # fmt: skip
 
 
@@ -367,10 +369,11 @@ def oracle(model: Any, twin: Any, spec: Mapping[str, Any]) -> tuple[list[list[Ma
 
 
 class entered:
-    """What enters the modules of a block, first positions left out."""
+    """What enters the modules of a block, and what leaves it; first positions left out."""
 
     def __init__(self, block: nn.Module, paths: set[str]) -> None:
         self.seen: dict[str, Tensor] = {}
+        self._block = block
         self._modules = {path: m for path, m in block.named_modules() if path in paths}
         self._handles: list[Any] = []
 
@@ -384,6 +387,14 @@ class entered:
                     self.seen.setdefault(path, x.mT @ x)
 
             self._handles.append(module.register_forward_pre_hook(see, with_kwargs=True))
+
+        def see_left(_: Any, __: Any, out: Any) -> None:
+            x = out[0] if isinstance(out, tuple | list) else out
+            x = x[0] if x.ndim == 4 else x  # Gemma 3n's active stream
+            x = x[:, 1:].flatten(0, 1)
+            self.seen.setdefault("resid_post", x.mT @ x)
+
+        self._handles.append(self._block.register_forward_hook(see_left))
 
     def stop(self) -> None:
         for handle in self._handles:
@@ -453,6 +464,8 @@ def compared(result: Any, found: tuple, P: Tensor | None) -> dict[str, Any]:
                         continue
                     if subspace == "prediction" and P is not None:
                         Q = P[:, :rank]
+                    elif subspace == "resid_post":
+                        Q = bases[subspace][:, :rank]
                     elif m.side == "read" and subspace in ("attn_in", "mlp_in", m.name) and m.path in bases:
                         Q = bases[m.path][:, :rank]
                     else:
@@ -575,18 +588,21 @@ def main() -> None:
         return
     record = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"configurations": {}}
     done = record["configurations"]
+    specs = configurations(arguments.configurations)
     names = [
-        name for name in configurations(arguments.configurations)
+        name for name in specs
         if (arguments.again or not {"not built", *arguments.ways} & set(done.get(name, {})))
         and any(name.startswith(wanted) for wanted in arguments.only or [""])
     ]  # fmt: skip
     for name, ways in results_of(arguments.configurations, names, arguments.ways, arguments.limit):
         kept = {} if "not built" in ways else {way: x for way, x in done.get(name, {}).items() if way in WAYS}
-        done[name] = kept | ways
+        done[name] = {"class": specs[name]["cfg"]} | kept | ways
         record |= {"versions": versions(), "totals": totals(done), "configurations": dict(sorted(done.items()))}
         arguments.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         sys.stdout.write(f"{name}: {outcome(done[name])}\n")
         sys.stdout.flush()
+    if arguments.out == RESULTS:
+        PAGE.write_text(page(record))
     sys.stdout.write(f"{record.get('totals')}\n")
 
 
@@ -595,13 +611,59 @@ OUTCOMES = ("traceback", "wrong", "refused", "right", "not built")
 
 def outcome(ways: Mapping[str, Any]) -> str:
     """Of a configuration: the worst of its ways. What TransformerLens does not know is no outcome."""
-    return next(kind for kind in OUTCOMES if kind in ways or any(kind == way["outcome"] for way in ways.values()))
+    found = {ways[way]["outcome"] for way in WAYS if way in ways} | ({"not built"} & set(ways))
+    return next(kind for kind in OUTCOMES if kind in found)
 
 
 def totals(done: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
     """How many of each outcome."""
     kinds = [outcome(ways) for ways in done.values()]
     return {kind: kinds.count(kind) for kind in OUTCOMES}
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+HEAD = """# Which models
+
+Any decoder or encoder of transformers: as transformers gives it, through TransformerLens, from a folder. This page is
+made by `benchmarks/architectures.py` from `benchmarks/results/architectures.json`: tiny pairs of models of every
+architecture, with random gains and biases, analysed by `analyze_pair` and held against float64 from the Hugging Face
+modules themselves (norms of the deltas, their fractions in their own input's leading directions and in the prediction
+subspace). **Right** means that every head's, every expert's and every further map's row is there and agrees to 10⁻⁶;
+what is no row must be in a note or among `other_changes`.
+
+Layers may differ. A matrix that some layers lack has rows where it is; a mixture has rows for each expert; linear
+maps without a name (those of linear attention, of state-space layers, a shared expert's gate) have rows under their
+module's path, where that says which of their sides is the stream's. Maps between two latent spaces (`kv_b_proj`,
+`dt_proj`) have no side on the stream: how far they moved is in `other_changes`. Gradients, trajectories, spectra,
+stages and interventions take the matrices that every layer has in one shape, and say which they leave out.
+"""
+
+
+def page(record: Mapping[str, Any]) -> str:
+    """The documentation's page."""
+    done = {name: ways for name, ways in record["configurations"].items() if "not built" not in ways}
+    of = record["versions"]
+    count = ", ".join(f"{n} {kind}" for kind, n in totals(done).items() if n)
+    lines = [
+        HEAD,
+        f"{len(done)} configurations with torch {of['torch']}, transformers {of['transformers']} and TransformerLens "
+        f"{of['transformer-lens']}: **{count}**.",
+        "",
+        "| configuration | class | live | folder | TransformerLens | rows | worst error |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    reasons = []
+    for name, ways in done.items():
+        cells = [ways.get(way, {}).get("outcome", "") for way in WAYS]
+        there = [ways[way] for way in WAYS if "worst" in ways.get(way, {})]
+        rows = str(max(way["rows"] for way in there)) if there else ""
+        worst = f"{max(way['worst'] for way in there):.0e}" if there else ""
+        lines.append(f"| {name} | `{ways['class'].removesuffix('Config')}` | {' | '.join(cells)} | {rows} | {worst} |")
+        reasons += [f"- {name}, {way}: {ways[way]['reason']}" for way, cell in zip(WAYS, cells, strict=True)
+                    if cell in ("refused", "traceback")]  # fmt: skip
+    said = ["", "## What is refused, in its own words", "", *reasons] if reasons else []
+    return "\n".join([*lines, *said]) + "\n"
 
 
 def versions() -> dict[str, str]:

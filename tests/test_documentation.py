@@ -1,6 +1,7 @@
 """The reference names everything public, and nothing that is not."""
 
 import importlib
+import json
 import re
 import runpy
 import subprocess
@@ -133,3 +134,9 @@ def test_arguments_described_together_are_listed_one_by_one():
         ValueError, TypeError: stays.
     """
     assert one_by_one(before) == after
+
+
+def test_the_page_of_models_is_what_was_measured() -> None:
+    from benchmarks.architectures import PAGE, RESULTS, page
+
+    assert PAGE.read_text() == page(json.loads(RESULTS.read_text()))

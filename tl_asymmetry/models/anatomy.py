@@ -85,6 +85,13 @@ def layer_anatomy(
         if written is not None and not _along(gained, written):
             normed = any(_is_norm(module) and _along(gained, x) for module, x in left)
             (rescaled if normed else joined).append(matrix)
+    # Where the stream stands nowhere in between (several streams, parallel parts) a norm's input says it.
+    for matrix in ("W_O", "W_out"):
+        written = seen.get((sites[matrix].module, "output")) if matrix in sites and mid is None else None
+        if written is not None and any(
+            _is_norm(module) and side == "input" and torch.equal(x, written) for (module, side), x in seen.items()
+        ):
+            rescaled.append(matrix)
     known = [(name, x) for name, x in (("attn_in", x_attn), ("mlp_in", x_mlp)) if x is not None]
     points = {}
     for matrix, site in sites.items():
@@ -101,10 +108,11 @@ def _gains(pre: Tensor, mid: Tensor | None, post: Tensor) -> dict[str, Tensor]:
 
 
 @contextmanager
-def seen_in(blocks: Sequence[nn.Module]) -> Iterator[dict[Any, Tensor]]:
+def seen_in(blocks: Sequence[nn.Module], stream: int = 0) -> Iterator[dict[Any, Tensor]]:
     """Keep what enters and leaves the blocks and all their modules in the first pass inside, by `(module, side)`.
 
-    Only tensors with as many numbers as the stream has, in its shape `[batch, pos, d_model]`.
+    Only tensors with as many numbers as the stream has, in its shape `[batch, pos, d_model]`; of several streams the
+    one of that number.
     """
     kept: dict[Any, Tensor] = {}
 
@@ -123,7 +131,8 @@ def seen_in(blocks: Sequence[nn.Module]) -> Iterator[dict[Any, Tensor]]:
     modules = {id(m): m for block in blocks for m in block.modules()}.values()
     with hooked([hook for m in modules for hook in ((m, "input", entering), (m, "output", leaving))]):
         yield kept
-    shape = kept[blocks[0], "input"].shape
+    shape = kept[blocks[0], "input"].shape[-3:]
+    kept.update({key: x[stream] for key, x in kept.items() if x.ndim == 4 and x.shape[1:] == shape})
     fitting = {key: x.reshape(shape) for key, x in kept.items() if x.numel() == shape.numel()}
     kept.clear()
     kept.update(fitting)

@@ -177,6 +177,11 @@ class HuggingFaceAdapter:
     def has_sinks(self) -> bool:
         return any(name.endswith(".sinks") for name, _ in self.inner.named_parameters())
 
+    @property
+    def active_stream(self) -> int | None:
+        """Of several streams (Gemma 3n) the number of that which attention and MLP read; None where there is one."""
+        return getattr(self.text_config, "altup_active_idx", None)
+
     @cached_property
     def is_causal(self) -> bool:
         """Whether a change of the last token leaves all earlier positions as they are."""
@@ -364,7 +369,8 @@ class HuggingFaceAdapter:
 
     @cached_property
     def _anatomy(self) -> list[Anatomy]:
-        with torch.no_grad(), evaluation(self.model, self.all_modules()), seen_in(self.blocks) as seen:
+        watching = seen_in(self.blocks, self.active_stream or 0)
+        with torch.no_grad(), evaluation(self.model, self.all_modules()), watching as seen:
             self.run(self._probe_tokens(), False, len(self.blocks))
         return [
             layer_anatomy(block, self.sites[i], self.point(i, "attn_in"), self.point(i, "mlp_in"), seen)

@@ -44,6 +44,8 @@ _FUSED_MLP = {"gate_up_proj": ("W_gate", "W_in"), "input_linear": ("W_gate", "W_
 _ROUTERS = ("gate", "gate.wg", "router", "router.gate", "router.layer")
 _ATTENTION = re.compile(r"(^|\.)(self_attn|attn|attention|self_attention|SelfAttention|temporal_block|mixer)(\.|$)")
 _OTHER_MIXER = re.compile(r"(^|\.)(linear_attn|mamba|mamba_decoder|indexer|compressor|altup|laurel|conv|rg_lru)(\.|$)")
+_ASIDE = re.compile(r"(^|\.)shared_transformer(\.|$)")
+"""What works beside the stream: Zamba2's shared transformer is heard by the mixer alone, through a map of its own."""
 _EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
 _SHARED = re.compile(r"(^|\.)(shared_experts?|shared_mlp)(\.|$)")
 _HEAD_WIDTHS = ("v_head_dim", "head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
@@ -105,6 +107,8 @@ def layer_sites(block: nn.Module, *, d_model: int, n_heads: int) -> dict[str, Si
     mixture = any(_EXPERTS.search(path) or getattr(module, name).ndim == 3 for path, (module, name) in maps.items())
     found: dict[str, Site] = {}
     for path, (module, parameter) in maps.items():
+        if _ASIDE.search(path):
+            continue
         named = list(_named(path, module, parameter, attention, mixture))
         for site in named or _by_path(path, module, parameter):
             if site.weight.shape[-2 if site.side == "read" else -1] == d_model:

@@ -185,6 +185,11 @@ class ModelView:
             count = sum(self.has(layer, matrix) for layer in range(self.n_layers))
             each = f", one for each of {self.experts(matrix)} experts" if self.experts(matrix) else ""
             notes.append(f"{count} of {self.n_layers} layers have {matrix}{each}")
+        if getattr(adapter, "active_stream", None) is not None:
+            notes.append(
+                "several residual streams side by side: resid_pre and resid_post show the one that attention and MLP "
+                "read; the logits come from the mean of all"
+            )
         if adapter.is_encoder:
             notes.append(
                 "post-norm encoder: W_Q, W_K and W_V read the stream itself, W_in what the block's first norm gives; a "
@@ -441,7 +446,7 @@ class ModelView:
         """Note `[batch, pos]` of what comes into a block: some modules inside see the two in one."""
 
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            leading[layer] = first_tensor(args, kwargs).shape[:2]
+            leading[layer] = first_tensor(args, kwargs).shape[-3:-1]
 
         return self.blocks[layer], "input", note
 
@@ -459,8 +464,10 @@ class ModelView:
             present = ", ".join(p for p in POINTS if self._adapter.point(layer, p) is not None)
             raise ValueError(f"expected a point that layer {layer} has, got {point!r}; pass one of {present}")
         module, side = where
+        stream = getattr(self._adapter, "active_stream", None)
 
         def show(x: Tensor) -> None:
+            x = x[stream] if stream is not None and x.ndim == 4 else x
             x = x.unflatten(0, leading[layer]) if x.ndim == 2 else x
             # the Bridge passes the heads' outputs side by side
             reader(x.unflatten(-1, (self.n_heads, self.d_head)) if point == "z" and x.ndim == 3 else x)
