@@ -169,11 +169,6 @@ def test_an_adapter_on_a_hybrid_is_what_peft_merges(adapter_on_a_hybrid):
     assert changed_ones == {"W_out", "linear_attn.in_proj_qkv", "linear_attn.out_proj"}
 
 
-def test_an_adapter_on_a_hybrid_wants_the_plain_base(adapter_on_a_hybrid):
-    with pytest.raises(ValueError, match="expected a base as transformers loads it .* pass AutoModelForCausalLM"):
-        weights_from(adapter_on_a_hybrid[0], base=adapter_of("qwen3.5").inner.config)
-
-
 def test_an_adapter_that_does_not_fit_is_refused(adapter_on_a_hybrid):
     with pytest.raises(ValueError, match="expected an adapter that PEFT .* can merge into .*; pass the base"):
         weights_from(adapter_on_a_hybrid[0], base=adapter_of("lfm2").inner)

@@ -203,9 +203,10 @@ def _adapter(name: str, folder: Path, files: TensorFiles, base: Any) -> WeightSo
     config = config_of(base)
     if config is None:
         config = config_beside(adapter.get("base_model_name_or_path"), name, folder, base)
-    if predicts_masked_tokens(config) or not skeleton_of(config, name).has_like_layers:
-        return adapted(name, folder, str(adapter.get("peft_type")), base)
     weights = None if base is None or is_config(base) else as_weights(base)
+    alike = not predicts_masked_tokens(config) and skeleton_of(config, name).has_like_layers
+    if not alike and isinstance(weights, ModelView) and weights.kind == PLAIN:
+        return adapted(name, folder, str(adapter.get("peft_type")), weights.model)
     return AdapterWeights(name, adapter, files, config, weights)
 
 

@@ -88,24 +88,16 @@ def adapted(name: str, folder: Path, kind: str, base: Any) -> LoadedWeights:
         name: what to call it.
         folder: where the adapter is.
         kind: its peft_type.
-        base: what it was trained from.
+        base: the model of transformers that it was trained from.
 
     Raises:
-        ValueError: a base that is no plain model of transformers, a missing PEFT, an adapter that does not fit.
+        ValueError: a missing PEFT, an adapter that does not fit.
     """
-    if not (isinstance(base, ModelView) and base.kind == PLAIN):
-        raise ValueError(
-            f"expected a base as transformers loads it for the adapter {name!r} (its layers differ, or it has experts, "
-            "so PEFT must merge it into a whole model), got "
-            f"{base.kind if isinstance(base, ModelView) else 'none'}; pass AutoModelForCausalLM.from_pretrained(…) as "
-            "the base, or the merged model (merge_and_unload, save_pretrained)"
-        )
-    twin = copy.deepcopy(base.model)
+    twin = copy.deepcopy(base)
     # In 16 bits a small change would be rounded away in the sum.
-    twin = twin.to(torch.float32) if base.dtype.itemsize < 4 else twin
-    return LoadedWeights(
-        name, merged_whole(twin, folder, kind), f"{name!r} was merged by PEFT into a copy of the whole base"
-    )
+    twin = twin.to(torch.float32) if twin.dtype.itemsize < 4 else twin
+    note = f"{name!r} was merged by PEFT into a copy of the whole base"
+    return LoadedWeights(name, merged_whole(twin, folder, kind), note)
 
 
 def _wrapped_if_known(model: Any, name: str) -> Any:
