@@ -384,7 +384,7 @@ class entered:
                 x = kwargs.get("hidden_states", args[0] if args else None)
                 if isinstance(x, Tensor) and x.numel() == SEQUENCES * LENGTH * x.shape[-1]:
                     x = x.reshape(SEQUENCES, LENGTH, -1)[:, 1:].flatten(0, 1)
-                    self.seen.setdefault(path, x.mT @ x)
+                    self.seen[path] = self.seen.get(path, 0) + x.mT @ x  # a module may be called twice
 
             self._handles.append(module.register_forward_pre_hook(see, with_kwargs=True))
 
