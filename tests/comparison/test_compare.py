@@ -345,8 +345,8 @@ def test_differences_figure_says_what_the_table_says() -> None:
     z = np.array(figure.data[0].z, dtype=float)
     assert z.shape == (tiny.N_LAYERS, tiny.N_KV_HEADS)
     np.testing.assert_allclose(z.ravel(), rows["log2_ratio"], atol=1e-3)
-    assert ((rows["ci_low"] > 0) | (rows["ci_high"] < 0)).any()  # beyond the interval over texts, and no dot for it
-    assert figure.data[1].x == (None,)
+    beyond = differences_figure(found.table.assign(ci_low=0.1, ci_high=0.2), "W_K", subspace="attn_in", rank=4)
+    assert beyond.data[1].x == figure.data[1].x == (None,)  # an interval over texts alone makes no dot
     assert "One run an arm: nothing is counted as different." in figure.layout.title.text
     assert "KV head" in figure.layout.xaxis.title.text
     overlap = found.plot_overlap("W_out")

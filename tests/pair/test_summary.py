@@ -47,6 +47,7 @@ def test_few_tokens_are_said_and_less_than_training_gives_is_not_tested():
     result = edited("head")
     words = sentences(result)
     assert "99 tokens in 9 sequences are too few" in words
+    assert "Adam on these inputs; 1 tested): 0 above that (q ≤ 0.05), 1 not told apart from it" in words
     assert "want 10 tokens for each of the 48 dimensions and 16 sequences" in words
     read = result.table[(result.table["pathway"] == "read") & (result.table["delta_norm"] > 0)]
     assert read["flags"].str.contains("few_tokens").all()
@@ -68,7 +69,7 @@ def test_of_two_unrelated_models_nothing_is_counted():
     strangers = dataclasses.replace(result, config=result.config | {"unrelated": ["W_Q", "W_V"]})
     words = sentences(strangers)
     assert "these are two models, not one before and after training" in words
-    assert "hold more than" not in words
+    assert "not told apart" not in words
     assert "false findings" not in words
 
 

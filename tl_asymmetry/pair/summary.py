@@ -110,10 +110,11 @@ def _reading(result: PairData, changed: pd.DataFrame, k: int) -> Iterator[str]:
     )
     thin = result.config["low_rank"]
     whole = own[~own["matrix"].isin(thin)]
+    few = whole["flags"].str.contains("few_tokens").any()
     if (whole["vs_reference"] != "").any():
         yield (
             f"Held against what training gives on these inputs by chance ({_reference(result, whole, k)}; "
-            f"{_tested(whole['vs_reference'])}): {_told(whole['vs_reference'], 'that')}; median "
+            f"{_tested(whole['vs_reference'])}): {_told(whole['vs_reference'], 'that', below=not few)}; median "
             f"{whole['excess'].median():.2f} times it."
         )
     if thin:
@@ -198,14 +199,14 @@ def _tested(versus: pd.Series) -> str:
     return f"{sum(_counts(versus).values())} tested"
 
 
-def _told(versus: pd.Series, than: str) -> str:
-    """How many hold more than this, less, or are not told apart."""
+def _told(versus: pd.Series, than: str, *, below: bool = True) -> str:
+    """How many stand above this, below it, or are not told apart; whether below was tested."""
     counts = _counts(versus)
     if not sum(counts.values()):
         return f"none could be held against {than}"
+    less = f"{counts['below']} below, " if below else ""
     return (
-        f"{counts['above']} hold more than {than} (q ≤ {SIGNIFICANT}), {counts['below']} less, "
-        f"{counts['not told apart']} are not told apart from it"
+        f"{counts['above']} above {than} (q ≤ {SIGNIFICANT}), {less}{counts['not told apart']} not told apart from it"
     )
 
 
