@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tl_asymmetry.pair.data import PairData
-from tl_asymmetry.pair.summary import headline, summary_table
+from tl_asymmetry.pair.summary import against_gradients, headline, summary_table
 from tl_asymmetry.results.report import FigureSection, Report, TableSection
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def pair_report(result: PairData) -> Report:
             f"{shape['n_layers']} layers × {shape['n_heads']} heads, d_model {shape['d_model']}, "
             f"{result.config['tokens']} tokens"
         ),
-        summary="\n\n".join(headline(result)),
+        summary="\n\n".join([*headline(result), *against_gradients(result)]),
         notes=result.notes,
         figures=_figures(result),
         tables=[

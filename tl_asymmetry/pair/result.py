@@ -21,7 +21,7 @@ from tl_asymmetry.pair.deltas import Delta, stacked
 from tl_asymmetry.pair.directions import describe_directions
 from tl_asymmetry.pair.projections import Projection
 from tl_asymmetry.pair.report import pair_report
-from tl_asymmetry.pair.summary import headline, summary_table
+from tl_asymmetry.pair.summary import against_gradients, headline, summary_table
 from tl_asymmetry.pair.top import top_heads
 from tl_asymmetry.results.labelled import require_xarray
 from tl_asymmetry.results.report import Report
@@ -116,7 +116,7 @@ class PairAnalysis(PairData):
         return summary_table(self)
 
     def _headline(self) -> list[str]:
-        return headline(self)
+        return [*headline(self), *against_gradients(self)]
 
     def _report(self) -> Report:
         return pair_report(self)

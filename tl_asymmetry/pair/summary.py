@@ -36,14 +36,35 @@ def summary_table(result: PairData) -> pd.DataFrame:
                 "min": changed["relative"].min(),
                 "max": changed["relative"].max(),
                 "vs chance": _found(chance),
-                "expected": (changed["activation_matched"] * changed["relative"] / changed["fraction"]).median(),
-                "excess": changed["excess"].median(),
+                "expected": (_matched(changed) * changed["relative"] / changed["fraction"]).median(),
+                "excess": (changed["fraction"] / _matched(changed)).median(),
                 "vs expected": _found(reference),
                 "|ΔW|/|W|": changed["delta_relative_norm"].median(),
                 "rounding": changed["rounding_share"].median(),
             }
         )
     return pd.DataFrame(summary)
+
+
+def _matched(rows: pd.DataFrame) -> pd.Series:
+    """The fraction that training gives by chance: from a read matrix's inputs, from a write matrix's gradients."""
+    return rows["activation_matched"].fillna(rows["gradient_matched"])
+
+
+def against_gradients(result: PairData) -> list[str]:
+    """Where gradients are known, a sentence on what is written beside what they give by chance."""
+    rows = result.table[(result.table["rank"] == result.config["shown_rank"]) & (result.table["delta_norm"] > 0)]
+    rows = rows[~rows["matrix"].isin(result.config["unrelated"])]
+    held = rows[(rows["pathway"] == "write") & (rows["subspace"] == PREDICTION) & rows["gradient_excess"].notna()]
+    if held.empty:
+        return []
+    excess = held["gradient_excess"]
+    return [
+        f"Writing, held against what the output's gradients give there ({NULLS['gradient'].label}, median "
+        f"{(held['relative'] / excess).median():.2f} times chance): the median excess is {excess.median():.2f}, from "
+        f"{excess.min():.2f} to {excess.max():.2f} over {len(held)} heads and matrices. No test stands behind these "
+        "numbers."
+    ]
 
 
 def headline(result: PairData) -> list[str]:
