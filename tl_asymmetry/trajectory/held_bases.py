@@ -55,6 +55,9 @@ class HeldBases(LayerBases):
         replicates = self.tensors.get(f"{name}/reference_replicates/{matrix}")
         return References(chosen, dict(zip(REFERENCES, rows, strict=True)), replicates)
 
+    def weighted(self, matrix: str) -> None:
+        """Nothing: gradients are made of each checkpoint, what read rows are held against comes from one model."""
+
     def matched(self, matrix: str, *, columns: int) -> MatchedCovariance | None:
         """As `LayerBases.matched`."""
         if matrix not in self._whitening and f"covariance/{matrix}" in self.tensors:
