@@ -21,10 +21,12 @@ class HeldBases(LayerBases):
     Args:
         layer: which layer.
         tensors: what `hold` made.
+        optimizer: whose references stand among them.
     """
 
-    def __init__(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, layer: int, tensors: Mapping[str, Tensor], *, optimizer: str) -> None:
         self.layer = layer
+        self.optimizer = optimizer
         self.tensors = dict(tensors)
         self._whitening: dict[str, MatchedCovariance] = {}
 
@@ -103,7 +105,7 @@ def hold(bases: LayerBases, plan: Plan, columns: Mapping[str, int], *, intervals
     for matrix in plan.matrices:
         if kind_of(matrix).reads and (moments := bases.covariance(matrix, columns=columns[matrix])) is not None:
             tensors[f"covariance/{matrix}"], tensors[f"mean/{matrix}"] = moments
-    return HeldBases(bases.layer, tensors)
+    return HeldBases(bases.layer, tensors, optimizer=bases.optimizer)
 
 
 def _copy(x: Tensor) -> Tensor:

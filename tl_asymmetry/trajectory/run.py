@@ -345,7 +345,8 @@ class TrajectoryRun:
             for name, tensor in store.arrays("bases").items():
                 layer, _, rest = name.partition("/")
                 layers[int(layer)][rest] = tensor
-            self.bases = [HeldBases(layer, tensors) for layer, tensors in enumerate(layers)]
+            optimizer = self.options.pair.optimizer
+            self.bases = [HeldBases(layer, tensors, optimizer=optimizer) for layer, tensors in enumerate(layers)]
 
     def _fixed_model(self) -> tuple[ModelView | None, str | None]:
         source = self.options.subspaces_from
