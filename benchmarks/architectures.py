@@ -83,8 +83,8 @@ SHARED = (
 SHARED_MAPS = (("up_proj", "down_proj"), ("input_linear", "output_linear"), ("gate_up_proj", "down_proj"))
 ROUTERS = (
     "mlp.gate", "mlp.router", "block_sparse_moe.gate", "block_sparse_moe.router", "block_sparse_moe.router.layer",
-    "feed_forward.router", "feed_forward.gate", "mlp.router.gate", "mlp.gate.wg", "ffn.router.layer", "mixer.gate",
-    "router.proj",
+    "feed_forward.router", "feed_forward.gate", "mlp.router.gate", "mlp.router.layer", "mlp.gate.wg",
+    "ffn.router.layer", "mixer.gate", "router.proj",
 )  # fmt: skip
 
 
@@ -625,12 +625,13 @@ def totals(done: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
 
 HEAD = """# Which models
 
-Any decoder or encoder of transformers: as transformers gives it, through TransformerLens, from a folder. This page is
-made by `benchmarks/architectures.py` from `benchmarks/results/architectures.json`: tiny pairs of models of every
-architecture, with random gains and biases, analysed by `analyze_pair` and held against float64 from the Hugging Face
-modules themselves (norms of the deltas, their fractions in their own input's leading directions and in the prediction
-subspace). **Right** means that every head's, every expert's and every further map's row is there and agrees to 10⁻⁶;
-what is no row must be in a note or among `other_changes`.
+Decoders and encoders of transformers: as transformers gives them, through TransformerLens, from a folder. This page
+is made by `benchmarks/architectures.py` from `benchmarks/results/architectures.json`: tiny pairs of models of one
+architecture after the other, with random gains and biases, analysed by `analyze_pair` and held against float64 from
+the Hugging Face modules themselves (norms of the deltas, their fractions in their own input's leading directions and
+in the prediction subspace). **Right** means that every head's, every expert's and every further map's row is there
+and agrees to 10⁻⁶; what is no row must be in a note or among `other_changes`. An empty cell was not measured, and
+nothing is said of an architecture that is not listed.
 
 Layers may differ. A matrix that some layers lack has rows where it is; a mixture has rows for each expert; linear
 maps without a name (those of linear attention, of state-space layers, a shared expert's gate) have rows under their
