@@ -174,3 +174,17 @@ def test_dead_coordinates_and_dtypes() -> None:
 def test_messages() -> None:
     with pytest.raises(ValueError, match="expected an optimizer of sgd, adam, muon, got 'lion'; pass one of them"):
         input_covariance(torch.eye(3), "lion", columns=3)  # type: ignore[arg-type]
+
+
+def test_the_sign_limit_of_an_adapter() -> None:
+    """A (2/π) arcsin(corr(AᵀΣA)) Aᵀ, in coordinates of what A reads."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(200, 9, generator=generator, dtype=torch.float64) @ torch.diag(torch.arange(1.0, 10).double())
+    A = torch.randn(9, 4, generator=generator, dtype=torch.float64)
+    Σ, mean = a.T @ a / 200, a.mean(0)
+    found = AdapterCovariance.of(A, Σ, mean, "sign")
+    inner = A.T @ Σ @ A
+    size = inner.diagonal().sqrt()
+    limit = A @ torch.arcsin((inner / size / size.unsqueeze(-1)).clamp(-1, 1)) @ A.T * 2 / torch.pi
+    torch.testing.assert_close(found.frame @ found.covariance @ found.frame.T, limit)
+    torch.testing.assert_close(found.mean, AdapterCovariance.of(A, Σ, mean, "adam").mean)

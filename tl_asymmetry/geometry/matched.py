@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
 from tl_asymmetry.geometry.precision import exact_products
+from tl_asymmetry.geometry.references import sign_limit
 from tl_asymmetry.geometry.saddlepoint import rotation_tails
 
 # Eigenvalues of C below this share of its norm carry nothing: without a floor they would be divided by.
@@ -55,6 +57,11 @@ class MatchedCovariance:
             traces=torch.stack([C.trace(), C.square().sum(), cubed]).cpu(),
             mean=None if mean is None or not bool(mean.norm() > 0) else mean.to(C) / mean.to(C).norm(),
         )
+
+    @cached_property
+    def persistent(self) -> MatchedCovariance:
+        """The same where C is Adam's correlation matrix and gradients persist, as over one step: its sign limit."""
+        return MatchedCovariance.of(sign_limit(self.matrix), self.mean)
 
     def whitened_spectra(self, change: Float[Tensor, "head d other"]) -> list[Float64[Tensor, "head r"]]:
         """Squared singular values of Y = C^{-1/2} ΔW of each head, descending, on CPU; then those without the mean."""
@@ -137,6 +144,11 @@ class MatchedLaw:
             p[:, near] = self._tails(spectrum[near], k, f[near], exact=True)
         return p
 
+    def expected(self, k: int) -> Float64[Tensor, ""]:
+        """The expected fraction in the leading k columns."""
+        span = slice(self.leading, self.leading + k)
+        return self.products[0, span, span].trace() / self.traces[0]
+
     def spectrum(
         self, k: int, fraction: Float64[Tensor, " head"], *, exact: bool = True
     ) -> tuple[Float64[Tensor, "head n"], Float64[Tensor, "head n"]]:
@@ -155,7 +167,7 @@ class MatchedLaw:
         if exact:
             θ = torch.linalg.eigvalsh(inside - f[:, None, None] * whole)
         else:
-            expected = T1.trace() / c1
+            expected = self.expected(k)
             θ, V = torch.linalg.eigh(inside - expected * whole)
             θ = θ - (f - expected).unsqueeze(-1) * ((whole @ V) * V).sum(0)
         # Traces of ((QQᵀ − f) C)ⁿ, less what these eigenvalues account for.

@@ -119,14 +119,15 @@ class AdapterCovariance:
         mean: Float[Tensor, " d"],
         optimizer: str,
     ) -> AdapterCovariance:
-        """From A, the input's second moment and its mean; anything but "sgd" is taken as Adam."""
+        """From A, the input's second moment and its mean; "sign" is Adam's sign limit, and anything else but "sgd" is
+        taken as Adam."""
         A = reading.double()
         frame, R = torch.linalg.qr(A)
         Σ = moment.to(A)
         inner, mean = A.mT @ Σ @ A, A.mT @ mean.to(A)
         if optimizer != "sgd":
             mean = inverse_size(inner.diagonal()) * mean
-            inner = correlation(inner)
+            inner = sign_limit(inner) if optimizer == "sign" else correlation(inner)
         return cls(frame, R @ inner @ R.mT, R @ mean)
 
 

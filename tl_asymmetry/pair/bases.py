@@ -264,12 +264,12 @@ class LayerBases:
             self._matched[key] = None if found is None else MatchedCovariance.of(*found)
         return self._matched[key]
 
-    def adapter(self, matrix: str, adapter: Float[Tensor, "d r"]) -> AdapterCovariance | None:
-        """The same for an adapter's change, in coordinates of what its A reads."""
+    def adapter(self, matrix: str, adapter: Float[Tensor, "d r"], *, optimizer: str = "") -> AdapterCovariance | None:
+        """The same for an adapter's change, in coordinates of what its A reads; under another optimizer if given."""
         Σ, mean = self.learned(matrix)
         if bool(Σ.isnan().any()):
             return None
-        return AdapterCovariance.of(adapter, Σ, mean, self.optimizer)
+        return AdapterCovariance.of(adapter, Σ, mean, optimizer or self.optimizer)
 
 
 def crossed_replicates(

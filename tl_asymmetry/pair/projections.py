@@ -13,7 +13,7 @@ from tl_asymmetry.geometry.fraction import gram_energy
 from tl_asymmetry.geometry.matched import MatchedCovariance
 from tl_asymmetry.geometry.nulls import PERMUTATIONS, order_range
 from tl_asymmetry.geometry.references import expected_fraction, input_covariance
-from tl_asymmetry.names import kind_of
+from tl_asymmetry.names import SIGNIFICANT, kind_of
 from tl_asymmetry.pair.bases import LayerBases, crossed_replicates
 from tl_asymmetry.pair.deltas import AnyDelta, FactoredDelta, LiveDelta
 from tl_asymmetry.settings import GradientMoments, PermutedGradients
@@ -163,23 +163,50 @@ def _tails(
 ) -> Float64[Tensor, "2 item rank"]:
     """P(fraction ≥) and P(fraction ≤) of every head and of the heads pooled: the larger of with and without the mean.
 
-    An adapter's change is tested within what its A reads, where it lies by construction.
+    An adapter's change is tested within what its A reads, where it lies by construction. One step of Adam, or gradients
+    that persist, leave less than its reference, down to the sign limit: what is below the one must be below the other.
+    Storage noise lies elsewhere than inputs do: a fraction is above, or below, if it is so with and without that.
     """
+    heads = len(delta.numbers.energy)
+    nothing = torch.full((2, heads + (heads > 1), len(ranks)), torch.nan, dtype=torch.float64)
+    limited = bases.optimizer == "adam"
     if isinstance(delta, FactoredDelta):
         # Without factors the adapter leaves the matrix alone: nothing to test.
         own = bases.adapter(delta.matrix, delta.residual) if delta.residual.shape[1] else None
-        covariance = None if own is None else MatchedCovariance.of(own.covariance, own.mean)
-        if own is not None:
-            frame = own.frame.to(delta.residual)
-            delta = LiveDelta(delta.numbers, (frame.mT @ delta.residual) @ delta.other.mT, None)
-            basis = frame.mT @ basis.to(frame)
-    else:
-        covariance = bases.matched(delta.matrix, columns=delta.numbers.columns)
-    heads = len(delta.numbers.energy)
-    tails = torch.full((2, heads + (heads > 1), len(ranks)), torch.nan, dtype=torch.float64)
-    if covariance is None or isinstance(delta, FactoredDelta):
+        if own is None:
+            return nothing
+        frame = own.frame.to(delta.residual)
+        within = LiveDelta(delta.numbers, (frame.mT @ delta.residual) @ delta.other.mT, None)
+        basis = frame.mT @ basis.to(frame)
+        tails = _tails_under(MatchedCovariance.of(own.covariance, own.mean), within, basis, existing, nothing, ranks)
+        if limited and _some_below(tails):
+            own = bases.adapter(delta.matrix, delta.residual, optimizer="sign")
+            assert own is not None
+            limit = MatchedCovariance.of(own.covariance, own.mean)
+            tails[1] = torch.fmax(tails[1], _tails_under(limit, within, basis, existing, nothing, ranks)[1])
         return tails
-    total = delta.numbers.energy
+    covariance = bases.matched(delta.matrix, columns=delta.numbers.columns)
+    if covariance is None:
+        return nothing
+    tails = _tails_under(covariance, delta, basis, existing, nothing, ranks)
+    if limited and _some_below(tails):
+        tails[1] = torch.fmax(tails[1], _tails_under(covariance.persistent, delta, basis, existing, nothing, ranks)[1])
+    return tails
+
+
+def _some_below(tails: Tensor) -> bool:
+    return bool((tails[1] <= SIGNIFICANT).any())
+
+
+def _tails_under(
+    covariance: MatchedCovariance,
+    delta: LiveDelta,
+    basis: Tensor,
+    existing: Sequence[int],
+    nothing: Float64[Tensor, "2 item rank"],
+    ranks: Sequence[int],
+) -> Float64[Tensor, "2 item rank"]:
+    tails, heads, total = nothing.clone(), len(delta.numbers.energy), delta.numbers.energy
     if delta.gram is not None:
         grams = delta.gram if heads == 1 else torch.cat([delta.gram, delta.gram.sum(0, keepdim=True)])
         spectra = covariance.whitened_gram_spectra(grams)
@@ -191,17 +218,28 @@ def _tails(
                 for own, together in zip(spectra, covariance.whitened_spectra(delta.flat.unsqueeze(0)), strict=True)
             ]
     freed, freed_total = basis, total
+    # Energy of storage noise, by rows of ΔW; an adapter has none.
+    stored = (delta.numbers.rounding.nan_to_num() * total).unsqueeze(-1) * delta.numbers.noise_rows
+    noisy, stored_total = bool((stored > 0).any()), stored.sum(-1)
     for spectrum, law in zip(spectra, covariance.laws(basis), strict=True):
-        inside, whole = delta.energies(freed).cumsum(-1), freed_total
+        sums = [delta.energies(freed).cumsum(-1), freed_total]
+        if noisy:
+            sums += [stored @ freed.to(stored).square().cumsum(-1), stored_total]
         if heads > 1:
-            inside, whole = (torch.cat([x, x.sum(0, keepdim=True)]) for x in (inside, whole))
+            sums = [torch.cat([x, x.sum(0, keepdim=True)]) for x in sums]
         for k in existing:
-            fraction = inside[:, k - 1] / whole
-            column = ranks.index(k)
-            tails[..., column] = torch.fmax(tails[..., column], law.tails(spectrum, k, fraction))
+            column, fraction = ranks.index(k), sums[0][:, k - 1] / sums[1]
+            found = law.tails(spectrum, k, fraction)
+            if noisy:
+                # As if storage noise were what is expected.
+                even = fraction + (sums[3] * law.expected(k) - sums[2][:, k - 1]) / sums[1]
+                found = torch.fmax(found, law.tails(spectrum, k, even))
+            tails[..., column] = torch.fmax(tails[..., column], found)
         if covariance.mean is not None:
             μ = covariance.mean.unsqueeze(-1).cpu()
             freed, freed_total = basis.cpu() - μ @ (μ.mT @ basis.to(μ)), total - delta.energies(μ)[:, 0]
+            if noisy:
+                stored_total = stored @ (1 - μ[:, 0].to(stored).square())
     return tails
 
 

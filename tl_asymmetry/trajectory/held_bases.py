@@ -67,7 +67,7 @@ class HeldBases(LayerBases):
             self._whitening[matrix] = MatchedCovariance.of(C, mean)
         return self._whitening.get(matrix)
 
-    def adapter(self, matrix: str, adapter: Float[Tensor, "d r"]) -> None:
+    def adapter(self, matrix: str, adapter: Float[Tensor, "d r"], *, optimizer: str = "") -> None:
         """None: an adapter's own reference needs its input's second moment, which is not held."""
         return
 
