@@ -125,7 +125,7 @@ class StoreReader(Parts):
     """What its first writer said besides: names, versions, arguments."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
         document = _document(self.folder)
         if document["schema"] != SCHEMA:
             raise ValueError(
@@ -191,7 +191,7 @@ class PartStore(StoreReader):
     """
 
     def __init__(self, folder: str | Path, kind: str, settings: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-        path = Path(folder)
+        path = Path(folder).expanduser()
         self._lock: filelock.BaseFileLock | None = None
         _check_place(path)
         if (path / _SETTINGS).exists():

@@ -12,6 +12,7 @@ import torch
 from scipy import special
 from torch import Tensor
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.comparison.result import ASYMMETRY_COLUMNS, OVERLAP_COLUMNS, TABLE_COLUMNS, Comparison
 from tl_asymmetry.geometry.hierarchy import hierarchy
 from tl_asymmetry.geometry.jackknife import MINIMUM_GROUPS
@@ -32,6 +33,7 @@ Runs = tuple[PairAnalysis, ...]
 """The analyses of one arm: trained alike from one base, each from a seed of its own."""
 
 
+@checked
 @with_fresh_settings
 def compare(
     *results: PairAnalysis | Mapping[str, PairAnalysis | Sequence[PairAnalysis]],

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.names import MATRICES, PREDICTION, SIGNIFICANT, kind_of
 from tl_asymmetry.results.report import DEFINITIONS, Definition, FigureSection, Report, TableSection
 from tl_asymmetry.results.result import Result
@@ -116,6 +117,7 @@ COMPARISON_DEFINITIONS = (
 """What the words of a comparison mean, besides those of a pair."""
 
 
+@checked
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
 class Comparison(Result):
     """Analyses of one base against each other. Made by `compare`."""

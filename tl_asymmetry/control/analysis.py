@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -12,11 +12,13 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.control.result import ControlStudy
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.gradients.analysis import data_fingerprint, gradient_covariance
 from tl_asymmetry.gradients.result import GradientCovariance
 from tl_asymmetry.models.backward import check_differentiable
+from tl_asymmetry.models.texts import token_sequences
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.notes import Notes
 from tl_asymmetry.pair.analysis import analyze_pair
@@ -33,6 +35,7 @@ KIND = "control study"
 _FULL_MLP = 1024
 
 
+@checked
 @with_fresh_settings
 def contrastive_control(
     model: Any,
@@ -117,6 +120,8 @@ def contrastive_control(
     by_type: dict[type[Any], list[Batch]] = {
         wants: as_batches(view, held, wants, note=notes.add, warn=notes.warn) for wants in dict.fromkeys(wanted)
     }
+    if texts is not None and not isinstance(texts, Iterator):  # refused before the training that they are read after
+        token_sequences(view, texts, notes=lambda note: None)
     sequences = None if texts is not None else _sequences(by_type.get(TokenBatch, [_chosen(b) for b in held]))
     next(shuffled(held, batch_size, seed=0))  # refuses too few rows
     config: dict[str, Any] = {

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.control.table import (
     CONTROL_COLUMNS,
     CORRELATION_COLUMNS,
@@ -53,6 +54,7 @@ DEFINITIONS = (
 )  # fmt: skip
 
 
+@checked
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
 class ControlStudy(Result):
     """Objectives graded from sharp to soft, and where the deltas they leave lie. Made by `contrastive_control`.
@@ -97,6 +99,11 @@ class ControlStudy(Result):
             compared: "steps" or "norm"; default "norm" where deltas were compared there.
         """
         k = self.config["shown_rank"] if rank is None else rank
+        for name, value in (("rank", rank), ("compared", compared)):
+            if value is not None and value not in (known := list(dict.fromkeys(self.table[name]))):
+                raise ValueError(
+                    f"expected {name} among {', '.join(map(str, known))}, got {value!r}; pass one of these"
+                )
         at = compared or ("norm" if self.config["match_norm"] else "steps")
         rows = self.table[(self.table["rank"] == k) & (self.table["compared"] == at)]
         overview = []

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.coupling.response import random_directions
 from tl_asymmetry.coupling.result import CouplingStudy
 from tl_asymmetry.coupling.trajectories import Trajectory, as_trajectory
@@ -27,6 +28,7 @@ ALIGNMENTS = ("backward", "forward")
 """Whether a checkpoint's window ends with it (the paper's text) or begins with it (the author's code)."""
 
 
+@checked
 @with_fresh_settings
 def direction_coupling(
     source: Any,
@@ -129,6 +131,7 @@ def direction_coupling(
     )
 
 
+@checked
 @with_fresh_settings
 def coupling_sensitivity(
     source: Any,
@@ -161,6 +164,12 @@ def coupling_sensitivity(
     trajectory = as_trajectory(source)
     if step not in trajectory.steps:
         raise ValueError(f"expected a step with a checkpoint, got {step}; pass one such as {trajectory.steps[-1]}")
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"expected estimator among {', '.join(ESTIMATORS)}, got {estimator!r}; pass one of these")
+    if not all(0 < epsilon < 1 for epsilon in epsilons):
+        raise ValueError(f"expected epsilons between 0 and 1, got {epsilons}; pass relative step sizes such as 0.005")
+    if window < 1 or draws < 1:
+        raise ValueError(f"expected window >= 1 and draws >= 1, got {window} and {draws}; pass window=20, draws=20")
     index = trajectory.steps.index(step)
     streams = _streams(trajectory, [estimator], progress=False)
     rows = []

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.lanczos import largest_eigenvalue
 from tl_asymmetry.geometry.precision import exact_products, with_fresh_settings
 from tl_asymmetry.grokking.model import GrokTransformer
@@ -24,6 +25,7 @@ CENTROIDS = ("logit", "sum", "attention")
 METHODS = ("exact", "finite_difference")
 
 
+@checked
 @with_fresh_settings
 def centroid_response(
     model: Any,
@@ -139,7 +141,7 @@ class CentroidProblem:
                 "expected a HookedTransformer or TransformerBridge for the centroid 'attention', got a "
                 "GrokTransformer; pass hooked_model(model) or bridge_model(model)"
             )
-        self.model, self.inputs, self.targets = model, inputs, targets
+        self.model, self.inputs, self.targets = model, inputs.long(), targets
         self.centroid, self.layer, self.batch_size = centroid, layer, batch_size
         self.position = (0 if self.plain else -1) if position is None else position
         self.view = None if self.plain else ModelView(model)

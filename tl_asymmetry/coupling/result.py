@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.results.report import Definition, FigureSection, Report, TableSection
 from tl_asymmetry.results.result import Result
 
@@ -49,6 +50,7 @@ DEFINITIONS = (
 """Definitions a report of couplings carries."""
 
 
+@checked
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
 class CouplingStudy(Result):
     """How strongly directions of training move linear centroids, along a run. Made by `direction_coupling`.

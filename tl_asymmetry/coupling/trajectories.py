@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_asymmetry.coupling.response import CentroidProblem
+from tl_asymmetry.arguments import checked
+from tl_asymmetry.coupling.response import CENTROIDS, CentroidProblem
 from tl_asymmetry.grokking import GrokRun
 from tl_asymmetry.grokking.model import GrokTransformer
 from tl_asymmetry.models.loading import open_model
@@ -49,6 +50,7 @@ class Trajectory(Protocol):
         ...
 
 
+@checked
 class GrokTrajectory:
     """A `GrokRun`: gradients of each operation's cross-entropy on pairs drawn from the whole table, as published.
 
@@ -78,6 +80,8 @@ class GrokTrajectory:
             raise ValueError(
                 f"expected a run with two checkpoints or more, got {len(run.steps)}; train with keep_checkpoints=True"
             )
+        if centroid not in CENTROIDS:
+            raise ValueError(f"expected centroid among {', '.join(CENTROIDS)}, got {centroid!r}; pass one of these")
         task = run.task
         self._run, self._task, self._centroid = run, task, centroid
         self.steps, self.objectives = run.steps, task.names
@@ -119,6 +123,7 @@ class GrokTrajectory:
             self._at = index
 
 
+@checked
 class BlockTrajectory:
     """Checkpoints of a language model and one attention block of it, with block-level centroids.
 

@@ -16,6 +16,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from tl_asymmetry.arguments import checked, shown
+
 if TYPE_CHECKING:
     import torch
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -54,6 +56,7 @@ class Preference:
     """The other one."""
 
 
+@checked
 def demo_texts(n: int = 64, *, seed: int = 0) -> list[str]:
     """Stories in the language of the demonstration models, none of which was trained on.
 
@@ -94,6 +97,7 @@ def demo_pair(kind: Kind = "auto", *, device: str | torch.device = "cpu") -> tup
     return demo_model("base", kind, device=device), demo_model("dpo", kind, device=device)
 
 
+@checked
 def demo_model(name: str, kind: Kind = "auto", *, device: str | torch.device = "cpu") -> Any:
     """One of the demonstration models by name: see `demo_names`.
 
@@ -117,6 +121,7 @@ def demo_model(name: str, kind: Kind = "auto", *, device: str | torch.device = "
     return lens_model(config, read_tensors(path), demo_tokenizer(), kind=kind, device=device)
 
 
+@checked
 def demo_gpt2(name: str) -> GPT2LMHeadModel:
     """The same model as a `GPT2LMHeadModel` of transformers, without TransformerLens.
 
@@ -186,9 +191,12 @@ def demo_run(kind: Kind = "auto") -> dict[int, Callable[[], Any]]:
         >>> list(run), run[50]().cfg.d_model
         ([0, 50, 150, 400, 1000], 64)
     """
+    if kind not in ("auto", "hooked", "bridge"):
+        raise ValueError(f"expected kind among auto, hooked, bridge, got {shown(kind)}; pass one of these")
     return {step: partial(demo_model, name, kind) for step, name in _run().items()}
 
 
+@checked
 def demo_preferences(n: int = 64, *, seed: int = 0) -> list[Preference]:
     """Pairs for happy endings over held-out openings, both halves sampled from the base: prompt, chosen, rejected.
 

@@ -171,6 +171,11 @@ def attached(name: str, source: Any, shown_rank: int, pack: Pack) -> dict[str, A
         ValueError: no such columns.
     """
     table = getattr(source, "table", source)
+    if not isinstance(table, pd.DataFrame):
+        raise ValueError(
+            f"expected {name.lower()} as a result or a DataFrame, got {type(source).__name__}; pass one with the "
+            "columns layer, head and matrix"
+        )
     pick.require(table, ("layer", "head", "matrix"), f"a result or table of {name.lower()} per layer, head and matrix")
     said = ""
     if len(table) > ATTACHED_ROWS and "rank" in table.columns:

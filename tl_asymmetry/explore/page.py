@@ -6,19 +6,22 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.explore.pack import Pack
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair.data import PairData
 from tl_asymmetry.pair.directions import find_directions
-from tl_asymmetry.results.pages import Html, document, title_markup, write_page
+from tl_asymmetry.results.pages import Html, document, page_path, title_markup, write_page
 
 SCRIPT = ("data", "state", "words", "search", "map", "cards", "charts", "details", "table", "wiring")
 """Parts of the page's script, in order: each a file under `script`, all in one scope."""
 NEAREST_TOKENS = 6
 CONTEXTS = 3
+MOST_DIRECTIONS = 5
 
 
+@checked
 @with_fresh_settings
 def explorer(
     result: PairData,
@@ -59,7 +62,17 @@ def explorer(
     from tl_asymmetry.explore import contents  # here, since both bring plotly
     from tl_asymmetry.plots import page
 
-    pack, config = Pack(), result.config
+    if not 0 <= directions <= MOST_DIRECTIONS:
+        raise ValueError(
+            f"expected directions from 1 to {MOST_DIRECTIONS}, got {directions}; pass a number in between, or 0"
+        )
+    view = None if model is None else ModelView(model)  # refused before any work
+    file, pack, config = page_path(path), Pack(), result.config
+    attachments = [
+        contents.attached(name, source, config["shown_rank"], pack)
+        for name, source in (("Edits", edits), ("Trajectory", trajectory))
+        if source is not None
+    ]
     header: dict[str, Any] = {
         "title": result._title(),
         "facts": result._facts(),
@@ -75,12 +88,8 @@ def explorer(
         "usual": contents.usual_subspaces(result),
         "curves": contents.curves(result, pack),
         "spectra": contents.spectra(result, pack),
-        "directions": _directions(result, model, directions, progress, pack),
-        "attached": [
-            contents.attached(name, source, config["shown_rank"], pack)
-            for name, source in (("Edits", edits), ("Trajectory", trajectory))
-            if source is not None
-        ],
+        "directions": _directions(result, view, directions, progress, pack),
+        "attached": attachments,
     }
     own = files(__package__)
     title = f"Head explorer: {result._title()}"
@@ -92,7 +101,7 @@ def explorer(
         + page.script(_script())
     )
     css = own.joinpath("explorer.css").read_text(encoding="utf-8")
-    return write_page(path, document(title, Html(body), scripts, css=css))
+    return write_page(file, document(title, Html(body), scripts, css=css))
 
 
 def _script() -> str:
@@ -105,18 +114,17 @@ def _script() -> str:
     )
 
 
-def _directions(result: PairData, model: Any, n: int, progress: bool, pack: Pack) -> dict[str, Any]:
+def _directions(result: PairData, view: ModelView | None, n: int, progress: bool, pack: Pack) -> dict[str, Any]:
     """The directions of every head, or why there are none."""
     from tl_asymmetry.explore import contents
 
     if n == 0:
         return {"missing": "Directions were left out when this page was made (directions=0)."}
-    if model is None:
-        model = result._model() if result._model is not None else None
-    if model is None:
+    if view is None and result._model is not None and (model := result._model()) is not None:
+        view = ModelView(model)
+    if view is None:
         return {"missing": "The base model was not at hand when this page was made, so no tokens and contexts could be "
                 "looked up; pass model=base."}  # fmt: skip
-    view = ModelView(model)
     found = find_directions(
         view, result.arrays, result.config, n=n, tokens=NEAREST_TOKENS, contexts=CONTEXTS, progress=progress,
         argument="directions",

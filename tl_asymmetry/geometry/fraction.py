@@ -8,9 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.precision import exact_products, product_dtype
 
 
+@checked
 def energy_profile(
     delta: Float[Tensor, "*head rows columns"], basis: Float[Tensor, "d_model k"], *, residual_axis: int = -2
 ) -> Float[Tensor, "*head k"]:
@@ -37,6 +39,7 @@ def energy_profile(
     return energies / norm.unsqueeze(-1)
 
 
+@checked
 def subspace_fraction(
     delta: Float[Tensor, "*head rows columns"], basis: Float[Tensor, "d_model k"], *, residual_axis: int = -2
 ) -> Float[Tensor, "*head"]:

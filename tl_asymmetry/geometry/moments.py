@@ -10,9 +10,11 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.precision import exact_products, product_dtype
 
 
+@checked
 class StreamingMoments:
     """Mean, second moment and covariance of row vectors that arrive in batches.
 

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.precision import exact_products, product_dtype, with_fresh_settings
 
 _SWEEPS = 3
@@ -39,6 +40,7 @@ class SemiNMF:
     """`objective` over ‖A‖²_F: the share of A's energy left over."""
 
 
+@checked
 @with_fresh_settings
 def semi_nmf(
     A: Float[Tensor, "sample d"],

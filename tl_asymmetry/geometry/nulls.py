@@ -13,6 +13,7 @@ from jaxtyping import Float
 from scipy import special, stats
 from torch import Tensor
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.precision import exact_products, product_dtype
 from tl_asymmetry.geometry.quadratic_form import fraction_tail_rank_one
 from tl_asymmetry.geometry.saddlepoint import rotation_tails
@@ -30,6 +31,7 @@ _GAUSSIANS_PER_POOL = 20_000_000
 _BLOCK = 1024
 
 
+@checked
 def isotropic_null(
     delta: Float[Tensor, "*head rows columns"], k: int, *, residual_axis: int = -2
 ) -> tuple[float, Float[Tensor, "*head"]]:
@@ -51,6 +53,8 @@ def isotropic_null(
         >>> mean, variance.item()
         (0.25, 0.0)
     """
+    if residual_axis not in (-1, -2):
+        raise ValueError(f"expected residual_axis -2 (read) or -1 (write), got {residual_axis}; pass one of the two")
     d = delta.shape[residual_axis]
     _require_rank(k, d)
     ΔW = delta.to(product_dtype(delta))

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.precision import product_dtype
 from tl_asymmetry.geometry.sketch import RowSketch
 from tl_asymmetry.geometry.subspace import ordered_eigh
@@ -18,6 +19,7 @@ _COLUMNS_ELSEWHERE = 1 << 20
 """On a GPU, where each piece costs a launch."""
 
 
+@checked
 class RollingSVD:
     """Leading singular values and right singular vectors of the last `window` rows, uncentred.
 
@@ -183,6 +185,7 @@ class RollingSVD:
         return λ[:found].sqrt(), U[:, :found]
 
 
+@checked
 class RollingSVDs:
     """One `RollingSVD` for each stream (updates, gradient, a task's gradient) and parameter block, made as they come.
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.fraction import inner_product
 
 _DRAWS = 3
@@ -29,6 +30,8 @@ def storage_dtype(weight: Tensor) -> torch.dtype:
         >>> storage_dtype(torch.tensor([0.5, 0.25]))
         torch.bfloat16
     """
+    if not weight.is_floating_point():
+        raise ValueError(f"expected weight as a tensor of floats, got {weight.dtype}; pass the weights as they are run")
     # In pieces: the first one is enough to tell in nearly every case that a format is too coarse.
     weight = weight.reshape(1) if weight.ndim == 0 else weight
     pieces = weight.split(max(1, _PIECE * len(weight) // max(1, weight.numel())))
@@ -57,6 +60,7 @@ class Rounding:
         return self.rows @ basis.to(self.rows).square().cumsum(-1)
 
 
+@checked
 def rounding_noise(
     base: Float[Tensor, "*head rows columns"],
     delta: Float[Tensor, "*head rows columns"],

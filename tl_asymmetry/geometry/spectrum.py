@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_asymmetry.arguments import checked
+
 
 def effective_rank(eigenvalues: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
     """exp(entropy(λ / Σλ)): between 1 and d (Roy & Vetterli 2007, on eigenvalues). NaN for an all-zero spectrum.
@@ -44,6 +46,7 @@ def isoscore(covariance: Float[Tensor, "*batch d d"]) -> Float[Tensor, "*batch"]
     return (trace.square() / covariance.square().sum((-2, -1)) - 1) / (d - 1)
 
 
+@checked
 def marchenko_pastur_edge(eigenvalues: Float[Tensor, " d"], samples: int) -> float:
     """Upper edge σ²(1 + √γ)² of the noise bulk of a sample second moment, γ = d / samples (Marchenko & Pastur 1967).
 

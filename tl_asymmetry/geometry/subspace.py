@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.names import SMALLEST_EIGENVALUE
 
@@ -19,6 +20,7 @@ _SMALLEST_ON_GPU = 256
 _ROUNDING = 1e-13
 
 
+@checked
 @dataclass(frozen=True)
 class Subspace:
     """An orthonormal basis, its columns in order of importance.
@@ -123,6 +125,7 @@ class Subspace:
         return torch.linalg.svdvals(Q1.mT @ other.basis.to(Q1))
 
 
+@checked
 def as_subspace(given: Any, d: int, *, name: str = "") -> Subspace:
     """Directions in whatever form, as a subspace of R^d: what they span, at their own number.
 
@@ -143,7 +146,10 @@ def as_subspace(given: Any, d: int, *, name: str = "") -> Subspace:
     if not isinstance(given, Subspace):
         try:
             vectors = given if hasattr(given, "shape") else torch.stack([torch.as_tensor(v) for v in given], -1)
-            matrix = torch.as_tensor(vectors).detach().cpu().double()
+            matrix = torch.as_tensor(vectors).detach().cpu()
+            if matrix.is_complex():
+                raise TypeError("complex numbers")
+            matrix = matrix.double()
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"expected {what} [{d}], [{d}, k] or a list of vectors, got {type(given).__name__}; pass a tensor"
@@ -208,6 +214,7 @@ def _faster_solver(d: int, dtype: torch.dtype) -> torch.device:
     return min(seconds, key=lambda device: seconds[device])
 
 
+@checked
 def principal_subspace(
     moments: StreamingMoments | Float[Tensor, "d d"], *, centered: bool = False, name: str = ""
 ) -> Subspace:
@@ -233,6 +240,7 @@ def principal_subspace(
     return Subspace(Q, torch.where(λ > floor, λ, 0.0), name)
 
 
+@checked
 def random_subspace(d: int, k: int, seed: int) -> Subspace:
     """A Haar-random k-dimensional subspace of R^d (float64, CPU): QR of a Gaussian matrix.
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import xxhash
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.jackknife import MINIMUM_GROUPS
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.gradients.capture import capture_gradients, rows_of
@@ -39,6 +40,7 @@ from tl_asymmetry.training.objectives import (
 _SELF_CHECK_TOKENS = 16
 
 
+@checked
 @with_fresh_settings
 def gradient_covariance(
     model: Any,

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.fraction import energy_profile
 from tl_asymmetry.gradients.capture import Captured
 from tl_asymmetry.gradients.report import gradient_report, headline, summary_table
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
+@checked
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
 class GradientCovariance(Result):
     """Input and gradient second moments of every matrix under one objective. Made by `gradient_covariance`.

@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.grokking.loop import GrokLoop, Progress, Recipe
 from tl_asymmetry.grokking.model import GrokShape, GrokTransformer
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
+@checked
 @with_fresh_settings
 def train(
     task: str | tuple[str, ...] | ModularArithmetic = "add",
@@ -105,6 +107,7 @@ def _loop(
     return GrokLoop(arithmetic, seed=seed, recipe=recipe or Recipe(), **keywords)
 
 
+@checked
 def run_of(loop: GrokLoop, *, seconds: float = float("nan"), first: int = 0) -> GrokRun:
     """The result of a loop as far as it has gone; `seconds` were spent since step `first`."""
     state = loop.progress
@@ -129,6 +132,7 @@ def run_of(loop: GrokLoop, *, seconds: float = float("nan"), first: int = 0) -> 
     return GrokRun(table=pd.DataFrame(state.rows), config=config, notes=tuple(notes), arrays=arrays)
 
 
+@checked
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
 class GrokRun(Result):
     """A training run: accuracies at every evaluation, weights at every checkpoint. Made by `train`."""
@@ -181,6 +185,8 @@ class GrokRun(Result):
 
         `count=1` is the first such evaluation; the published "grok step" is the 20th, counted in all, not in a row.
         """
+        if count < 1:
+            raise ValueError(f"expected count >= 1, got {count}; pass count=1 for the first")
         lowest = self.table[self.table["step"] > 0].groupby("step")["test_accuracy"].min()
         reached = lowest.index[lowest >= accuracy]
         return int(reached[count - 1]) if len(reached) >= count else None
@@ -237,6 +243,7 @@ class GrokRun(Result):
         )
 
 
+@checked
 def arms(
     task: str | tuple[str, ...] = "add",
     *,
@@ -266,13 +273,19 @@ def arms(
         20
     """
     chosen = PUBLISHED_ARMS if which is None else which
+    for arm, keywords_of in chosen.items():
+        if keywords_of is not None and not isinstance(keywords_of, Mapping):
+            raise ValueError(
+                f"expected which with keywords of GradientProjection or None for each arm, got "
+                f"{type(keywords_of).__name__} for {arm!r}; pass a dict"
+            )
     names = [(arm, seed) for seed in seeds for arm in chosen]
     word = task if isinstance(task, str) else "+".join(task)
 
     def loop(arm: str, seed: int) -> GrokLoop:
         return _loop(
             task, seed=seed, recipe=recipe, projection=chosen[arm], keep_checkpoints=False, device=device,
-            store=None if store is None else Path(store) / f"{word}-{seed}-{arm}", **keywords,
+            store=None if store is None else Path(store).expanduser() / f"{word}-{seed}-{arm}", **keywords,
         )  # fmt: skip
 
     loops = [loop(*name) for name in names]

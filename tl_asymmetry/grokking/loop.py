@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -13,8 +14,10 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.grokking.model import GrokTransformer, shape_of
 from tl_asymmetry.grokking.modular import ModularArithmetic, legacy_stream
+from tl_asymmetry.names import nearest
 from tl_asymmetry.results.provenance import versions
 from tl_asymmetry.store import PartStore
 from tl_asymmetry.training.projection import GradientProjection
@@ -23,6 +26,7 @@ KIND, _STATE = "grokking run", "state"
 _EVALUATED_AT_ONCE = 2048
 
 
+@checked
 @dataclass(frozen=True)
 class Recipe:
     """Every number of the protocol of arXiv:2604.25143 (the author's `train_dense.py`).
@@ -117,6 +121,12 @@ class GrokLoop:
             fused=True,  # one pass over the parameters: a tenth off a step
         )
         attention = list(self.model.attention_parameters().values())
+        known = set(inspect.signature(GradientProjection).parameters) - {"optimizer", "parameters"}
+        if unknown := sorted(set(projection or {}) - known):
+            raise ValueError(
+                f"expected projection with keywords among {', '.join(sorted(known))}, got {unknown[0]!r}; pass "
+                f"{nearest(unknown[0], known)}"
+            )
         arm: dict[str, Any] = {"arm": "none", "seed": seed + 1000, **(projection or {})}
         self.stepper = GradientProjection(self.optimizer, attention, **arm)
         self.batches = legacy_stream(seed)

@@ -7,7 +7,7 @@ readout never sees (the second position of the last layer) and every hook.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -15,14 +15,17 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.grokking.modular import ModularArithmetic
 from tl_asymmetry.models.loading import hooked_transformer, native_bridge
+from tl_asymmetry.names import nearest
 
 _EPS = 1e-5
 POSITIONS = 2
 """Tokens of an input: a and b."""
 
 
+@checked
 @dataclass(frozen=True)
 class GrokShape:
     """Sizes of the published model, with one head of `p` outputs for each operation.
@@ -72,6 +75,7 @@ class GrokTransformer(nn.Module):
         (2, 1, 7)
     """
 
+    @checked
     def __init__(self, shape: GrokShape = GrokShape(), *, seed: int = 0) -> None:
         super().__init__()
         self.shape = shape
@@ -139,6 +143,11 @@ def published_weights(shape: GrokShape, seed: int) -> dict[str, Tensor]:
 
 def shape_of(task: ModularArithmetic, **sizes: int) -> GrokShape:
     """The published sizes for a task; other sizes by name."""
+    known = [field.name for field in fields(GrokShape) if field.name not in ("p", "heads_out")]
+    if unknown := sorted(sizes.keys() - set(known)):
+        raise ValueError(
+            f"expected sizes among {', '.join(known)}, got {unknown[0]!r}; pass {nearest(unknown[0], known)}"
+        )
     return GrokShape(p=task.p, heads_out=len(task.names), **sizes)
 
 

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_asymmetry.arguments import checked
+
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,
@@ -24,6 +26,7 @@ _NONZERO = frozenset({"mul"})
 """Operations whose operands are invertible residues: 1 … p − 1 under multiplication."""
 
 
+@checked
 @dataclass(frozen=True)
 class ModularArithmetic:
     """All pairs (a, b) and their result modulo p under one operation, or several at once; split by seed.
@@ -119,6 +122,10 @@ class ModularArithmetic:
 
 def legacy_stream(seed: int) -> np.random.RandomState:
     """NumPy's legacy generator, local: its stream is what published seeds refer to."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(
+            f"expected seed from 0 to {2**32 - 1:,}, which NumPy's legacy generator takes, got {seed}; pass such"
+        )
     return np.random.RandomState(seed)
 
 

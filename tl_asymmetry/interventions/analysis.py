@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.memory import free_memory
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.gradients.analysis import data_fingerprint
@@ -55,6 +56,7 @@ _BYTES_AT_A_TIME = 1 << 27
 _DEGENERATE = 0.5
 
 
+@checked
 @with_fresh_settings
 def rank_one_study(
     model_base: Any,

@@ -15,11 +15,13 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
+from tl_asymmetry.arguments import checked, shown
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.precision import exact_products, product_dtype, with_fresh_settings
 from tl_asymmetry.geometry.seeds import seeded
 from tl_asymmetry.geometry.subspace import Subspace, principal_subspace
 from tl_asymmetry.models.edits import HeadEdit, MatrixEdit, RankOneEdit
+from tl_asymmetry.models.texts import check_tokens
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import kind_of
 
@@ -43,6 +45,7 @@ _HALVINGS = 44
 # --- edits ------------------------------------------------------------------------------------------------------
 
 
+@checked
 @with_fresh_settings
 def closed_form_edit(
     layer: int,
@@ -92,6 +95,7 @@ def closed_form_edit(
     return RankOneEdit(layer, matrix, head, residual, other)
 
 
+@checked
 @with_fresh_settings
 def input_at(
     model: Any,
@@ -117,10 +121,14 @@ def input_at(
         torch.Size([16])
     """
     view = model if isinstance(model, ModelView) else ModelView(model)
-    prompt = torch.as_tensor(tokens)
+    try:
+        prompt = torch.as_tensor(tokens)
+    except (TypeError, ValueError, RuntimeError) as error:  # torch's own words
+        raise ValueError(f"expected tokens as whole numbers [pos], got {shown(tokens)}; pass token ids") from error
     if prompt.ndim != 1 or not -len(prompt) <= position < len(prompt):
         raise ValueError(f"expected a position in a prompt of one dimension, got {position} in shape "
                          f"{tuple(prompt.shape)}; pass tokens [pos] and a position among them")  # fmt: skip
+    check_tokens(view, prompt.unsqueeze(0))
     if matrix not in view.matrices:
         raise ValueError(f"expected a matrix among {', '.join(view.matrices)}, got {matrix!r}; pass one this model has")
     if matrix == "W_O" and (head is None or not 0 <= head < view.n_heads):
@@ -132,6 +140,7 @@ def input_at(
     return (x[head] if matrix == "W_O" else x).clone()
 
 
+@checked
 @with_fresh_settings
 def head_delta(
     model_base: Any, model_aligned: Any, layer: int, matrix: str, head: int | None = None
@@ -148,6 +157,7 @@ def head_delta(
     return W_aligned.to(W.device, dtype) - W.to(dtype)
 
 
+@checked
 @with_fresh_settings
 def removal_edit(
     layer: int,
@@ -183,6 +193,7 @@ def removal_edit(
     return insertion_edit(layer, matrix, head, delta, direction).scaled(-1.0)
 
 
+@checked
 @with_fresh_settings
 def insertion_edit(
     layer: int,
@@ -242,6 +253,7 @@ class MatchedControls(Sequence[HeadEdit]):
         return iter(self.edits)
 
 
+@checked
 @with_fresh_settings
 def matched_controls(
     edit: RankOneEdit,

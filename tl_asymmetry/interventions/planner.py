@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeAlias
@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float64, Int
 from torch import Tensor
 
+from tl_asymmetry.arguments import checked, shown
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.seeds import seeded
 from tl_asymmetry.geometry.subspace import Subspace, ordered_eigh, principal_subspace
@@ -77,6 +78,7 @@ class EditPlanner:
         seed: of the controls.
     """
 
+    @checked
     def __init__(
         self,
         base: ModelView,
@@ -259,6 +261,11 @@ def given_directions(directions: Directions, view: ModelView, n: int) -> dict[st
         raise ValueError("expected at least one direction, got an empty mapping; pass e.g. {'mine': columns}")
     given = {}
     for name, value in directions.items():
+        if not isinstance(value, Subspace | Iterable) or isinstance(value, str):
+            raise ValueError(
+                f"expected directions as columns [{view.d_model}, n] for {name!r}, got {shown(value)}; pass a tensor "
+                "or a Subspace"
+            )
         layers = [value] * view.n_layers if isinstance(value, Subspace | Tensor) else list(value)
         if len(layers) != view.n_layers:
             raise ValueError(f"expected columns, or {view.n_layers} of them, for {name!r}, got {len(layers)}; pass one "

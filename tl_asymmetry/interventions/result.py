@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.interventions.design import EXCHANGEABLE
 from tl_asymmetry.interventions.tables import BASELINE_COLUMNS, CELL, OUTCOMES
 from tl_asymmetry.names import SIGNIFICANT
@@ -22,6 +23,7 @@ _FIRST = ("shift", "kl", "margin_shift", "margin", "ce")
 """Which outcome is shown where only one can be: the first of these that was measured and is known."""
 
 
+@checked
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
 class RankOneStudy(Result):
     """What single directions of single heads do, each against its own controls. Made by `rank_one_study`.

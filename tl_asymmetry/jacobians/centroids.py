@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.precision import exact_products, with_fresh_settings
 from tl_asymmetry.models.block_jacobians import part_ends
 from tl_asymmetry.models.checks import check_unedited
@@ -21,6 +22,7 @@ from tl_asymmetry.notes import warn
 KINDS = ("full", "logit")
 
 
+@checked
 @with_fresh_settings
 def centroids(
     model: Any,
@@ -129,6 +131,7 @@ def centroids(
         )  # fmt: skip
 
 
+@checked
 @with_fresh_settings
 def local_centroids(
     function: Callable[[Tensor], Tensor],

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.precision import exact_products, with_fresh_settings
 from tl_asymmetry.geometry.token_jacobians import BranchJacobian
 from tl_asymmetry.jacobians.result import LayerJacobians, jacobian_table, token_table
@@ -35,6 +36,7 @@ from tl_asymmetry.notes import Notes
 from tl_asymmetry.results.provenance import described, model_record, shape_record, versions, weights_hash
 
 
+@checked
 @with_fresh_settings
 def layer_jacobians(
     model: Any,
@@ -197,6 +199,7 @@ def layer_jacobians(
     )
 
 
+@checked
 @with_fresh_settings
 def jacobian_sketch(
     model: Any,

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.memory import free_memory
 from tl_asymmetry.geometry.precision import exact_products, with_fresh_settings
 from tl_asymmetry.geometry.subspace import Subspace, principal_subspace
@@ -27,7 +28,7 @@ from tl_asymmetry.jacobians.work import (
 )
 from tl_asymmetry.models.block_jacobians import NoClosedForm, stream_graph
 from tl_asymmetry.models.checks import check_finite, check_unedited
-from tl_asymmetry.models.prediction import prediction_gram
+from tl_asymmetry.models.prediction import check_d_vocab, prediction_gram
 from tl_asymmetry.models.texts import token_sequences
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.notes import Notes
@@ -39,6 +40,7 @@ _CPU_ROWS = 8
 _CHECK_TOKENS = 12
 
 
+@checked
 @with_fresh_settings
 def prediction_pullback(
     model: Any,
@@ -119,6 +121,7 @@ def prediction_pullback(
     check_finite(view)
     for warning in check_unedited(view):
         notes.warn(warning)
+    check_d_vocab(view, d_vocab)
     G = prediction_gram(view, d_vocab=d_vocab)
     prediction = principal_subspace(G, name="prediction")
     assert prediction.eigenvalues is not None
@@ -190,7 +193,7 @@ def _given(jacobians: Any, layers: Sequence[int], view: ModelView) -> dict[int, 
         if layer not in held:
             raise ValueError(
                 f"expected Jacobians of layers {', '.join(map(str, layers))}, got none of layer {layer}; pass "
-                f"layers={sorted(int(i) for i in held)}"
+                f"layers={sorted(i for i in held if isinstance(i, int))}"
             )
         J = torch.as_tensor(held[layer]).detach().double().cpu()
         if J.shape != (d, d):

@@ -10,6 +10,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.spectrum import effective_rank
 from tl_asymmetry.geometry.subspace import Subspace
 from tl_asymmetry.pair.plan import default_ranks
@@ -27,6 +28,7 @@ KIND = {
 """In words, by `sources`."""
 
 
+@checked
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
 class PredictionPullback(Result, Sequence[Subspace]):
     """The prediction subspace pulled back to layers; as a sequence, their subspaces. Made by `prediction_pullback`.

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.spectrum import effective_rank, participation_ratio, stable_rank
 from tl_asymmetry.geometry.subspace import Subspace
 from tl_asymmetry.results.report import Definition, FigureSection, Report, TableSection
@@ -32,6 +33,7 @@ PART = {
 """In words, by `part`."""
 
 
+@checked
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
 class LayerJacobians(Result):
     """Jacobians of one part of every layer asked for. Made by `layer_jacobians`.

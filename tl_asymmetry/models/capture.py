@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.memory import return_freed_memory
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.precision import LARGEST_SQUARE, SMALLEST_SQUARE, with_fresh_settings
@@ -58,6 +59,7 @@ def merged(parts: Iterable[StreamingMoments]) -> StreamingMoments:
     return total
 
 
+@checked
 @with_fresh_settings
 def capture_moments(
     model: Any,
@@ -109,6 +111,11 @@ def capture_moments(
         for point in ([hook_points] if single else hook_points)
         for site in ([(point, layer) for layer in range(view.n_layers)] if isinstance(point, str) else [point])
     ]
+    for site in sites:
+        if not isinstance(site, tuple | list) or len(site) != 2 or not isinstance(site[1], int):
+            raise ValueError(f'expected hook_points as names or pairs, got {site!r}; pass "attn_in" or ("attn_in", 0)')
+    if not sites:
+        raise ValueError('expected hook_points with a name or more, got none; pass "attn_in"')
     sequences = token_sequences(view, texts, tokens, mask, max_tokens=max_tokens, notes=warn)
     captured = capture(view, [sequences], sites, exclude_first=exclude_first, batch_size=batch_size, progress=progress)
     return captured.groups[0]

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.interrupts import temporarily
 from tl_asymmetry.models.view import ModelView, Slot
 from tl_asymmetry.names import MATRICES, kind_of
@@ -68,6 +69,7 @@ class HeadEdit:
         raise NotImplementedError
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class RankOneEdit(HeadEdit):
     """Adds `scale · residual otherᵀ` to one head's matrix, `residual` on its d_model axis, whichever side that is.
@@ -199,6 +201,7 @@ class RankOneEdit(HeadEdit):
         return (other, residual) if kind_of(self.matrix).writes else (residual, other)
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class MatrixEdit(HeadEdit):
     """Adds a given matrix to one head's, whatever its rank.
@@ -240,6 +243,7 @@ class MatrixEdit(HeadEdit):
         _narrow_into(weights, wide, self)
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Rewind(HeadEdit):
     """Moves one head's matrix `share` of the way to given weights: W + share · (target − W); 1 sets it to them exactly.

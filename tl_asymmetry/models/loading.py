@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tl_asymmetry.models.readers.hub import local_or_hub
+from tl_asymmetry.models.readers.hub import at_home, local_or_hub
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
@@ -53,6 +53,7 @@ def open_model(
         4
     """
     path = local_or_hub(name_or_path)
+    name_or_path = at_home(name_or_path)
     if path is not None and not (path / "config.json").is_file():
         raise ValueError(
             f"expected a Hugging Face model directory with config.json, got {str(path)!r}; pass a directory "
@@ -121,7 +122,7 @@ def transformers_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-    name = str(name_or_path)
+    name = str(at_home(name_or_path))
     with _loading(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     if not trust_remote_code:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.precision import exact_products, product_dtype, squares_fit, with_fresh_settings
 from tl_asymmetry.geometry.subspace import Subspace, principal_subspace
 from tl_asymmetry.models.view import ModelView
@@ -15,6 +16,7 @@ from tl_asymmetry.models.view import ModelView
 _VOCABULARY_CHUNK = 16_384
 
 
+@checked
 @with_fresh_settings
 def prediction_subspace(
     model: Any, fold_norm: bool = True, centered: bool = True, *, d_vocab: int | None = None
@@ -40,7 +42,15 @@ def prediction_subspace(
         4
     """
     view = model if isinstance(model, ModelView) else ModelView(model)
+    check_d_vocab(view, d_vocab)
     return principal_subspace(prediction_gram(view, fold_norm, centered, d_vocab=d_vocab), name="prediction")
+
+
+def check_d_vocab(view: ModelView, d_vocab: int | None) -> None:
+    """Refuse more tokens than the model predicts, or none."""
+    most = view.unembedding()[0].shape[1]
+    if d_vocab is not None and not 1 <= d_vocab <= most:
+        raise ValueError(f"expected d_vocab from 1 to {most}, the tokens predicted, got {d_vocab}; pass None for all")
 
 
 def prediction_gram(

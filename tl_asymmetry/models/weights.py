@@ -7,8 +7,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from tl_asymmetry.arguments import checked, shown
 from tl_asymmetry.models.huggingface import PLAIN
 from tl_asymmetry.models.loading import NotWrappedError, predicts_masked_tokens
 from tl_asymmetry.models.readers.adapter import AdapterWeights
@@ -41,6 +43,7 @@ _ADAPTER = "adapter_config.json"
 _FACTORS, _WRAPPED = ".lora_A", ".base_layer."
 
 
+@checked
 def weights_from(
     source: str | Path | Mapping[str, Tensor] | WeightSource,
     base: Any = None,
@@ -80,6 +83,8 @@ def weights_from(
     """
     if isinstance(base, str | Path):
         base = weights_from(base)
+    elif base is not None and not is_config(base) and not isinstance(base, Weights | torch.nn.Module):
+        raise ValueError(f"expected base as a model, a path or a configuration, got {shown(base)}; pass one of these")
     if isinstance(source, WeightSource):
         return source if base is None or is_config(base) else source.onto(as_weights(base))
     if isinstance(source, Mapping):

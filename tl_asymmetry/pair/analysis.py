@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.subspace import Subspace
 from tl_asymmetry.models.capture import capture
@@ -49,6 +50,7 @@ from tl_asymmetry.settings import GradientMoments, OpenPair, PairSettings, open_
 _UNRELATED = 0.3
 
 
+@checked
 @together
 @with_fresh_settings
 def analyze_pair(

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.spectrum import marchenko_pastur_edge
 from tl_asymmetry.names import POINTS, Side, kind_of
@@ -30,6 +31,7 @@ _CURVE_POINTS = 200
 """Ranks beyond 64 at which a curve is drawn, log-spaced."""
 
 
+@checked
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
 class PairData(Result):
     """What `PairAnalysis` holds, without the words."""
@@ -157,6 +159,8 @@ class PairData(Result):
             )  # fmt: skip
         table, first = self.table, None
         if matrix is not None:
+            if not matrix:
+                raise ValueError("expected matrix with a name or more, got none; pass matrix=None for all")
             for name in matrix:
                 self._require_matrix(name)
             table, first = table[table["matrix"].isin(list(matrix))], next(iter(matrix), None)

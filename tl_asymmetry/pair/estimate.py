@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.subspace import Subspace, ordered_eigh
 from tl_asymmetry.models.processes import ALONE, present_processes, together
@@ -60,6 +61,7 @@ class PairEstimate:
         )
 
 
+@checked
 @together
 @with_fresh_settings
 def estimate_pair(

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.padding import padded_stack
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.models.view import ModelView
@@ -27,6 +28,7 @@ from tl_asymmetry.results.labelled import require_xarray
 from tl_asymmetry.results.report import Report
 
 
+@checked
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
 class PairAnalysis(PairData):
     """Where a base and an aligned model differ, by head, against two nulls. Made by `analyze_pair`.

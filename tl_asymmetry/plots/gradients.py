@@ -54,6 +54,8 @@ def effective_rank_figure(
     style.one_of("side", side, tuple(SIDES), "side")
     rows = {name: t[(t["half"] == "all") & t["effective_rank"].notna()] for name, t in named.items()}
     there = list(dict.fromkeys(m for t in named.values() for m in t["matrix"]))
+    if matrices is not None and not len(matrices):
+        raise ValueError("expected matrices with a name or more, got none; pass matrices=None for all")
     for matrix in matrices or ():
         style.one_of("matrix", matrix, there, "matrices")
     wanted = there if matrices is None else list(matrices)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import plotly.graph_objects as go
+import plotly.io as pio
 from typing_extensions import Unpack  # noqa: F401 - every figure's signature takes it from here
 
 from tl_asymmetry.plots import style
@@ -82,6 +83,9 @@ def finish(
         right: pixels on the right (more where a colour bar stands).
         title, template, width, height: as in `Layout`.
     """
+    if isinstance(template, str) and not {*template.split("+")} <= {*style.PAPER, *pio.templates}:
+        known = ", ".join([*style.PAPER, *pio.templates])
+        raise ValueError(f"expected template among {known}, got {template!r}; pass template='light'")
     own = template is None or (isinstance(template, str) and template in style.PAPER)
     name = template or "light"
     menu = MENU_PX * len(figure.layout.updatemenus)

@@ -25,6 +25,8 @@ from tl_asymmetry.plots import style
 
 PACK_ABOVE = 100_000
 """Characters of JSON above which a figure is packed: a map of 32 × 32 heads shrinks to a third."""
+FORMATS = ("svg", "pdf", "png", "jpg", "jpeg", "webp")
+MOST_SCALE = 100
 COLUMNS = {"single": 312, "double": 648}
 """Pixels (96 to an inch) of one and of two columns of a paper: 3.25 and 6.75 inches."""
 _BARE_TOP = 12
@@ -102,6 +104,23 @@ def controls_height(figure: go.Figure) -> tuple[int, int]:
     return int(meta.get("menu", 0)), int(meta.get("slider", 0))
 
 
+def require_image(format: str, width: int | str, scale: float) -> None:
+    """Refuse what no image can be, or one that nothing here can draw.
+
+    Raises:
+        ValueError: another format, width or scale.
+        ImportError: kaleido is not installed.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"expected format among {', '.join(FORMATS)}, got {format!r}; pass format='svg'")
+    if isinstance(width, str) and width not in COLUMNS:
+        raise ValueError(f"expected a width in pixels, 'single' or 'double', got {width!r}; pass width='single'")
+    if not 0 < scale <= MOST_SCALE:
+        raise ValueError(f"expected scale above 0 and up to {MOST_SCALE}, got {scale}; pass scale=2")
+    if not _kaleido_installed():
+        raise ImportError("expected kaleido to be installed; pip install 'tl-asymmetry[report]'")
+
+
 def write_image(figure: go.Figure, path: Path, *, format: str, width: int | str, scale: float) -> Path:
     """Write what a figure shows first as a static image, without the menus and sliders nobody can press on paper.
 
@@ -116,10 +135,7 @@ def write_image(figure: go.Figure, path: Path, *, format: str, width: int | str,
         ImportError: kaleido is not installed.
         ValueError: another width.
     """
-    if not _kaleido_installed():
-        raise ImportError("expected kaleido to be installed; pip install 'tl-asymmetry[report]'")
-    if isinstance(width, str) and width not in COLUMNS:
-        raise ValueError(f"expected a width in pixels, 'single' or 'double', got {width!r}; pass width='single'")
+    require_image(format, width, scale)
     still = go.Figure(figure)
     menu, slider = controls_height(figure)
     top, bottom = (getattr(still.layout.margin, side) or 0 for side in ("t", "b"))

@@ -90,12 +90,22 @@ def write_page(path: str | Path, content: str) -> Path:
         ValueError: a path that is a folder, or in none.
         OSError: no room (errno ENOSPC).
     """
-    path = Path(path)
+    path = page_path(path)
+    replace_file(path, content.encode("utf-8", "replace"))  # half a surrogate pair is no character
+    return path
+
+
+def page_path(path: str | Path) -> Path:
+    """Where a page is to be written, `~` for the home folder; refused before the page is made.
+
+    Raises:
+        ValueError: a path that is a folder, or in none.
+    """
+    path = Path(path).expanduser()
     if path.is_dir():
         raise ValueError(f"expected the path of a file, got the folder {path}; pass e.g. {path / 'report.html'}")
     if not path.parent.is_dir():
         raise ValueError(f"expected an existing folder, got {path.parent}; create it or pass another path")
-    replace_file(path, content.encode("utf-8", "replace"))  # half a surrogate pair is no character
     return path
 
 

@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.disk import make_folder
 from tl_asymmetry.results.definitions import CITATIONS, DEFINITIONS, Citation
 from tl_asymmetry.results.pages import (
     Html,
     document,
     figure_boxes,
+    page_path,
     page_scripts,
     render,
     settings_rows,
@@ -75,6 +77,7 @@ class Reportable(Protocol):
     def _report(self) -> Report: ...
 
 
+@checked
 def report(
     results: Reportable | Iterable[Reportable], path: str | Path, *, title: str | None = None, max_rows: int = 200
 ) -> Path:
@@ -97,13 +100,20 @@ def report(
         >>> report([result, result], "both.html", title="Twice the same")
         PosixPath('both.html')
     """
+    if not isinstance(results, Reportable | Iterable) or isinstance(results, str | Mapping):
+        raise ValueError(
+            f"expected results, or one, got {type(results).__name__}; pass what an analysis returned, or a list"
+        )
     several = [results] if isinstance(results, Reportable) else list(results)
     if not several:
         raise ValueError("expected at least one result, got none; pass what an analysis returned")
     for each in several:
         if not isinstance(each, Reportable):
             raise ValueError(f"expected results, got {type(each).__name__}; pass what an analysis returned")
-    return write_page(path, _page([each._report() for each in several], title, max_rows))
+    file = page_path(path)
+    if max_rows < 1:
+        raise ValueError(f"expected max_rows >= 1, got {max_rows}; pass a positive number of rows")
+    return write_page(file, _page([each._report() for each in several], title, max_rows))
 
 
 def write_report(path: str | Path, report: Report, *, max_rows: int = 200) -> Path:
@@ -168,16 +178,18 @@ def write_images(
         ImportError: kaleido is not installed.
         ValueError: another width.
     """
-    from tl_asymmetry.plots.page import write_image  # here, since it brings plotly
+    from tl_asymmetry.plots.page import require_image, write_image  # here, since it brings plotly
 
+    require_image(format, width, scale)  # before the figures are made
     report = result if isinstance(result, Report) else result._report()
-    make_folder(Path(folder))
+    place = Path(folder).expanduser()
+    make_folder(place)
     paths: list[Path] = []
     for section in report.figures:
         several = section.figure if isinstance(section.figure, Mapping) else {"": section.figure}
         for label, figure in several.items():
             words = "".join(c if c.isalnum() or c == "_" else " " for c in f"{section.heading} {label}").split()
-            path = Path(folder) / f"{len(paths) + 1:02}-{'-'.join(words)[:80]}.{format}"
+            path = place / f"{len(paths) + 1:02}-{'-'.join(words)[:80]}.{format}"
             paths.append(write_image(figure, path, format=format, width=width, scale=float(scale)))
     return paths
 

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.disk import make_folder
 from tl_asymmetry.results.pages import Html, render
 from tl_asymmetry.results.report import Report, write_images, write_report
@@ -46,6 +47,7 @@ _PLAIN = ("float64", "int64", "bool")
 ResultT = TypeVar("ResultT", bound="Result")
 
 
+@checked
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
 class Result:
     """A finished analysis: a tidy table, every setting, what degrades the answer, and the arrays behind it.
@@ -178,6 +180,8 @@ class Result:
         if table not in self.TABLES:
             raise ValueError(f"expected a table among {', '.join(self.TABLES)}, got {table!r}; pass one of these")
         file = Path(path).expanduser()
+        if file.is_dir():
+            raise ValueError(f"expected the path of a file, got the folder {file}; pass e.g. {file / 'table.csv'}")
         file.parent.mkdir(parents=True, exist_ok=True)
         getattr(self, table).to_csv(file, index=False, encoding="utf-8")
         return file
@@ -192,7 +196,7 @@ class Result:
             OSError: no room (errno ENOSPC) or another failure of the disk; a result saved there before is untouched.
         """
         document, numbers = self.packed()
-        folder = Path(path)
+        folder = Path(path).expanduser()
         make_folder(folder)
         write_part(folder / _FILE, _PART, numbers, document)
         return folder
@@ -241,6 +245,7 @@ class Result:
         return cls(**tables, config=document["config"], notes=tuple(document["notes"]), arrays=arrays)
 
 
+@checked
 def load(path: str | Path) -> Result:
     """Read a saved result of whatever kind; every number as it was.
 
@@ -263,7 +268,7 @@ def load(path: str | Path) -> Result:
 
 
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    file = Path(path) / _FILE
+    file = Path(path).expanduser() / _FILE
     if not file.exists():
         raise ValueError(f"expected a folder with {_FILE}, got {str(path)!r}; pass a folder written by save")
     return read_part(file, _PART)

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.seeds import seeded
 from tl_asymmetry.interventions.analysis import (
@@ -49,6 +50,7 @@ _NOTHING = dict.fromkeys(_OUTCOMES, 0.0)
 _UNITS_AT_A_TIME = 64
 
 
+@checked
 @with_fresh_settings
 def rewind_study(
     model_base: Any,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import pandas as pd
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.results.report import Definition, FigureSection, Report, TableSection
 from tl_asymmetry.results.result import Result
 
@@ -52,6 +53,7 @@ PATH_COLUMNS = {
 """Columns of `RewindStudy.path`."""
 
 
+@checked
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
 class RewindStudy(Result):
     """Heads set back to the base, alone and together, and what of the alignment that undoes. Made by `rewind_study`.

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from tqdm.auto import tqdm
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.interrupts import temporarily
 from tl_asymmetry.models.loading import open_model
@@ -29,6 +30,7 @@ from tl_asymmetry.settings import open_pair
 from tl_asymmetry.shift.result import HEAD_COLUMNS, SHIFT_COLUMNS, ActivationShift
 
 
+@checked
 @with_fresh_settings
 def activation_shift(
     model_base: Any,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import pandas as pd
 from torch import Tensor
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.results.report import Definition, FigureSection, Report, TableSection
 from tl_asymmetry.results.result import Result
 
@@ -43,6 +44,7 @@ HEAD_COLUMNS = {
 """Columns of `ActivationShift.heads`."""
 
 
+@checked
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
 class ActivationShift(Result):
     """How far mean activations are apart, and how much of that the weights foretell. Made by `activation_shift`.

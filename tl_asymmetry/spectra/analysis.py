@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.nulls import adjusted_p
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.models.checks import check_shapes
@@ -24,6 +25,7 @@ from tl_asymmetry.spectra.result import SPECTRAL_COLUMNS, SpectralAnalysis
 _RANKS = (1, 4, 16, 64)
 
 
+@checked
 @with_fresh_settings
 def analyze_spectra(
     model_base: Any,

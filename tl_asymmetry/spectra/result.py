@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.names import SIGNIFICANT
 from tl_asymmetry.results.report import Report
 from tl_asymmetry.results.result import Result
@@ -51,6 +52,7 @@ SPECTRAL_COLUMNS: Mapping[str, str] = {
 """Columns of the table, in this order, and what they mean."""
 
 
+@checked
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
 class SpectralAnalysis(Result):
     """Where weight deltas lie in the base weights' own frames, beside chance. Made by `analyze_spectra`."""

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.ledger import cosine_spread, leading_overlap, ledger, step_gram, storage_product
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.rounding import storage_dtype
@@ -34,6 +35,7 @@ from tl_asymmetry.stages.result import LEDGER_COLUMNS, PAIR_COLUMNS, PREDICTION_
 _FEWEST, _MOST = 2, 6
 
 
+@checked
 @with_fresh_settings
 def analyze_stages(
     stages: Mapping[str, Any],

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.ledger import ledger
 from tl_asymmetry.results.report import Definition, FigureSection, Report, TableSection
 from tl_asymmetry.results.result import Result
@@ -63,6 +64,7 @@ PREDICTION_COLUMNS = {
 """Columns of `StageAnalysis.predictions`."""
 
 
+@checked
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
 class StageAnalysis(Result):
     """A chain of training stages: what each did to the weights, and what became of it. Made by `analyze_stages`.

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.tangents.probe import TangentOptions, TangentProbe, early_until
@@ -19,6 +20,7 @@ from tl_asymmetry.tangents.result import TangentAnalysis
 from tl_asymmetry.trajectory.checkpoints import Checkpoint, checkpoints_of
 
 
+@checked
 @with_fresh_settings
 def analyze_tangents(
     checkpoints_or_model: Any,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.memory import return_freed_memory
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.tangent import Control, check_controls
@@ -129,6 +130,7 @@ def early_until(basis_from: float, total_steps: int) -> float:
     return round(basis_from * total_steps, 9)
 
 
+@checked
 class TangentProbe:
     """Takes a model's activations and gradients at steps of its training, and holds them against its early directions.
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.results.report import Report
 from tl_asymmetry.results.result import Result
 from tl_asymmetry.tangents.report import headline, summary_table, tangent_report
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
+@checked
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
 class TangentAnalysis(Result):
     """Fixed early directions against true gradients over training, beside normal controls and the spectrum-aware null.

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.training.batches import PreferenceBatch, TokenBatch
 
@@ -152,6 +153,7 @@ def _targets(batch: TokenBatch) -> Tensor:
     return weights
 
 
+@checked
 @dataclass(frozen=True)
 class CrossEntropy:
     """Next-token cross-entropy, the mean over all counted tokens of the batch, in nats.
@@ -207,6 +209,7 @@ class CrossEntropy:
         return (_targets(batch) / -self.count(batch),)
 
 
+@checked
 @dataclass(frozen=True)
 class DPO:
     """Direct preference optimisation: the mean of -log σ(margin) over pairs, in nats.
@@ -270,6 +273,7 @@ class DPO:
         return self.beta * _targets(batch.chosen), -self.beta * _targets(batch.rejected)
 
 
+@checked
 @dataclass(frozen=True)
 class ORPO:
     """Odds-ratio preference optimisation: cross-entropy on the chosen text less β log σ(log odds ratio), in nats.
@@ -343,6 +347,7 @@ class ORPO:
         return chosen / chosen.sum(1, keepdim=True), -rejected / rejected.sum(1, keepdim=True)
 
 
+@checked
 @dataclass(frozen=True)
 class InfoNCE:
     """Contrast of two crops of each sequence against the crops of all others in the batch, in nats.

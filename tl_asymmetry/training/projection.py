@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.rolling_svd import RollingSVD
 from tl_asymmetry.interrupts import temporarily
 
@@ -74,6 +75,7 @@ class GradientProjection(torch.optim.Optimizer):
         [-2.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     """
 
+    @checked
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,

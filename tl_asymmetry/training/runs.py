@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.interrupts import temporarily
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.training.batches import Batch
 from tl_asymmetry.training.objectives import Objective
 
 
+@checked
 @dataclass(frozen=True)
 class Optimizer:
     """AdamW (Loshchilov & Hutter 2019) with linear warm-up, constant after it.

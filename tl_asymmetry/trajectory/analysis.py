@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.subspace import Subspace
 from tl_asymmetry.models.processes import ALONE, present_processes, together
@@ -25,6 +26,7 @@ from tl_asymmetry.trajectory.result import TrajectoryAnalysis
 from tl_asymmetry.trajectory.run import TrajectoryRun, TrajectorySettings
 
 
+@checked
 @together
 @with_fresh_settings
 def analyze_trajectory(

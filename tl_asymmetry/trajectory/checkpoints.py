@@ -168,7 +168,7 @@ def _one(entry: Any, several: bool, tokenizer: Any) -> Checkpoint:
 
 
 def _of_path(step: int, path: str | Path, tokenizer: Any) -> Checkpoint:
-    here = Path(path)
+    here = Path(path).expanduser()
     known = (lambda: _directory_fingerprint(here)) if here.is_dir() else None
 
     def make() -> Any:

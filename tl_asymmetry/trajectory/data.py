@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.names import SIGNIFICANT, kind_of
 from tl_asymmetry.results.result import Result
 
@@ -22,6 +23,7 @@ EMERGENCE_COLUMNS = (
 """Columns of `TrajectoryAnalysis.emergence()`, in this order."""
 
 
+@checked
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
 class TrajectoryData(Result):
     """What `TrajectoryAnalysis` holds, without the words."""

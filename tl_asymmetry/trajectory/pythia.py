@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from tqdm.auto import tqdm
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.models.loading import open_model
 from tl_asymmetry.models.processes import present_processes
 from tl_asymmetry.trajectory.checkpoints import Checkpoint, made_model
@@ -82,6 +83,7 @@ class HuggingFaceHub:
         return Path(hf_hub_download(repository, name, revision=commit, local_dir=folder, endpoint=self._endpoint))
 
 
+@checked
 def pythia_checkpoints(
     name: str,
     steps: Sequence[int],
@@ -128,7 +130,7 @@ def pythia_checkpoints(
     if not wanted or wanted[0] < 0:
         raise ValueError(f"expected steps from 0 on, got {list(steps)!r}; pass e.g. steps=[0, 1000, 143000]")
     hub = HuggingFaceHub() if hub is None else hub
-    place = None if folder is None else Path(folder)
+    place = None if folder is None else Path(folder).expanduser()
     asked = tqdm(wanted, desc="revisions", disable=len(wanted) < 8)
     revisions = {step: _revision(hub, repository, step) for step in asked}
     _refuse_shared_files(repository, revisions)

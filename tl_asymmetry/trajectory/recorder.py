@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.subspace import Subspace
 from tl_asymmetry.models.effective import EffectiveView, unwrapped
@@ -23,6 +24,7 @@ from tl_asymmetry.trajectory.result import TrajectoryAnalysis
 from tl_asymmetry.trajectory.run import TrajectoryRun, TrajectorySettings
 
 
+@checked
 class TrajectoryRecorder:
     """Records where training moves a model's weights, every so many steps, without writing a checkpoint.
 

@@ -136,6 +136,10 @@ class TrajectoryRun:
         earlier = _earlier_run(store) if recorder and store is not None else None
         start: dict[str, Any] = {"step": step, "weights_xxh3": weights}
         record = model_record(view, weights)
+        if earlier is not None and "start" not in earlier.settings:
+            raise ValueError(
+                f"expected a store of a training run, got that of something else in {str(store)!r}; pass another"
+            )
         if earlier is not None:
             start, name, record = earlier.settings["start"], earlier.about["name"], earlier.about["model"]
         if step < start["step"]:

@@ -26,13 +26,18 @@ def public_name(name: str | Path) -> str:
     return str(name)
 
 
+def at_home(name_or_path: str | Path) -> str | Path:
+    """A path with `~` for the home folder written out; anything else as it is."""
+    return Path(name_or_path).expanduser() if str(name_or_path).startswith("~") else name_or_path
+
+
 def local_or_hub(name_or_path: str | Path) -> Path | None:
     """The path, where there is something; None for what may be a name on the Hub.
 
     Raises:
         ValueError: neither.
     """
-    path = Path(name_or_path)
+    path = Path(at_home(name_or_path))
     if os.path.exists(path):
         return path
     name = str(name_or_path)

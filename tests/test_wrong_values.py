@@ -1,0 +1,195 @@
+"""Every public callable × every plain argument × a dozen wrong values: refused in our words, before any work.
+
+Plain are numbers, flags, names and paths. What comes in many forms (texts, lists, tensors, models) is tried in the
+second half, by a table of calls that once ended in another library's words, ran for long, or were taken.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+import torch
+
+import tl_asymmetry as tla
+from tests import tiny
+from tl_asymmetry import demo, edits, geometry, grokking
+from tl_asymmetry.arguments import checked, plain_arguments
+from tl_asymmetry.models.readers.hub import at_home
+from tl_asymmetry.plots.layout import finish
+from tl_asymmetry.results.pages import page_path
+from tl_asymmetry.results.report import write_images
+
+pytestmark = pytest.mark.usefixtures("unchecked_types")
+
+ROOMS = ("", "coupling", "demo", "edits", "geometry", "grokking", "jacobians", "objectives")
+
+WRONG: dict[str, Callable[[], Any]] = {
+    "None": lambda: None,
+    "a fraction": lambda: 0.5,
+    "NaN": lambda: float("nan"),
+    "True": lambda: True,
+    "a number": lambda: 3,
+    "a word": lambda: "nonsense",
+    "an empty list": list,
+    "a list": lambda: [1],
+    "int8": lambda: torch.ones(2, 3, dtype=torch.int8),
+    "complex": lambda: torch.ones((), dtype=torch.complex64),
+    "a generator": lambda: (x for x in (1, 2)),
+    "a DataFrame": lambda: pd.DataFrame({"column": [1.5]}),
+    "a mapping": lambda: {"nonsense": 1},
+    "a foreign object": object,
+}  # fmt: skip
+"""What is put in the place of one argument."""
+
+RIGHT: dict[str, tuple[str, ...]] = {
+    "int": ("a number",),
+    "float": ("a number", "a fraction", "NaN"),
+    "bool": ("True",),
+    "str": ("a word",),
+    "Path": (),
+    "None": ("None",),
+}
+"""Which of these are no wrong values after all, by what stands in the annotation; a NaN is a number, and refused by the
+functions that need one that is."""
+
+
+def public() -> Iterator[tuple[str, Any]]:
+    """Every public function and class, by the name that users import it by, and every kind of result."""
+    seen = set()
+    for room in ROOMS:
+        module = importlib.import_module(f"tl_asymmetry.{room}".rstrip("."))
+        for name in module.__all__:
+            thing = getattr(module, name)
+            if callable(thing) and not isinstance(thing, types.ModuleType) and id(thing) not in seen:
+                seen.add(id(thing))
+                yield f"{room}.{name}".lstrip("."), thing
+
+
+def calls() -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Every public function, constructor and method that has a plain argument."""
+    for name, thing in public():
+        if not inspect.isclass(thing):
+            yield name, thing
+            continue
+        for base in thing.__mro__:
+            if base.__module__.startswith("tl_asymmetry."):
+                for method, member in vars(base).items():
+                    if method == "__init__" or (inspect.isfunction(member) and not method.startswith("_")):
+                        yield f"{name}.{method}", member
+
+
+CALLS = {name: call for name, call in calls() if plain_arguments(call)}
+
+
+def test_the_sweep_is_large() -> None:
+    assert len(CALLS) > 200
+    assert sum(len(plain_arguments(call)) for call in CALLS.values()) > 600
+    assert {"analyze_pair", "analyze_trajectory", "PairAnalysis.top", "PairAnalysis.to_csv", "load"} < CALLS.keys()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_wrong_value_is_refused(name: str) -> None:
+    call = CALLS[name]
+    parameters = inspect.signature(call).parameters
+    for argument in plain_arguments(call):
+        parts = str(parameters[argument].annotation).replace(" ", "").split("|")
+        right = {value for part in parts for value in RIGHT[part]}
+        for wrong, made in WRONG.items():
+            if wrong not in right:
+                with pytest.raises(ValueError, match=rf"^expected {argument} as .*, got .*; pass "):
+                    call(**{argument: made()})  # nothing else is given: it is refused before anything is missed
+
+
+def test_a_refusal_says_all_that_is_needed() -> None:
+    @checked
+    def asked(count: int, name: str | None = None, *, share: float = 0.5) -> None: ...
+
+    with pytest.raises(ValueError, match=r"^expected count as a whole number, got True; pass a number such as 1$"):
+        asked(True)
+    with pytest.raises(ValueError, match=r"^expected name as a string or None, got 3; pass a string, or leave it out$"):
+        asked(1, 3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^expected share as a number, got a DataFrame; pass share=0.5, the default$"):
+        asked(1, share=pd.DataFrame())  # type: ignore[arg-type]
+    asked(torch.ones(2).shape[0], None, share=1)
+
+
+# --- what comes in many forms -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny.toy("plain", "bridge")
+
+
+def test_words_of_other_libraries_are_told_in_ours(model: Any) -> None:
+    for tokens in (None, "w1 w2", {"a": 1}, [None], object()):
+        with pytest.raises(ValueError, match="expected tokens as whole numbers .*, got .*; pass token ids"):
+            edits.input_at(model, tokens, 0, "W_Q")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"expected residual_axis -2 \(read\) or -1 \(write\), got 7; pass one"):
+        geometry.isotropic_null(torch.ones(4, 3), 2, residual_axis=7)
+    with pytest.raises(ValueError, match="expected directions .*, got Tensor; pass a tensor"):
+        geometry.as_subspace(torch.ones(3, dtype=torch.complex64), 3)
+    with pytest.raises(ValueError, match=r"expected weight as a tensor of floats, got torch\.int8; pass the weights"):
+        geometry.storage_dtype(torch.ones(3, dtype=torch.int8))
+    for points in ([None], [0.5], [("attn_in", "0")], []):
+        with pytest.raises(ValueError, match="expected hook_points .*, got .*; pass"):
+            geometry.capture_moments(model, points, tokens=tiny.tokens(), progress=False)  # type: ignore[arg-type]
+    for results in (None, 3, object(), "result"):
+        with pytest.raises(ValueError, match="expected results, or one, got .*; pass what an analysis returned"):
+            tla.report(results, "page.html")  # type: ignore[arg-type]
+    for base in (float("nan"), [], object(), {"a": 1}, pd.DataFrame()):
+        with pytest.raises(ValueError, match="expected base as a model, a path or a configuration, got .*; pass one"):
+            tla.weights_from("nowhere", base)
+    for seed in (-1, 2**32):
+        with pytest.raises(ValueError, match="expected seed from 0 to 4,294,967,295, .*, got .*; pass such"):
+            grokking.ModularArithmetic("add", p=5).sample(2, seed=seed)
+
+
+def test_unknown_names_are_not_taken(model: Any) -> None:
+    for d_vocab in (0, -3, 10**12):
+        with pytest.raises(ValueError, match="expected d_vocab from 1 to 96, the tokens predicted, got .*; pass None"):
+            geometry.prediction_subspace(model, d_vocab=d_vocab)
+    recipe = grokking.Recipe(steps=10, every=10)
+    with pytest.raises(ValueError, match="expected sizes among .*, got 'd_modell'; pass 'd_model'"):
+        grokking.train("add", p=5, recipe=recipe, sizes={"d_modell": 8})
+    with pytest.raises(ValueError, match="expected projection with keywords among .*, got 'arms'; pass"):
+        grokking.train("add", p=5, recipe=recipe, projection={"arms": "keep"})
+    with pytest.raises(ValueError, match="expected which with keywords .*, got int for 'mine'; pass a dict"):
+        grokking.arms("add", recipe=recipe, which={"mine": 3})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="expected kind among auto, hooked, bridge, got 'y'; pass one of these"):
+        demo.demo_run("y")  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_written_or_drawn_is_refused_before_the_work(tmp_path: Path) -> None:
+    class Slow:
+        def _report(self) -> Any:
+            raise AssertionError("the report was made")
+
+    with pytest.raises(ValueError, match="expected an existing folder, got .*; create it or pass another path"):
+        tla.report(Slow(), tmp_path / "none" / "page.html")
+    with pytest.raises(ValueError, match="expected max_rows >= 1, got 0; pass a positive number of rows"):
+        tla.report(Slow(), tmp_path / "page.html", max_rows=0)
+    with pytest.raises(ValueError, match="expected format among svg, .*, got 'bmp'; pass format='svg'"):
+        write_images(Slow(), tmp_path, format="bmp")
+    with pytest.raises(ValueError, match="expected scale above 0 .*, got -1.0; pass scale=2"):
+        write_images(Slow(), tmp_path, scale=-1.0)
+    with pytest.raises(ValueError, match="expected template among light, dark, .*, got 'sepia'; pass template='light'"):
+        finish(go.Figure(), "words", plot_height=100, template="sepia")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert page_path("~/page.html") == tmp_path / "page.html"
+    assert at_home("~/model") == tmp_path / "model"
+    assert at_home("EleutherAI/pythia-14m") == "EleutherAI/pythia-14m"
+    with pytest.raises(ValueError, match=f"expected the path of a file, got the folder {tmp_path}"):
+        page_path("~")

@@ -1,0 +1,187 @@
+"""Wrong numbers, flags, names and paths, refused before any work: what annotations promise, checked in one place.
+
+Annotations say what a plain argument has to be. `checked` reads them once and refuses everything else by the
+argument's name; ranges, and what depends on a model, a function checks itself, and so it does what may come in many
+forms (texts, lists, tensors, models).
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import wraps
+from numbers import Integral, Real
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+T = TypeVar("T", bound=Callable[..., Any])
+
+_SHOWN = 60
+_MISSING = inspect.Parameter.empty
+
+
+def checked(thing: T) -> T:
+    """A function whose plain arguments are held against its annotations; or a class with its constructor and methods.
+
+    Plain are whole numbers, numbers, flags, strings and paths, each or None where the annotation has it; an argument
+    with anything else in its annotation is left to the function.
+
+    Raises:
+        ValueError: at the call, naming the argument, what was expected, what was found and what to pass instead.
+
+    Example:
+        >>> @checked
+        ... def double(count: int = 1) -> int:
+        ...     return 2 * count
+        >>> double(None)
+        Traceback (most recent call last):
+        ValueError: expected count as a whole number, got None; pass count=1, the default
+    """
+    if not inspect.isclass(thing):
+        return _checked_function(thing)
+    for name, member in list(vars(thing).items()):
+        if (name == "__init__" or not name.startswith("_")) and inspect.isfunction(member):
+            setattr(thing, name, _checked_function(member, thing))
+        elif isinstance(member, classmethod) and not name.startswith("_"):
+            setattr(thing, name, classmethod(_checked_function(member.__func__, thing)))
+    return thing
+
+
+def plain_arguments(function: Callable[..., Any]) -> list[str]:
+    """Names of the arguments of a checked function that are checked.
+
+    Example:
+        >>> @checked
+        ... def ranked(table: object, rank: int, *, name: str | None = None) -> None: ...
+        >>> plain_arguments(ranked)
+        ['rank', 'name']
+    """
+    held = getattr(function, "_plain_arguments", None)
+    return [] if held is None else list(held())
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: whole if it is short, else its type; a tensor by dtype and shape.
+
+    Example:
+        >>> shown("WQ"), shown(list(range(1000)))
+        ("'WQ'", 'a list of 1000')
+    """
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if value is None or isinstance(value, str | int | float | list | tuple | dict | bytes | os.PathLike):
+        whole = repr(value)
+        if len(whole) <= _SHOWN:
+            return whole
+    article = "an" if type(value).__name__[:1] in "aeiouAEIOU" else "a"
+    size = f" of {len(value)}" if isinstance(value, list | tuple | dict | str | bytes) else ""
+    return f"{article} {type(value).__name__}{size}"
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """One thing that an argument may be."""
+
+    words: str
+    allows: Callable[[Any], bool]
+    example: str
+
+
+@dataclass(frozen=True)
+class _Argument:
+    """An argument, and all the things that it may be."""
+
+    name: str
+    kinds: tuple[_Kind, ...]
+    default: Any
+
+    def check(self, value: Any) -> None:
+        if any(kind.allows(value) for kind in self.kinds):
+            return
+        expected = " or ".join(dict.fromkeys(kind.words for kind in self.kinds))
+        remedy = self.kinds[0].example
+        if self.default is None:
+            remedy = f"{remedy}, or leave it out"
+        elif self.default is not _MISSING:
+            remedy = f"{self.name}={self.default!r}, the default"
+        raise ValueError(f"expected {self.name} as {expected}, got {shown(value)}; pass {remedy}")
+
+
+def _checked_function(function: Any, owner: type | None = None) -> Any:
+    parameters = inspect.signature(function).parameters.values()
+    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    held: dict[str, _Argument] | None = None
+
+    def arguments() -> dict[str, _Argument]:
+        nonlocal held
+        if held is None:  # only at the first call: annotations may name what is defined later
+            held = _arguments(function, owner)
+        return held
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        known = arguments()
+        for name, value in (*zip(positional, args, strict=False), *kwargs.items()):
+            if name in known:
+                known[name].check(value)
+        return function(*args, **kwargs)
+
+    call.__dict__["_plain_arguments"] = arguments
+    return call
+
+
+def _arguments(function: Any, owner: type | None) -> dict[str, _Argument]:
+    """The arguments that can be checked."""
+    module = inspect.unwrap(function).__module__ if owner is None else owner.__module__
+    scope = vars(sys.modules[module])
+    found: dict[str, _Argument] = {}
+    for parameter in inspect.signature(function).parameters.values():
+        annotation = parameter.annotation
+        if annotation is _MISSING or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if isinstance(annotation, str):
+            try:
+                annotation = eval(annotation, dict(scope))
+            except NameError:  # for type checkers only
+                continue
+        kinds = [_kind(part) for part in _parts(annotation)]
+        plain = [kind for kind in kinds if kind is not None]
+        if plain and len(plain) == len(kinds):
+            plain.sort(key=lambda kind: kind is _NONE)
+            found[parameter.name] = _Argument(parameter.name, tuple(plain), parameter.default)
+    return found
+
+
+def _parts(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+
+
+def _kind(annotation: Any) -> _Kind | None:
+    """What a part of an annotation allows; None for what is not plain."""
+    if inspect.isclass(annotation) and annotation is not object and issubclass(annotation, os.PathLike):
+        return _PATH
+    return _PLAIN.get(annotation) if isinstance(annotation, type) else None
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+_NONE = _Kind("None", lambda value: value is None, "None")
+_PATH = _Kind("a path", lambda value: isinstance(value, os.PathLike), "a path")
+_PLAIN: Mapping[type, _Kind] = {
+    type(None): _NONE,
+    int: _Kind(
+        "a whole number",
+        lambda value: isinstance(value, Integral) and not isinstance(value, bool),
+        "a number such as 1",
+    ),
+    float: _Kind("a number", lambda value: _is_number(value, Real), "a number such as 0.5"),
+    bool: _Kind(
+        "True or False", lambda value: isinstance(value, bool) or type(value).__name__ == "bool", "True or False"
+    ),  # or numpy's own
+    str: _Kind("a string", lambda value: isinstance(value, str), "a string"),
+}
