@@ -111,7 +111,7 @@ def test_held_bases_know_whose_reference_is_tested():
             "covariance/W_Q": C,
             "mean/W_Q": mean,
         },
-        "adam",
+        optimizer="adam",
     )
     W = torch.randn(HEADS, D, COLUMNS, generator=generator)
     delta = measure_delta("W_Q", W, W + 1e-2 * by_chance(a, generator).sign(), seed=0)
