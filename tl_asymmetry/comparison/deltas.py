@@ -17,6 +17,7 @@ from scipy.spatial.distance import squareform
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.comparison.deltas_result import ARM_COLUMNS, DELTA_COLUMNS, DeltaComparison, cosines_of
 from tl_asymmetry.geometry.nulls import IsotropicNull, adjusted_p
 from tl_asymmetry.geometry.overlap import overlap_by_chance
@@ -35,6 +36,7 @@ from tl_asymmetry.spectra.change import Change, change_of, heads_first
 _MOST_RUNS = 12
 
 
+@checked
 @with_fresh_settings
 def compare_deltas(
     model_base: Any,

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.names import SIGNIFICANT
 from tl_asymmetry.results.report import Definition, FigureSection, Report, TableSection
 from tl_asymmetry.results.result import Result
@@ -90,6 +91,7 @@ DELTA_DEFINITIONS = (
 SIDES = {"in": "input side (read)", "out": "output side (written)"}
 
 
+@checked
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
 class DeltaComparison(Result):
     """Many weight changes of one base against each other. Made by `compare_deltas`.

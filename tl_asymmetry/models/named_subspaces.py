@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.precision import exact_products, with_fresh_settings
 from tl_asymmetry.geometry.subspace import Subspace, ordered_eigh, principal_subspace
 from tl_asymmetry.models.capture import capture_moments
@@ -110,6 +111,7 @@ def written_not_read_subspaces(model: Any) -> list[Subspace]:
     return [_contrast(W, R, "written_not_read") for W, R in zip(so_far, later, strict=True)]
 
 
+@checked
 def massive_coordinates(
     model: Any,
     texts: Any = None,
@@ -156,6 +158,7 @@ def massive_coordinates(
     return found
 
 
+@checked
 @with_fresh_settings
 def difference_of_means(
     model: Any,
