@@ -773,7 +773,7 @@ def run(path: Path, chosen: Sequence[Cell], *, share: float = 1.0, again: bool =
 def main() -> None:
     """Measure, or write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK:.0%} of the draws")
+    parser.add_argument("--quick", action="store_true", help=f"one in {1 / QUICK:.0f} of the draws")
     parser.add_argument("--share", type=float, default=1.0, help="of the draws; a later run with more replaces them")
     parser.add_argument("--only", default="", help="cells whose name holds this")
     parser.add_argument("--again", action="store_true", help="also cells that the JSON has")

@@ -62,7 +62,7 @@ INTRODUCTION = f"""# How we know
 
 <!-- written by `python -m benchmarks.calibration --page`: change the benchmark, not this page -->
 
-Every p, q and interval of a pair's table was measured where the truth is known: on thousands of changes made by
+How often the tests and intervals of a pair's table err, measured where the truth is known: on many changes made by
 chance, and on a few with something planted in them. A test at 0.05 should reject 5 % of the first kind. The bounds: it
 rejects **at most {LOOSE:g} times as often as it says** (rejecting less often is allowed), and an interval that says
 95 % covers **at least {100 * COVERAGE:.0f} %** wherever no flag warns. Every share is shown with its standard error;
@@ -89,7 +89,8 @@ def page(document: Mapping[str, Any], promised: Sequence[str]) -> str:
     missing = [key for key in promised if key not in done]
     parts = [INTRODUCTION, *_exceptions(done.values())]
     if missing:
-        parts.append("**Not measured yet:** " + "; ".join(missing) + ".\n")
+        lacking = f"**Not measured yet, and so not known:** {len(missing)} of {len(promised)} cells. "
+        parts.append(lacking + "; ".join(missing) + ".\n")
     for section, (title, text) in SECTIONS.items():
         entries = [entry for entry in done.values() if entry["section"] == section]
         if entries:

@@ -45,7 +45,7 @@ def test_quick_writes_the_cells_promised(written: Path):
     assert coverage["found"]["relative, flagged too"]["of"] > 0
     assert power["found"]["above"]["0.05"]["share"] == 1
     page = calibration_page.page(calibration.read(written), [*CELLS, "isotropic: another"])
-    assert "**Not measured yet:** isotropic: another." in page
+    assert "**Not measured yet, and so not known:** 1 of 4 cells. isotropic: another." in page
     assert "| rank 1, rank 4 | 2,000 |" in page
 
 
