@@ -244,10 +244,16 @@ class GradientCovariance(Result):
             drawn = [captured.permuted[layer, matrix] for layer in range(len(layers))]
             arrays[f"permuted/{matrix}"] = torch.stack(drawn, dim=1)
         for matrix in dict.fromkeys(matrix for _, matrix in captured.weighted):
-            weighted = [captured.weighted[layer, matrix] for layer in range(len(layers))]
-            empty = torch.zeros(weighted[0].d, weighted[0].d, dtype=torch.float64)
-            arrays[f"weighted/{matrix}"] = torch.stack([m.second_moment if m.count else empty for m in weighted])
-            arrays[f"weighted_mean/{matrix}"] = torch.stack([m.mean if m.count else empty[0] for m in weighted])
+            reached_by = [captured.weighted.get((layer, matrix)) for layer in range(len(layers))]
+            d = next(moments.d for moments in reached_by if moments is not None)
+            empty = torch.zeros(d, d, dtype=torch.float64)  # of layers that no gradient reaches
+            weighted = [
+                (moments.second_moment, moments.mean) if moments is not None and moments.count else (empty, empty[0])
+                for moments in reached_by
+            ]
+            arrays[f"weighted/{matrix}"], arrays[f"weighted_mean/{matrix}"] = map(
+                torch.stack, zip(*weighted, strict=True)
+            )
         return cls(table=table, gradients=gradients, config=config, notes=tuple(notes), arrays=arrays)
 
     # -- looking up ----------------------------------------------------------------------------------------------
