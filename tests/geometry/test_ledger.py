@@ -95,7 +95,7 @@ def test_storage_explains_the_cosine_of_independent_bf16_steps(size):
 
 def test_storage_of_large_matrices_is_sampled():
     W = (normal(1, 600, 400) * 0.1).to(torch.bfloat16)
-    size = torch.tensor(2e-4 * 240_000**0.5, dtype=F64)
+    size = torch.tensor([2e-4 * 240_000**0.5], dtype=F64)
     part = (size / 8**0.5).expand(8)
     sampled = storage_product(W, size, size, torch.bfloat16, seed=0)
     parts = storage_product(W.reshape(8, 75, 400), part, part, torch.bfloat16, seed=1).sum()
