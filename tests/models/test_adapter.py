@@ -120,6 +120,7 @@ def without_own_reference(frame: pd.DataFrame) -> pd.DataFrame:
     excess = ["excess", "excess_low", "excess_high"]
     frame = frame.drop(columns=["p_method", "isotropic_p", "isotropic_q", "excess_p", "excess_q"])
     frame[excess] = frame[excess].mul(frame["activation_matched"], axis=0)
+    frame["flags"] = frame["flags"].where(frame["delta_norm"] > 0, "")  # without factors there is no reference to flag
     return frame.drop(columns="activation_matched")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import special
 
-_LEVEL = 0.975
+from tl_asymmetry.names import SIGNIFICANT
 
 
 class Separation(NamedTuple):
@@ -47,5 +47,5 @@ def separation(a: Float[np.ndarray, "run_a item"], b: Float[np.ndarray, "run_b i
         if counts[0] == counts[1]:
             df = (v[0] + v[1]) ** 2 / sum(x**2 / (n - 1) for x, n in zip(v, counts, strict=True))
         p = 2 * special.stdtr(df, -np.abs(difference) / error)
-    half = special.stdtrit(df, _LEVEL) * error
+    half = special.stdtrit(df, 1 - SIGNIFICANT / 2) * error
     return Separation(difference - half, difference + half, p)
