@@ -17,8 +17,10 @@ import torch
 torch.set_num_threads(1)
 import torch.distributed as dist
 from datetime import timedelta
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from transformers import AutoModelForCausalLM
 from tests import tiny
-from tl_asymmetry import analyze_pair, analyze_trajectory
+from tl_asymmetry import TrajectoryRecorder, analyze_pair, analyze_trajectory
 from tl_asymmetry.models import capture as capture_module
 
 warnings.simplefilter("ignore")
@@ -63,6 +65,21 @@ told("first", lambda: analyze_trajectory([(0, base), (1, aligned)], tokens=token
 # and still able to work: one sequence for two processes, sequences of other lengths
 told("fine", lambda: analyze_pair(base, aligned, tokens=[tokens[0, :7]], **options))
 told("uneven", lambda: analyze_pair(base, aligned, tokens=[t[:n] for t, n in zip(tokens, (12, 3, 9, 2, 5))], **options))
+# a training whose parameters are sharded, after a step
+def one_step(wrap):
+    model = wrap(AutoModelForCausalLM.from_pretrained(base_directory))
+    model(tokens, labels=tokens).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    return model
+def layers(model):
+    for layer in model.transformer.h:
+        fully_shard(layer)
+    return model
+def flat(model):
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+told("sharded", lambda: TrajectoryRecorder(one_step(fully_shard), 1, tokens=tokens))
+told("layers", lambda: TrajectoryRecorder(one_step(layers), 1, tokens=tokens))
+told("flat", lambda: TrajectoryRecorder(flat(AutoModelForCausalLM.from_pretrained(base_directory)), 1, tokens=tokens))
 if rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
 told("killed", lambda: analyze_pair(base, aligned, tokens=tokens, **options))
@@ -112,6 +129,17 @@ def test_what_stops_all_is_said_by_each(told: dict[str, tuple[float, str]]) -> N
 def test_few_and_uneven_sequences_go_through(told: dict[str, tuple[float, str]]) -> None:
     for case in ("fine", "uneven"):
         assert {told[f"{case}-{rank}"][1] for rank in range(2)} == {"went through"}
+
+
+@pytest.mark.parametrize(
+    ("case", "place"), [("sharded", "the model"), ("layers", "transformer.h.0"), ("flat", "the model")]
+)
+def test_shards_of_fsdp_are_refused(told: dict[str, tuple[float, str]], case: str, place: str) -> None:
+    words = (
+        f"ValueError: expected whole parameters, got FSDP's shards at {place}; pass the checkpoints that the training"
+    )
+    for rank in range(2):
+        assert told[f"{case}-{rank}"][1].startswith(words)
 
 
 def test_a_killed_process_ends_the_other_with_one_line(told: dict[str, tuple[float, str]]) -> None:

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from tests import tiny
 from tests.trajectory.test_recorder import OPTIONS, train
@@ -172,6 +173,21 @@ def test_compiled_layers_and_distributed_data_parallel(tmp_path: Path) -> None:
         recorder.step(1)
         other.step(1)
         agree(recorder.result(), other.result(), rtol=0)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not tiny.HOOKED_AVAILABLE, reason="TransformerLens 4 has no HookedTransformer")
+def test_a_sharded_hooked_transformer_is_refused(tmp_path: Path) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1
+    )  # fmt: skip
+    try:
+        sharded = fully_shard(tiny.hooked("gpt2"))
+        with pytest.raises(
+            ValueError, match="expected whole parameters, got FSDP's shards at the model; pass the check"
+        ):
+            EffectiveView(sharded)
     finally:
         torch.distributed.destroy_process_group()
 

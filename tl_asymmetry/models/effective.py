@@ -49,6 +49,8 @@ class EffectiveView(ModelView):
     def __init__(self, model: Any, tokenizer: Any = None) -> None:
         bare = unwrapped(model)
         self._low_rank: dict[int, LowRank] = {}
+        if isinstance(bare, nn.Module):
+            _refuse_shards(bare)
         if hasattr(bare, "cfg"):
             _refuse_wrapped_modules(bare)
             super().__init__(bare)
@@ -58,7 +60,7 @@ class EffectiveView(ModelView):
                 "expected a HookedTransformer, a TransformerBridge or a transformers model, got "
                 f"{type(bare).__name__}; pass the model that is being trained"
             )
-        _refuse_unreadable(bare)
+        _refuse_quantised(bare)
         twin: Any = copy.deepcopy(bare)  # without the gradients, which a copied parameter does not have
         twin.__dict__.pop("forward", None)  # a launcher's, which runs the model that was copied
         first = next(bare.parameters())
@@ -201,7 +203,7 @@ def _refuse_wrapped_modules(model: nn.Module) -> None:
             )
 
 
-def _refuse_unreadable(model: nn.Module) -> None:
+def _refuse_shards(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if hasattr(module, "_fsdp_wrapped_module") or type(module).__name__.startswith("FSDP"):
             raise ValueError(
@@ -209,13 +211,17 @@ def _refuse_unreadable(model: nn.Module) -> None:
                 "training saves to analyze_trajectory"
             )
     for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
-            raise ValueError(
-                f"expected floating-point weights of 16 bits or more, got {parameter.dtype} in {name}; pass the "
-                "checkpoints of the training to analyze_trajectory, with base= the model in 16 bits"
-            )
         if type(parameter.data).__name__ == "DTensor":
             raise ValueError(
                 f"expected whole parameters, got a shard in {name}; pass the checkpoints that the training saves to "
                 "analyze_trajectory"
+            )
+
+
+def _refuse_quantised(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
+            raise ValueError(
+                f"expected floating-point weights of 16 bits or more, got {parameter.dtype} in {name}; pass the "
+                "checkpoints of the training to analyze_trajectory, with base= the model in 16 bits"
             )

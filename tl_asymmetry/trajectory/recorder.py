@@ -36,7 +36,8 @@ class TrajectoryRecorder:
     What is recorded is what the model computes with: base weights and what adapters, parametrisations and wrappers
     (PEFT before or after the recorder was made, DistributedDataParallel, torch.compile) make of them; of LoRA the
     change is taken from its factors. At every recording a few tokens are run to see that weights and activations
-    belong together.
+    belong together. Parameters sharded by FSDP are refused, since no process holds them whole: pass the checkpoints
+    that such a training saves to `analyze_trajectory`.
 
     The model comes out of every recording as it went in. One that is no TransformerLens model is copied for each
     recording, in float32 where it is in half precision (as a checkpoint would be loaded), and the copy wrapped in a
