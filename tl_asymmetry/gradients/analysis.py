@@ -79,7 +79,7 @@ def gradient_covariance(
         full_mlp: also keep the d_mlp × d_mlp moments of δ of W_in and W_gate and of W_out's input. Otherwise that axis
             has its trace, estimates of its norm and leading eigenvalues from a sketch, and no interval.
         permutations: draws of the read matrices' gradients with δ permuted over the tokens of each sequence, for the
-            range of fractions that `analyze_pair` then shows; 40 or more for a 95 % range.
+            range of fractions that `analyze_pair` then shows; 199 or more for a 95 % range.
         groups: groups of sequences for the jackknife; 1 switches intervals off (less memory, less time).
         batch_size: rows of a batch, where batches are made here.
         seed: of the permutations and the sketch.
@@ -114,7 +114,7 @@ def gradient_covariance(
     if groups < 1:
         raise ValueError(f"expected groups >= 1, got {groups}; pass groups=1 for no intervals, 8 by default")
     if permutations < 0:
-        raise ValueError(f"expected permutations >= 0, got {permutations}; pass 40 or more for a 95 % range, or 0")
+        raise ValueError(f"expected permutations >= 0, got {permutations}; pass 199 or more for a 95 % range, or 0")
     if halves and len(set(objective.passes)) < 2:
         raise ValueError(
             f"expected an objective with two kinds of passes to tell apart, got {objective_name(objective)}; leave out "
