@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import copy
 import functools
+import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -204,7 +205,8 @@ def tokenizer(
     words: tuple[str, ...] = WORDS, *, bos: bool = True, chat_template: str | None = None, name: str = "words"
 ) -> Any:
     """A word-level Hugging Face tokenizer, saved once to a directory and read back as a user would."""
-    directory = _temporary_directory() / f"tokenizer_{name}_{len(words)}_{bos}_{chat_template is not None}"
+    digest = hashlib.sha256(repr((words, bos, chat_template)).encode()).hexdigest()[:12]
+    directory = _temporary_directory() / f"tokenizer_{name}_{digest}"
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
