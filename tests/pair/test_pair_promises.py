@@ -524,6 +524,11 @@ def test_estimate() -> None:
     assert 0 < estimate.seconds < 60
     assert 1e3 < estimate.peak_bytes < 1e8
     assert {"forward", "moments", "eigensolves"} <= set(estimate.table["stage"])
+    few, more = (
+        estimate_pair(*pair(), tokens=TOKENS, ranks=ranks).table.set_index("stage").loc["tests", "seconds"]
+        for ranks in ([4], [1, 2, 3, 4, 5, 6])
+    )
+    assert 0.02 * 14 < few < more / 2, "every matrix, subspace and rank has its tests and its rows"
     assert "PairEstimate: about" in repr(estimate)
     moments = {
         name: estimate_pair(*pair(), tokens=TOKENS, **options).table.set_index("stage").loc["moments", "bytes"]

@@ -19,6 +19,7 @@ from tl_asymmetry.models.processes import ALONE, present_processes, together
 from tl_asymmetry.models.weights import WeightSource
 from tl_asymmetry.pair.memory_plan import plan_memory
 from tl_asymmetry.pair.plan import STREAM_SUBSPACES, check_asked, make_plan
+from tl_asymmetry.pair.testing_time import ProbedTests
 from tl_asymmetry.settings import GradientMoments, PairSettings, open_pair
 
 _PROBE = 512
@@ -90,9 +91,9 @@ def estimate_pair(
 ) -> PairEstimate:
     """Predict time, memory and disk of `analyze_pair` with the same arguments, without running the model.
 
-    Operations are counted from shapes; their speed is measured on one product, one eigensolve and, for weights in
-    files, one read (under a second). Expect the right order of magnitude: the probes are short, and a busy machine
-    disturbs them.
+    Operations are counted from shapes; their speed is measured on one product, one eigensolve, the tests themselves on
+    a few heads and, for weights in files, one read (under a second). It is processor time, as on a machine that does
+    nothing else.
 
     Raises:
         ValueError: what `analyze_pair` would refuse about the pair's shapes, texts, tokens and ranks, and about the
@@ -128,12 +129,17 @@ def estimate_pair(
     eigensolve = (d / len(probe)) ** 3 / _rate(lambda x: ordered_eigh(x @ x.mT), probe, 1.0)
     files = aligned.bytes if isinstance(aligned, WeightSource) else 0
     tensor = aligned.weight(0, plan.matrices[0]) if files and isinstance(aligned, WeightSource) else noise
-    reading = _rate(lambda x: aligned.weight(0, plan.matrices[0]), tensor, float(tensor.nbytes)) if files else 1.0
+    reading = 1.0
+    if files:  # by the clock: a disk takes no processor time
+        reading = _rate(
+            lambda x: aligned.weight(0, plan.matrices[0]), tensor, float(tensor.nbytes), clock=time.perf_counter
+        )
 
     streams = [name for name in plan.subspaces if name in STREAM_SUBSPACES and name not in plan.given]
     replicates = load.groups if groups > 1 else 0
     variants = 12 if sensitivity else 0
     block = 2 * n * sum(base.weight(0, matrix).numel() for matrix in base.matrices)
+    tests = ProbedTests(base, plan, seed=seed)
     layers_run = sum(few.stop for few in memory.passes)  # each pass begins at the first layer and stops at its last
     # Read once to be checked, once for the deltas, and again by the comparison of what has no head.
     stages = [
@@ -146,6 +152,7 @@ def estimate_pair(
         ("projections", 2 * d * load.matrices * L * (2 + replicates / 4 + variants) / flops / sharers,
          load.layers_host(), load.layers_device()),
         ("prediction", 2 * d * d * base.d_vocab / flops, load.prediction(), 0),
+        ("tests", tests.of_tables() + tests.of_layers() / sharers, 0, 0),
     ]  # fmt: skip
     table = pd.DataFrame(stages, columns=["stage", "seconds", "bytes", "device_bytes"])
     if base.device.type == "cpu":
@@ -161,14 +168,24 @@ def estimate_pair(
     )
 
 
-def _rate(operation: Callable[[Tensor], Any], x: Tensor, work: float) -> float:
-    """Work per second of an operation: the best of five tries after a warm-up, since others may share the machine."""
+def _rate(
+    operation: Callable[[Tensor], Any],
+    x: Tensor,
+    work: float,
+    *,
+    clock: Callable[[], float] | None = None,
+) -> float:
+    """Work per second of an operation: the best of five tries after a warm-up.
+
+    Time is that of this thread by default, which others on the machine do not lengthen; on a GPU by the clock.
+    """
+    clock = clock or (time.perf_counter if x.is_cuda else time.thread_time)
     operation(x)
     best = float("inf")
     for _ in range(5):
-        start = time.perf_counter()
+        start = clock()
         operation(x)
         if x.is_cuda:
             torch.cuda.synchronize(x.device)
-        best = min(best, time.perf_counter() - start)
-    return work / best
+        best = min(best, clock() - start)
+    return work / max(best, 1e-9)
