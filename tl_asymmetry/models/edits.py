@@ -339,8 +339,8 @@ def commit_edits(model: Any, edits: HeadEdit | Sequence[HeadEdit]) -> None:
         ValueError: as `apply_edits`, before anything is changed; an edit that 16-bit weights cannot hold leaves none.
 
     Example:
-        >>> from copy import deepcopy
-        >>> planted = deepcopy(model)
+        >>> from tl_asymmetry.demo import demo_model
+        >>> planted = demo_model("base")
         >>> commit_edits(planted, RankOneEdit(1, "W_O", 0, torch.ones(64), torch.ones(16)))
         >>> bool((planted.blocks[1].attn.W_O[0] - model.blocks[1].attn.W_O[0] - 1).abs().max() < 1e-6)
         True
