@@ -115,7 +115,7 @@ def _exceptions(entries: Iterator[Entry] | Any) -> Iterator[str]:
 
 
 def _states(entry: Entry) -> Iterator[tuple[str, str]]:
-    """Every number with a bound: "held", "within error" or "broken"."""
+    """Every number with a bound: "held", "within error", "broken" or "no draws"."""
     kind, found = entry["kind"], entry["found"]
     if kind == "size":
         for name in [name for name in found if name in _BOUNDED_SIZES]:
@@ -136,7 +136,7 @@ _BOUNDED_SIZES = ("above", "below", "displacement", "undone")
 def _state(one: Entry, bound: float, sign: int) -> str:
     """`sign` 1: at least the bound; −1: at most."""
     if one["share"] is None:
-        return "held"
+        return "no draws"
     beyond = sign * (bound - one["share"])
     if beyond <= 0:
         return "held"
@@ -199,7 +199,7 @@ def _draws(entry: Entry) -> int:
 
 def _worst(entry: Entry) -> str:
     states = [state for _, state in _states(entry)]
-    return next((state for state in ("broken", "within error", "held") if state in states), "")
+    return next((state for state in ("broken", "within error", "held", "no draws") if state in states), "")
 
 
 def _rows(heading: Sequence[str]) -> Iterator[str]:
