@@ -60,8 +60,17 @@ def edited() -> Any:
         return models()[0].blocks[1].attn.W_O[0].clone()
 
 
+@functools.cache
+def trained() -> Any:
+    """A copy to change; made before any other thread's pass is under way."""
+    return tiny.perturbed(models()[0], 0.0)
+
+
 def recorded() -> Any:
-    model = tiny.perturbed(models()[0], 0.0)
+    model = trained()
+    with torch.no_grad():
+        for ours, theirs in zip(model.parameters(), models()[0].parameters(), strict=True):
+            ours.copy_(theirs)
     recorder = TrajectoryRecorder(model, 1, tokens=TOKENS, ranks=[4], groups=3)
     with torch.no_grad():
         for p in model.parameters():
