@@ -94,8 +94,10 @@ ROUTERS = (
 def configurations(path: Path) -> dict[str, dict[str, Any]]:
     """The file's, and those of transformers' registry that it does not have."""
     loader = importlib.util.spec_from_file_location("configurations", path)
-    module = importlib.util.module_from_spec(loader)  # type: ignore[arg-type]
-    loader.loader.exec_module(module)  # type: ignore[union-attr]
+    if loader is None or loader.loader is None:
+        raise ValueError(f"expected a file of configurations that Python can read, got {str(path)!r}; pass a .py file")
+    module = importlib.util.module_from_spec(loader)
+    loader.loader.exec_module(module)
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

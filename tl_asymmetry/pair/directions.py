@@ -99,7 +99,8 @@ class Lookups:
         """Nearest tokens of one place's directions and their cosines, in each of the vocabulary's two matrices."""
         if place not in self._near:
             found = _near(view, {place.matrix: arrays[f"directions/{place.matrix}"][_one(place)]}, _NEAREST)
-            self._near[place] = {space: tuple(x[0, 0] for x in of[place.matrix]) for space, of in found.items()}  # type: ignore[misc]
+            of_matrix = {space: of[place.matrix] for space, of in found.items()}
+            self._near[place] = {space: (ids[0, 0], cosines[0, 0]) for space, (ids, cosines) in of_matrix.items()}
         return self._near[place]
 
 
