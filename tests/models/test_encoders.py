@@ -30,6 +30,7 @@ def test_view_of_an_encoder(kind):
     assert not view.has_point("resid_mid")
     assert "post-norm encoder" in view.notes[0]
     assert view.self_check(encoder_tokens()) < 1e-5
+    assert view.foreign_hooks() == []  # the Bridge's own on the halves of its MLP are nobody's edit
     check_block_outputs(view, encoder_tokens())
 
 

@@ -113,7 +113,8 @@ def foreign_hooks(modules: Iterable[tuple[str, nn.Module]]) -> list[str]:
         if name.rpartition(".")[2].startswith("hook_") and not _is_hook_point(module):
             found.append(f"{type(module).__name__} in the place of {name}")
         own = [hook for kind in _HOOKS for hook in getattr(module, kind).values() if not _of_a_library(hook)]
-        count = len(own) + sum(len(getattr(module, kind, ())) for kind in ("fwd_hooks", "bwd_hooks"))
+        handles = [handle for kind in ("fwd_hooks", "bwd_hooks") for handle in getattr(module, kind, ())]
+        count = len(own) + sum(not _of_a_bridge(handle) for handle in handles)
         if count:
             found.append(f"{count} {'hook' if count == 1 else 'hooks'} on {name or 'the model'}")
     return found
@@ -126,6 +127,11 @@ def _is_hook_point(module: nn.Module) -> bool:
 def _of_a_library(hook: Any) -> bool:
     module = getattr(getattr(hook, "func", hook), "__module__", None) or type(hook).__module__
     return str(module).partition(".")[0] in ("transformer_lens", "transformers", "tl_asymmetry")
+
+
+def _of_a_bridge(handle: Any) -> bool:
+    """Whether a TransformerBridge registered this hook itself: an MLP in two modules fires its hook points so."""
+    return str(getattr(handle.user_hook, "__module__", "")).startswith("transformer_lens.model_bridge")
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
