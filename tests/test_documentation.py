@@ -1,6 +1,8 @@
 """The reference names everything public, and nothing that is not."""
 
+import ast
 import importlib
+import inspect
 import json
 import re
 import runpy
@@ -62,6 +64,31 @@ def test_importing_the_package_imports_nothing_heavy():
     code = "import sys, tl_asymmetry; print([m for m in sys.argv[1:] if m in sys.modules])"
     heavy = ["torch", "pandas", "scipy", "plotly", "transformers", "transformer_lens"]
     assert subprocess.check_output([sys.executable, "-c", code, *heavy], text=True).strip() == "[]"
+
+
+def test_the_page_on_reading_has_every_column_of_a_pair():
+    from tl_asymmetry.pair.tables import PAIR_COLUMNS
+
+    page = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
+    assert {name for name in PAIR_COLUMNS if f"`{name}`" not in page} == set()
+
+
+def test_recipes_call_what_there_is():
+    """Every call of a public name in a recipe has arguments that it takes."""
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    public = {place.rpartition(".")[2]: thing for room in ("", *ROOMS) for place, thing in exported(room).items()}
+    called = set()
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        for call in (node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)):
+            name = ast.unparse(call.func)
+            method = name.startswith("result.") and name.count(".") == 1
+            thing = getattr(public["PairAnalysis"], name[7:]) if method else public.get(name)
+            if thing is not None:
+                own = (None,) if method else ()
+                inspect.signature(thing).bind(*own, *call.args, **{k.arg: k.value for k in call.keywords})
+                called.add(name)
+    assert {"analyze_pair", "compare", "estimate_pair", "TrajectoryRecorder", "result.write_images"} <= called
+    assert len(re.findall(r"^## ", page, re.MULTILINE)) >= 10
 
 
 def test_pages_in_the_menu_exist():
