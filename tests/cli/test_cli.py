@@ -18,6 +18,9 @@ from tl_asymmetry.cli.options import as_model, as_path
 from tl_asymmetry.cli.texts import read_texts
 from tl_asymmetry.demo import demo_texts
 
+COMMANDS = (
+    "demo", "analyze", "stages", "trajectory", "compare", "spectra", "deltas", "tangents", "grok", "report",
+)  # fmt: skip
 PASSAGES = [" ".join(f"w{(5 * i + j * j) % 90}" for j in range(12 + i)) for i in range(8)]
 
 
@@ -150,6 +153,17 @@ def test_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "each name once" in bad(capsys, "stages", folders[0], folders[0])
 
 
+def test_deltas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A name given twice is two runs of one training."""
+    base, *tuned = (str(tiny.hf_directory("gpt2", delta=delta)) for delta in (0.0, 0.05, 0.1, 0.2))
+    out = tmp_path / "out"
+    shelf = [f"dpo={tuned[0]}", f"dpo={tuned[1]}", f"kto={tuned[2]}"]
+    assert main(["deltas", base, *shelf, "--matrices", "W_Q", "--out", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"report: {out / 'report.html'}"
+    assert set(load(out).cosines()) == {"dpo [1]", "dpo [2]", "kto"}
+    assert "expected models as NAME=MODEL, got 'kto'" in bad(capsys, "deltas", base, "kto")
+
+
 def test_bad_input_is_one_line(pair: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("\n\n".join(PASSAGES), encoding="utf-8")
@@ -209,7 +223,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    assert all(command in shown for command in ("demo", "analyze", "stages", "trajectory", "compare", "grok", "report"))
+    assert all(command in shown for command in COMMANDS)
 
 
 def checkpoints(tmp_path: Path) -> list[str]:

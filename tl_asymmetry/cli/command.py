@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tl_asymmetry.cli.deltas import add_deltas, run_deltas
 from tl_asymmetry.cli.grok import add_grok, run_grok
 from tl_asymmetry.cli.options import as_model, as_path
 from tl_asymmetry.cli.spectra import add_spectra, run_spectra
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     add_trajectory(commands).set_defaults(run=_trajectory)
     add_compare(commands).set_defaults(run=_compare)
     add_spectra(commands).set_defaults(run=_spectra)
+    add_deltas(commands).set_defaults(run=_deltas)
     add_tangents(commands).set_defaults(run=_tangents)
     add_grok(commands).set_defaults(run=_grok)
 
@@ -148,6 +150,10 @@ def _compare(options: argparse.Namespace) -> None:
 
 def _spectra(options: argparse.Namespace) -> None:
     _finish(run_spectra(options), options.out)
+
+
+def _deltas(options: argparse.Namespace) -> None:
+    _finish(run_deltas(options), options.out)
 
 
 def _tangents(options: argparse.Namespace) -> None:
