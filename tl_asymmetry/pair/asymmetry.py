@@ -144,7 +144,8 @@ def _rows(
         "ci_low": torch.log2(low),
         "ci_high": torch.log2(high),
     }
-    frame = numbers.rows(ratio.shape[1], ["head" if per_head else None] * numbers.layout.n_layers)
+    units = ["head" if per_head else None] * numbers.layout.n_layers
+    frame = pd.DataFrame(numbers.rows([(ratio.shape[1], units)]))
     described = BOTH_SIDES if both else READ_ONLY
     frame = frame.assign(
         rank=k, expected_from=described, **{name: value.flatten().numpy() for name, value in columns.items()}

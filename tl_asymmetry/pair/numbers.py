@@ -183,18 +183,21 @@ class Measurements:
             return np.zeros(len(self.places), dtype=int)
         return self.places.groupby(self.labels, sort=False).ngroup().to_numpy()
 
-    def rows(self, heads: int, units: Sequence[str | None]) -> pd.DataFrame:
-        """Labels, layer, head and expert (NA where there are none) of a column's entries, which are places × heads.
+    def rows(self, blocks: Sequence[tuple[int, Sequence[str | None]]]) -> dict[str, pd.Series]:
+        """Labels, layer, head, expert (NA where there are none) and run of blocks' entries, one block after the other.
 
         Args:
-            heads: heads, or experts, of a place.
-            units: for each layer, which of the two.
+            blocks: of each, how many heads or experts a place has, and for each layer which of the two they are.
         """
-        frame = self.places.loc[np.repeat(self.places.index, heads)].reset_index(drop=True)
-        own = np.array(units, dtype=object)[frame["layer"].to_numpy(int)]
-        numbers = pd.Series(np.tile(np.arange(heads), len(self.places)), dtype="Int64")
-        axes = {axis: numbers.where(own == axis) for axis in ("head", "expert")}
-        return pd.DataFrame({**frame, **axes, "run": np.repeat(self.runs, heads)})
+        place = np.concatenate([np.repeat(np.arange(len(self.places)), heads) for heads, _ in blocks])
+        layer = self.places["layer"].to_numpy(int)
+        unit = np.concatenate([np.repeat(np.array(units, dtype=object)[layer], heads) for heads, units in blocks])
+        number = pd.Series(
+            np.concatenate([np.tile(np.arange(heads), len(layer)) for heads, _ in blocks]), dtype="Int64"
+        )
+        frame = self.places.iloc[place].reset_index(drop=True)
+        axes = {axis: number.where(unit == axis) for axis in ("head", "expert")}
+        return {**frame, **axes, "run": pd.Series(self.runs[place])}
 
 
 _OF_A_SUBSPACE = ("eigenvalues", "exists")

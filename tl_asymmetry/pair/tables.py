@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -66,6 +65,8 @@ PAIR_COLUMNS = {
 ROUNDING_HOPELESS = 0.9
 # An interval wider than this factor says more than a small eigengap at a large rank, where gaps are always small.
 _SMALL_RANK, _WIDE_INTERVAL = 4, 2.0
+# Nulls that say one fraction for all heads of a layer: fields of `RankNumbers`.
+_MATCHED = (*REFERENCES, "weighted", "lora")
 
 
 class PairTables(NamedTuple):
@@ -97,22 +98,23 @@ def pair_tables(numbers: Measurements, *, optimizer: str, few: bool, seed: int) 
     ]
     runs = numbers.runs
     of_runs = [judge([block.tested(runs == run) for block in blocks]) for run in dict.fromkeys(runs.tolist())]
-    finished = [block.finished(joined([judged[i] for judged, _ in of_runs])) for i, block in enumerate(blocks)]
+    columns = [block.columns(joined([judged[i] for judged, _ in of_runs])) for i, block in enumerate(blocks)]
+    # One frame for all blocks: pandas takes a millisecond or more for each, however few its rows.
+    rows = pd.DataFrame({
+        **numbers.rows([(block.heads, numbers.layout.units[block.matrix]) for block in blocks]),
+        **{name: np.concatenate([np.ravel(of[name]) for of in columns]) for name in columns[0]},
+    })  # fmt: skip
+    rows["flags"] = _flags(rows, few=few)
     order = {matrix: i for i, matrix in enumerate(numbers.deltas)}
-
-    def ordered(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:
-        return pd.concat(parts, ignore_index=True).sort_values(
-            ["run", "matrix", "subspace", "layer", "head", "expert", "rank"],
-            key=lambda c: c.map(order) if c.name == "matrix" else c,
-            ignore_index=True,
-            kind="stable",
-        )
-
-    table = ordered(table for table, _ in finished)
-    nulls = ordered(nulls for _, nulls in finished)
+    rows = rows[rows["exists"]].sort_values(
+        ["run", "matrix", "subspace", "layer", "head", "expert", "rank"],
+        key=lambda c: c.map(order) if c.name == "matrix" else c,
+        ignore_index=True,
+        kind="stable",
+    )
     return PairTables(
-        table[[*numbers.labels, *PAIR_COLUMNS]],
-        nulls[[*numbers.labels, *NULL_COLUMNS]],
+        rows[[*numbers.labels, *PAIR_COLUMNS]],
+        _null_rows(rows, numbers.layout.d)[[*numbers.labels, *NULL_COLUMNS]],
         pd.concat([tests for _, tests in of_runs], ignore_index=True),
     )
 
@@ -137,6 +139,7 @@ class _Block:
         self.delta, self.held = numbers.deltas[matrix], numbers.held[matrix, subspace]
         self.reference = optimizer if self.held.weighted is None else "weighted"
         self.fraction = self.held.inside[..., column] / self.delta.energy
+        self.heads = self.fraction.shape[1]
         self.exists = self.held.exists[:, column].numpy() > 0
         delta = self.delta
         self.evidence, self.method = self._evidence(
@@ -186,48 +189,27 @@ class _Block:
 
     # -- rows ----------------------------------------------------------------------------------------------------
 
-    def finished(self, judged: Judged) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Rows of the table and of the nulls, without those at ranks that do not exist."""
-        heads = self.delta.energy.shape[1]
-        # In one go: column by column pandas copies the list of names each time.
-        keys = pd.DataFrame({
-            **self.numbers.rows(heads, self.numbers.layout.units[self.matrix]),
-            "matrix": self.matrix, "pathway": kind_of(self.matrix).side, "subspace": self.subspace, "rank": self.k,
-        })  # fmt: skip
-        columns, biased = self._columns(judged)
-        frame = pd.DataFrame({**keys, **{name: np.ravel(value) for name, value in columns.items()}})
-        sampled = frame["ci_low"].notna() | frame["excess_low"].notna()
-        wide = frame["ci_high"] > _WIDE_INTERVAL * frame["ci_low"]
-        frame["flags"] = _flags({
-            "eigengap": (frame["eigengap"] < SMALL_EIGENGAP) & ((self.k <= _SMALL_RANK) | wide),
-            "biased": biased.ravel(),
-            "few_tokens": (sampled | frame["activation_matched"].notna()) & self.few,
-            "decay": judged.decay.ravel(),
-            "rounding": frame["rounding_share"] >= ROUNDING_FLAGGED,
-            "rounding_dominated": frame["rounding_share"] >= ROUNDING_DOMINATED,
-        })  # fmt: skip
-        # A layer may lack the matrix, or have fewer heads than others.
-        exists = np.repeat(self.exists, heads) & self.delta.energy.isfinite().flatten().numpy()
-        return frame[exists], _null_rows(keys, frame["fraction"], self._nulls(frame), exists)
-
-    def _columns(self, judged: Judged) -> tuple[dict[str, Tensor | np.ndarray], np.ndarray]:
-        """Columns of the table, and where the bias of an interval is too large to trust it."""
+    def columns(self, judged: Judged) -> dict[str, Tensor | np.ndarray]:
+        """What `_flags` and `_null_rows` read and the rows' own columns, each `[place, head]`."""
         k, d, fraction, delta, held = self.k, self.d, self.fraction, self.delta, self.held
-        heads = fraction.shape[1]
         share = delta.spectrum / delta.spectrum.sum(-1, keepdim=True)
         spread = isotropic_variance(share.square().sum(-1), d, k).sqrt()
         nan = torch.full_like(fraction, torch.nan)
-        activation = nan if held.activation is None else _wide(held.activation[:, self.column], heads)
+        activation = self._expected(held.activation)
         gradient = nan if held.gradient is None else held.gradient[..., self.column]
         relative, excess = fraction * d / k, fraction / activation
         interval, of_excess = self._interval(relative), self._excess_interval(excess)
-        biased = torch.where(interval.low.isfinite(), interval.biased, of_excess.biased).numpy() > 0
         λ, ρ = held.eigenvalues[:, self.column], delta.rounding
         tested = self.evidence.get((self.reference, "above"))
         chance = judged.versus[ISOTROPIC]
         reference = judged.versus.get(self.reference, np.full(fraction.shape, "", dtype=object))
         measurable = np.isfinite(self.evidence[ISOTROPIC, "above"].heads)
+        same = {"matrix": self.matrix, "pathway": kind_of(self.matrix).side, "subspace": self.subspace, "rank": k}
+        mean, low, high = self._permuted()
         return {
+            **{name: np.full(fraction.shape, value) for name, value in same.items()},
+            # A layer may lack the matrix, or have fewer heads than others.
+            "exists": self.exists[:, None] & delta.energy.isfinite().numpy(),
             "fraction": fraction,
             "relative": relative,
             # A flat spectrum has no spread, and nothing to be compared.
@@ -248,7 +230,7 @@ class _Block:
             "vs_chance": chance,
             "vs_reference": reference,
             "verdict": verdict(chance, reference, changed=(delta.energy > 0).numpy(), measurable=measurable),
-            "eigengap": _wide(1 - λ[:, 1] / λ[:, 0], heads),
+            "eigengap": _wide(1 - λ[:, 1] / λ[:, 0], self.heads),
             "delta_norm": delta.energy.sqrt(),
             "delta_relative_norm": (delta.energy / delta.base_energy).sqrt(),
             "delta_shrink": delta.shrink,
@@ -257,30 +239,26 @@ class _Block:
             "fraction_unrounded": without_rounding(
                 fraction, ρ, held.noise[..., self.column], most=ROUNDING_HOPELESS
             ),
-        }, biased  # fmt: skip
-
-    def _nulls(self, frame: pd.DataFrame) -> dict[str, dict[str, Tensor | np.ndarray | pd.Series]]:
-        held, heads = self.held, self.fraction.shape[1]
-        nulls: dict[str, dict[str, Tensor | np.ndarray | pd.Series]] = {
-            ISOTROPIC: {
-                "expected": torch.full_like(self.fraction, self.k / self.d),
-                "low": frame["ci_low"], "high": frame["ci_high"], "p": frame["isotropic_p"], "q": frame["isotropic_q"],
-            },
-            **{
-                null: {"expected": _wide(of[:, self.column], heads)}
-                for null in (*REFERENCES, "weighted", "lora")
-                if (of := getattr(held, null)) is not None
-            },
-            "gradient": {"expected": frame["gradient_matched"]},
+            "biased": torch.where(interval.low.isfinite(), interval.biased, of_excess.biased) > 0,
+            "decay": judged.decay,
+            **{f"expected/{null}": self._expected(getattr(held, null)) for null in _MATCHED},
+            "expected/permutation": mean,
+            "permutation_low": fraction / high,
+            "permutation_high": fraction / low,
+            "tested": np.full(fraction.shape, self.reference if held.lora is None else "lora"),
         }  # fmt: skip
-        chosen = "lora" if "lora" in nulls else self.reference
-        if chosen in nulls:
-            names = {"low": "excess_low", "high": "excess_high", "p": "excess_p", "q": "excess_q"}
-            nulls[chosen] |= {field: frame[column] for field, column in names.items()}
-        if held.permuted is not None:  # [place, value, head] → [value, place, head]
-            mean, low, high = held.permuted[..., self.column].transpose(0, 1)
-            nulls["permutation"] = {"expected": mean, "low": self.fraction / high, "high": self.fraction / low}
-        return nulls
+
+    def _expected(self, under_null: Tensor | None) -> Tensor:
+        """What a null of whole layers gives each of their heads; NaN where it does not apply."""
+        if under_null is None:
+            return torch.full_like(self.fraction, torch.nan)
+        return _wide(under_null[:, self.column], self.heads)
+
+    def _permuted(self) -> Tensor:
+        """Mean and 95 % range over permutations, `[value, place, head]`."""
+        if self.held.permuted is None:
+            return torch.full((3, *self.fraction.shape), torch.nan)
+        return self.held.permuted[..., self.column].transpose(0, 1)
 
     def _interval(self, relative: Tensor) -> Interval:
         """Of relative, over groups of texts."""
@@ -308,40 +286,54 @@ def _no_interval(quantity: Tensor) -> Interval:
     return Interval(nan, nan, torch.zeros_like(quantity))
 
 
-def _null_rows(
-    keys: pd.DataFrame,
-    fraction: pd.Series,
-    nulls: Mapping[str, Mapping[str, Tensor | np.ndarray | pd.Series]],
-    exists: np.ndarray,
-) -> pd.DataFrame:
-    """Rows of `PairAnalysis.nulls` for the rows of a block: where a null applies, which is where it expects something.
+def _flags(rows: pd.DataFrame, *, few: bool) -> list[str]:
+    """The column `flags`."""
+    sampled = rows["ci_low"].notna() | rows["excess_low"].notna()
+    wide = rows["ci_high"] > _WIDE_INTERVAL * rows["ci_low"]
+    conditions = {
+        "eigengap": (rows["eigengap"] < SMALL_EIGENGAP) & ((rows["rank"] <= _SMALL_RANK) | wide),
+        "biased": rows["biased"],
+        "few_tokens": (sampled | rows["activation_matched"].notna()) & few,
+        "decay": rows["decay"],
+        "rounding": rows["rounding_share"] >= ROUNDING_FLAGGED,
+        "rounding_dominated": rows["rounding_share"] >= ROUNDING_DOMINATED,
+    }
+    names = np.array(list(conditions))
+    return [",".join(names[row]) for row in np.stack([c.to_numpy(bool) for c in conditions.values()], axis=1)]
 
-    Args:
-        keys: what tells the rows of the table apart, one for each layer and head.
-        fraction: their fractions.
-        nulls: by null, what there is of `expected, low, high, p, q`, each of as many numbers as there are rows.
-        exists: which of the rows there are.
-    """
+
+def _null_rows(rows: pd.DataFrame, d: int) -> pd.DataFrame:
+    """`PairAnalysis.nulls`: for each row of the table the nulls that apply, which are those that expect something."""
+    nothing = np.full(len(rows), np.nan)
+    reference = {"low": "excess_low", "high": "excess_high", "p": "excess_p", "q": "excess_q"}
+    nulls: dict[str, dict[str, pd.Series]] = {
+        ISOTROPIC: {
+            "expected": rows["rank"] / d,
+            "low": rows["ci_low"], "high": rows["ci_high"], "p": rows["isotropic_p"], "q": rows["isotropic_q"],
+        },
+        **{
+            null: {"expected": rows[f"expected/{null}"]}
+            | {name: rows[column].where(rows["tested"] == null) for name, column in reference.items()}
+            for null in _MATCHED
+        },
+        "gradient": {"expected": rows["gradient_matched"]},
+        "permutation": {
+            "expected": rows["expected/permutation"], "low": rows["permutation_low"], "high": rows["permutation_high"],
+        },
+    }  # fmt: skip
 
     def values(name: str) -> np.ndarray:
-        nothing = np.full(len(keys), np.nan)
-        return np.concatenate([np.ravel(given[name]) if name in given else nothing for given in nulls.values()])
+        return np.stack([given.get(name, nothing) for given in nulls.values()], axis=1).ravel()
 
-    repeated = pd.concat([keys] * len(nulls), ignore_index=True)
+    of_row = np.repeat(np.arange(len(rows)), len(nulls))
     expected = values("expected")
-    rows = pd.DataFrame({
-        **repeated,
-        "null": np.repeat(list(nulls), len(keys)),
-        "expected": expected,
-        "excess": np.tile(fraction, len(nulls)) / expected,
+    every = rows.iloc[of_row].assign(
+        null=np.tile(list(nulls), len(rows)),
+        expected=expected,
+        excess=rows["fraction"].to_numpy()[of_row] / expected,
         **{name: values(name) for name in ("low", "high", "p", "q")},
-    })  # fmt: skip
-    return rows[np.tile(exists, len(nulls)) & np.isfinite(expected)]
-
-
-def _flags(conditions: Mapping[str, pd.Series | np.ndarray]) -> list[str]:
-    names = np.array(list(conditions))
-    return [",".join(names[row]) for row in np.stack([np.asarray(c, dtype=bool) for c in conditions.values()], axis=1)]
+    )
+    return every[np.isfinite(expected)].reset_index(drop=True)
 
 
 def _wide(per_layer: Tensor, heads: int) -> Tensor:
