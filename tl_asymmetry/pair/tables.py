@@ -17,7 +17,7 @@ from tl_asymmetry.names import ROUNDING_DOMINATED, ROUNDING_FLAGGED, SMALL_EIGEN
 from tl_asymmetry.pair.bases import REFERENCES
 from tl_asymmetry.pair.numbers import Measurements
 from tl_asymmetry.pair.verdicts import VERDICTS, Evidence, Judged, Question, Tested, joined, judge, verdict
-from tl_asymmetry.results.nulls import ISOTROPIC, NULL_COLUMNS
+from tl_asymmetry.results.nulls import ISOTROPIC
 
 PAIR_COLUMNS = {
     "layer": "layer, from 0",
@@ -65,6 +65,8 @@ PAIR_COLUMNS = {
 ROUNDING_HOPELESS = 0.9
 # An interval wider than this factor says more than a small eigengap at a large rank, where gaps are always small.
 _SMALL_RANK, _WIDE_INTERVAL = 4, 2.0
+# What tells the rows of one run of layers apart, with the pathway.
+_KEYS = list(PAIR_COLUMNS)[: list(PAIR_COLUMNS).index("rank") + 1]
 # Nulls that say one fraction for all heads of a layer: fields of `RankNumbers`.
 _MATCHED = (*REFERENCES, "weighted", "lora")
 
@@ -114,7 +116,7 @@ def pair_tables(numbers: Measurements, *, optimizer: str, few: bool, seed: int) 
     )
     return PairTables(
         rows[[*numbers.labels, *PAIR_COLUMNS]],
-        _null_rows(rows, numbers.layout.d)[[*numbers.labels, *NULL_COLUMNS]],
+        _null_rows(rows, rows[[*numbers.labels, *_KEYS]], numbers.layout.d),
         pd.concat([tests for _, tests in of_runs], ignore_index=True),
     )
 
@@ -302,7 +304,7 @@ def _flags(rows: pd.DataFrame, *, few: bool) -> list[str]:
     return [",".join(names[row]) for row in np.stack([c.to_numpy(bool) for c in conditions.values()], axis=1)]
 
 
-def _null_rows(rows: pd.DataFrame, d: int) -> pd.DataFrame:
+def _null_rows(rows: pd.DataFrame, keys: pd.DataFrame, d: int) -> pd.DataFrame:
     """`PairAnalysis.nulls`: for each row of the table the nulls that apply, which are those that expect something."""
     nothing = np.full(len(rows), np.nan)
     reference = {"low": "excess_low", "high": "excess_high", "p": "excess_p", "q": "excess_q"}
@@ -323,17 +325,15 @@ def _null_rows(rows: pd.DataFrame, d: int) -> pd.DataFrame:
     }  # fmt: skip
 
     def values(name: str) -> np.ndarray:
-        return np.stack([given.get(name, nothing) for given in nulls.values()], axis=1).ravel()
+        return np.stack([given.get(name, nothing) for given in nulls.values()], axis=1)
 
-    of_row = np.repeat(np.arange(len(rows)), len(nulls))
     expected = values("expected")
-    every = rows.iloc[of_row].assign(
-        null=np.tile(list(nulls), len(rows)),
-        expected=expected,
-        excess=rows["fraction"].to_numpy()[of_row] / expected,
-        **{name: values(name) for name in ("low", "high", "p", "q")},
-    )
-    return every[np.isfinite(expected)].reset_index(drop=True)
+    row, null = np.nonzero(np.isfinite(expected))
+    told = {name: values(name)[row, null] for name in ("low", "high", "p", "q")}
+    excess = rows["fraction"].to_numpy()[row] / expected[row, null]
+    return keys.iloc[row].assign(
+        null=np.array(list(nulls))[null], expected=expected[row, null], excess=excess, **told
+    ).reset_index(drop=True)  # fmt: skip
 
 
 def _wide(per_layer: Tensor, heads: int) -> Tensor:
