@@ -64,7 +64,7 @@ def test_directions_edits_and_trajectory_stand_with_their_head_as_text(look, pai
     assert card.locator(".direction").count() == 3
     token = card.locator(".token").first.inner_text()
     assert token.replace("␣", " ").endswith(HOSTILE)
-    assert "<img src=x" in card.locator(".context").first.inner_text()
+    assert HOSTILE in card.locator(".context mark").first.inner_text()
     expected = pair[0].directions(1, "W_Q", 2, n=1, model=pair[1])
     first = expected["embedding_tokens"][0][0][0]
     assert pair[1].tokenizer.decode([int(token.split("␣")[0])]) == first
@@ -114,6 +114,12 @@ def test_a_shared_address_restores_what_was_chosen(look):
     page.locator("#choose-value").select_option(label="isotropic z")
     page.locator("#choose-rank").press("End")
     page.locator("#search").fill("q < 0.05; L2")
+    page.locator("#choose-rows").select_option("all")
+    page.locator("#only-q").check()
+    page.get_by_role("button", name="rounding", exact=True).click()
+    page.get_by_role("button", name="rounding ▼").click()
+    page.evaluate("scrollTo(0, 120); document.getElementById('open').scrollTop = 260")
+    until(page, "location.hash.includes('scroll')")
     address = page.evaluate("location.hash")[1:]
     assert address.startswith("L1H2/W_Q;map=W_V%2Fprediction;value=z;rank=16;search=")
     again = look("#" + address)
@@ -122,6 +128,10 @@ def test_a_shared_address_restores_what_was_chosen(look):
     assert again.locator("#rank-shown").inner_text() == "16"
     assert again.locator(".card h3").all_inner_texts() == ["L1H2 · W_Q"]
     assert again.locator("#meaning").inner_text() == page.locator("#meaning").inner_text()
+    assert again.locator("#rows").inner_text() == page.locator("#rows").inner_text()
+    assert again.locator("#only-q").is_checked()
+    assert not again.locator("#no-rounding").is_checked()
+    assert again.evaluate("[scrollY, document.getElementById('open').scrollTop]") == [120, 260]
     strange = look("#;value=nothing;rank=99;map=W_X/y;search=%E0%A4%A")
     assert strange.locator("#choose-value").input_value() == "relative"
     assert strange.locator("#map td").count() == 16

@@ -22,7 +22,7 @@ from tl_asymmetry.explore import contents
 from tl_asymmetry.explore.pack import Pack
 from tl_asymmetry.explore.page import SCRIPT
 from tl_asymmetry.geometry.spectrum import marchenko_pastur_edge
-from tl_asymmetry.pair.directions import context_words, find_directions
+from tl_asymmetry.pair.directions import context_parts, context_words, find_directions
 from tl_asymmetry.results.nulls import NULLS
 
 KIND = tiny.KINDS[-1]
@@ -184,6 +184,37 @@ def test_directions_of_all_heads_are_those_of_each(name):
             assert sorted(texts) == sorted(text for text, _ in row.contexts)
 
 
+def test_a_context_is_the_text_around_its_token():
+    class Pieces:
+        """Two bytes of one letter are two tokens; a token by itself loses its space, as SentencePiece's do."""
+
+        words = ("", " one", " two", " three", "\ud83d", "\ude00")
+
+        def decode(self, ids):
+            text = "".join(self.words[i] for i in ids).removeprefix(" ")
+            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+    sequences = [torch.tensor([1, 2, 3]), torch.tensor([3, 4, 5, 1])]
+    parts = context_parts(Pieces(), sequences, [0, 1, 2, 4, 5, 6], before=1, after=2)
+    assert parts[:3] == [("", "one", " two three"), ("one", " two", " three"), ("two", " three", "")]
+    assert parts[4][1:] == ("�", " one")  # a letter cut in two is told by what its piece decodes to
+    assert context_words(Pieces(), sequences, [2, 6], 2) == ["one two three", "😀 one"]
+    assert context_parts(None, sequences, [1], before=1, after=1) == [("1", " 2", " 3")]
+
+
+def test_experts_stand_where_heads_do(tmp_path):
+    base, aligned = tiny.bridge("mixtral"), tiny.bridge("mixtral", delta=0.05)
+    result = analyze_pair(base, aligned, tokens=torch.arange(60).reshape(3, 20), ranks=[1], groups=1, progress=False)
+    page = held(result.to_explorer(tmp_path / "explorer.html", model=base, directions=1, progress=False))
+    maps = {each["matrix"]: each for each in page["maps"]}
+    assert maps["W_in"]["experts"]
+    assert not maps["W_Q"]["experts"]
+    experts = result.table["expert"].max() + 1
+    assert maps["W_in"]["heads"] == experts
+    rows = result.table.query("matrix == 'W_in' and subspace == @maps['W_in']['subspace']")
+    np.testing.assert_allclose(maps["W_in"]["columns"]["fraction"], rows["fraction"], rtol=1e-6)
+
+
 def test_directions_leave_the_model_as_it_was():
     result, (base, _) = analysed("gpt2"), pair("gpt2")
     before = {name: p.detach().clone() for name, p in base.named_parameters()}
@@ -229,6 +260,15 @@ def test_attached_tables_and_results(tmp_path):
     np.testing.assert_array_equal(columns["kl"], [0.5, np.nan])
     assert columns["kind"] == [BAD, ""]
     assert columns["matrix"] == ["W_Q", "W_in"]
+
+
+def test_a_row_of_several_matrices_stands_with_each(tmp_path):
+    heads = pd.DataFrame({"layer": [0], "head": pd.array([1], dtype="Int64"), "matrices": ["W_Q W_O"], "shift": [0.25]})
+    page = held(analysed("gpt2").to_explorer(tmp_path / "e.html", directions=0, rewinding=heads))
+    (table,) = page["attached"]
+    assert table["name"] == "Rewinding"
+    assert table["columns"]["matrix"] == ["W_Q", "W_O"]
+    np.testing.assert_array_equal(table["columns"]["shift"], [0.25, 0.25])
 
 
 def test_a_large_attached_table_keeps_the_shown_rank(monkeypatch):

@@ -13,7 +13,7 @@ from torch import Tensor
 from tl_asymmetry.explore.pack import Pack
 from tl_asymmetry.geometry.spectrum import marchenko_pastur_edge
 from tl_asymmetry.pair.data import PairData
-from tl_asymmetry.pair.directions import MatrixDirections, context_words
+from tl_asymmetry.pair.directions import MatrixDirections, context_parts
 from tl_asymmetry.pair.tables import PAIR_COLUMNS
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots.held import held_against
@@ -27,7 +27,7 @@ ATTACHED_ROWS = 200_000
 """Rows of an attached table above which only those at the shown rank are kept."""
 STEP_COLUMNS = ("layer", "head", "matrix", "subspace", "rank", "relative", "ci_low", "ci_high", "isotropic_q", "excess")
 """Columns of a pair's table that are kept of an attached trajectory."""
-_CONTEXT_TOKENS = 12
+_CONTEXT_TOKENS, _TOKENS_AFTER = 12, 4
 
 
 def maps(result: PairData, pack: Pack) -> list[dict[str, Any]]:
@@ -66,6 +66,7 @@ def maps(result: PairData, pack: Pack) -> list[dict[str, Any]]:
             {
                 "matrix": str(matrix), "subspace": str(subspace), "pathway": str(rows["pathway"].iloc[0]),
                 "heads": None if heads == [None] else len(heads), "kv": shared, "group": group or 1,
+                "experts": bool(rows["expert"].notna().any()),
                 "columns": columns, "nulls": nulls,
             }
         )  # fmt: skip
@@ -154,7 +155,7 @@ def directions(
             "context": pack.indexes(np.searchsorted(places, d.contexts.numpy())),
             "projection": pack.numbers(d.projections.numpy()),
         }  # fmt: skip
-    texts = context_words(tokenizer, sequences, places.tolist(), _CONTEXT_TOKENS)
+    texts = context_parts(tokenizer, sequences, places.tolist(), _CONTEXT_TOKENS, _TOKENS_AFTER)
     return {"tokens": words, "contexts": texts, "matrices": by_matrix}
 
 
@@ -163,7 +164,8 @@ def attached(name: str, source: Any, shown_rank: int, pack: Pack) -> dict[str, A
 
     Args:
         name: heading, e.g. "Edits".
-        source: a DataFrame with the columns layer, head, matrix, or a result whose `.table` is one.
+        source: a DataFrame with the columns layer, head, matrix, or a result whose `.table` is one; with `matrices`,
+            several names in one cell, its row is shown with each of them.
         shown_rank: kept alone where the table is large and has ranks.
         pack: takes the numbers.
 
@@ -176,6 +178,8 @@ def attached(name: str, source: Any, shown_rank: int, pack: Pack) -> dict[str, A
             f"expected {name.lower()} as a result or a DataFrame, got {type(source).__name__}; pass one with the "
             "columns layer, head and matrix"
         )
+    if "matrices" in table and "matrix" not in table:
+        table = table.assign(matrix=table["matrices"].str.split()).explode("matrix", ignore_index=True)
     pick.require(table, ("layer", "head", "matrix"), f"a result or table of {name.lower()} per layer, head and matrix")
     said = ""
     if len(table) > ATTACHED_ROWS and "rank" in table.columns:

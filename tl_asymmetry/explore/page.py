@@ -30,15 +30,16 @@ def explorer(
     model: Any = None,
     directions: int = 3,
     edits: Any = None,
+    rewinding: Any = None,
     trajectory: Any = None,
     progress: bool = True,
 ) -> Path:
     """Write the head explorer of a pair: one self-contained page that opens offline. Returns its path.
 
     A click on a head of the map (or Enter on it) opens its rank curve against both nulls, the spectrum of its delta,
-    its leading directions with the nearest tokens and the contexts that excite them, and its edits and trajectory if
-    given. Heads can be searched, sorted, filtered, set side by side and downloaded as CSV; the page's address
-    (`#L7H3/W_Q`) names what is open.
+    its leading directions with the nearest tokens and the contexts that excite them, and its edits, rewinding and
+    trajectory if given. Heads and experts can be searched, sorted, filtered, set side by side and downloaded as CSV;
+    the page's address (`#L7H3/W_Q`, `#L7E12/W_in`) restores what is open and chosen, and where the reader was.
 
     Args:
         result: what `analyze_pair` returned.
@@ -47,9 +48,10 @@ def explorer(
             says that directions are missing.
         directions: how many leading directions of each head to look up (one pass over the calibration tokens and the
             whole vocabulary), at most 5; 0 leaves them out.
-        edits, trajectory: a DataFrame with the columns layer, head (missing for an MLP matrix) and matrix, or a
-            result whose `.table` is one. Its rows are shown with the head they belong to; with the columns `step` and
-            `relative` they are drawn too.
+        edits, rewinding, trajectory: what `rank_one_study`, `rewind_study` and `analyze_trajectory` returned, or a
+            DataFrame with the columns layer, head (missing for an MLP matrix) and matrix (or `matrices`, several in one
+            cell). Its rows are shown with the head they belong to; with the columns `step` and `relative` they are
+            drawn too.
         progress: show a bar while directions are looked up.
 
     Raises:
@@ -70,7 +72,7 @@ def explorer(
     file, pack, config = page_path(path), Pack(), result.config
     attachments = [
         contents.attached(name, source, config["shown_rank"], pack)
-        for name, source in (("Edits", edits), ("Trajectory", trajectory))
+        for name, source in (("Edits", edits), ("Rewinding", rewinding), ("Trajectory", trajectory))
         if source is not None
     ]
     header: dict[str, Any] = {

@@ -392,11 +392,41 @@ def context_words(tokenizer: Any, sequences: Sequence[Tensor], places: Sequence[
         places: positions in their concatenation.
         width: tokens before the position, at most.
     """
+    return ["".join(parts) for parts in context_parts(tokenizer, sequences, places, width, 0)]
+
+
+def context_parts(
+    tokenizer: Any, sequences: Sequence[Tensor], places: Sequence[int], before: int, after: int
+) -> list[tuple[str, str, str]]:
+    """The text before some positions of the concatenated sequences, the token there, and the text after it.
+
+    Together they are the text of these tokens, unless a character lies in several of them.
+
+    Args:
+        tokenizer: None gives token ids.
+        sequences: the calibration tokens.
+        places: positions in their concatenation.
+        before, after: tokens on either side, at most.
+    """
     starts = torch.tensor([0, *(len(s) for s in sequences)]).cumsum(0)
     owners = torch.bucketize(torch.tensor(list(places), dtype=torch.long), starts, right=True) - 1
-    words = []
+
+    def text(ids: list[int]) -> str:
+        if not ids:
+            return ""
+        return " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids)
+
+    def added(ids: list[int], more: list[int]) -> str:
+        """What more tokens add to a text, read after as many of its tokens as leave what is there unchanged."""
+        for known in (ids, ids[-1:]):
+            whole, shown = text(known + more), text(known)
+            if whole.startswith(shown):
+                return whole[len(shown) :]
+        return text(more)
+
+    found = []
     for place, owner in zip(places, owners.tolist(), strict=True):
-        end = place - int(starts[owner]) + 1
-        ids = sequences[owner][max(0, end - 1 - width) : end].tolist()
-        words.append(" ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids))
-    return words
+        sequence, at = sequences[owner].tolist(), place - int(starts[owner])
+        earlier, later = sequence[max(0, at - before) : at], sequence[at + 1 : at + 1 + after]
+        found.append((text(earlier), added(earlier, [sequence[at]]), added([*earlier, sequence[at]], later)))
+    return found

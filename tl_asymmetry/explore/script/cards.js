@@ -11,6 +11,17 @@ function drawCards() {
   cards.forEach((c) => c.draw(around(seen)));
 }
 
+// The verdict as the map shows it: sign and colour, and the word beside them.
+function told(verdict) {
+  const known = data.verdicts[codes[verdict]];
+  if (!known) {
+    return [];
+  }
+  const sample = element("b", {className: "mark verdict-sample", "aria-hidden": "true"}, known.sign);
+  sample.style.backgroundColor = known.color;
+  return [element("p", {className: "verdict"}, sample, " " + verdict + " at k = " + data.ranks[state.rank])];
+}
+
 function card(item) {
   const map = mapOf(item.matrix, item.subspace);
   const {layer, head} = item,
@@ -86,7 +97,6 @@ function card(item) {
         ")",
     ],
     ...others.map((n) => [n.label, against(n)]),
-    ...(map.columns.verdict ? [["verdict", get("verdict") || "none"]] : []),
     [
       "rounding share",
       number(rounding) +
@@ -105,6 +115,7 @@ function card(item) {
     "article",
     {className: "card", "aria-labelledby": id},
     element("h3", {id, tabIndex: -1}, title(item)),
+    ...told(get("verdict")),
     element(
       "div",
       {className: "controls"},

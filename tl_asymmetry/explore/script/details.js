@@ -8,6 +8,10 @@ function directionBlocks(item) {
     map = mapOf(item.matrix, item.subspace);
   const head = item.layer * map.count + item.head;
   const verb = map.pathway === "read" ? "excited most by" : "written most after";
+  if (!held) {
+    const one = address(item).split("/")[0] + "." + item.matrix;
+    return [element("p", {className: "rows"}, `Of experts and of matrices that some layers lack they are looked up one by one: directions("${one}").`)];
+  }
   if (!(held.energy[head * held.n] >= 0)) {
     return [element("p", {className: "rows"}, "None: the delta is zero.")];
   }
@@ -16,7 +20,7 @@ function directionBlocks(item) {
       "p",
       {className: "rows"},
       "Residual directions of the change, + and − the two ways along each: the tokens whose embedding and unembedding lie " +
-        "nearest, and the calibration contexts at whose last token the " +
+        "nearest, and the calibration contexts at whose marked token the " +
         (map.pathway === "read" ? "matrix's input reaches" : "change writes") +
         " farthest (in brackets: how far).",
     ),
@@ -50,19 +54,21 @@ function directionBlocks(item) {
         }
         block.append(line);
       });
-      const texts = element("p", {}, sign + " " + verb + ": ");
+      const texts = element("ul", {className: "contexts"});
       for (let c = 0; c < held.contexts; c += 1) {
         const value = held.projection[side * held.contexts + c];
+        const [before, token, after] = data.directions.contexts[held.context[side * held.contexts + c]];
+        const [, space, word] = token.trim() ? /^( *)(.*)$/s.exec(token) : ["", "", visible(token)];
         texts.append(
           element(
-            "span",
-            {className: "context"},
-            "“" + data.directions.contexts[held.context[side * held.contexts + c]] + "”",
+            "li",
+            {},
+            element("span", {className: "context"}, before + space, element("mark", {}, word), after),
+            " (" + number(value, 2) + ")",
           ),
-          " (" + number(value, 2) + ")" + (c + 1 < held.contexts ? "; " : ""),
         );
       }
-      block.append(texts);
+      block.append(element("p", {}, sign + " " + verb + ":"), texts);
     });
     blocks.push(block);
   }
@@ -99,6 +105,15 @@ function attachedBlock(table, item, node) {
     node.append(chart);
   }
   const shown = rows.slice(0, 60);
+  if (rows.length === 1 && !chart) {
+    const list = element("dl", {className: "facts"});
+    for (const column of columns) {
+      const v = value(column, rows[0]);
+      list.append(element("dt", {}, column), element("dd", {}, typeof v === "number" ? number(v, 4) : v));
+    }
+    node.append(list);
+    return null;
+  }
   const head = element("tr", {}, ...columns.map((c) => element("th", {scope: "col"}, c)));
   const body = shown.map((i) =>
     element(

@@ -11,7 +11,7 @@ function drawMap() {
   const widest = Math.max(...maps.map((m) => m.count));
   const room = Math.max(240, ($("map").clientWidth || 800) - 60);
   const width = (Math.max(18, Math.min(64, Math.floor(room / widest))) * widest) / map.count;
-  const what = map.heads === null ? "no heads: one value a layer" : map.kv ? "KV head" : "head";
+  const what = map.heads === null ? "no heads: one value a layer" : map.experts ? "expert" : map.kv ? "KV head" : "head";
   const table = element("table", {
     className: "map",
     role: "grid",

@@ -24,7 +24,7 @@ function understand(text) {
   for (const word of text.trim().replace(/\s*(<=|>=|<|>|=)\s*/g, "$1").split(/\s+/).filter(Boolean)) {
     const before = tests.length;
     const condition = /^([A-Za-z_]\w*)(<=|>=|<|>|=)(-?[\d.]+(?:e-?\d+)?)$/i.exec(word);
-    const name = /^(?:L(\d+))?(?:H(\d+))?$/i.exec(word);
+    const name = /^(?:L(\d+))?(?:[HE](\d+))?$/i.exec(word);
     const matrix = maps.find((m) => m.matrix.toLowerCase() === word.toLowerCase());
     const column = condition && (SHORT[condition[1]] || condition[1]);
     const null_ = condition && others.find((n) => column === n.key || column === n.key + "_q");

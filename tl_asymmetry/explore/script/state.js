@@ -11,6 +11,7 @@ const state = {
   open: [], // {layer, head, matrix, subspace, pinned}: pinned ones first, the current one last
   sort: null,
   down: true,
+  scroll: [0, 0], // of the page, and of the open heads where they stand beside the map
   rows: FIRST_ROWS,
 };
 
@@ -19,7 +20,7 @@ function headName(map, layer, head) {
     return "L" + layer;
   }
   if (!map.kv) {
-    return "L" + layer + "H" + head;
+    return "L" + layer + (map.experts ? "E" : "H") + head;
   }
   const first = head * map.group;
   return (
@@ -33,14 +34,14 @@ function headName(map, layer, head) {
 
 function address(item) {
   const map = mapOf(item.matrix, item.subspace);
-  const name = "L" + item.layer + (map.heads === null ? "" : "H" + item.head) + "/" + item.matrix;
+  const name = "L" + item.layer + (map.heads === null ? "" : (map.experts ? "E" : "H") + item.head) + "/" + item.matrix;
   return (
     encodeURIComponent(name).replace(/%2F/g, "/") +
     (item.subspace === data.usual[item.matrix] ? "" : "/" + encodeURIComponent(item.subspace))
   );
 }
 
-// "L7H3/W_Q", "L7H3/W_Q/prediction" or "L7/W_in"; several joined by "+"; then what is not as at first (`choices`).
+// "L7H3/W_Q", "L7H3/W_Q/prediction", "L7E12/W_in" or "L7/W_in"; several joined by "+"; then what is not as at first (`choices`).
 function parse(hash) {
   const found = [];
   for (const part of hash.replace(/^#/, "").split(";")[0].split("+").filter(Boolean)) {
@@ -50,7 +51,7 @@ function parse(hash) {
     } catch (error) {
       continue;
     }
-    const name = /^L(\d+)(?:H(\d+))?$/.exec(pieces[0]);
+    const name = /^L(\d+)(?:[HE](\d+))?$/.exec(pieces[0]);
     const matrix = pieces[1];
     const map = name && mapOf(matrix, pieces[2] || data.usual[matrix]);
     if (!map || (map.heads === null) !== (name[2] === undefined)) {
@@ -67,7 +68,11 @@ function parse(hash) {
   return found;
 }
 
-// ";map=W_K/prediction;value=verdict;rank=16;search=q<0.05": what the reader has chosen, each only where it is not as at first.
+// What restricts the table, by the name it has in the address.
+const ONLY = {q: "only-q", rounding: "no-rounding"};
+
+// ";map=W_K/prediction;value=verdict;rank=16;search=q<0.05;rows=all;sort=-relative;only=q;scroll=300,0": what the reader
+// has chosen and where they were, each only where it is not as at first.
 function choices() {
   const map = maps[state.map],
     last = state.open[state.open.length - 1],
@@ -77,6 +82,12 @@ function choices() {
     value: state.value === "relative" ? "" : state.value,
     rank: data.ranks[state.rank] === data.shown ? "" : String(data.ranks[state.rank]),
     search: state.search,
+    rows: $("choose-rows").value === "map" ? "" : $("choose-rows").value,
+    sort: state.sort === null ? "" : (state.down ? "-" : "") + COLUMNS[state.sort][0],
+    only: Object.keys(ONLY)
+      .filter((name) => $(ONLY[name]).checked)
+      .join(","),
+    scroll: state.scroll.some(Boolean) ? state.scroll.join(",") : "",
   })
     .filter(([, chosen]) => chosen)
     .map(([name, chosen]) => ";" + name + "=" + encodeURIComponent(chosen))
@@ -100,6 +111,11 @@ function chosen(hash) {
     value: found.value in VALUES ? found.value : "relative",
     rank: data.ranks.indexOf(+found.rank || data.shown),
     search: found.search || "",
+    rows: found.rows === "all" ? "all" : "map",
+    sort: COLUMNS.findIndex(([name]) => name === (found.sort || "").replace(/^-/, "")),
+    down: /^-/.test(found.sort || "-"),
+    only: (found.only || "").split(","),
+    scroll: [0, 1].map((i) => Math.max(0, Math.round(+(found.scroll || "").split(",")[i]) || 0)),
   };
 }
 

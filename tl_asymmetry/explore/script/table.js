@@ -67,6 +67,7 @@ function drawTable() {
     button.addEventListener("click", () => {
       state.down = state.sort === n ? !state.down : true;
       state.sort = n;
+      setAddress();
       drawTable();
       $("rows")
         .querySelector("th[data-n='" + n + "'] button")
@@ -143,7 +144,7 @@ function download() {
   for (const {map, layer, head} of tableRows()) {
     const keys = {
       layer,
-      head: map.heads === null ? NaN : head,
+      head: map.heads === null || map.experts ? NaN : head,
       matrix: map.matrix,
       subspace: map.subspace,
       rank: data.ranks[state.rank],

@@ -19,9 +19,9 @@ function follow() {
     say("The address names no head of this page: " + location.hash);
     return;
   }
-  const {map, value, rank, search} = chosen(location.hash);
+  const {map, rank, rows, sort, only, scroll, ...plain} = chosen(location.hash);
   const last = items[items.length - 1];
-  Object.assign(state, {open: items, value, search, rank: rank < 0 ? state.rank : rank});
+  Object.assign(state, {...plain, open: items, rank: rank < 0 ? state.rank : rank, sort: sort < 0 ? null : sort, scroll});
   if (last) {
     state.focus = {layer: last.layer, head: last.head};
   }
@@ -30,8 +30,24 @@ function follow() {
   $("choose-value").value = state.value;
   $("choose-rank").value = state.rank;
   $("search").value = state.search;
+  $("choose-rows").value = rows;
+  Object.entries(ONLY).forEach(([name, id]) => {
+    $(id).checked = only.includes(name);
+  });
   tellRank();
   refresh();
+  scrollTo({top: scroll[0], behavior: "instant"});
+  $("open").scrollTop = scroll[1];
+}
+
+// Where the reader is goes into the address once they rest.
+let rested;
+function rest() {
+  clearTimeout(rested);
+  rested = setTimeout(() => {
+    state.scroll = [Math.round(scrollY), Math.round($("open").scrollTop)];
+    setAddress();
+  }, 300);
 }
 
 $("facts").textContent = data.facts;
@@ -77,7 +93,12 @@ $("search").addEventListener("input", (e) => {
   drawMap();
   drawTable();
 });
-["choose-rows", "only-q", "no-rounding"].forEach((id) => $(id).addEventListener("change", drawTable));
+["choose-rows", ...Object.values(ONLY)].forEach((id) =>
+  $(id).addEventListener("change", () => {
+    setAddress();
+    drawTable();
+  }),
+);
 $("more").addEventListener("click", () => {
   state.rows += 1000;
   drawTable();
@@ -119,6 +140,8 @@ $("map").addEventListener("keydown", (e) => {
   focusCell();
 });
 addEventListener("hashchange", follow);
+addEventListener("scroll", rest, {passive: true});
+$("open").addEventListener("scroll", rest, {passive: true});
 dark.addEventListener("change", () => refresh());
 let resized;
 addEventListener("resize", () => {
