@@ -2,6 +2,8 @@
 
 import ast
 import re
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -73,3 +75,23 @@ def test_a_threshold_is_written_down_once() -> None:
         if isinstance(target, ast.Name) and word.search(target.id)
     ]
     assert not again
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Modules of the package that a file imports anywhere, also inside a function or for the type checker alone."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tl_asymmetry"):
+            for alias in node.names:
+                module = PACKAGE.parent.joinpath(*f"{node.module}.{alias.name}".split("."))
+                inside = module.is_dir() or module.with_suffix(".py").exists()
+                yield f"{node.module}.{alias.name}" if inside else str(node.module)
+
+
+def test_no_file_imports_itself_by_way_of_another() -> None:
+    """Packages list what is in them (`__init__`), so they count as what they import from."""
+    files = {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in PACKAGE.rglob("*.py")
+    }
+    graph = {name: {module for module in imported(path) if module != name} for name, path in files.items()}
+    assert len(list(TopologicalSorter(graph).static_order())) >= len(files)

@@ -34,6 +34,9 @@ POINTS: tuple[str, ...] = (
 )  # fmt: skip
 """Places in a block whose tensors `ModelView.hooks` gives to readers."""
 
+BASIS_METHODS = MappingProxyType({"pca": "PCA", "semi_nmf": "semi-NMF"})
+"""How a basis can be taken from activations, and what that is called in words."""
+
 PREDICTION = "prediction"
 """The subspace that the unembedding defines."""
 

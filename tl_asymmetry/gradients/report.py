@@ -1,16 +1,10 @@
-"""A gradient covariance in words, and its report."""
+"""A gradient covariance in words."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import pandas as pd
 
-from tl_asymmetry.gradients.table import CROSS_COLUMNS, GRADIENT_COLUMNS
-from tl_asymmetry.results.report import Definition, FigureSection, Report, TableSection
-
-if TYPE_CHECKING:
-    from tl_asymmetry.gradients.result import GradientCovariance
+from tl_asymmetry.results.sections import Definition
 
 DEFINITIONS = (
     Definition(
@@ -88,47 +82,3 @@ def headline(table: pd.DataFrame, gradients: pd.DataFrame) -> list[str]:
         "if they were orthogonal (median)."
     )
     return sentences
-
-
-def gradient_report(result: GradientCovariance) -> Report:
-    """Fill a `Report` from a gradient covariance."""
-    figures = []
-    if result.table["effective_rank"].notna().any():
-        figures.append(
-            FigureSection(
-                "How many directions, layer by layer", result.plot_effective_rank(),
-                "Effective rank of both sides as a share of their dimension.",
-            )
-        )  # fmt: skip
-        spectra: dict[str, Any] = {}
-        for matrix in result.config["matrices"]:
-            for side, letter in (("gradient", "δ"), ("input", "a")):
-                key = f"{letter} of {matrix}"
-                try:
-                    if (result.spectrum(matrix, side) > 0).any():
-                        spectra[key] = result.plot_spectrum(matrix, side)
-                except ValueError:  # no gradient reached it
-                    continue
-        figures.append(FigureSection("Spectra", spectra, "Heads pooled; on a sketched axis the leading eigenvalues."))
-    columns = [(name, meaning) for name, meaning in (GRADIENT_COLUMNS | CROSS_COLUMNS).items()]
-    return Report(
-        title=result._title(),
-        subtitle=result._facts(),
-        summary="\n\n".join(result._headline()),
-        notes=result.notes,
-        figures=figures,
-        tables=[
-            TableSection("Summary", result._summary_table(), "Medians over layers and heads.", "summary"),
-            TableSection("Both sides", result.table, "One row per layer, head, matrix and side.", "table"),
-            TableSection("Gradients", result.gradients, "One row per layer, head and matrix.", "gradients"),
-        ],
-        methods=[
-            ("Objective", str(result.config["objective"])),
-            ("Passes", "one forward and one backward pass per batch, evaluation mode, parameters frozen; the graph "
-             "starts at the residual stream before the first block"),
-            ("Intervals", "delete-one-group jackknife over groups of sequences, on the log; over texts, not seeds"),
-            *columns,
-        ],
-        definitions=DEFINITIONS,
-        config=result.config,
-    )  # fmt: skip

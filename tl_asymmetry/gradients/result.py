@@ -15,10 +15,10 @@ from torch import Tensor
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.fraction import energy_profile
 from tl_asymmetry.gradients.capture import Captured
-from tl_asymmetry.gradients.report import gradient_report, headline, summary_table
-from tl_asymmetry.gradients.table import Side
+from tl_asymmetry.gradients.report import DEFINITIONS, headline, summary_table
+from tl_asymmetry.gradients.table import CROSS_COLUMNS, GRADIENT_COLUMNS, Side
 from tl_asymmetry.names import kind_of
-from tl_asymmetry.results.report import Report
+from tl_asymmetry.results.report import FigureSection, Report, TableSection
 from tl_asymmetry.results.result import Result
 
 if TYPE_CHECKING:
@@ -210,7 +210,48 @@ class GradientCovariance(Result):
         return headline(self.table, self.gradients)
 
     def _report(self) -> Report:
-        return gradient_report(self)
+        figures = []
+        if self.table["effective_rank"].notna().any():
+            figures.append(
+                FigureSection(
+                    "How many directions, layer by layer", self.plot_effective_rank(),
+                    "Effective rank of both sides as a share of their dimension.",
+                )
+            )  # fmt: skip
+            spectra: dict[str, Any] = {}
+            for matrix in self.config["matrices"]:
+                for side, letter in (("gradient", "δ"), ("input", "a")):
+                    key = f"{letter} of {matrix}"
+                    try:
+                        if (self.spectrum(matrix, side) > 0).any():
+                            spectra[key] = self.plot_spectrum(matrix, side)
+                    except ValueError:  # no gradient reached it
+                        continue
+            figures.append(
+                FigureSection("Spectra", spectra, "Heads pooled; on a sketched axis the leading eigenvalues.")
+            )
+        columns = [(name, meaning) for name, meaning in (GRADIENT_COLUMNS | CROSS_COLUMNS).items()]
+        return Report(
+            title=self._title(),
+            subtitle=self._facts(),
+            summary="\n\n".join(self._headline()),
+            notes=self.notes,
+            figures=figures,
+            tables=[
+                TableSection("Summary", self._summary_table(), "Medians over layers and heads.", "summary"),
+                TableSection("Both sides", self.table, "One row per layer, head, matrix and side.", "table"),
+                TableSection("Gradients", self.gradients, "One row per layer, head and matrix.", "gradients"),
+            ],
+            methods=[
+                ("Objective", str(self.config["objective"])),
+                ("Passes", "one forward and one backward pass per batch, evaluation mode, parameters frozen; the graph "
+                 "starts at the residual stream before the first block"),
+                ("Intervals", "delete-one-group jackknife over groups of sequences, on the log; over texts, not seeds"),
+                *columns,
+            ],
+            definitions=DEFINITIONS,
+            config=self.config,
+        )  # fmt: skip
 
     # -- making --------------------------------------------------------------------------------------------------
 

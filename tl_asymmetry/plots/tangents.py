@@ -10,11 +10,10 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from tl_asymmetry.names import SIGNIFICANT
+from tl_asymmetry.names import BASIS_METHODS, SIGNIFICANT
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
 from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, menu, note, slider
-from tl_asymmetry.tangents.bases import METHOD
 
 SOURCE = "TangentAnalysis.table"
 SITE = {"resid_post": "block output"}
@@ -178,7 +177,7 @@ def tangent_strata_figure(
     )
     words = heading(
         "By token frequency",
-        f"Per-token gradients at the block output against the {METHOD.get(chosen, style.text(chosen))} basis of "
+        f"Per-token gradients at the block output against the {BASIS_METHODS.get(chosen, style.text(chosen))} basis of "
         f"rank {k}; strata of equal mass in the corpus, one line a layer.",
         **layout,
     )
@@ -196,7 +195,7 @@ def _select(
     kinds = list(dict.fromkeys(table["gradient"]))
     kind = kinds[0] if gradient is None else style.one_of("gradient", gradient, kinds, "gradient")
     rows, chosen, k = _of_family(table[(table["gradient"] == kind) & table["head"].isna()], method, rank)
-    return rows, (style.text(kind), f"{METHOD.get(chosen, style.text(chosen))} basis of rank {k}")
+    return rows, (style.text(kind), f"{BASIS_METHODS.get(chosen, style.text(chosen))} basis of rank {k}")
 
 
 def _of_family(table: pd.DataFrame, method: str | None, rank: int | None) -> tuple[pd.DataFrame, str, int]:

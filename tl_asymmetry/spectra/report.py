@@ -1,16 +1,11 @@
-"""A spectral analysis in words, and its report."""
+"""A spectral analysis in words."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from tl_asymmetry.names import ROUNDING_DOMINATED, SIGNIFICANT
-from tl_asymmetry.results.report import Definition, FigureSection, Report, TableSection
-
-if TYPE_CHECKING:
-    from tl_asymmetry.spectra.result import SpectralAnalysis
+from tl_asymmetry.results.sections import Definition
 
 SPECTRAL_DEFINITIONS = (
     Definition(
@@ -112,30 +107,3 @@ def headline(rows: pd.DataFrame) -> list[str]:
     if rounded:
         sentences.append(f"In {rounded} of {len(rows)} storage explains at least half of the change.")
     return sentences
-
-
-def spectral_report(result: SpectralAnalysis) -> Report:
-    """Fill a `Report` from an analysis."""
-    shape = result.config["shape"]
-    matrices = [m for m, block in result.table.groupby("matrix", sort=False) if block["on_principal"].notna().any()]
-    maps = {str(matrix): result.plot_heads(str(matrix)) for matrix in matrices}
-    figures = [FigureSection("Where each head changed, in the base's own frame", maps, pick="matrix")] if maps else []
-    return Report(
-        title=result._title(),
-        subtitle=f"{shape['n_layers']} layers × {shape['n_heads']} heads, d_model {shape['d_model']}; weights alone",
-        summary="\n\n".join(result._headline()),
-        notes=result.notes,
-        figures=figures,
-        tables=[
-            TableSection("Medians by matrix", result._summary_table(), "At the shown rank.", "summary"),
-            TableSection("All rows", result.table, "One row per layer, matrix, head and rank.", "table"),
-        ],
-        methods=[
-            ("Frames", "Gram matrix and eigensolve in float64, one matrix at a time; of all weights but the base's the "
-             "leading vectors alone"),
-            ("Chance", f"independent Haar frames; deltas turned at random, seed {result.config['arguments']['seed']}; "
-             "q by Benjamini–Hochberg over the layers and heads of one matrix and rank"),
-        ],
-        definitions=SPECTRAL_DEFINITIONS,
-        config=result.config,
-    )  # fmt: skip

@@ -10,9 +10,9 @@ import pandas as pd
 
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.names import SIGNIFICANT
-from tl_asymmetry.results.report import Report
+from tl_asymmetry.results.report import FigureSection, Report, TableSection
 from tl_asymmetry.results.result import Result
-from tl_asymmetry.spectra.report import headline, spectral_report, summary_table
+from tl_asymmetry.spectra.report import SPECTRAL_DEFINITIONS, headline, summary_table
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -136,4 +136,28 @@ class SpectralAnalysis(Result):
         return headline(self._shown_rows())
 
     def _report(self) -> Report:
-        return spectral_report(self)
+        shape = self.config["shape"]
+        matrices = [m for m, block in self.table.groupby("matrix", sort=False) if block["on_principal"].notna().any()]
+        maps = {str(matrix): self.plot_heads(str(matrix)) for matrix in matrices}
+        figures = [FigureSection("Where each head changed, in the base's own frame", maps, pick="matrix")]
+        return Report(
+            title=self._title(),
+            subtitle=f"{shape['n_layers']} layers × {shape['n_heads']} heads, d_model {shape['d_model']}; "
+            "weights alone",
+            summary="\n\n".join(self._headline()),
+            notes=self.notes,
+            figures=figures if maps else [],
+            tables=[
+                TableSection("Medians by matrix", self._summary_table(), "At the shown rank.", "summary"),
+                TableSection("All rows", self.table, "One row per layer, matrix, head and rank.", "table"),
+            ],
+            methods=[
+                ("Frames", "Gram matrix and eigensolve in float64, one matrix at a time; of all weights but the base's "
+                 "the leading vectors alone"),
+                ("Chance", "independent Haar frames; deltas turned at random, seed "
+                 f"{self.config['arguments']['seed']}; q by Benjamini–Hochberg over the layers and heads "
+                 "of one matrix and rank"),
+            ],
+            definitions=SPECTRAL_DEFINITIONS,
+            config=self.config,
+        )  # fmt: skip

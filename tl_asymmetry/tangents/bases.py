@@ -18,13 +18,11 @@ from tl_asymmetry.geometry.sample import RowSample
 from tl_asymmetry.geometry.subspace import Subspace, principal_subspace
 from tl_asymmetry.geometry.tangent import Control, control_subspaces, moment_energies
 from tl_asymmetry.models.capture import merged
+from tl_asymmetry.names import BASIS_METHODS
 from tl_asymmetry.tangents.observation import Observation
 
-METHOD = {"pca": "PCA", "semi_nmf": "semi-NMF"}
-"""How a basis is extracted from activations, and what that is called in words."""
-
-METHODS: tuple[str, ...] = tuple(METHOD)
-"""Their names."""
+METHODS: tuple[str, ...] = tuple(BASIS_METHODS)
+"""How a basis can be taken."""
 
 Key = tuple[str, int, str, int]
 """Method, rank, point, layer."""

@@ -1,21 +1,14 @@
-"""A tangent analysis in words, and its report."""
+"""A tangent analysis in words."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
-from tl_asymmetry.names import SIGNIFICANT
-from tl_asymmetry.results.report import Definition, FigureSection, Report, TableSection
-from tl_asymmetry.tangents.bases import METHOD
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
-    from tl_asymmetry.tangents.result import TangentAnalysis
-
+from tl_asymmetry.names import BASIS_METHODS, SIGNIFICANT
+from tl_asymmetry.results.sections import Definition
 
 TANGENT_DEFINITIONS = (
     Definition(
@@ -109,7 +102,7 @@ def headline(
         return ["Every gradient is zero: nothing to be located."]
     sentences = []
     for (gradient, method), block in whole.groupby(["gradient", "method"], sort=False):
-        about = f"{str(gradient).capitalize()} gradients, {METHOD[str(method)]} basis of rank {k}"
+        about = f"{str(gradient).capitalize()} gradients, {BASIS_METHODS[str(method)]} basis of rank {k}"
         sentences.append(
             f"{about}: median energy {block['energy'].median():.2f}, {block['ratio'].median():.1f} times the controls' "
             f"(p ≤ {SIGNIFICANT} in {_share(block['p'] <= SIGNIFICANT)}, where a random basis would have it in "
@@ -133,8 +126,8 @@ def headline(
     for method, block in last.groupby("method", sort=False):
         energy = block.groupby("stratum")["energy"].median()
         sentences.append(
-            f"By token frequency at the last step ({METHOD[str(method)]}): median energy {energy.iloc[0]:.2f} for the "
-            f"rarest tokens, {energy.iloc[-1]:.2f} for the most frequent."
+            f"By token frequency at the last step ({BASIS_METHODS[str(method)]}): median energy {energy.iloc[0]:.2f} "
+            f"for the rarest tokens, {energy.iloc[-1]:.2f} for the most frequent."
         )
     if len(frequency):
         end = frequency[frequency["step"] == frequency["step"].max()]
@@ -145,67 +138,6 @@ def headline(
             f"{end['pearson'].max():+.2f} over layers, intervals without 0 in {_share(apart)}."
         )
     return sentences
-
-
-def tangent_report(result: TangentAnalysis) -> Report:
-    """Fill a `Report` from an analysis."""
-    config = result.config
-    return Report(
-        title=result._title(),
-        subtitle=result._facts(),
-        summary="\n\n".join(result._headline()),
-        notes=result.notes,
-        figures=_figures(result),
-        tables=[
-            TableSection("Summary", result._summary_table(), "Medians over matrices, layers and steps.", "summary"),
-            TableSection(
-                "All rows", result.table, "One row per step, gradient, site, layer, head, method and rank.", "table"
-            ),
-            TableSection("Strata", result.strata, "Stratum 1 holds the rarest tokens.", "strata"),
-            TableSection(
-                "Frequency and distance", result.frequency, "Correlation over tokens, layer by layer.", "frequency"
-            ),
-            TableSection("Bases", result.bases, "How well each basis describes the early activations.", "bases"),
-            TableSection("Checkpoints", result.checkpoints, "", "checkpoints"),
-        ],
-        methods=[
-            ("Bases", f"{', '.join(METHOD[m] for m in config['methods'])}, rank "
-             f"{', '.join(map(str, config['ranks']))}, fitted on steps {', '.join(map(str, config['basis_steps']))} of "
-             f"{config['total_steps']}"),
-            ("Controls", f"{config['draws']} random subspaces of equal rank for each basis, "
-             + ("orthogonal to it" if config["control"] == "complement" else "anywhere (Haar)")),
-            ("Loss", "masked-language-model loss on seeded masks" if config["kind"] == "encoder"
-             else "next-token cross-entropy"),
-            ("Strata", f"{config['strata']} of equal mass" if config["strata"] else "none"),
-        ],
-        definitions=TANGENT_DEFINITIONS,
-        config=config,
-    )  # fmt: skip
-
-
-def _figures(result: TangentAnalysis) -> list[FigureSection]:
-    families = [(g, m) for g in result.config["gradients"] for m in result.config["methods"]]
-    energy: dict[str, go.Figure] = {}
-    anisotropy: dict[str, go.Figure] = {}
-    for gradient, method in families:
-        name = f"{gradient} gradients, {METHOD[method]}"
-        energy[name] = result.plot_energy(gradient, method=method)
-        anisotropy[name] = result.plot_anisotropy(gradient, method=method)
-    figures = [
-        FigureSection(
-            "Energy in early directions", energy,
-            "Solid above dotted: more than the activations' own spectrum would give. Solid above the dashed line alone "
-            "says only that gradients are not spread evenly.",
-        ),
-        FigureSection(
-            "Anisotropy in early directions", anisotropy,
-            "Above the dotted line of the same colour: the basis holds more of the anisotropy than a normal control.",
-        ),
-    ]  # fmt: skip
-    if len(result.strata):
-        strata = {METHOD[m]: result.plot_strata(method=m) for m in result.config["methods"]}
-        figures.append(FigureSection("By token frequency", strata, "Drag the slider through training."))
-    return figures
 
 
 def _share(condition: pd.Series) -> str:

@@ -10,9 +10,10 @@ import pandas as pd
 from jaxtyping import Float
 
 from tl_asymmetry.arguments import checked
-from tl_asymmetry.results.report import Report
+from tl_asymmetry.names import BASIS_METHODS
+from tl_asymmetry.results.report import FigureSection, Report, TableSection
 from tl_asymmetry.results.result import Result
-from tl_asymmetry.tangents.report import headline, summary_table, tangent_report
+from tl_asymmetry.tangents.report import TANGENT_DEFINITIONS, headline, summary_table
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -197,4 +198,60 @@ class TangentAnalysis(Result):
         return headline(self.table, self.strata, self.frequency, self.config)
 
     def _report(self) -> Report:
-        return tangent_report(self)
+        config = self.config
+        return Report(
+            title=self._title(),
+            subtitle=self._facts(),
+            summary="\n\n".join(self._headline()),
+            notes=self.notes,
+            figures=self._figures(),
+            tables=[
+                TableSection("Summary", self._summary_table(), "Medians over matrices, layers and steps.", "summary"),
+                TableSection(
+                    "All rows", self.table, "One row per step, gradient, site, layer, head, method and rank.", "table"
+                ),
+                TableSection("Strata", self.strata, "Stratum 1 holds the rarest tokens.", "strata"),
+                TableSection(
+                    "Frequency and distance", self.frequency, "Correlation over tokens, layer by layer.", "frequency"
+                ),
+                TableSection("Bases", self.bases, "How well each basis describes the early activations.", "bases"),
+                TableSection("Checkpoints", self.checkpoints, "", "checkpoints"),
+            ],
+            methods=[
+                ("Bases", f"{', '.join(BASIS_METHODS[m] for m in config['methods'])}, rank "
+                 f"{', '.join(map(str, config['ranks']))}, fitted on steps "
+                 f"{', '.join(map(str, config['basis_steps']))} of {config['total_steps']}"),
+                ("Controls", f"{config['draws']} random subspaces of equal rank for each basis, "
+                 + ("orthogonal to it" if config["control"] == "complement" else "anywhere (Haar)")),
+                ("Loss", "masked-language-model loss on seeded masks" if config["kind"] == "encoder"
+                 else "next-token cross-entropy"),
+                ("Strata", f"{config['strata']} of equal mass" if config["strata"] else "none"),
+            ],
+            definitions=TANGENT_DEFINITIONS,
+            config=config,
+        )  # fmt: skip
+
+    def _figures(self) -> list[FigureSection]:
+        families = [(g, m) for g in self.config["gradients"] for m in self.config["methods"]]
+        energy: dict[str, go.Figure] = {}
+        anisotropy: dict[str, go.Figure] = {}
+        for gradient, method in families:
+            name = f"{gradient} gradients, {BASIS_METHODS[method]}"
+            energy[name] = self.plot_energy(gradient, method=method)
+            anisotropy[name] = self.plot_anisotropy(gradient, method=method)
+        figures = [
+            FigureSection(
+                "Energy in early directions", energy,
+                "Solid above dotted: more than the activations' own spectrum would give. Solid above the dashed line "
+                "alone says only that gradients are not spread evenly.",
+            ),
+            FigureSection(
+                "Anisotropy in early directions", anisotropy,
+                "Above the dotted line of the same colour: the basis holds more of the anisotropy than a normal "
+                "control.",
+            ),
+        ]  # fmt: skip
+        if len(self.strata):
+            strata = {BASIS_METHODS[m]: self.plot_strata(method=m) for m in self.config["methods"]}
+            figures.append(FigureSection("By token frequency", strata, "Drag the slider through training."))
+        return figures

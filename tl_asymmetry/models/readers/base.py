@@ -11,7 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_asymmetry.geometry.factored import factored_svd
 from tl_asymmetry.geometry.precision import product_dtype
+from tl_asymmetry.models.readers.spectra import DELTA_NUMBERS, delta_numbers, eigenvalues
 from tl_asymmetry.models.view import ModelView, Parameters
 from tl_asymmetry.names import MATRICES, kind_of
 
@@ -160,9 +162,24 @@ class WeightSource:
             `delta_norm, delta_relative_norm, stable_rank, effective_rank` (of the eigenvalues of ΔW ΔWᵀ; NaN for a
             matrix that did not change).
         """
-        from tl_asymmetry.models.readers.spectra import delta_table
+        base = None if base is None else as_weights(base)
+        rows = [
+            (layer, matrix, None if kind_of(matrix).heads is None else head, *numbers)
+            for layer in range(self.n_layers)
+            for matrix in self.matrices
+            for head, numbers in enumerate(self._numbers(layer, matrix, base))
+        ]
+        table = pd.DataFrame(rows, columns=["layer", "matrix", "head", *DELTA_NUMBERS])
+        return table.astype({"layer": "Int64", "head": "Int64", **dict.fromkeys(DELTA_NUMBERS, "float64")})
 
-        return delta_table(self, None if base is None else as_weights(base))
+    def _numbers(self, layer: int, matrix: str, base: Weights | None) -> list[list[float]]:
+        """`DELTA_NUMBERS` of every head."""
+        factors = self.factors(layer, matrix)
+        if factors is None:
+            λ = eigenvalues(self.delta(layer, matrix, base))
+        else:
+            λ = factored_svd(factors.residual.unsqueeze(0), factors.other)[1].square()
+        return delta_numbers(λ, None if base is None else base.weight(layer, matrix).detach())
 
     def _require(self, layer: int, matrix: str) -> None:
         if not 0 <= layer < self.n_layers:
