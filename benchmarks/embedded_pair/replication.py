@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 
 import pandas as pd
 
-from tl_asymmetry.names import SIGNIFICANT
-from tl_asymmetry.tangents.bases import METHOD
+from tl_asymmetry.names import BASIS_METHODS, SIGNIFICANT
 from tl_asymmetry.tangents.result import TangentAnalysis
 
 Runs = Mapping[tuple[str, int], TangentAnalysis]
@@ -70,13 +69,15 @@ def replication_claims(runs: Runs) -> list[str]:
     for (model, gradient), block in rows.groupby(["model", "gradient"], sort=False):
         parts = []
         for words, holds in claims:
-            counts = [f"{METHOD[str(m)]} {_seeds(r, holds(r))}" for m, r in block.groupby("method", sort=False)]
+            counts = [f"{BASIS_METHODS[str(m)]} {_seeds(r, holds(r))}" for m, r in block.groupby("method", sort=False)]
             parts.append(f"{words} in {', '.join(counts)}")
         early = block[block["phase"] == "early"].set_index(["method", "seed"])
         late = block[block["phase"] == "late"].set_index(["method", "seed"])
         for column, words in (("ratio", "ratio to the controls"), ("excess", "excess over the spectrum")):
             falls = (early[column] > late[column]).reset_index(name="falls")
-            counts = [f"{METHOD[str(m)]} {_fraction(r['falls'])}" for m, r in falls.groupby("method", sort=False)]
+            counts = [
+                f"{BASIS_METHODS[str(m)]} {_fraction(r['falls'])}" for m, r in falls.groupby("method", sort=False)
+            ]
             parts.append(f"{words} higher early than late in {', '.join(counts)}")
         sentences.append(f"{str(model).capitalize()}, {gradient} gradients: {'; '.join(parts)} seeds.")
     return sentences
