@@ -17,7 +17,7 @@ import torch
 
 from tests import tiny
 from tests.synthetic import make_table
-from tl_asymmetry import ModelView, PairAnalysis, analyze_pair, explorer
+from tl_asymmetry import ModelView, PairAnalysis, analyze_pair, analyze_spectra, explorer
 from tl_asymmetry.explore import contents
 from tl_asymmetry.explore.pack import Pack
 from tl_asymmetry.explore.page import SCRIPT
@@ -269,6 +269,17 @@ def test_a_row_of_several_matrices_stands_with_each(tmp_path):
     assert table["name"] == "Rewinding"
     assert table["columns"]["matrix"] == ["W_Q", "W_O"]
     np.testing.assert_array_equal(table["columns"]["shift"], [0.25, 0.25])
+
+
+def test_the_base_weight_s_own_frame_stands_in_the_card(tmp_path):
+    spectra = analyze_spectra(*pair("gpt2"), ranks=[2], matrices=["W_Q", "W_in"], progress=False)
+    page = held(analysed("gpt2").to_explorer(tmp_path / "e.html", directions=0, spectra=spectra))
+    assert held(analysed("gpt2").to_explorer(tmp_path / "e.html", directions=0))["frame"] is None
+    frame = page["frame"]
+    assert frame["rows"] == len(spectra.table)
+    assert set(contents.FRAME_COLUMNS) == set(frame["columns"])
+    np.testing.assert_array_equal(frame["columns"]["on_principal"], spectra.table["on_principal"].astype("float32"))
+    assert list(np.isnan(frame["columns"]["head"])) == list(spectra.table["head"].isna())
 
 
 def test_a_large_attached_table_keeps_the_shown_rank(monkeypatch):

@@ -19,10 +19,17 @@ from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots.held import held_against
 from tl_asymmetry.plots.maps import VERDICTS
 from tl_asymmetry.results.nulls import described
+from tl_asymmetry.spectra.result import SpectralAnalysis
 
 KEYS = ("layer", "head", "matrix", "subspace", "rank", "pathway")
 CURVE_POINTS = 40
 """Ranks at which a curve is drawn, log-spaced."""
+FRAME_COLUMNS = (
+    "layer", "head", "matrix", "rank", "on_principal", "on_principal_relative", "on_principal_q", "coupling",
+    "intruders", "intruders_expected", "rotation_left", "rotation_left_expected", "rotation_right",
+    "rotation_right_expected",
+)  # fmt: skip
+"""Columns of a spectral analysis that a card shows."""
 ATTACHED_ROWS = 200_000
 """Rows of an attached table above which only those at the shown rank are kept."""
 STEP_COLUMNS = ("layer", "head", "matrix", "subspace", "rank", "relative", "ci_low", "ci_high", "isotropic_q", "excess")
@@ -157,6 +164,12 @@ def directions(
         }  # fmt: skip
     texts = context_parts(tokenizer, sequences, places.tolist(), _CONTEXT_TOKENS, _TOKENS_AFTER)
     return {"tokens": words, "contexts": texts, "matrices": by_matrix}
+
+
+def frame(spectra: SpectralAnalysis, pack: Pack) -> dict[str, Any]:
+    """Shares, intruders and rotation of each head or expert in the base weight's own singular frame."""
+    table = spectra.table.assign(head=pick.units(spectra.table))
+    return attached("Spectra", table[list(FRAME_COLUMNS)], min(spectra.config["shown_rank"].values()), pack)
 
 
 def attached(name: str, source: Any, shown_rank: int, pack: Pack) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair.data import PairData
 from tl_asymmetry.pair.directions import find_directions
 from tl_asymmetry.results.pages import Html, document, page_path, title_markup, write_page
+from tl_asymmetry.spectra.result import SpectralAnalysis
 
-SCRIPT = ("data", "state", "words", "search", "map", "cards", "charts", "details", "table", "wiring")
+SCRIPT = ("data", "state", "words", "search", "map", "cards", "charts", "details", "spectra", "table", "wiring")
 """Parts of the page's script, in order: each a file under `script`, all in one scope."""
 NEAREST_TOKENS = 6
 CONTEXTS = 3
@@ -32,14 +33,16 @@ def explorer(
     edits: Any = None,
     rewinding: Any = None,
     trajectory: Any = None,
+    spectra: SpectralAnalysis | None = None,
     progress: bool = True,
 ) -> Path:
     """Write the head explorer of a pair: one self-contained page that opens offline. Returns its path.
 
     A click on a head of the map (or Enter on it) opens its rank curve against both nulls, the spectrum of its delta,
-    its leading directions with the nearest tokens and the contexts that excite them, and its edits, rewinding and
-    trajectory if given. Heads and experts can be searched, sorted, filtered, set side by side and downloaded as CSV;
-    the page's address (`#L7H3/W_Q`, `#L7E12/W_in`) restores what is open and chosen, and where the reader was.
+    its leading directions with the nearest tokens and the contexts that excite them, and its edits, rewinding,
+    trajectory and place in the base weight's own frame if given. Heads and experts can be searched, sorted, filtered,
+    set side by side and downloaded as CSV; the page's address (`#L7H3/W_Q`, `#L7E12/W_in`) restores what is open and
+    chosen, and where the reader was.
 
     Args:
         result: what `analyze_pair` returned.
@@ -52,6 +55,8 @@ def explorer(
             DataFrame with the columns layer, head (missing for an MLP matrix) and matrix (or `matrices`, several in one
             cell). Its rows are shown with the head they belong to; with the columns `step` and `relative` they are
             drawn too.
+        spectra: what `analyze_spectra` returned of the same two models: each head's share in the base weight's own
+            singular directions, over chance, with intruders and rotation.
         progress: show a bar while directions are looked up.
 
     Raises:
@@ -92,6 +97,7 @@ def explorer(
         "spectra": contents.spectra(result, pack),
         "directions": _directions(result, view, directions, progress, pack),
         "attached": attachments,
+        "frame": None if spectra is None else contents.frame(spectra, pack),
     }
     own = files(__package__)
     title = f"Head explorer: {result._title()}"

@@ -137,6 +137,9 @@ function card(item) {
     ...directionBlocks(item),
   );
   const later = data.attached.map((table) => attachedBlock(table, item, node));
+  if (data.frame) {
+    later.unshift(frameBlock(data.frame, item, node));
+  }
   return {
     node,
     draw(range) {

@@ -77,23 +77,31 @@ function directionBlocks(item) {
 
 const visible = (token) => token.replace(/ /g, "␣").replace(/\n/g, "⏎").replace(/\t/g, "⇥") || "∅";
 
-function attachedBlock(table, item, node) {
+// What reads a cell of an attached table, a word or a number.
+function cellOf(table) {
+  return (name, i) => {
+    const held = table.columns[name];
+    return held.words ? held.words[held.at[i]] : held[i];
+  };
+}
+
+// The rows of an attached table that belong to an open head.
+function rowsOf(table, item) {
   const map = mapOf(item.matrix, item.subspace),
-    value = (name, i) => {
-      const held = table.columns[name];
-      return held.words ? held.words[held.at[i]] : held[i];
-    };
-  const rows = [];
-  for (let i = 0; i < table.rows; i += 1) {
+    value = cellOf(table);
+  return Array.from({length: table.rows}, (_, i) => i).filter((i) => {
     const head = value("head", i);
-    if (
+    return (
       value("matrix", i) === item.matrix &&
       value("layer", i) === item.layer &&
       (map.heads === null ? Number.isNaN(head) : head === item.head)
-    ) {
-      rows.push(i);
-    }
-  }
+    );
+  });
+}
+
+function attachedBlock(table, item, node) {
+  const rows = rowsOf(table, item),
+    value = cellOf(table);
   node.append(element("h4", {}, table.name));
   if (!rows.length) {
     node.append(element("p", {className: "rows"}, "No rows for this head and matrix."));
