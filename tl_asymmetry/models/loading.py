@@ -166,6 +166,8 @@ def bridge_around(
     from transformer_lens.model_bridge import TransformerBridge
 
     _refuse_to_install(hf_model.config, name)
+    if not hf_model.config.architectures:  # only saving writes it, and TransformerLens knows a model by nothing else
+        hf_model.config.architectures = [type(hf_model).__name__]
     tokenizer = stand_in_tokenizer() if tokenizer is None else tokenizer
     device = torch.device(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # split projections draw weights
