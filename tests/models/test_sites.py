@@ -59,6 +59,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-moe": ("Qwen2MoeConfig", LLAMA | QWEN_MIXTURE | {"decoder_sparse_step": 2}),
     "qwen3.5": ("Qwen3_5TextConfig", LLAMA | LINEAR),
     "lfm2": ("Lfm2Config", LLAMA | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
+    "falcon-h1": ("FalconH1Config", LLAMA | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8,
+                  "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_d_conv": 4, "mamba_chunk_size": 8}),
     "granite 4, dense": ("GraniteMoeHybridConfig", LLAMA | {"num_local_experts": 0, "num_experts_per_tok": 0,
                          "shared_intermediate_size": 48, "layer_types": ["attention"] * 2, "residual_multiplier": 0.2,
                          "mamba_n_heads": 8, "mamba_d_head": 8,

@@ -20,7 +20,7 @@ from tl_asymmetry import (
     weights_from,
 )
 from tl_asymmetry.models.huggingface import HuggingFaceAdapter
-from tl_asymmetry.names import kind_of
+from tl_asymmetry.names import MATRICES, kind_of
 from tl_asymmetry.objectives import CrossEntropy
 
 RANK = 2
@@ -115,13 +115,15 @@ def test_a_result_with_gaps_is_told_drawn_saved_and_read(name, analysed, tmp_pat
     pd.testing.assert_frame_equal(load(tmp_path / "saved").table, result.table)
 
 
-def test_a_folder_is_what_the_loaded_model_is(tmp_path):
-    base = adapter_of("qwen3.5").inner
+@pytest.mark.parametrize("name", ["qwen3.5", "falcon-h1"])
+def test_a_folder_is_what_the_loaded_model_is(name, tmp_path):
+    base = adapter_of(name).inner
     aligned = changed(base)
     aligned.save_pretrained(tmp_path)
     options = {"tokens": tokens(), "ranks": [RANK], "groups": 1, "progress": False}
     live, folder = (analyze_pair(base, other, **options).table for other in (aligned, tmp_path))
     pd.testing.assert_frame_equal(live, folder, rtol=1e-6)
+    assert any(matrix not in MATRICES for matrix in live["matrix"])
 
 
 def test_directions_of_an_expert_are_its_own(analysed):

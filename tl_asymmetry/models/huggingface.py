@@ -420,10 +420,8 @@ def has_like_layers(model: Any) -> bool:
 
     Weights are not looked at: a model on the meta device will do.
     """
-    # Names only: under its path a Bridge may keep a fused projection that it has split.
     shapes = [
-        {name: (site.unit, tuple(site.weight.shape)) for name, site in sites.items() if name in MATRICES}
-        for sites in _all_sites(model)
+        {name: (site.unit, tuple(site.weight.shape)) for name, site in sites.items()} for sites in _all_sites(model)
     ]
     experts = any(unit == "expert" for layer in shapes for unit, _ in layer.values())
     return set(shapes[0]) <= set(BridgeAdapter.names) and not experts and all(layer == shapes[0] for layer in shapes)
