@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.models.test_sites import adapter_of
 from tl_asymmetry import ModelView
 from tl_asymmetry.edits import MatrixEdit, RankOneEdit, Rewind, apply_edits, commit_edits
 from tl_asymmetry.names import MATRICES, kind_of
@@ -92,7 +93,7 @@ BAD = {
     "matrix": (dict(matrix="W_X"), "expected a matrix among W_Q, .* got 'W_X'; pass one of these"),
     "tied": (dict(matrix="W_U"), "where W_U is tied to W_E, an edit of one would be an edit of both"),
     "no head": (dict(head=None), "expected the index of a head for W_Q, got None; pass that"),
-    "head": (dict(matrix="W_in"), r"expected head=None \(a matrix of the MLP\) for W_in, got 0; pass that"),
+    "head": (dict(matrix="W_in"), r"expected head=None \(a matrix without heads\) for W_in, got 0; pass that"),
     "matrix vector": (dict(residual=torch.ones(2, 2)), r"expected residual as a vector, got shape \(2, 2\)"),
     "empty": (dict(other=torch.ones(0)), r"expected other as a vector, got shape \(0,\)"),
     "list": (dict(other=[1.0, 2.0]), "expected other as a vector, got list; pass a one-dimensional tensor"),
@@ -479,3 +480,60 @@ def test_on_the_gpu(dtype):
             change, edits[0].change().cuda(), rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05
         )
     assert fingerprint(model) == before
+
+
+EXPERTS = {  # by hand: where an expert's matrix lies in the stacked parameters, as [in, out]
+    ("mixtral", "W_gate"): lambda experts, e: experts.gate_up_proj[e, :48].mT,
+    ("mixtral", "W_in"): lambda experts, e: experts.gate_up_proj[e, 48:].mT,
+    ("mixtral", "W_out"): lambda experts, e: experts.down_proj[e].mT,
+    ("gpt-oss", "W_gate"): lambda experts, e: experts.gate_up_proj[e, :, ::2],
+    ("gpt-oss", "W_in"): lambda experts, e: experts.gate_up_proj[e, :, 1::2],
+    ("gpt-oss", "W_out"): lambda experts, e: experts.down_proj[e],
+}
+
+
+@pytest.mark.parametrize(("name", "matrix"), list(EXPERTS))
+def test_an_edit_of_one_expert_is_an_edit_by_hand(name, matrix):
+    model = adapter_of(name).inner
+    tokens, generator = torch.tensor([[5, 9, 11, 33, 2, 7]]), torch.Generator().manual_seed(0)
+    by_hand = copy.deepcopy(model)
+    rows, columns = EXPERTS[name, matrix](by_hand.model.layers[1].mlp.experts, 2).shape
+    residual, other = (torch.randn(n, generator=generator, dtype=torch.float64) for n in
+                       ((columns, rows) if matrix == "W_out" else (rows, columns)))  # fmt: skip
+    outer = torch.outer(other, residual) if matrix == "W_out" else torch.outer(residual, other)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        EXPERTS[name, matrix](by_hand.model.layers[1].mlp.experts, 2).add_(0.5 * outer)
+        with apply_edits(model, RankOneEdit(1, matrix, None, residual, other, 0.5, expert=2)):
+            assert torch.allclose(model(tokens).logits, by_hand(tokens).logits, rtol=1e-12, atol=1e-13)
+            assert len(_changed(model, before)) == 1
+    assert not _changed(model, before)
+
+
+def _changed(model, before):
+    return [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]
+
+
+def test_an_edit_of_a_further_linear_map():
+    model = adapter_of("qwen3.5").inner
+    weight = model.model.layers[0].linear_attn.out_proj.weight
+    before, residual, other = weight.detach().clone(), torch.ones(weight.shape[0]), torch.ones(weight.shape[1])
+    with apply_edits(model, RankOneEdit(0, "linear_attn.out_proj", None, residual, other)):
+        assert torch.equal(weight, before + 1)
+    assert torch.equal(weight, before)
+
+
+def test_experts_are_named_where_there_are_some_and_nowhere_else():
+    mixture, dense = adapter_of("mixtral").inner, adapter_of("llama").inner
+    vectors = torch.ones(32), torch.ones(48)
+    with pytest.raises(ValueError, match="expected an expert from 0 to 3 of W_in in layer 0, got None; pass expert="):
+        apply_edits(mixture, RankOneEdit(0, "W_in", None, *vectors))
+    with pytest.raises(ValueError, match="expected an expert from 0 to 3 of W_in in layer 0, got 4; pass expert="):
+        apply_edits(mixture, RankOneEdit(0, "W_in", None, *vectors, expert=4))
+    with pytest.raises(ValueError, match="expected expert=None for W_in of layer 0, which has no experts, got 1"):
+        apply_edits(dense, RankOneEdit(0, "W_in", None, *vectors, expert=1))
+    with pytest.raises(ValueError, match="expected expert=None for W_Q, which has heads, got 1; leave it out"):
+        RankOneEdit(0, "W_Q", 0, *vectors, expert=1)
+    edit = RankOneEdit(0, "W_in", None, *vectors, expert=3)
+    assert RankOneEdit.from_dict(edit.to_dict()) == edit != RankOneEdit(0, "W_in", None, *vectors, expert=2)
+    assert "W_in expert 3" in repr(edit)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.interrupts import temporarily
 from tl_asymmetry.models.view import ModelView, Slot
-from tl_asymmetry.names import MATRICES, kind_of
+from tl_asymmetry.names import MATRICES, Place, kind_of, side_by_name
 
 _EMBEDDINGS = ("W_E", "W_U", "W_pos")
 EditT = TypeVar("EditT", bound="HeadEdit")
@@ -26,7 +26,7 @@ _WIDE = (torch.float32, torch.float64)
 
 @dataclass(frozen=True, eq=False)
 class HeadEdit:
-    """A change of one head's matrix, or of a matrix of the MLP; its subclasses say which change.
+    """A change of one head's or expert's matrix, or of a matrix without such parts; its subclasses say which change.
 
     Raises:
         ValueError: an unknown matrix, a head where there is none or none where there is one.
@@ -35,12 +35,14 @@ class HeadEdit:
     layer: int
     """Which block."""
     matrix: str
-    """Which matrix, by its TransformerLens name, W_Q … W_out."""
+    """Which matrix: W_Q … W_out, or the path of a further linear map's module inside the block."""
     head: int | None
     """Which head: the key-value head for W_K and W_V, None for a matrix of the MLP."""
+    expert: int | None = field(default=None, kw_only=True)
+    """Which expert of a mixture; None elsewhere."""
 
     def __post_init__(self) -> None:
-        if self.matrix not in MATRICES:
+        if self.matrix not in MATRICES and side_by_name(self.matrix) is None:
             why = "; embeddings are not edited (where W_U is tied to W_E, an edit of one would be an edit of both)"
             raise ValueError(
                 f"expected a matrix among {', '.join(MATRICES)}, got {self.matrix!r}"
@@ -48,8 +50,17 @@ class HeadEdit:
             )
         headed = kind_of(self.matrix).heads is not None
         if headed != (self.head is not None):
-            wanted = "the index of a head" if headed else "head=None (a matrix of the MLP)"
+            wanted = "the index of a head" if headed else "head=None (a matrix without heads)"
             raise ValueError(f"expected {wanted} for {self.matrix}, got {self.head}; pass that")
+        if headed and self.expert is not None:
+            raise ValueError(
+                f"expected expert=None for {self.matrix}, which has heads, got {self.expert}; leave it out"
+            )
+
+    @property
+    def place(self) -> Place:
+        """Layer, matrix, head and expert."""
+        return Place(self.layer, self.matrix, self.head, self.expert)
 
     @property
     def pathway(self) -> str:
@@ -161,7 +172,7 @@ class RankOneEdit(HeadEdit):
             name: {"dtype": str(v.dtype).removeprefix("torch."), "values": v.tolist()}
             for name, v in (("residual", self.residual), ("other", self.other))
         }
-        return {"layer": self.layer, "matrix": self.matrix, "head": self.head, "scale": self.scale, **vectors}
+        return {**self.place._asdict(), "scale": self.scale, **vectors}
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> RankOneEdit:
@@ -170,7 +181,7 @@ class RankOneEdit(HeadEdit):
         Raises:
             ValueError: an entry is missing, or what the edit itself refuses.
         """
-        missing = {"layer", "matrix", "head", "scale", "residual", "other"} - set(document)
+        missing = {*Place._fields, "scale", "residual", "other"} - set(document)
         if missing:
             raise ValueError(f"expected an edit written by to_dict, got one without {', '.join(sorted(missing))}; "
                              "pass all its entries")  # fmt: skip
@@ -178,13 +189,14 @@ class RankOneEdit(HeadEdit):
             torch.tensor(document[name]["values"], dtype=getattr(torch, document[name]["dtype"]))
             for name in ("residual", "other")
         )
-        return cls(document["layer"], document["matrix"], document["head"], residual, other, document["scale"])
+        layer, matrix, head, expert = (document[name] for name in Place._fields)
+        return cls(layer, matrix, head, residual, other, document["scale"], expert=expert)
 
     def __eq__(self, theirs: object) -> bool:
         if not isinstance(theirs, RankOneEdit):
             return NotImplemented
         return (
-            (self.layer, self.matrix, self.head, self.scale) == (theirs.layer, theirs.matrix, theirs.head, theirs.scale)
+            (self.place, self.scale) == (theirs.place, theirs.scale)
             and torch.equal(self.residual.cpu(), theirs.residual.cpu())
             and torch.equal(self.other.cpu(), theirs.other.cpu())
         )
@@ -192,8 +204,8 @@ class RankOneEdit(HeadEdit):
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        head = "" if self.head is None else f" head {self.head}"
-        return f"RankOneEdit(layer {self.layer} {self.matrix}{head}, norm {self.norm:.4g}, scale {self.scale:g})"
+        parts = "".join(f" {name} {i}" for name, i in (("head", self.head), ("expert", self.expert)) if i is not None)
+        return f"RankOneEdit(layer {self.layer} {self.matrix}{parts}, norm {self.norm:.4g}, scale {self.scale:g})"
 
     def _in_order(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """The two vectors in the order of the matrix's axes."""
@@ -363,7 +375,7 @@ def _listed(edits: HeadEdit | Sequence[HeadEdit]) -> list[HeadEdit]:
 
 @dataclass(frozen=True, eq=False)
 class _Place:
-    """The weights that one edit touches: a head, or the whole matrix of an MLP."""
+    """The weights that one edit touches: a head's, an expert's, or the whole matrix."""
 
     edit: HeadEdit
     weights: Tensor
@@ -394,6 +406,18 @@ def _place(view: ModelView, edit: HeadEdit) -> _Place:
                 "of these"
             )
         weight = weight[edit.head]
+    elif view.unit(edit.layer, edit.matrix) == "expert":
+        if edit.expert is None or not 0 <= edit.expert < len(weight):
+            raise ValueError(
+                f"expected an expert from 0 to {len(weight) - 1} of {edit.matrix} in layer {edit.layer}, got "
+                f"{edit.expert}; pass expert="
+            )
+        weight = weight[edit.expert]
+    elif edit.expert is not None:
+        raise ValueError(
+            f"expected expert=None for {edit.matrix} of layer {edit.layer}, which has no experts, got {edit.expert}; "
+            "leave it out"
+        )
     edit.check_fits(weight)
     return _Place(edit, weight, slot, weight.data_ptr())
 
