@@ -8,7 +8,7 @@ import pytest
 from tests.browser.conftest import HOSTILE
 from tests.browser.measures import CONTRASTS, REACHED, SHOWN_MAP, until
 
-HEADS = "#figure-0"
+HEADS = "#figure-1"
 
 
 def scroll_through(page):
@@ -58,7 +58,7 @@ def test_hover_explains_a_cell(visit, report_page, pair):
     page = visit(report_page)
     page.locator(f"{HEADS} .main-svg").first.wait_for()
     until(page, f"document.querySelector('{HEADS} .plot').dataset.hover === 'yes' || "
-                f"document.getElementById('plot-0-0-hover') === null")  # fmt: skip
+                f"document.getElementById('plot-1-0-hover') === null")  # fmt: skip
     page.locator(f"{HEADS} .plot .nsewdrag").hover(position={"x": 40, "y": 20})
     page.locator(f"{HEADS} .hovertext").first.wait_for()
     words = page.locator(f"{HEADS} .hovertext").first.text_content()
@@ -122,5 +122,11 @@ def test_download_is_the_whole_table(visit, report_page, pair):
         page.get_by_role("button", name="Download all as table.csv").click()
     assert waiting.value.suggested_filename == "table.csv"
     read = pd.read_csv(waiting.value.path())
-    assert len(read) == len(pair[0].table)
-    np.testing.assert_allclose(read["relative"], pair[0].table["relative"], rtol=1e-12)
+    table = pair[0].table
+    assert list(read.columns) == list(table.columns)
+    keys = ["matrix", "subspace", "layer", "head", "rank"]
+    sorted_by_keys = [each.sort_values(keys, ignore_index=True) for each in (read, table)]
+    np.testing.assert_allclose(sorted_by_keys[0]["relative"], sorted_by_keys[1]["relative"], rtol=1e-12)
+    shown = pair[0].config["shown_rank"]
+    assert (read["rank"] == shown).iloc[: (table["rank"] == shown).sum()].all()
+    assert read["excess"].iloc[0] == pytest.approx(table.loc[table["rank"] == shown, "excess"].max())

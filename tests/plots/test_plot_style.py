@@ -52,6 +52,14 @@ def test_page_colours_reach_aa():
         assert contrast(colours["paper"], colours["focus"]) >= 3
 
 
+def test_the_greyscale_map_keeps_its_order_without_colours():
+    """Where 1/2 and 2 are one grey, as on the coloured scale, a copy without colours says nothing."""
+    light = [luminance(colour) for _, colour in style.GREYSCALE]
+    assert light == sorted(light)
+    assert [at for at, _ in style.GREYSCALE] == [at for at, _ in style.DIVERGING["light"]]
+    assert min(contrast(style.GREYSCALE[i][1], style.GREYSCALE[3][1]) for i in (0, -1)) >= 2
+
+
 def test_read_and_write_matrices_differ_without_colour():
     looks = [(s["symbol"], s["dash"]) for s in style.MATRIX_STYLE.values()]
     assert len(set(looks)) == len(looks)

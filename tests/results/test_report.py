@@ -23,6 +23,7 @@ from tl_asymmetry.plots import (
     page,
     rank_curve_figure,
     spectrum_figure,
+    style,
 )
 from tl_asymmetry.results.report import (
     CITATIONS,
@@ -203,6 +204,13 @@ def test_tables_show_a_bounded_number_of_rows_and_give_all_of_them(full):
     assert all(a["tabindex"] == "0" and a["role"] == "region" and a["aria-label"] for a in boxes)
 
 
+def test_a_table_may_show_some_of_its_columns_and_gives_all():
+    table = synthetic.make_table()
+    document = report_html(Report("t", tables=[TableSection("Rows", table, shown=["layer", "relative"])]))
+    assert f"200 of {len(table)} rows, 2 of {len(table.columns)} columns shown." in Reader(document).text
+    assert list(download(document, "table").columns) == list(table.columns)
+
+
 def test_a_table_is_packed_and_the_same_every_time():
     table = synthetic.make_table(layers=12)
     make = lambda: report_html(Report("t", tables=[TableSection("Rows", table)]), max_rows=3)  # noqa: E731
@@ -347,6 +355,11 @@ def test_images_for_a_papers_columns_leave_the_title_to_the_caption(tmp_path, mo
     assert not still.layout.title.text
     plots = [f.layout.height - f.layout.margin.t - f.layout.margin.b for f in (still, whole)]
     assert plots[0] == plots[1]
+    write_images(Result("t", figures=[FigureSection("Heads", whole)]), tmp_path, width=width, greyscale=True)
+    grey, coloured = ([t.colorscale for t in f.data if t.meta == "diverging"] for f in (written[1], whole))
+    assert grey
+    assert {scale[0][1] for scale in grey} == {style.GREYSCALE[0][1]}
+    assert {scale[0][1] for scale in coloured} == {style.DIVERGING["light"][0][1]}  # the figure itself is left alone
     with pytest.raises(
         ValueError, match="expected a width in pixels, 'single' or 'double', got 'wide'; pass width='si"
     ):

@@ -128,6 +128,7 @@ class PairData(Result):
         subspace: str | None = None,
         rank: int | None = None,
         value: str = "relative",
+        side_by_side: int | None = None,
         title: str | None = None,
         template: Any = None,
         width: int | None = None,
@@ -141,6 +142,7 @@ class PairData(Result):
             rank: the only one of one matrix, the first of several; None: all with a slider, the shown rank first.
             value: shown first: "relative", "excess" or "gradient_excess" (over the references of the table), the key of
                 a null in `nulls`, "unrounded" (relative with the rounding share removed), "z" or "verdict".
+            side_by_side: all matrices at once, so many in a row, without menus: as for a paper.
             title: first line of the title; None says what is shown. Plain text.
             template: None or "light", "dark", or any plotly template.
             width, height: pixels; None follows the page and the content.
@@ -148,11 +150,11 @@ class PairData(Result):
         Raises:
             ValueError: what was not analysed, or a value that is NaN everywhere.
         """
-        from tl_asymmetry.plots import head_maps_figure, heads_figure
+        from tl_asymmetry.plots import head_maps_figure, head_sheet_figure, heads_figure
 
         layout: Layout = {"title": title, "template": template, "width": width, "height": height}
         shown = self.config["shown_rank"]
-        if isinstance(matrix, str):
+        if isinstance(matrix, str) and side_by_side is None:
             return heads_figure(
                 self.table, matrix, nulls=described(self.nulls), subspace=subspace, rank=rank, value=value,
                 default_rank=shown, d_model=self._d, **self._kv(matrix), **layout,
@@ -161,9 +163,15 @@ class PairData(Result):
         if matrix is not None:
             if not matrix:
                 raise ValueError("expected matrix with a name or more, got none; pass matrix=None for all")
-            for name in matrix:
+            names = [matrix] if isinstance(matrix, str) else list(matrix)
+            for name in names:
                 self._require_matrix(name)
-            table, first = table[table["matrix"].isin(list(matrix))], next(iter(matrix), None)
+            table, first = table[table["matrix"].isin(names)], names[0]
+        if side_by_side is not None:
+            return head_sheet_figure(
+                table, nulls=described(self.nulls), subspace=subspace, rank=rank, value=value, default_rank=shown,
+                d_model=self._d, across=side_by_side, **layout,
+            )  # fmt: skip
         return head_maps_figure(
             table, nulls=described(self.nulls), matrix=first, subspace=subspace, value=value,
             default_rank=shown if rank is None else rank, d_model=self._d, **layout,

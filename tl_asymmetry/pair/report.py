@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import pandas as pd
 
 from tl_asymmetry.pair.data import PairData
 from tl_asymmetry.pair.summary import against_gradients, headline, summary_table
 from tl_asymmetry.results.report import FigureSection, Report, TableSection
 
-if TYPE_CHECKING:
-    pass
+_SHOWN = (
+    "layer", "head", "expert", "matrix", "subspace", "rank", "relative", "ci_low", "ci_high", "isotropic_q", "excess",
+    "excess_low", "excess_high", "excess_q", "verdict", "delta_relative_norm", "rounding_share", "flags",
+)  # fmt: skip
+"""Columns of the table that stand on the page."""
 
 
 def pair_report(result: PairData) -> Report:
@@ -26,7 +29,14 @@ def pair_report(result: PairData) -> Report:
         figures=_figures(result),
         tables=[
             TableSection("Medians by matrix", summary_table(result), "Over layers and heads.", "summary"),
-            TableSection("All rows", result.table, "One row per layer, head, matrix, subspace and rank.", "table"),
+            TableSection(
+                "All rows",
+                _ordered(result),
+                "One row per layer, head, matrix, subspace and rank; those at rank "
+                f"{result.config['shown_rank']} first, largest excess first.",
+                "table",
+                [name for name in _SHOWN if result.table[name].notna().any()],
+            ),
             TableSection("Asymmetry", result.asymmetry, "Read against write; head empty = whole layer.", "asymmetry"),
             TableSection("Circuits", result.circuits, "Products that no choice of gauge changes.", "circuits"),
             TableSection("Other changes", result.other_changes, "Biases, gains, embeddings.", "other_changes"),
@@ -36,13 +46,23 @@ def pair_report(result: PairData) -> Report:
     )
 
 
+def _ordered(result: PairData) -> pd.DataFrame:
+    """The rows in the order in which they are looked for."""
+    shown = result.table["rank"] == result.config["shown_rank"]
+    ordered = result.table.assign(_shown=shown).sort_values(
+        ["_shown", "excess", "relative"], ascending=False, kind="stable", ignore_index=True
+    )
+    return ordered.drop(columns="_shown")
+
+
 def _figures(result: PairData) -> list[FigureSection]:
     matrices = list(dict.fromkeys(result.table["matrix"]))
     figures: list[FigureSection] = []
     if result.table["fraction"].notna().any():
+        figures.append(FigureSection("What the tests say", result.plot_heads(value="verdict", side_by_side=2)))
         figures.append(
             FigureSection(
-                "Where each head changed", result.plot_heads(), "Hover a cell for its interval and both nulls."
+                "Where each head changed", result.plot_heads(), "Hover a cell for its interval and every null."
             )
         )
         figures.append(FigureSection("Layer by layer", result.plot_layers()))
@@ -78,6 +98,6 @@ def _methods(result: PairData) -> list[tuple[str, str]]:
          f"{'left out' if arguments['exclude_first'] else 'kept'}, "
          f"{'covariance' if arguments['centered'] else 'uncentred second moment'}"),
         ("Intervals", f"delete-one-group jackknife over at most {arguments['groups']} groups of sequences, on the log"),
-        ("Null", f"Haar-random subspaces, seed {arguments['seed']}; q by Benjamini–Hochberg over the layers and heads "
-         "of one matrix, subspace and rank"),
+        ("Null", f"Haar-random subspaces, seed {arguments['seed']}; q is corrected over families (a matrix, subspace "
+         "and rank), the layers of those found and the heads of these"),
     ]  # fmt: skip

@@ -12,6 +12,7 @@ from tl_asymmetry.plots.coupling import accuracy_figure, arms_figure, coupling_f
 from tl_asymmetry.plots.deltas import deltas_figure
 from tl_asymmetry.plots.gradients import effective_rank_figure
 from tl_asymmetry.plots.head_maps import head_maps_figure
+from tl_asymmetry.plots.head_sheet import head_sheet_figure
 from tl_asymmetry.plots.heads import heads_figure
 from tl_asymmetry.plots.interventions import controls_figure, doses_figure, effects_figure
 from tl_asymmetry.plots.layers import layers_figure
@@ -48,6 +49,7 @@ __all__ = [
     "grades_figure",
     "head_curves_figure",
     "head_maps_figure",
+    "head_sheet_figure",
     "heads_figure",
     "layers_figure",
     "overlap_figure",

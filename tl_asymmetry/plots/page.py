@@ -121,7 +121,9 @@ def require_image(format: str, width: int | str, scale: float) -> None:
         raise ImportError("expected kaleido to be installed; pip install 'tl-asymmetry[report]'")
 
 
-def write_image(figure: go.Figure, path: Path, *, format: str, width: int | str, scale: float) -> Path:
+def write_image(
+    figure: go.Figure, path: Path, *, format: str, width: int | str, scale: float, greyscale: bool = False
+) -> Path:
     """Write what a figure shows first as a static image, without the menus and sliders nobody can press on paper.
 
     Args:
@@ -130,6 +132,7 @@ def write_image(figure: go.Figure, path: Path, *, format: str, width: int | str,
         format: "svg", "pdf", "png", "jpg" or "webp".
         width: pixels; or a name of `COLUMNS`, where the title is left to the caption.
         scale: pixels of a bitmap for each pixel of the figure.
+        greyscale: colour maps from dark to light, so that they can be read without colours.
 
     Raises:
         ImportError: kaleido is not installed.
@@ -137,6 +140,8 @@ def write_image(figure: go.Figure, path: Path, *, format: str, width: int | str,
     """
     require_image(format, width, scale)
     still = go.Figure(figure)
+    if greyscale:
+        still.update_traces(colorscale=style.GREYSCALE, selector={"meta": "diverging"})
     menu, slider = controls_height(figure)
     top, bottom = (getattr(still.layout.margin, side) or 0 for side in ("t", "b"))
     cut = top - menu - _BARE_TOP if isinstance(width, str) and still.layout.title.text else 0

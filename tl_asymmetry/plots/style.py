@@ -37,6 +37,11 @@ DIVERGING = {
         (0.6, "#6e4420"), (0.8, "#c9731f"), (1.0, "#ffc27a"),
     ],
 }  # fmt: skip
+# The same from dark to light, so that a copy without colours keeps which side of chance a cell is on.
+GREYSCALE = [
+    (0.0, "#12365e"), (0.2, "#3b6690"), (0.4, "#7a93a8"), (0.5, "#a3a29c"),
+    (0.6, "#c4ae8a"), (0.8, "#e8c58d"), (1.0, "#ffe9c2"),
+]  # fmt: skip
 # Cividis without its darkest and brightest ends, which vanish on one page or the other.
 SEQUENTIAL = [(0.0, "#4a6db0"), (0.35, "#7b7f8e"), (0.65, "#a08f5f"), (1.0, "#b59a1f")]
 

@@ -195,16 +195,17 @@ def table_box(section: TableSection, max_rows: int, key: str) -> tuple[TableBox,
     from tl_asymmetry.plots import page
 
     table = section.table
-    shown = table.head(max_rows)
-    kinds = (getattr(t, "numpy_dtype", t).kind for t in table.dtypes)
-    columns = [(str(name), kind in "iufb") for name, kind in zip(table.columns, kinds, strict=True)]
+    shown = (table if section.shown is None else table[list(section.shown)]).head(max_rows)
+    kinds = (getattr(t, "numpy_dtype", t).kind for t in shown.dtypes)
+    columns = [(str(name), kind in "iufb") for name, kind in zip(shown.columns, kinds, strict=True)]
+    some = f", {len(columns)} of {len(table.columns)} columns" if len(columns) < len(table.columns) else ""
     content = table.to_csv(index=False).encode()
     box = TableBox(
         key=f"{key}-csv",
         file=f"{section.filename}.csv",
         size=f"{max(1, round(len(content) / 1000)):,} kB",
-        said=f"All {len(table):,} rows." if len(shown) == len(table)
-        else f"{len(shown):,} of {len(table):,} rows shown.",
+        said=f"All {len(table):,} rows{some}." if len(shown) == len(table)
+        else f"{len(shown):,} of {len(table):,} rows{some} shown.",
         columns=columns,
         rows=[
             [(_cell(value), column) for value, column in zip(row, columns, strict=True)]

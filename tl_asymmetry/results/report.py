@@ -159,6 +159,7 @@ def write_images(
     format: str = "svg",
     width: int | str = 800,
     scale: float = 2.0,
+    greyscale: bool = False,
 ) -> list[Path]:
     """Write every figure of a result as a static image, e.g. for a paper. Needs the extra `report` (kaleido).
 
@@ -170,6 +171,8 @@ def write_images(
         format: "svg", "pdf", "png", "jpg" or "webp".
         width: pixels; or "single" or "double", a paper's columns, where the title is left to the caption.
         scale: pixels of a bitmap for each of these.
+        greyscale: maps from dark (below chance) to light (above it), which are read without colours as well; lines
+            and marks differ in form anyway.
 
     Returns:
         The paths, in reading order.
@@ -190,7 +193,7 @@ def write_images(
         for label, figure in several.items():
             words = "".join(c if c.isalnum() or c == "_" else " " for c in f"{section.heading} {label}").split()
             path = place / f"{len(paths) + 1:02}-{'-'.join(words)[:80]}.{format}"
-            paths.append(write_image(figure, path, format=format, width=width, scale=float(scale)))
+            paths.append(write_image(figure, path, format=format, width=width, scale=float(scale), greyscale=greyscale))
     return paths
 
 

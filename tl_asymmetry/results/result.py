@@ -148,7 +148,13 @@ class Result:
         return write_report(path, self._report())
 
     def write_images(
-        self, folder: str | Path, *, format: str = "svg", width: int | str = 800, scale: float = 2.0
+        self,
+        folder: str | Path,
+        *,
+        format: str = "svg",
+        width: int | str = 800,
+        scale: float = 2.0,
+        greyscale: bool = False,
     ) -> list[Path]:
         """Write every figure of the report as a static image. Needs the extra `report` (kaleido).
 
@@ -157,6 +163,8 @@ class Result:
             format: "svg", "pdf", "png", "jpg" or "webp".
             width: pixels; or "single" or "double", a paper's columns, where the title is left to the caption.
             scale: pixels of a bitmap for each of these.
+            greyscale: maps from dark (below chance) to light (above it), which are read without colours as well; lines
+                and marks differ in form anyway.
 
         Returns:
             The paths, in reading order.
@@ -165,7 +173,7 @@ class Result:
             ImportError: kaleido is not installed.
             ValueError: another width.
         """
-        return write_images(self, folder, format=format, width=width, scale=scale)
+        return write_images(self, folder, format=format, width=width, scale=scale, greyscale=greyscale)
 
     def to_csv(self, path: str | Path, table: str = "table") -> Path:
         """Write one of the tables as comma-separated values. Returns its path.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -56,3 +56,5 @@ class TableSection:
     """Text or `Html` above the table."""
     filename: str = "table"
     """Name of the downloaded file, without its ending."""
+    shown: Sequence[str] | None = None
+    """Columns that stand on the page; None: all of them. The download has all."""
