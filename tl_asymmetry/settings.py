@@ -18,7 +18,7 @@ from tl_asymmetry.models.texts import token_sequences
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.models.weights import Weights, WeightSource, opened
 from tl_asymmetry.notes import Notes
-from tl_asymmetry.results.provenance import described, weights_hash
+from tl_asymmetry.results.provenance import described, pair_names, weights_hash
 
 OPTIMIZERS = ("sgd", "adam", "muon")
 """Optimisers whose input-matched reference is known."""
@@ -92,6 +92,8 @@ class PairSettings:
     """Layers whose moments are held at once; None: as many as fit."""
     distributed: bool = True
     """Share the work with the other processes of torch.distributed."""
+    names: Sequence[str] | None = None
+    """What the two models are called; None: what they call themselves."""
     seed: int = 0
     """Of all draws."""
     progress: bool = True
@@ -110,6 +112,7 @@ class PairSettings:
             if getattr(self, name) not in allowed:
                 choices = ", ".join(f'"{choice}"' for choice in allowed)
                 raise ValueError(f"expected {name} among {choices}, got {getattr(self, name)!r}; pass one of them")
+        pair_names(self.names)
         if self.groups < 1:
             raise ValueError(f"expected groups >= 1, got {self.groups}; pass groups=1 for no intervals, 8 by default")
         if self.batch_size < 1:

@@ -49,12 +49,12 @@ def test_demo(tmp_path: Path) -> None:
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     report = tmp_path / "demo" / "report.html"
-    assert ended.stdout.splitlines()[-1] == f"report: {report}"
+    assert ended.stdout.splitlines()[-1] == f"open the report: {report}"
     assert ended.stdout.startswith("PairAnalysis: ")
     assert "W_out" in ended.stdout
     written = ["explorer.html", "report.html", "result.safetensors"]
     assert sorted(p.name for p in report.parent.iterdir()) == written
-    assert f"explorer: {report.with_name('explorer.html')}" in ended.stdout
+    assert f"open the explorer: {report.with_name('explorer.html')}" in ended.stdout
     assert "Traceback" not in ended.stderr
     assert "Warning" not in ended.stderr
     assert ended.stdout.startswith(PairAnalysis.load(report.parent).summary())
@@ -70,7 +70,7 @@ def test_analyze_and_report(pair: list[str], tmp_path: Path, capsys: pytest.Capt
     for number, path in enumerate((text, lines)):
         out = tmp_path / str(number)
         assert main(["analyze", *pair, "--texts", str(path), "--out", str(out), *options]) == 0
-        assert capsys.readouterr().out.splitlines()[-1] == f"report: {out / 'report.html'}"
+        assert capsys.readouterr().out.splitlines()[-1] == f"open the report: {out / 'report.html'}"
         results.append(PairAnalysis.load(out))
     assert results[0].table.equals(results[1].table)
     arguments = results[0].config["arguments"]
@@ -81,7 +81,7 @@ def test_analyze_and_report(pair: list[str], tmp_path: Path, capsys: pytest.Capt
     before = page.read_bytes()
     page.unlink()
     assert main(["report", str(tmp_path / "0")]) == 0
-    assert capsys.readouterr().out == f"report: {page}\n"
+    assert capsys.readouterr().out == f"open the report: {page}\n"
     assert abs(len(page.read_bytes()) - len(before)) < 200
 
 
@@ -147,7 +147,7 @@ def test_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [f"{name}={tiny.hf_directory('gpt2', delta=delta)}" for name, delta in (("base", 0.0), ("sft", 0.05))]
     out = tmp_path / "out"
     assert main(["stages", *folders, "--out", str(out)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"report: {out / 'report.html'}"
+    assert capsys.readouterr().out.splitlines()[-1] == f"open the report: {out / 'report.html'}"
     assert type(load(out)).__name__ == "StageAnalysis"
     assert "expected stages as NAME=MODEL, each name once, got 'base'" in bad(capsys, "stages", "base")
     assert "each name once" in bad(capsys, "stages", folders[0], folders[0])
@@ -243,7 +243,7 @@ def test_trajectory_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["trajectory", *folders, *options]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("TrajectoryAnalysis: ")
-    assert shown.splitlines()[-1] == f"report: {out / 'report.html'}"
+    assert shown.splitlines()[-1] == f"open the report: {out / 'report.html'}"
     first = TrajectoryAnalysis.load(out)
     assert first.steps == [10, 30]
     assert TrajectoryAnalysis.from_store(out / "store").table.equals(first.table)
@@ -255,7 +255,7 @@ def test_trajectory_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str
     capsys.readouterr()
     (out / "report.html").unlink()
     assert main(["report", str(out)]) == 0
-    assert capsys.readouterr().out == f"report: {out / 'report.html'}\n"
+    assert capsys.readouterr().out == f"open the report: {out / 'report.html'}\n"
     line = bad(capsys, "trajectory", *folders, *options, "--seed", "3")
     assert "got others: seed (0 there, 3 here)" in line
 
@@ -271,7 +271,7 @@ def test_the_demo_tangents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     texts.write_text("\n\n".join(demo_texts(12)), encoding="utf-8")
     options = ["--texts", str(texts), "--rank", "4", "--out", str(tmp_path / "out")]
     assert main(["tangents", "--demo", *options]) == 0
-    assert "report: " in capsys.readouterr().out
+    assert "open the report: " in capsys.readouterr().out
     result = TangentAnalysis.load(tmp_path / "out")
     assert sorted(result.table["step"].unique()) == [0, 50, 150, 400, 1000]
     assert set(result.table["rank"]) == {4}

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.listing import check_listed
 from tl_asymmetry import Comparison, PairAnalysis, analyze_pair, compare
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.plots import differences_figure
@@ -226,6 +227,7 @@ def test_saved_analyses_compare_as_well(tmp_path: Path) -> None:
     again = compare(one, two, names=["one", "two"])
     for name in Comparison.TABLES:
         pd.testing.assert_frame_equal(getattr(found, name), getattr(again, name), check_exact=True)
+    check_listed(found)
     loaded = load(found.save(tmp_path / "comparison"))
     assert isinstance(loaded, Comparison)
     for name in Comparison.TABLES:

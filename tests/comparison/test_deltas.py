@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.listing import check_listed
 from tl_asymmetry import DeltaComparison, ModelView, compare_deltas, load
 from tl_asymmetry.comparison.deltas_result import ARM_COLUMNS, DELTA_COLUMNS
 
@@ -161,6 +162,7 @@ def test_adapters_are_compared_by_their_factors(tmp_path):
 
 def test_it_is_saved_loaded_and_shown(tmp_path):
     found = seeds()
+    check_listed(found)
     again = load(found.save(tmp_path))
     assert isinstance(again, DeltaComparison)
     assert again == found

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.listing import check_listed
 from tl_asymmetry import ControlStudy, ModelView, analyze_pair, contrastive_control, gradient_covariance
 from tl_asymmetry.control.table import CONTROL_COLUMNS, CORRELATION_COLUMNS
 from tl_asymmetry.objectives import DPO, CrossEntropy, InfoNCE, Optimizer, PreferenceBatch, TokenBatch
@@ -225,6 +226,7 @@ def test_overview_has_a_row_for_each_objective():
 
 def test_saved_loaded_and_told(tmp_path):
     result = study()
+    check_listed(result)
     result.save(tmp_path / "study")
     loaded = load(tmp_path / "study")
     assert isinstance(loaded, ControlStudy)

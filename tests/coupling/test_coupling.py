@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
+from tests.listing import check_listed
 from tests.oracles.reference import float64
 from tl_asymmetry import CouplingStudy, direction_coupling
 from tl_asymmetry.coupling import BlockTrajectory, GrokTrajectory, centroid_response, coupling_sensitivity
@@ -169,6 +170,7 @@ def test_sensitivity(run):
 
 
 def test_saves_loads_and_speaks(study, tmp_path):
+    check_listed(study)
     study.save(tmp_path / "study")
     again = load(tmp_path / "study")
     assert isinstance(again, CouplingStudy)

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.embedded_pair.encoding import encode_preferences, encode_stories
 from tests import tiny
+from tests.listing import check_listed
 from tests.oracles import reference, reference_gradients
 from tests.oracles.reference import float64
 from tl_asymmetry import GradientCovariance, gradient_covariance
@@ -188,6 +189,7 @@ def test_every_family_has_its_rows_and_both_kinds_agree(name, kind):
 @pytest.mark.usefixtures("unchecked_types")
 def test_saved_and_loaded_is_the_same(tmp_path):
     result = of_toy(permutations=3)
+    check_listed(result)
     result.save(tmp_path / "saved")
     loaded = load(tmp_path / "saved")
     assert isinstance(loaded, GradientCovariance)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.listing import check_listed
 from tests.oracles.reference_grokking import lens_weights, seeded
 from tests.oracles.reference_grokking import train as naive_train
 from tl_asymmetry.grokking import GrokRun, ModularArithmetic, Recipe, arms, train
@@ -111,6 +112,7 @@ def test_several_heads_share_a_batch_and_all_must_reach_the_accuracy():
 
 def test_result_saves_loads_and_speaks(tmp_path):
     run = train("sq", p=7, seed=0, recipe=Recipe(steps=4, every=2), sizes=SMALL)
+    check_listed(run)
     run.save(tmp_path / "run")
     again = load(tmp_path / "run")
     assert isinstance(again, GrokRun)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.listing import check_listed
 from tests.models.test_edits import fingerprint, make_edit
 from tests.oracles import reference_study
 from tl_asymmetry import ModelView, RankOneEdit, RankOneStudy, Subspace, apply_edits, rank_one_study
@@ -141,7 +142,7 @@ def test_a_planted_edit_is_found_and_its_removal_undoes_the_shift(architecture, 
     )  # fmt: skip
     assert (fingerprint(base), fingerprint(aligned)) == before
     for intervention in ("removal", "insertion"):
-        first, second = (r for _, r in study.strongest(2, intervention=intervention).iterrows())
+        first, second = (r for _, r in study.top(2, intervention=intervention).iterrows())
         assert (first["layer"], first["matrix"]) == (1, matrix)
         assert pd.isna(first["head"]) if head is None else first["head"] == head
         assert first["shift"] >= 0.99
@@ -407,19 +408,19 @@ def test_ties_count_half_for_percentiles_and_fully_for_p():
     assert table["p"].tolist() == [3 / 5]
 
 
-def test_strongest_sorts_and_filters(small):
-    top = small.strongest(4, outcome="kl", intervention="insertion", direction="prediction")
+def test_top_sorts_and_filters(small):
+    top = small.top(4, by="kl", intervention="insertion", direction="prediction")
     assert (top["intervention"] == "insertion").all()
     assert (top["direction"] == "prediction").all()
     assert top["kl"].is_monotonic_decreasing
     assert {"percentile_random", "percentile_undo_matched", "p", "q", "margin_shift"} <= set(top.columns)
     assert not {"p_random", "p_equal_variance"} & set(top.columns)
-    by_size = small.strongest(50, outcome="ce")["ce"].abs()
+    by_size = small.top(50, by="ce")["ce"].abs()
     assert by_size.is_monotonic_decreasing
     assert len(by_size) == 24
-    for bad in ({"outcome": "loss"}, {"intervention": "swap"}, {"direction": "up"}):
-        with pytest.raises(ValueError, match="to be one of .*; pass what was studied"):
-            small.strongest(**bad)
+    for bad in ({"by": "loss"}, {"intervention": "swap"}, {"direction": "up"}):
+        with pytest.raises(ValueError, match="expected .* among .*, got .*; pass one of these"):
+            small.top(**bad)
 
 
 # --- store ----------------------------------------------------------------------------------------
@@ -480,6 +481,7 @@ def test_a_store_of_another_study_is_refused(tmp_path):
 
 
 def test_it_is_saved_loaded_and_shown(small, tmp_path):
+    check_listed(small)
     folder = small.save(tmp_path / "study")
     for again in (RankOneStudy.load(folder), load(folder)):
         for name in RankOneStudy.TABLES:

@@ -9,6 +9,7 @@ import torch
 
 import tl_asymmetry.jacobians.work as work
 from tests import tiny
+from tests.listing import check_listed
 from tests.oracles import reference_jacobians as reference
 from tests.pair.test_pair_promises import state
 from tl_asymmetry import LayerJacobians, ModelView, Subspace, layer_jacobians, prediction_pullback
@@ -336,6 +337,7 @@ def test_gain(result):
 
 
 def test_save_load_and_words(result, tmp_path):
+    check_listed(result)
     result.save(tmp_path / "r")
     back = LayerJacobians.load(tmp_path / "r")
     assert isinstance(load(tmp_path / "r"), LayerJacobians)

@@ -8,6 +8,7 @@ import torch
 
 import tl_asymmetry.jacobians.pullback as pullback
 from tests import tiny
+from tests.listing import check_listed
 from tests.oracles import reference_jacobians as reference
 from tl_asymmetry import ModelView, PredictionPullback, Subspace, analyze_pair, prediction_pullback
 from tl_asymmetry.demo import demo_model
@@ -174,6 +175,7 @@ def test_sequence_table_words_and_disk(tmp_path):
     assert row["energy"] == pytest.approx(float(λ[:4].sum() / λ.sum()))
     pair = found.overlaps.query("a == 'layer 0' and b == 'layer 1' and rank == 4")["overlap"].item()
     assert pair == pytest.approx(found[0].truncate(4).overlap(found[1].truncate(4)))
+    check_listed(found)
     found.save(tmp_path / "p")
     back = load(tmp_path / "p")
     assert isinstance(back, PredictionPullback)

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.listing import check_listed
 from tests.oracles import reference
 from tl_asymmetry import PairAnalysis, analyze_pair, centroids, estimate_pair
 from tl_asymmetry.geometry import moments as moments_module
@@ -230,6 +231,7 @@ def test_identical_models(kinds: tuple[str, str], tmp_path: Path) -> None:
 
 def test_save_and_load(tmp_path: Path) -> None:
     result = analysed()
+    check_listed(result)
     folder = result.save(tmp_path / "a" / "b")
     assert sorted(p.name for p in folder.iterdir()) == ["result.safetensors"]
     for path in folder.iterdir():

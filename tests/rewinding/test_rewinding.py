@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.listing import check_listed
 from tests.models.test_edits import fingerprint, make_edit
 from tests.oracles import reference_study
 from tl_asymmetry import ModelView
@@ -166,6 +167,7 @@ def test_an_interrupted_study_goes_on_where_it_was(tmp_path, monkeypatch):
 
 def test_it_is_saved_loaded_and_shown(studied, tmp_path):
     _, _, study = studied
+    check_listed(study)
     again = load(study.save(tmp_path / "study"))
     for name in RewindStudy.TABLES:
         pd.testing.assert_frame_equal(getattr(again, name), getattr(study, name))

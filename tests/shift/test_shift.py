@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 
 from tests import tiny
+from tests.listing import check_listed
 from tests.models.test_edits import fingerprint
 from tl_asymmetry import ModelView
 from tl_asymmetry.results.result import load
@@ -95,6 +96,7 @@ def test_models_of_two_kinds_have_no_first_order():
 
 def test_it_is_saved_loaded_and_shown(tmp_path):
     found = activation_shift(*pair("gpt2", tiny.KINDS[-1]), **OPTIONS)
+    check_listed(found)
     again = load(found.save(tmp_path / "shift"))
     pd.testing.assert_frame_equal(again.heads, found.heads)
     assert again.summary() == found.summary()

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.listing import check_listed
 from tests.oracles.naive_spectra import matrix_numbers
 from tl_asymmetry import ModelView, SpectralAnalysis, analyze_spectra, load
 from tl_asymmetry.cli import main
@@ -219,6 +220,7 @@ def test_seeds_decide_and_the_global_state_stays(pair):
 
 
 def test_a_result_is_saved_reported_and_drawn(result, tmp_path: Path):
+    check_listed(result)
     result.save(tmp_path)
     assert load(tmp_path).table.equals(result.table)
     page = result.to_html(tmp_path / "report.html").read_text(encoding="utf-8")
@@ -231,7 +233,7 @@ def test_a_result_is_saved_reported_and_drawn(result, tmp_path: Path):
         result.plot_heads("W_O", value="nothing")
     top = result.top(3, matrix="W_in")
     assert list(top["on_principal_relative"]) == sorted(top["on_principal_relative"], reverse=True)
-    with pytest.raises(ValueError, match="expected a column among"):
+    with pytest.raises(ValueError, match="expected by among"):
         result.top(by="nothing")
 
 

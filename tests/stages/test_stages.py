@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.listing import check_listed
 from tl_asymmetry import ModelView
 from tl_asymmetry.cli import main
 from tl_asymmetry.results.result import load
@@ -83,6 +84,7 @@ def test_predictions_of_every_two(analysis):
 
 
 def test_it_is_saved_loaded_and_shown(analysis, tmp_path):
+    check_listed(analysis)
     again = load(analysis.save(tmp_path / "stages"))
     assert isinstance(again, StageAnalysis)
     pd.testing.assert_frame_equal(again.table, analysis.table)

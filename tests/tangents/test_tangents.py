@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.listing import check_listed
 from tests.oracles import naive_tangents as naive
 from tests.oracles import reference_tangents
 from tests.tiny_encoder import ENCODER_KINDS, MASK_TOKEN, encoder, hf_encoder
@@ -402,6 +403,7 @@ def test_a_store_of_another_run_is_refused(tmp_path):
 
 
 def test_saved_and_read_again(analysis, tmp_path):
+    check_listed(analysis)
     analysis.save(tmp_path)
     again = load(tmp_path)
     assert isinstance(again, TangentAnalysis)

@@ -19,6 +19,7 @@ import torch
 
 from tests import tiny
 from tests.killing import Fatal, deaths
+from tests.listing import check_listed
 from tests.pair.test_pair_promises import state
 from tl_asymmetry import TrajectoryAnalysis, analyze_pair, analyze_trajectory
 from tl_asymmetry.geometry import capture_moments, prediction_subspace, random_subspace
@@ -590,6 +591,7 @@ def test_the_same_call_gives_the_same_bits_whatever_the_batches() -> None:
 
 def test_save_load_summary_report(tmp_path: Path) -> None:
     result = analysed()
+    check_listed(result)
     loaded = TrajectoryAnalysis.load(result.save(tmp_path / "saved"))
     identical(result, loaded)
     assert loaded.summary() == result.summary()

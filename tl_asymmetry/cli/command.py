@@ -105,7 +105,7 @@ def _demo(options: argparse.Namespace) -> None:
     result = analyze_pair(base, aligned, demo_texts(_DEMO_STORIES, seed=0), batch_size=32)
     options.out.mkdir(parents=True, exist_ok=True)
     explorer = result.to_explorer(options.out / "explorer.html", model=base)
-    _finish(result, options.out, f"explorer: {explorer}")
+    _finish(result, options.out, f"open the explorer: {explorer}")
 
 
 def _analyze(options: argparse.Namespace) -> None:
@@ -168,14 +168,14 @@ def _report(options: argparse.Namespace) -> None:
     from tl_asymmetry import load
 
     result = load(options.folder)
-    sys.stdout.write(f"report: {result.to_html(options.folder / 'report.html')}\n")
+    sys.stdout.write(f"open the report: {result.to_html(options.folder / 'report.html')}\n")
 
 
 def _finish(result: Result, folder: Path, *lines: str) -> None:
     """Write the result and its report; the last line says what to open."""
     result.save(folder)
     report = result.to_html(folder / "report.html")
-    sys.stdout.write("\n".join([result.summary(), "", *lines, f"report: {report}", ""]))
+    sys.stdout.write("\n".join([result.summary(), "", *lines, f"open the report: {report}", ""]))
 
 
 def _texts(options: argparse.Namespace) -> list[Any] | None:

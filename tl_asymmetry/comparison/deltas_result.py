@@ -100,6 +100,10 @@ class DeltaComparison(Result):
     """
 
     TABLES: ClassVar[tuple[str, ...]] = ("table", "arms")
+    CAPTION = (
+        "Two trainings and a matrix a row: means over their runs; read and written: medians over layers and heads."
+    )
+    LISTED = ("cosine", "cosine_sd", "overlap_in", "q_in", "overlap_out", "q_out")
 
     arms: pd.DataFrame
     """One row for every two trainings, of the whole model and of each matrix: see `ARM_COLUMNS`."""
@@ -145,21 +149,6 @@ class DeltaComparison(Result):
             i, j = names.index(a), names.index(b)
             grid[i, j] = grid[j, i] = value
         return self._ordered(grid)
-
-    def top(self, n: int = 10, by: str = "cosine", matrix: str | None = None) -> pd.DataFrame:
-        """The heads in which two models are most alike (`by` any column of the table), one line each.
-
-        Raises:
-            ValueError: no such column or matrix.
-        """
-        if by not in self.table or matrix not in (None, *self.config["matrices"]):
-            raise ValueError(
-                f"expected a column of the table and a matrix among {', '.join(self.config['matrices'])}, got {by!r} "
-                f"and {matrix!r}; pass by='cosine'"
-            )
-        rows = self.table if matrix is None else self.table[self.table["matrix"] == matrix]
-        shown = ["a", "b", "layer", "head", "matrix", "cosine", "cosine_sd", "overlap_in", "overlap_out"]
-        return rows.nlargest(n, by)[list(dict.fromkeys([*shown, by]))].reset_index(drop=True)
 
     # -- figures -------------------------------------------------------------------------------------------------
 

@@ -123,6 +123,9 @@ class Comparison(Result):
     """Analyses of one base against each other. Made by `compare`."""
 
     TABLES = ("table", "asymmetry", "overlap")
+    CAPTION = "Medians over layers and heads, each by itself: that of the ratio is not the ratio of the other two."
+    LISTED = ("log2_ratio", "ci_low", "ci_high", "seed_q", "vs_other", "relative_a", "relative_b")
+    SIGNED = ("log2_ratio",)
 
     table: pd.DataFrame
     """One row for each pair of analyses × layer × head × matrix × subspace × rank; see `TABLE_COLUMNS`."""

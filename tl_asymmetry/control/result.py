@@ -23,6 +23,7 @@ from tl_asymmetry.gradients.result import GradientCovariance
 from tl_asymmetry.pair.result import PairAnalysis
 from tl_asymmetry.results.report import Definition, FigureSection, Report, TableSection
 from tl_asymmetry.results.result import Result
+from tl_asymmetry.results.top import shown_rows
 from tl_asymmetry.training.runs import Run
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ class ControlStudy(Result):
     """
 
     TABLES: ClassVar[tuple[str, ...]] = ("table", "heads", "gradients", "runs", "correlations")
+    CAPTION = "Means over seeds."
+    LISTED = ("relative", "grade", "excess", "gradient_excess", "significant")
 
     heads: pd.DataFrame
     """The rows of every `PairAnalysis`, with objective, grade, seed and comparison: per layer and head."""
@@ -74,6 +77,14 @@ class ControlStudy(Result):
     correlations: pd.DataFrame
     """Spearman's ρ of the fractions with the grade and with the effective rank of δ, and permutation p; see
     `control_table.CORRELATION_COLUMNS`."""
+
+    def _compared(self) -> str:
+        """Where deltas are compared unless another is asked for."""
+        return "norm" if self.config["match_norm"] else "steps"
+
+    def _listed(self) -> pd.DataFrame:
+        rows = shown_rows(self.table[self.table["compared"] == self._compared()], self.config)
+        return rows[[*(name for name in rows if name != "grade"), "grade"]]
 
     # -- numbers -------------------------------------------------------------------------------------------------
 
@@ -104,7 +115,7 @@ class ControlStudy(Result):
                 raise ValueError(
                     f"expected {name} among {', '.join(map(str, known))}, got {value!r}; pass one of these"
                 )
-        at = compared or ("norm" if self.config["match_norm"] else "steps")
+        at = compared or self._compared()
         rows = self.table[(self.table["rank"] == k) & (self.table["compared"] == at)]
         overview = []
         for name, grade in self.config["grades"].items():
@@ -242,7 +253,7 @@ class ControlStudy(Result):
         return self.overview()
 
     def _headline(self) -> list[str]:
-        at = "norm" if self.config["match_norm"] else "steps"
+        at = self._compared()
         rows = self.correlations[
             (self.correlations["rank"] == self.config["shown_rank"]) & (self.correlations["compared"] == at)
         ]

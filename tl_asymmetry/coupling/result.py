@@ -61,12 +61,17 @@ class CouplingStudy(Result):
     """
 
     TABLES: ClassVar[tuple[str, ...]] = ("table", "levels", "accuracy")
+    LISTED = ("mean_ratio", "step", "ratio_1", "step_1")
 
     levels: pd.DataFrame
     """One row per checkpoint and objective: `random_median`, `random_low`, `random_high` of the random directions' A;
     `trace` of M, estimated from them, with its standard error; `largest`, `largest_residual` if it was asked for."""
     accuracy: pd.DataFrame
     """`step, op, train_accuracy, test_accuracy` of the run; empty for a language model."""
+
+    def _listed(self) -> pd.DataFrame:
+        """Curves by their peaks."""
+        return self.peaks
 
     @property
     def mean_ratios(self) -> pd.DataFrame:

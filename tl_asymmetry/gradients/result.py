@@ -36,6 +36,8 @@ class GradientCovariance(Result):
     """
 
     TABLES: ClassVar[tuple[str, ...]] = ("table", "gradients")
+    CAPTION = "Medians over layers and heads."
+    LISTED = ("top_energy", "top_energy_low", "top_energy_high", "effective_rank", "stable_rank")
 
     gradients: pd.DataFrame
     """One row per layer × head × matrix: the norm of the gradient itself beside its two sides' traces; see

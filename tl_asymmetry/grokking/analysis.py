@@ -138,6 +138,11 @@ class GrokRun(Result):
     """A training run: accuracies at every evaluation, weights at every checkpoint. Made by `train`."""
 
     # `table`: step, op, train_accuracy, test_accuracy, loss (of the last batch, all heads summed, nats)
+    LISTED = ("test_accuracy", "train_accuracy", "loss")
+
+    def _listed(self) -> pd.DataFrame:
+        """Operations at the last evaluation."""
+        return self.table[self.table["step"] == self.table["step"].max()]
 
     @property
     def steps(self) -> list[int]:

@@ -44,7 +44,7 @@ from tl_asymmetry.models.texts import check_tokens, token_sequences
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import SIGNIFICANT, Place, PlaceLike, kind_of
 from tl_asymmetry.notes import Notes
-from tl_asymmetry.results.provenance import described, model_record, shape_record, versions, weights_hash
+from tl_asymmetry.results.provenance import described, pair_names, pair_record, shape_record, versions, weights_hash
 from tl_asymmetry.store import Parts, open_store
 from tl_asymmetry.training.batches import PreferenceBatch
 from tl_asymmetry.training.data import as_batches, rebatched
@@ -78,6 +78,7 @@ def rank_one_study(
     exclude_first: bool = True,
     batch_size: int = 8,
     max_tokens: int | None = None,
+    names: Sequence[str] | None = None,
     store: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -123,6 +124,7 @@ def rank_one_study(
         batch_size: sequences per pass. Of each edit the stream after the last block is kept and predictions are made
             in pieces, so that some 0.4 GB are held beside the models and a pass, whatever the vocabulary.
         max_tokens: use no more tokens of the texts than this.
+        names: what to call the two models, such as `("base", "dpo")`; by default what they call themselves.
         store: a folder in which every finished site is kept at once; a study with the same settings goes on from there.
         seed: of the controls.
         progress: show progress bars.
@@ -140,16 +142,16 @@ def rank_one_study(
         >>> study = rank_one_study(
         ...     base, aligned, demo_texts(4, seed=1), sites=[(2, "W_O", 1), (3, "W_O", 0)], draws=3, progress=False
         ... )
-        >>> study.strongest(1)["matrix"].item(), bool((study.table["effect"] != 0).all())
+        >>> study.top(1)["matrix"].item(), bool((study.table["effect"] != 0).all())
         ('W_O', True)
     """
     arguments = described(
         texts=texts, tokens=tokens, mask=mask, preferences=preferences, sites=sites, matrices=matrices,
         directions=directions, n_directions=n_directions, interventions=interventions, controls=controls, draws=draws,
         scales=scales, outcomes=outcomes, exclude_first=exclude_first, batch_size=batch_size, max_tokens=max_tokens,
-        store=store, seed=seed, progress=progress,
+        names=names, store=store, seed=seed, progress=progress,
     )  # fmt: skip
-    base, notes = ModelView(model_base), Notes()
+    named, base, notes = pair_names(names), ModelView(model_base), Notes()
     check_choices(controls, interventions, scales, draws)
     placed = chosen_sites(base, sites, matrices)
     given = given_directions(directions, base, n_directions)
@@ -171,7 +173,7 @@ def rank_one_study(
     config = {
         "arguments": arguments,
         "versions": versions(),
-        "models": {"base": model_record(base, hashes["base"]), "aligned": model_record(aligned, hashes["aligned"])},
+        "models": pair_record(base, aligned, hashes, named),
         "shape": shape_record(base),
         "outcomes": list(wanted),
         "directions": list(directions),

@@ -10,10 +10,12 @@ import pandas as pd
 
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.interventions.design import EXCHANGEABLE
-from tl_asymmetry.interventions.tables import BASELINE_COLUMNS, CELL, OUTCOMES
-from tl_asymmetry.names import SIGNIFICANT
+from tl_asymmetry.interventions.tables import BASELINE_COLUMNS, BY_MAGNITUDE, CELL, OUTCOMES
+from tl_asymmetry.names import SIGNIFICANT, nearest
 from tl_asymmetry.results.report import CITATIONS, Definition, FigureSection, Report, TableSection
 from tl_asymmetry.results.result import Result
+from tl_asymmetry.results.tables import as_table
+from tl_asymmetry.results.top import in_order, top_rows
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -32,6 +34,7 @@ class RankOneStudy(Result):
     """
 
     TABLES: ClassVar[tuple[str, ...]] = ("table", "edits", "baseline")
+    LISTED = ("effect", "percentile", "p", "q", "control_mean")
 
     edits: pd.DataFrame
     """One row per edit, targets (`control` "target", at every dose) and controls alike: outcomes, norm."""
@@ -40,24 +43,36 @@ class RankOneStudy(Result):
 
     # -- numbers -------------------------------------------------------------------------------------------------
 
-    def strongest(
-        self, n: int = 10, *, outcome: str | None = None, intervention: str | None = None, direction: str | None = None
+    def top(
+        self,
+        n: int = 10,
+        by: str | None = None,
+        matrix: str | None = None,
+        *,
+        intervention: str | None = None,
+        direction: str | None = None,
     ) -> pd.DataFrame:
-        """The sites whose edit does most, strongest first, with its standing among each kind of control.
+        """The sites whose edit does most, with its standing among each kind of control.
 
         Args:
-            n: how many rows.
-            outcome: what to sort by; by size for "ce" and "margin". By default "shift" where the models differ.
-            intervention, direction: of one kind only; all by default.
+            n: how many lines at most.
+            by: an outcome; "ce" and "margin" count by size. By default "shift" where the models differ.
+            matrix, intervention, direction: only this one; all by default.
 
         Returns:
             Columns of the site and direction, every outcome measured, `delta_share`, for each kind of control
             `percentile_<kind>`, and `p` and `q` against undo-matched controls, of the outcome sorted by.
 
         Raises:
-            ValueError: an outcome, intervention or direction that was not studied.
+            ValueError: an outcome, matrix, intervention or direction that was not studied.
         """
-        outcome = self._known("outcome", outcome, self._outcome())
+        by = self._known("outcome", by, self._outcome(), argument="by")
+        cells = self._cells(by, intervention, direction)
+        found = top_rows(cells, n, by, matrix, self._read_first(cells), signed=BY_MAGNITUDE)
+        return as_table(found, (by, *self._read_first(cells)))
+
+    def _cells(self, outcome: str, intervention: str | None = None, direction: str | None = None) -> pd.DataFrame:
+        """One row per site and direction; percentiles, p and q are of this outcome."""
         rows = self.table[self.table["outcome"] == outcome]
         for column, wanted in (("intervention", intervention), ("direction", direction)):
             if wanted is not None:
@@ -72,20 +87,30 @@ class RankOneStudy(Result):
             found[f"percentile_{kind}"] = of_kind["percentile"]
             if kind in EXCHANGEABLE:
                 found["p"], found["q"] = of_kind["p"], of_kind["q"]
-        size = found[outcome].abs() if outcome in ("ce", "margin") else found[outcome]
-        order = size.sort_values(ascending=False, kind="stable").index
-        return found.loc[order].head(n).reset_index()
+        return found.reset_index()
+
+    def _strongest(self, n: int, outcome: str, **kinds: str) -> pd.DataFrame:
+        """The first n cells in the order of an outcome, whether any has a number or not."""
+        cells = self._cells(outcome, **kinds)
+        return in_order(cells, outcome, self._read_first(cells), signed=BY_MAGNITUDE).head(n).reset_index(drop=True)
+
+    def _read_first(self, cells: pd.DataFrame) -> list[str]:
+        """What is known of a cell, effects and tests before the rest."""
+        columns = [*self.config["outcomes"], "p", "q", *cells.columns[cells.columns.str.startswith("percentile_")]]
+        return [*columns, "delta_share"]
 
     def _outcome(self) -> str:
         measured = [name for name in _FIRST if name in self.config["outcomes"]]
         known = [name for name in measured if self.table.loc[self.table["outcome"] == name, "effect"].notna().any()]
         return (known or measured)[0]
 
-    def _known(self, column: str, value: str | None, default: str) -> str:
+    def _known(self, column: str, value: str | None, default: str, *, argument: str | None = None) -> str:
         value = default if value is None else value
         there = list(dict.fromkeys(self.table[column]))
         if value not in there:
-            raise ValueError(f"expected {column} to be one of {', '.join(there)}, got {value!r}; pass what was studied")
+            raise ValueError(
+                f"expected {argument or column} among {', '.join(there)}, got {value!r}; pass {nearest(value, there)}"
+            )
         return value
 
     # -- figures -------------------------------------------------------------------------------------------------
@@ -186,7 +211,7 @@ class RankOneStudy(Result):
         from tl_asymmetry.plots import doses_figure
 
         outcome = self._known("outcome", outcome, self._outcome())
-        cells = self.strongest(n, outcome=outcome)[list(CELL)]
+        cells = self._strongest(n, outcome)[list(CELL)]
         return doses_figure(
             self.edits.merge(cells, on=list(CELL)), outcome=outcome,
             title=title, template=template, width=width, height=height,
@@ -208,7 +233,7 @@ class RankOneStudy(Result):
         )
 
     def _summary_table(self) -> pd.DataFrame:
-        return self.strongest(10)
+        return self._strongest(10, self._outcome())
 
     def _headline(self) -> list[str]:
         return list(_headline(self))
@@ -250,7 +275,7 @@ def _headline(study: RankOneStudy) -> Sequence[str]:
     for intervention, direction in dict.fromkeys(zip(shown["intervention"], shown["direction"], strict=True)):
         rows = shown[(shown["intervention"] == intervention) & (shown["direction"] == direction)]
         cells = rows.drop_duplicates(list(CELL))
-        best = study.strongest(1, intervention=intervention, direction=direction).iloc[0]
+        best = study._strongest(1, outcome, intervention=intervention, direction=direction).iloc[0]
         verb = {"shift": "moves {:.1%} of the way to the other model", "margin_shift": "moves {:.1%} of the margin"}
         did = verb.get(outcome, outcome + " {:.3g}").format(best[outcome])
         tests = rows[rows["p"].notna()]
@@ -313,7 +338,7 @@ DEFINITIONS = (
 
 
 def _report(study: RankOneStudy) -> Report:
-    arguments = study.config["arguments"]
+    arguments, outcome = study.config["arguments"], study._outcome()
     figures = []
     matrices = list(dict.fromkeys(study.table["matrix"]))
     if bool((study.edits["norm"] > 0).any()):
@@ -337,7 +362,7 @@ def _report(study: RankOneStudy) -> Report:
         notes=study.notes,
         figures=figures,
         tables=[
-            TableSection("Strongest sites", study.strongest(20), "By " + study._outcome() + ".", "strongest"),
+            TableSection("Strongest sites", study._strongest(20, outcome), f"By {outcome}.", "top"),
             TableSection("All comparisons", study.table, "One row per cell, outcome and kind of control.", "table"),
             TableSection("Unedited models", study.baseline, "What the edits are compared with.", "baseline"),
             TableSection("All edits", study.edits, "One row per edit.", "edits"),

@@ -38,6 +38,7 @@ class PredictionPullback(Result, Sequence[Subspace]):
     """
 
     TABLES: ClassVar[tuple[str, ...]] = ("table", "overlaps")
+    LISTED = ("overlap", "chance", "energy", "effective_rank")
 
     overlaps: pd.DataFrame
     """One row per pair × rank: `a, b` ("layer 0", …, "prediction"), `rank, overlap, chance`."""
@@ -82,6 +83,14 @@ class PredictionPullback(Result, Sequence[Subspace]):
             raise ValueError("expected whole mean Jacobians, got leading directions only; pass rank=None")
         return self.arrays["mean"][self._index(layer)]
 
+    def _listed(self) -> pd.DataFrame:
+        return self.table[self.table["rank"] == self._usual_rank()]
+
+    def _usual_rank(self) -> int:
+        """The one of the ranks that is nearest d // 16."""
+        usual = max(self.config["shape"]["d_model"] // 16, 1)
+        return min((int(k) for k in self.overlaps["rank"].unique()), key=lambda k: (abs(k - usual), k))
+
     def _index(self, layer: int) -> int:
         if layer not in self.layers:
             raise ValueError(
@@ -111,9 +120,7 @@ class PredictionPullback(Result, Sequence[Subspace]):
         """
         from tl_asymmetry.plots.jacobians import overlap_figure
 
-        if rank is None:
-            usual = max(self.config["shape"]["d_model"] // 16, 1)
-            rank = min((int(k) for k in self.overlaps["rank"].unique()), key=lambda k: (abs(k - usual), k))
+        rank = self._usual_rank() if rank is None else rank
         return overlap_figure(self.overlaps, rank=rank, title=title, template=template, width=width, height=height)
 
     def plot_spectrum(

@@ -45,6 +45,7 @@ class LayerJacobians(Result):
     """
 
     TABLES: ClassVar[tuple[str, ...]] = ("table", "tokens")
+    LISTED = ("largest", "from_identity", "effective_rank", "stable_rank", "spread")
 
     tokens: pd.DataFrame
     """With `reduce=None` one row per layer × token: `layer, sequence, position, token, norm` ‖J[t]‖_F and `departure`

@@ -305,7 +305,7 @@ def _token_rows(view: ModelView, tokens: Any, mask: Any, notes: Callable[[str], 
     empty = [i for i, row in enumerate(kept) if len(row) == 0]
     if empty:
         raise ValueError(f"expected a token or more in every row, got padding alone in row {empty[0]}; leave it out")
-    return kept if view.encoder else _not_doubled(kept, view, notes)
+    return kept if view.encoder else _with_one_begin(kept, view, notes)
 
 
 def _rows(given: Any, what: str) -> list[Tensor]:
@@ -412,13 +412,18 @@ def _run(is_pad: Bool[Tensor, " pos"]) -> int:
     return int(real[0]) if len(real) else len(is_pad)
 
 
-def _not_doubled(rows: Sequence[Tensor], view: ModelView, notes: Callable[[str], None]) -> list[Tensor]:
+def _with_one_begin(rows: Sequence[Tensor], view: ModelView, notes: Callable[[str], None]) -> list[Tensor]:
     """Rows with one begin-of-sequence token in front where there were more."""
     bos = getattr(view.tokenizer, "bos_token_id", None)
     if bos is None:
         return list(rows)
     runs = [max(_run(row == bos) - 1, 0) for row in rows]
     doubled = sum(map(bool, runs))
+    if all(bool(row[0] != bos) for row in rows):
+        notes(
+            "no row of tokens begins with the tokenizer's begin-of-sequence token, with which texts begin: they are "
+            "read as they are"
+        )
     if doubled:
         notes(f"{doubled} of {len(rows)} rows of tokens began with the begin-of-sequence token twice: once is kept")
     return [row[n:] for row, n in zip(rows, runs, strict=True)]

@@ -44,7 +44,7 @@ from tl_asymmetry.pair.projections import Projection, keys_reference_note, proje
 from tl_asymmetry.pair.result import PairAnalysis
 from tl_asymmetry.pair.sensitivity import SensitivityProfiles, prediction_variants, stacked_variants
 from tl_asymmetry.pair.tables import pair_tables
-from tl_asymmetry.results.provenance import described, model_record, shape_record, versions
+from tl_asymmetry.results.provenance import described, pair_names, pair_record, shape_record, versions
 from tl_asymmetry.settings import GradientMoments, OpenPair, PairSettings, open_pair
 
 _UNRELATED = 0.3
@@ -74,6 +74,7 @@ def analyze_pair(
     sensitivity: bool = False,
     layers_per_pass: int | None = None,
     distributed: bool = True,
+    names: Sequence[str] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> PairAnalysis:
@@ -123,6 +124,7 @@ def analyze_pair(
             The numbers do not depend on it.
         distributed: share the work with the other processes of torch.distributed, if there are any; False where one
             of them calls this alone.
+        names: what to call the two models, such as `("base", "dpo")`; by default what they call themselves.
         seed: of the null's draws and of the rounding calibration.
         progress: show progress bars.
 
@@ -144,7 +146,7 @@ def analyze_pair(
         matrices=matrices, ranks=ranks, subspaces=subspaces, optimizer=optimizer, exclude_first=exclude_first,
         centered=centered, batch_size=batch_size, max_tokens=max_tokens, groups=groups, activations=activations,
         gradient=gradient, sensitivity=sensitivity, layers_per_pass=layers_per_pass, distributed=distributed,
-        seed=seed, progress=progress,
+        names=names, seed=seed, progress=progress,
     )  # fmt: skip
     arguments = described(texts=texts, tokens=tokens, mask=mask) | settings.described()
     pair = open_pair(
@@ -245,10 +247,7 @@ def analyze_pair(
         config={
             "arguments": arguments,
             "versions": versions(),
-            "models": {
-                "base": model_record(base, hashes["base"]),
-                "aligned": model_record(aligned, hashes["aligned"]),
-            },
+            "models": pair_record(base, aligned, hashes, pair_names(names)),
             "shape": shape_record(base),
             **plan.described(),
             "shown_rank": shown_rank,

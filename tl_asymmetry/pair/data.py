@@ -15,12 +15,13 @@ from jaxtyping import Float
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.spectrum import marchenko_pastur_edge
-from tl_asymmetry.names import POINTS, Side, kind_of
+from tl_asymmetry.names import POINTS, Place, Side, kind_of
 from tl_asymmetry.pair.directions import Lookups
 from tl_asymmetry.pair.sensitivity import sensitivity_table
 from tl_asymmetry.pair.stability import stability_table
 from tl_asymmetry.results.nulls import described
 from tl_asymmetry.results.result import Result
+from tl_asymmetry.results.top import shown_rows
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -37,6 +38,14 @@ class PairData(Result):
     """What `PairAnalysis` holds, without the words."""
 
     TABLES = ("table", "nulls", "tests", "asymmetry", "other_changes", "circuits")
+    CAPTION = (
+        "Medians over the heads and matrices that changed; min and max of relative; found above (↑) and below (↓)."
+    )
+    LISTED = (
+        "excess", "excess_low", "excess_high", "excess_q", "relative", "ci_low", "ci_high", "isotropic_q", "verdict",
+        "delta_relative_norm", "flags",
+    )  # fmt: skip
+    UNIT = "unit"
 
     table: pd.DataFrame
     """Tidy: one row per layer × head × matrix × subspace × rank; `tables.PAIR_COLUMNS` says what the columns mean."""
@@ -58,6 +67,21 @@ class PairData(Result):
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: the model, and what was looked up in it, is not a part of the result."""
         return {**vars(self), "_model": None, "_lookups": Lookups()}
+
+    def _listed(self) -> pd.DataFrame:
+        """Rows under the names of their places; of the matrices of a head one has the line."""
+        rows = shown_rows(self.table, self.config)
+        labels = [rows[name] for name in ("layer", "matrix", "head", "expert")]
+        places = [
+            str(Place(int(layer), str(matrix), *(None if pd.isna(unit) else int(unit) for unit in units)))
+            for layer, matrix, *units in zip(*labels, strict=True)
+        ]
+        # Under grouped-query attention a key-value head is not the query head of its number.
+        heads = rows["matrix"].map(self.table.groupby("matrix")["head"].max())
+        units = [f"{place.partition('.')[0]} of {n}" for place, n in zip(places, heads, strict=True)]
+        listed = rows.assign(unit=units)
+        listed.insert(0, "place", places)
+        return listed
 
     # -- numbers -------------------------------------------------------------------------------------------------
 

@@ -86,6 +86,7 @@ def estimate_pair(
     sensitivity: bool = False,
     layers_per_pass: int | None = None,
     distributed: bool = True,
+    names: Sequence[str] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> PairEstimate:
@@ -109,7 +110,7 @@ def estimate_pair(
         matrices=matrices, ranks=ranks, subspaces=subspaces, optimizer=optimizer, exclude_first=exclude_first,
         centered=centered, batch_size=batch_size, max_tokens=max_tokens, groups=groups, activations=activations,
         gradient=gradient, sensitivity=sensitivity, layers_per_pass=layers_per_pass, distributed=distributed,
-        seed=seed, progress=progress,
+        names=names, seed=seed, progress=progress,
     )  # fmt: skip
     pair = open_pair(
         model_base, model_aligned, texts, tokens, mask,

@@ -23,7 +23,6 @@ from tl_asymmetry.pair.directions import describe_directions
 from tl_asymmetry.pair.projections import Projection
 from tl_asymmetry.pair.report import pair_report
 from tl_asymmetry.pair.summary import against_gradients, headline, summary_table
-from tl_asymmetry.pair.top import top_heads
 from tl_asymmetry.results.labelled import require_xarray
 from tl_asymmetry.results.report import Report
 
@@ -79,26 +78,6 @@ class PairAnalysis(PairData):
         return describe_directions(
             ModelView(model), self.arrays, self.config, place, n=n, contexts=contexts, kept=self._lookups
         )
-
-    def top(self, n: int = 10, by: str = "excess", matrix: str | None = None) -> pd.DataFrame:
-        """The heads that stand out most, one line each, at the shown rank.
-
-        A read matrix is held against its own input, a write matrix against the prediction subspace, as far as these
-        were analysed; of a head's matrices the one that stands out most has the line. `excess` of write matrices needs
-        gradients: see `by="relative"`. The order is that of point estimates: how sure they are stands beside them.
-
-        Args:
-            n: how many lines at most.
-            by: a column of numbers of `table`; the largest come first, of p and q the smallest.
-            matrix: only this one.
-
-        Returns:
-            `place` ("L7H3.W_Q"), layer, head, matrix, subspace, rank, and the columns that say how far and how sure.
-
-        Raises:
-            ValueError: no such column or matrix, or one without numbers.
-        """
-        return top_heads(self.table, self.config["shown_rank"], n, by, matrix)
 
     # -- words ---------------------------------------------------------------------------------------------------
 

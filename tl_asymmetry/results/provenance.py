@@ -14,6 +14,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from tl_asymmetry.arguments import shown
 from tl_asymmetry.geometry.precision import product_dtype
 from tl_asymmetry.geometry.rounding import coarser, storage_dtype
 from tl_asymmetry.geometry.subspace import Subspace
@@ -43,6 +44,37 @@ def model_record(view: Weights, weights: str) -> dict[str, Any]:
     }
 
 
+def pair_names(names: Sequence[str] | None) -> tuple[str, str] | None:
+    """What a user calls the two models of a pair; None: what they call themselves.
+
+    Raises:
+        ValueError: anything else than two names.
+
+    Example:
+        >>> pair_names(["base", "dpo"])
+        ('base', 'dpo')
+    """
+    if names is None:
+        return None
+    given = [names] if isinstance(names, str) or not isinstance(names, Sequence) else [*names]
+    if len(given) != 2 or not all(isinstance(name, str) and name.strip() for name in given):
+        raise ValueError(
+            f"expected names of the two models, the base's and the aligned one's, got {shown(names)}; pass "
+            "names=('base', 'dpo'), or leave it out"
+        )
+    return given[0], given[1]
+
+
+def pair_record(
+    base: Weights, aligned: Weights, hashes: Mapping[str, str], names: tuple[str, str] | None = None
+) -> dict[str, Any]:
+    """Which two models: the record of each, by its role; under these names, if there are any."""
+    records = {"base": model_record(base, hashes["base"]), "aligned": model_record(aligned, hashes["aligned"])}
+    for record, name in zip(records.values(), names or (), strict=False):
+        record["name"] = name
+    return records
+
+
 def shape_record(view: Weights) -> dict[str, Any]:
     """A model's numbers of layers and heads, and its widths. JSON-ready."""
     return {
@@ -69,10 +101,12 @@ def _described(value: Any) -> Any:
     if isinstance(value, Subspace):
         return _described(value.basis)
     if isinstance(value, np.ndarray):
-        return _described(torch.as_tensor(value))
+        return _described(value.tolist() if value.dtype.kind in "OSU" else torch.as_tensor(value))
     if isinstance(value, torch.Tensor):
         content = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
         return {"shape": list(value.shape), "xxh3": xxhash.xxh3_128_hexdigest(content)}
+    if hasattr(value, "tolist"):  # a column of a table
+        return _described(value.tolist())
     if isinstance(value, Mapping):
         return {str(name): _described(entry) for name, entry in value.items()}
     if isinstance(value, Sequence):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -14,9 +14,13 @@ import torch
 from torch import Tensor
 
 from tl_asymmetry.arguments import checked
-from tl_asymmetry.disk import make_folder
+from tl_asymmetry.disk import make_folder, replace_file
+from tl_asymmetry.names import nearest
+from tl_asymmetry.results.latex import latex_table
 from tl_asymmetry.results.pages import Html, render
 from tl_asymmetry.results.report import Report, write_images, write_report
+from tl_asymmetry.results.tables import as_table
+from tl_asymmetry.results.top import shown_rows, top_rows
 from tl_asymmetry.store import read_part, write_part
 
 KINDS = {
@@ -52,12 +56,20 @@ ResultT = TypeVar("ResultT", bound="Result")
 class Result:
     """A finished analysis: a tidy table, every setting, what degrades the answer, and the arrays behind it.
 
-    A subclass names its tables in `TABLES`, is listed in `KINDS`, and says of itself: `_title`, `_facts`,
-    `_summary_table`, `_headline` and `_report`.
+    A subclass names its tables in `TABLES` and what is read first in `LISTED`, is listed in `KINDS`, and says of
+    itself: `_title`, `_facts`, `_summary_table`, `_headline` and `_report`.
     """
 
     TABLES: ClassVar[tuple[str, ...]] = ("table",)
     """Fields that are DataFrames, `table` first."""
+    CAPTION: ClassVar[str] = ""
+    """What a row of the summary's table is, and over what its medians are."""
+    LISTED: ClassVar[tuple[str, ...]] = ()
+    """Columns that `top` shows and a printed table begins with; `top` goes by the first unless told otherwise."""
+    SIGNED: ClassVar[tuple[str, ...]] = ()
+    """Columns of which both signs count: `top` goes by their size."""
+    UNIT: ClassVar[str | None] = None
+    """A column of the rows that `top` chooses from, of which every value has one line."""
 
     table: pd.DataFrame
     """Tidy, one row per thing measured."""
@@ -67,6 +79,41 @@ class Result:
     """What a reader must know: what was left out, what degrades the answer."""
     arrays: dict[str, Tensor]
     """Arrays behind the tables, by name; see the accessors."""
+
+    def __post_init__(self) -> None:
+        for name in self.TABLES:
+            first = self.LISTED if name == "table" else ()
+            object.__setattr__(self, name, as_table(getattr(self, name), first))
+
+    # -- a short list --------------------------------------------------------------------------------------------
+
+    def top(self, n: int = 10, by: str | None = None, matrix: str | None = None) -> pd.DataFrame:
+        """The rows of the table that stand out most, one line each, at the shown rank.
+
+        A read matrix is held against its own input, a write matrix against the prediction subspace, as far as these
+        were measured. The order is that of point estimates: how sure they are stands beside them.
+
+        Args:
+            n: how many lines at most.
+            by: a column of numbers, by default the result's main one: the largest come first, of p and q the smallest,
+                of what counts with both signs (a log ratio) the farthest from 0.
+            matrix: only this one.
+
+        Returns:
+            What tells the rows apart, the column that they are sorted by, and what says how far and how sure.
+
+        Raises:
+            ValueError: no such column or matrix, or one without numbers.
+        """
+        found = top_rows(
+            self._listed(), n, self.LISTED[0] if by is None else by, matrix, self.LISTED, signed=self.SIGNED,
+            unit=self.UNIT,
+        )  # fmt: skip
+        return as_table(found, self.LISTED if by is None else (by, *self.LISTED))
+
+    def _listed(self) -> pd.DataFrame:
+        """The rows that `top` chooses from, labels first."""
+        return shown_rows(self.table, self.config)
 
     # -- other forms ---------------------------------------------------------------------------------------------
 
@@ -112,6 +159,7 @@ class Result:
             f"{type(self).__name__}: {self._title()}",
             self._facts(),
             "",
+            *([self.CAPTION] if self.CAPTION else []),
             self._summary_table().to_string(index=False, float_format="{:.3g}".format, na_rep="–"),
             "",
             *self._headline(),
@@ -139,8 +187,8 @@ class Result:
         """For a notebook; names are escaped."""
         table = self._summary_table().to_html(index=False, float_format="{:.3g}".format, na_rep="–", border=0)
         return render(
-            "notebook.html", title=self._title(), facts=self._facts(), table=Html(table), sentences=self._headline(),
-            notes=self.notes,
+            "notebook.html", title=self._title(), facts=self._facts(), caption=self.CAPTION, table=Html(table),
+            sentences=self._headline(), notes=self.notes,
         )  # fmt: skip
 
     def to_html(self, path: str | Path) -> Path:
@@ -185,14 +233,44 @@ class Result:
         Raises:
             ValueError: no such table.
         """
-        if table not in self.TABLES:
-            raise ValueError(f"expected a table among {', '.join(self.TABLES)}, got {table!r}; pass one of these")
-        file = Path(path).expanduser()
-        if file.is_dir():
-            raise ValueError(f"expected the path of a file, got the folder {file}; pass e.g. {file / 'table.csv'}")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        getattr(self, table).to_csv(file, index=False, encoding="utf-8")
-        return file
+        text = self._table(table, self.TABLES).to_csv(index=False)
+        return _written(text, path, "table.csv")
+
+    def to_latex(
+        self,
+        path: str | Path | None = None,
+        table: str = "summary",
+        *,
+        caption: str | None = None,
+        label: str | None = None,
+    ) -> str:
+        """A table for a paper, in the style of the LaTeX package booktabs; three significant digits to a number.
+
+        Args:
+            path: of a file to write it to as well; its folder is made if need be.
+            table: "summary", the main numbers; "top"; or the name of one of the tables.
+            caption: in words, escaped.
+            label: for references.
+
+        Returns:
+            A `tabular`; with a caption or label in a `table`.
+
+        Raises:
+            ValueError: no such table.
+        """
+        text = latex_table(self._table(table, ("summary", "top", *self.TABLES)), caption=caption, label=label)
+        if path is not None:
+            _written(f"{text}\n", path, "table.tex")
+        return text
+
+    def _table(self, name: str, there: Sequence[str]) -> pd.DataFrame:
+        """A table by its name."""
+        if name not in there:
+            raise ValueError(f"expected a table among {', '.join(there)}, got {name!r}; pass {nearest(name, there)}")
+        if name in ("summary", "top"):
+            return self._summary_table() if name == "summary" else self.top()
+        found: pd.DataFrame = getattr(self, name)
+        return found
 
     # -- disk ----------------------------------------------------------------------------------------------------
 
@@ -273,6 +351,16 @@ def load(path: str | Path) -> Result:
         raise ValueError(f"expected a saved {' or '.join(KINDS)}, got {kind!r}; pass it to the version that wrote it")
     found: type[Result] = getattr(importlib.import_module(KINDS[kind]), kind)
     return found.unpacked(document, numbers)
+
+
+def _written(text: str, path: str | Path, example: str) -> Path:
+    """A file with a text; its folder is made."""
+    file = Path(path).expanduser()
+    if file.is_dir():
+        raise ValueError(f"expected the path of a file, got the folder {file}; pass e.g. {file / example}")
+    make_folder(file.parent)
+    replace_file(file, text.encode("utf-8"))
+    return file
 
 
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

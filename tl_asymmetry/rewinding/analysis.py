@@ -32,7 +32,7 @@ from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import ATTENTION
 from tl_asymmetry.notes import Notes
 from tl_asymmetry.pair.plan import chosen_matrices
-from tl_asymmetry.results.provenance import described, model_record, shape_record, versions
+from tl_asymmetry.results.provenance import described, pair_names, pair_record, shape_record, versions
 from tl_asymmetry.rewinding.result import CURVE_COLUMNS, PATH_COLUMNS, UNIT_COLUMNS, RewindStudy
 from tl_asymmetry.rewinding.units import (
     Unit,
@@ -66,6 +66,7 @@ def rewind_study(
     shares: Sequence[float | int] = (0.0, 0.25, 0.5, 0.75, 1.0),
     batch_size: int = 8,
     max_tokens: int | None = None,
+    names: Sequence[str] | None = None,
     store: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -94,6 +95,7 @@ def rewind_study(
         shares: how far the whole model is moved to the base; needs memory for a copy of its parameters.
         batch_size: sequences per pass.
         max_tokens: use no more tokens of the texts than this.
+        names: what to call the two models, such as `("base", "dpo")`; by default what they call themselves.
         store: a folder in which finished parts are kept; a study with the same settings goes on from there.
         seed: of the random orders.
         progress: show progress bars.
@@ -115,14 +117,15 @@ def rewind_study(
     """
     arguments = described(
         texts=texts, tokens=tokens, mask=mask, matrices=matrices, steps=steps, orders=orders, matched=matched,
-        shares=list(shares), batch_size=batch_size, max_tokens=max_tokens, store=store, seed=seed, progress=progress,
+        shares=list(shares), batch_size=batch_size, max_tokens=max_tokens, names=names, store=store, seed=seed,
+        progress=progress,
     )  # fmt: skip
     for name, value in (("steps", steps), ("orders", orders), ("matched", matched)):
         if value < 1:
             raise ValueError(f"expected {name} of at least 1, got {value}; pass e.g. {name}=10")
     if not all(0 <= share <= 1 for share in shares):
         raise ValueError(f"expected shares from 0 to 1, got {list(shares)}; pass e.g. shares=(0, 0.5, 1)")
-    base, notes = ModelView(model_base), Notes()
+    named, base, notes = pair_names(names), ModelView(model_base), Notes()
     names = list(chosen_matrices(base, _attention(base) if matrices is None else matrices))
     sequences = token_sequences(base, texts, tokens, mask, max_tokens=max_tokens, notes=notes.add)
     sequences = predictable(sequences, notes)
@@ -142,7 +145,7 @@ def rewind_study(
     config = {
         "arguments": arguments,
         "versions": versions(),
-        "models": {"base": model_record(base, hashes["base"]), "aligned": model_record(aligned, hashes["aligned"])},
+        "models": pair_record(base, aligned, hashes, named),
         "shape": shape_record(base),
         "matrices": list(names),
         "tokens": sum(map(len, sequences)),

@@ -11,6 +11,7 @@ import pandas as pd
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.results.report import Definition, FigureSection, Report, TableSection
 from tl_asymmetry.results.result import Result
+from tl_asymmetry.results.top import in_order
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -62,6 +63,8 @@ class RewindStudy(Result):
     """
 
     TABLES: ClassVar[tuple[str, ...]] = ("table", "curve", "path")
+    LISTED = ("shift", "matched_mean", "matched_percentile", "kl", "ce", "delta_norm")
+    SIGNED = ("ce",)
 
     curve: pd.DataFrame
     """One row per order, draw and number of units set back together: see `CURVE_COLUMNS`."""
@@ -85,12 +88,6 @@ class RewindStudy(Result):
                  "up_to": block["share"].max()}
             )  # fmt: skip
         return pd.DataFrame(rows, columns=["order", "draws", "area", "low", "high", "up_to"])
-
-    def top(self, n: int = 10) -> pd.DataFrame:
-        """The units whose setting back alone undoes most, beside those that changed as much."""
-        order = self.table.sort_values("shift", ascending=False, kind="stable")
-        shown = ["layer", "head", "part", "shift", "kl", "ce", "delta_norm", "matched_mean", "matched_percentile"]
-        return order[shown].head(n).reset_index(drop=True)
 
     @property
     def barrier(self) -> float:
@@ -136,8 +133,12 @@ class RewindStudy(Result):
             f"{config['sequences']} sequences; {config['baseline']['kl_other']:.3g} nats apart"
         )
 
+    def _most(self) -> pd.DataFrame:
+        """All units, those first whose setting back alone undoes most."""
+        return in_order(self.table, "shift", self.LISTED).drop(columns="matrices")
+
     def _summary_table(self) -> pd.DataFrame:
-        return self.top(10)
+        return self._most().head(10)
 
     def _headline(self) -> list[str]:
         if self.config["baseline"]["kl_other"] == 0:
@@ -175,7 +176,7 @@ class RewindStudy(Result):
             notes=self.notes,
             figures=figures,
             tables=[
-                TableSection("What undoes most", self.top(20), "Set back alone.", "top"),
+                TableSection("What undoes most", self._most().head(20), "Set back alone.", "top"),
                 TableSection("Areas under the curves", self.areas(), "1/2 for a straight line to 1.", "areas"),
                 TableSection("Units", self.table, "One row per unit.", "table"),
                 TableSection("Curves", self.curve, "One row per order, draw and number of units.", "curve"),

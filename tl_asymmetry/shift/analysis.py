@@ -24,7 +24,7 @@ from tl_asymmetry.models.loading import open_model
 from tl_asymmetry.models.texts import batches
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import MATRICES, kind_of
-from tl_asymmetry.results.provenance import described, model_record, shape_record, versions
+from tl_asymmetry.results.provenance import described, pair_names, pair_record, shape_record, versions
 from tl_asymmetry.rewinding.units import same_parameters
 from tl_asymmetry.settings import open_pair
 from tl_asymmetry.shift.result import HEAD_COLUMNS, SHIFT_COLUMNS, ActivationShift
@@ -42,6 +42,7 @@ def activation_shift(
     exclude_first: bool = True,
     batch_size: int = 8,
     max_tokens: int | None = None,
+    names: Sequence[str] | None = None,
     progress: bool = True,
 ) -> ActivationShift:
     """How far a pair's mean activations are apart at each point of the stream, and how much of that ΔW foretells.
@@ -60,6 +61,7 @@ def activation_shift(
         exclude_first: leave the first position of each sequence out of the means.
         batch_size: sequences per pass.
         max_tokens: use no more tokens of the texts than this.
+        names: what to call the two models, such as `("base", "dpo")`; by default what they call themselves.
         progress: show progress bars.
 
     Returns:
@@ -76,9 +78,9 @@ def activation_shift(
     """
     arguments = described(
         texts=texts, tokens=tokens, mask=mask, exclude_first=exclude_first, batch_size=batch_size,
-        max_tokens=max_tokens, progress=progress,
+        max_tokens=max_tokens, names=names, progress=progress,
     )  # fmt: skip
-    base = ModelView(model_base)
+    named, base = pair_names(names), ModelView(model_base)
     if isinstance(model_aligned, str | Path):
         model_aligned = open_model(model_aligned, device=base.device)
     pair = open_pair(base.model, model_aligned, texts, tokens, mask, max_tokens=max_tokens, run_aligned=True)
@@ -100,7 +102,7 @@ def activation_shift(
     config = {
         "arguments": arguments,
         "versions": versions(),
-        "models": {"base": model_record(base, hashes["base"]), "aligned": model_record(aligned, hashes["aligned"])},
+        "models": pair_record(base, aligned, hashes, named),
         "shape": shape_record(base),
         "tokens": ours.count,
         "sequences": len(pair.sequences),

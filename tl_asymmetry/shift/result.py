@@ -11,6 +11,7 @@ from torch import Tensor
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.results.report import Definition, FigureSection, Report, TableSection
 from tl_asymmetry.results.result import Result
+from tl_asymmetry.results.top import in_order
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -54,6 +55,8 @@ class ActivationShift(Result):
 
     TABLES: ClassVar[tuple[str, ...]] = ("table", "heads")
 
+    LISTED = ("share", "cosine", "write_norm")
+
     heads: pd.DataFrame
     """One row per head of W_O and per W_out: see `HEAD_COLUMNS`."""
 
@@ -69,9 +72,9 @@ class ActivationShift(Result):
             raise ValueError(f"expected one of {there} at a layer of the model, got {key}; pass which, point and layer")
         return self.arrays[key]
 
-    def top(self, n: int = 10) -> pd.DataFrame:
-        """The heads whose direct writing takes most part in the shift where they write."""
-        return self.heads.sort_values("share", ascending=False, kind="stable").head(n).reset_index(drop=True)
+    def _listed(self) -> pd.DataFrame:
+        """Heads: their direct writing takes part in the shift where they write."""
+        return self.heads
 
     def plot(
         self, *, title: str | None = None, template: Any = None, width: int | None = None, height: int | None = None
@@ -106,6 +109,7 @@ class ActivationShift(Result):
         return [said + " (below 0: worse than predicting no shift)."]
 
     def _report(self) -> Report:
+        taking_part = in_order(self.heads, "share", self.LISTED)
         return Report(
             title=self._title(),
             subtitle=self._facts(),
@@ -114,7 +118,7 @@ class ActivationShift(Result):
             figures=[FigureSection("Does the weight explain the shift?", self.plot(), "1: all of it.")],
             tables=[
                 TableSection("Points of the stream", self.table, "One row per point.", "table"),
-                TableSection("Heads that take most part", self.top(20), "By share of the shift.", "top"),
+                TableSection("Heads that take most part", taking_part.head(20), "By share of the shift.", "top"),
                 TableSection("All write matrices", self.heads, "One row per head.", "heads"),
             ],
             methods=[*SHIFT_COLUMNS.items(), *HEAD_COLUMNS.items()],

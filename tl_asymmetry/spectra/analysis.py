@@ -17,7 +17,7 @@ from tl_asymmetry.models.weights import opened
 from tl_asymmetry.names import kind_of
 from tl_asymmetry.notes import Notes
 from tl_asymmetry.pair.plan import chosen_matrices, note_left_out
-from tl_asymmetry.results.provenance import described, model_record, shape_record, versions
+from tl_asymmetry.results.provenance import described, pair_names, pair_record, shape_record, versions
 from tl_asymmetry.settings import checked_hash
 from tl_asymmetry.spectra.matrix import matrix_rows
 from tl_asymmetry.spectra.result import SPECTRAL_COLUMNS, SpectralAnalysis
@@ -33,6 +33,7 @@ def analyze_spectra(
     *,
     matrices: Sequence[str] | None = None,
     ranks: Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> SpectralAnalysis:
@@ -51,6 +52,7 @@ def analyze_spectra(
         matrices: which; None: all that the model has.
         ranks: numbers of leading singular vectors; None: those of 1, 4, 16, 64 below the shorter axis of each matrix.
             A rank that is no proper subspace of some matrix has no row there, with a note.
+        names: what to call the two models, such as `("base", "dpo")`; by default what they call themselves.
         seed: of the deltas at random orientation, and of the draws of rounding.
         progress: show a progress bar.
 
@@ -66,8 +68,8 @@ def analyze_spectra(
         >>> bool((result.table["on_principal"] < 0.05).all()), bool((result.table["on_principal_relative"] > 1).all())
         (True, True)
     """
-    arguments = described(matrices=matrices, ranks=ranks, seed=seed, progress=progress)
-    notes = Notes()
+    arguments = described(matrices=matrices, ranks=ranks, names=names, seed=seed, progress=progress)
+    named, notes = pair_names(names), Notes()
     base = opened(model_base, None, runs=False)
     aligned = opened(model_aligned, base, runs=False)
     check_shapes(base, aligned)
@@ -76,8 +78,9 @@ def analyze_spectra(
     shorter = {matrix: min(base.weight(0, matrix).shape[-2:]) for matrix in chosen}
     ranks_of = _ranks(shorter, ranks, notes)
     chosen = tuple(ranks_of)
-    hashes = [checked_hash(w, f"{role} model", warn=notes.warn) for role, w in (("base", base), ("aligned", aligned))]
-    if hashes[0] == hashes[1]:
+    pair = (("base", base), ("aligned", aligned))
+    hashes = {role: checked_hash(weights, f"{role} model", warn=notes.warn) for role, weights in pair}
+    if hashes["base"] == hashes["aligned"]:
         notes.warn("the two models are identical, weight for weight: every share is NaN")
     for weights in (base, aligned):
         for note in weights.notes:
@@ -93,11 +96,10 @@ def analyze_spectra(
         for layer, matrix in tqdm(work, desc="spectra", unit="matrix", disable=not progress)
         for row in matrix_rows(base, aligned, layer, matrix, ranks_of[matrix], seed=seed)
     ]
-    pair = (("base", base, hashes[0]), ("aligned", aligned, hashes[1]))
     config = {
         "arguments": arguments,
         "versions": versions(),
-        "models": {role: model_record(weights, hashed) for role, weights, hashed in pair},
+        "models": pair_record(base, aligned, hashes, named),
         "shape": shape_record(base),
         "ranks": sorted({rank for ranks in ranks_of.values() for rank in ranks}),
         "shown_rank": {matrix: _shown(ranks_of[matrix], shorter[matrix]) for matrix in chosen},

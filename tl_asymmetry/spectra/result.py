@@ -57,30 +57,11 @@ SPECTRAL_COLUMNS: Mapping[str, str] = {
 class SpectralAnalysis(Result):
     """Where weight deltas lie in the base weights' own frames, beside chance. Made by `analyze_spectra`."""
 
+    CAPTION = "Medians over layers and heads; intruders: their sum."
+    LISTED = ("on_principal_relative", "on_principal_q", "coupling", "intruders", "delta_relative_norm")
+
     table: pd.DataFrame
     """Tidy: one row per layer × matrix × head × rank; `result.SPECTRAL_COLUMNS` says what the columns mean."""
-
-    def top(self, n: int = 10, by: str = "on_principal_relative", matrix: str | None = None) -> pd.DataFrame:
-        """The heads with the largest value at the shown rank, one line each.
-
-        Args:
-            n: how many.
-            by: a column of the table.
-            matrix: only this one.
-
-        Raises:
-            ValueError: no such column or matrix.
-        """
-        rows = self._shown_rows()
-        for what, name, there in (
-            ("column", by, [str(column) for column in rows]),
-            ("matrix", matrix, list(self.config["shown_rank"])),
-        ):
-            if name is not None and name not in there:
-                raise ValueError(f"expected a {what} among {', '.join(there)}, got {name!r}; pass one of them")
-        rows = rows if matrix is None else rows[rows["matrix"] == matrix]
-        columns = ["layer", "head", "matrix", "rank", by, "on_principal_relative", "on_principal_q", "coupling"]
-        return rows.nlargest(n, by)[list(dict.fromkeys(columns))].reset_index(drop=True)
 
     def plot_heads(
         self,

@@ -73,6 +73,7 @@ class StageAnalysis(Result):
     """
 
     TABLES: ClassVar[tuple[str, ...]] = ("table", "pairs", "predictions")
+    LISTED = ("undone", "kept", "turned", "rounding", "relative_norm")
 
     pairs: pd.DataFrame
     """One row per layer × head × matrix × two stages: see `PAIR_COLUMNS`."""
@@ -120,16 +121,6 @@ class StageAnalysis(Result):
                 numbers = {name: getattr(found, name)[i].item() for name in ("kept", "undone", "turned")}
                 rows.append({**own, "stage": stage, "norm": gram[i, i].sqrt().item(), **numbers})
         return pd.DataFrame(rows)
-
-    def top(self, n: int = 10, by: str = "undone") -> pd.DataFrame:
-        """The heads of which a stage was most undone, or kept, turned, changed (`by`)."""
-        if by not in ("undone", "kept", "turned", "norm", "relative_norm"):
-            raise ValueError(
-                f"expected by among undone, kept, turned, norm, relative_norm, got {by!r}; pass one of these"
-            )
-        shown = ["layer", "head", "matrix", "stage", "relative_norm", "kept", "undone", "turned", "rounding"]
-        columns = shown if by in shown else [*shown, by]
-        return self.table.sort_values(by, ascending=False, kind="stable")[columns].head(n).reset_index(drop=True)
 
     # -- figures -------------------------------------------------------------------------------------------------
 

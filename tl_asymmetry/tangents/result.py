@@ -28,6 +28,7 @@ class TangentAnalysis(Result):
     """
 
     TABLES = ("table", "strata", "frequency", "checkpoints", "bases")
+    LISTED = ("ratio", "p", "q", "energy", "normal_energy", "excess")
 
     table: pd.DataFrame
     """One row per step × kind of gradient × site × layer × head (NA: the whole matrix) × method × rank. energy: share

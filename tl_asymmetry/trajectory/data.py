@@ -13,6 +13,7 @@ from jaxtyping import Float
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.names import SIGNIFICANT, kind_of
 from tl_asymmetry.results.result import Result
+from tl_asymmetry.results.top import shown_rows
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -29,6 +30,8 @@ class TrajectoryData(Result):
     """What `TrajectoryAnalysis` holds, without the words."""
 
     TABLES = ("table", "asymmetry", "curves", "checkpoints")
+    CAPTION = "A matrix with all its layers and heads pooled by energy; q < 0.05 counts heads."
+    LISTED = ("excess", "excess_low", "excess_high", "excess_q", "relative", "isotropic_q", "verdict")
 
     table: pd.DataFrame
     """Tidy: `step`, `reference` ("first": W_t − W_first; "previous": W_t − W_previous), and the columns of
@@ -103,6 +106,10 @@ class TrajectoryData(Result):
     def steps(self) -> list[int]:
         """Steps of the table, ascending; the first checkpoint is not among them."""
         return self.arrays["steps"].tolist()
+
+    def _listed(self) -> pd.DataFrame:
+        """The last step: where training arrived."""
+        return shown_rows(self.table[self.table["step"] == self.steps[-1]], self.config)
 
     # -- figures -------------------------------------------------------------------------------------------------
 
