@@ -159,7 +159,7 @@ def test_deltas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     shelf = [f"dpo={tuned[0]}", f"dpo={tuned[1]}", f"kto={tuned[2]}"]
     assert main(["deltas", base, *shelf, "--matrices", "W_Q", "--out", str(out)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"report: {out / 'report.html'}"
+    assert capsys.readouterr().out.splitlines()[-1] == f"open the report: {out / 'report.html'}"
     assert set(load(out).cosines()) == {"dpo [1]", "dpo [2]", "kto"}
     assert "expected models as NAME=MODEL, got 'kto'" in bad(capsys, "deltas", base, "kto")
 
