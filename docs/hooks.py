@@ -10,6 +10,7 @@ from typing import Any
 README = Path(__file__).parent.parent / "README.md"
 DEFINED = {
     "Weight deltas: `analyze_pair`": "tl_asymmetry.results.definitions.DEFINITIONS",
+    "Planted directions: `detection_power`": "tl_asymmetry.power.result.DEFINITIONS",
     "Training runs: `analyze_trajectory`": "tl_asymmetry.trajectory.report.TRAJECTORY_DEFINITIONS",
     "Several analyses: `compare`": "tl_asymmetry.comparison.result.COMPARISON_DEFINITIONS",
     "Many deltas: `compare_deltas`": "tl_asymmetry.comparison.deltas_result.DELTA_DEFINITIONS",

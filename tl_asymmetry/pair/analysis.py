@@ -171,7 +171,7 @@ def analyze_pair(
 
     def of_pass(few: range) -> list[_Layer]:
         """Capture the moments of a few layers, and analyse these layers; the moments go when this returns."""
-        sources = _captured(pair, grouped, plan, few, settings, processes, intervals=intervals)
+        sources = captured(pair, grouped, plan, few, settings, processes, intervals=intervals)
         moments = sources.groups
         profiles = SensitivityProfiles(predictions, sources) if sensitivity else None
 
@@ -305,7 +305,7 @@ def _check_gradient(
         )
 
 
-def _captured(
+def captured(
     pair: OpenPair,
     grouped: Sequence[Sequence[Tensor]],
     plan: Plan,

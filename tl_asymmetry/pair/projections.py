@@ -120,7 +120,7 @@ def project(
         if delta.unshrunk is not None:
             twin = replace(projection, energies=delta.unshrunk.energies(subspace.basis))
             if kind_of(delta.matrix).reads:
-                tails = _tails(delta.unshrunk, bases, subspace.basis[:, :top], existing, ranks)
+                tails = reference_tails(delta.unshrunk, bases, subspace.basis[:, :top], existing, ranks)
                 twin = replace(twin, tails=tails)
             projection = replace(projection, unshrunk=twin)
         projections.append(projection)
@@ -154,11 +154,11 @@ def _against_input(
         activation_reference=chosen,
         references=references,
         reference_replicates=replicates,
-        tails=_tails(delta, bases, basis, existing, ranks),
+        tails=reference_tails(delta, bases, basis, existing, ranks),
     )
 
 
-def _tails(
+def reference_tails(
     delta: AnyDelta, bases: LayerBases, basis: Tensor, existing: Sequence[int], ranks: Sequence[int]
 ) -> Float64[Tensor, "2 item rank"]:
     """P(fraction ≥) and P(fraction ≤) of every head and of the heads pooled: the larger of with and without the mean.

@@ -16,6 +16,7 @@ from tl_asymmetry.plots.head_sheet import head_sheet_figure
 from tl_asymmetry.plots.heads import heads_figure
 from tl_asymmetry.plots.interventions import controls_figure, doses_figure, effects_figure
 from tl_asymmetry.plots.layers import layers_figure
+from tl_asymmetry.plots.power import power_figure
 from tl_asymmetry.plots.rank_curve import rank_curve_figure
 from tl_asymmetry.plots.rewinding import rewind_curve_figure, rewind_heads_figure, rewind_path_figure
 from tl_asymmetry.plots.shift import shift_figure
@@ -53,6 +54,7 @@ __all__ = [
     "heads_figure",
     "layers_figure",
     "overlap_figure",
+    "power_figure",
     "rank_curve_figure",
     "rewind_curve_figure",
     "rewind_heads_figure",

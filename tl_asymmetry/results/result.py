@@ -33,6 +33,7 @@ KINDS = {
     "GrokRun": "tl_asymmetry.grokking",
     "LayerJacobians": "tl_asymmetry.jacobians.result",
     "PairAnalysis": "tl_asymmetry.pair.result",
+    "PowerAnalysis": "tl_asymmetry.power.result",
     "PredictionPullback": "tl_asymmetry.jacobians.pullback_result",
     "RankOneStudy": "tl_asymmetry.interventions.result",
     "RewindStudy": "tl_asymmetry.rewinding.result",
