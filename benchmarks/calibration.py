@@ -47,6 +47,7 @@ from tl_asymmetry.geometry.references import (
 )
 from tl_asymmetry.geometry.rounding import rounding_noise
 from tl_asymmetry.geometry.subspace import ordered_eigh
+from tl_asymmetry.geometry.two_samples import separation
 from tl_asymmetry.geometry.two_sided import two_sided_share, two_sided_tail
 from tl_asymmetry.interventions.design import matched_controls, removal_edit
 from tl_asymmetry.interventions.tables import standing
@@ -553,6 +554,7 @@ def _reference_cells() -> list[Cell]:
         "δ correlated 0.3 within sequences": chance_updates.within_sequences,
     }
     within = Inputs.of("rotated", shared=0.3)
+    of_heads: Law = partial(chance_updates.sized_by_head, directions=rotated.root[:, :HEADS].T)
     sized = "‖δ‖ follows ‖a‖: the reference does not know it; pass gradients for what is known of δ"
     cells = [Cell(REFERENCE, "SGD, δ flat", partial(sgd_null, inputs=rotated), 2500)]
     cells += [
@@ -579,6 +581,14 @@ def _reference_cells() -> list[Cell]:
              partial(sgd_null, inputs=within, law=chance_updates.within_sequences), 250),
         Cell(REFERENCE, "SGD, ‖δ‖ in proportion to ‖a‖²",
              partial(sgd_null, inputs=rotated, law=chance_updates.sized_by_input), 250, exception=sized),
+        Cell(REFERENCE, "SGD, ‖δ‖ in proportion to ‖a‖², inputs weighted by gradients",
+             partial(weighted_null, inputs=rotated, law=chance_updates.sized_by_input), 100),
+        Cell(REFERENCE, "SGD, each head's ‖δ‖ follows its own direction of a, inputs weighted by all heads' gradients",
+             partial(weighted_null, inputs=rotated, law=of_heads), 100,
+             exception="the weights are of all heads together: the first head's gradients follow the leading direction "
+             "of its inputs, the other heads' do not"),
+        Cell(REFERENCE, "Adam, 24 steps, ‖δ‖ in proportion to ‖a‖², massive inputs weighted by gradients",
+             partial(weighted_null, inputs=massive, law=chance_updates.sized_by_input, steps=24), 60),
         Cell(REFERENCE, "SGD, 80 columns on 64 dimensions", partial(sgd_null, inputs=rotated, columns=80), 60),
     ]  # fmt: skip
     kinds = {"rotated": rotated, "axis-aligned": aligned, "massive": massive}
@@ -620,6 +630,46 @@ def _reference_cells() -> list[Cell]:
              exception="the wrong optimizer's reference: pass the one that trained"),
     ]  # fmt: skip
     return cells
+
+
+def weighted_null(generator: Generator, *, inputs: Inputs, law: Law, steps: int = 0) -> Found:
+    """An update (of Adam in so many steps, or of SGD) whose ‖δ‖ follows a, tested as `analyze_pair(gradient=)` does:
+    the texts' inputs weighted by the norms of all heads' gradients there; beside it, each head by its own."""
+    if steps:
+        changes = chance_updates.adam(inputs, law, HEADS, COLUMNS, generator, steps=steps)
+    else:
+        changes = chance_updates.sgd(inputs.draw(TRAINED, generator), law, HEADS, COLUMNS, generator)
+    a = inputs.draw(TEXTS, generator).double()
+    δ = law(a.float(), HEADS * COLUMNS, generator).double()
+    Q = ordered_eigh(a.T @ a)[1][:, :K]
+
+    def found(changes: Tensor, sizes: Tensor) -> Found:
+        sized = sizes.unsqueeze(-1) * a
+        moment, mean = sized.T @ sized / sizes.square().sum(), sized.mean(0)
+        return excess(moment, mean, changes, optimizer="adam" if steps else "sgd", basis=Q)
+
+    together = found(changes, δ.norm(dim=1))
+    own = [found(changes[h : h + 1], size) for h, size in enumerate(δ.unflatten(1, (HEADS, -1)).norm(dim=-1).T)]
+    return {
+        "above": together["above"], "first head above": together["above"][:1],
+        "above by its own weights": np.concatenate([one["above"] for one in own]),
+        "median excess": together["median excess"],
+    }  # fmt: skip
+
+
+def arms_null(generator: Generator, *, inputs: Inputs, runs: tuple[int, int], steps: int = 0) -> Found:
+    """Two arms of one recipe with runs of their own: how often `compare` tells a head's fractions apart."""
+    Q = ordered_eigh(inputs.moment)[1][:, :K]
+
+    def run() -> np.ndarray:
+        if steps:
+            changes = chance_updates.adam(inputs, chance_updates.gaussian, HEADS, COLUMNS, generator, steps=steps)
+        else:
+            a = inputs.draw(TRAINED, generator)
+            changes = chance_updates.sgd(a, chance_updates.gaussian, HEADS, COLUMNS, generator)
+        return np.log2(subspace_fraction(changes.double(), Q).numpy())
+
+    return {"told apart": separation(*(np.stack([run() for _ in range(count)]) for count in runs)).p}
 
 
 def _wrong_reference(generator: Generator, *, inputs: Inputs) -> Found:
@@ -716,6 +766,10 @@ def _other_cells() -> list[Cell]:
     ]
     return [
         *spectra,
+        *(Cell(OTHERS, f"two arms of one recipe by SGD, {a} and {b} runs",
+               partial(arms_null, inputs=Inputs.of("rotated"), runs=(a, b)), 150) for a, b in ((3, 3), (2, 5))),
+        Cell(OTHERS, "two arms of one recipe by 24 steps of Adam, 3 and 3 runs",
+             partial(arms_null, inputs=Inputs.of("massive"), runs=(3, 3), steps=24), 40),
         Cell(OTHERS, "rank-1 removal along a random direction", partial(undoing, direction="random"), 2000),
         Cell(OTHERS, "rank-1 removal along the top singular direction", partial(undoing, direction="top"), 2000,
              exception="a top direction of ΔW is not exchangeable with random ones in what it displaces: read its "

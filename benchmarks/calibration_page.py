@@ -23,7 +23,8 @@ SECTIONS = {
         "`excess_p` and the test of its other side, on updates whose upstream gradients δ say nothing of their "
         "inputs. The texts are others than those trained on, 1,024 tokens unless named; SGD trains on 2,048 "
         "tokens, Adam on batches of 32. *As it is* is the test without the second one that leaves the mean input "
-        "out: the table's p is the larger of both. *Excess* is the median of fraction over its reference.",
+        "out: the table's p is the larger of both. *Excess* is the median of fraction over its reference. Where inputs "
+        "are weighted by gradients, the package says of nothing that it is below.",
     ),
     "decay and storage": (
         "Weight decay and 16-bit storage",
@@ -47,8 +48,9 @@ SECTIONS = {
     ),
     "other analyses": (
         "Other analyses",
-        "`on_principal_p` of `analyze_spectra`, and p of `rank_one_study` against 19 `undo_matched` controls, for "
-        "outcomes that are quadratic in what the edit displaces or undoes.",
+        "`on_principal_p` of `analyze_spectra`; `seed_p` of `compare` between arms of several runs; and p of "
+        "`rank_one_study` against 19 `undo_matched` controls, for outcomes that are quadratic in what the edit "
+        "displaces or undoes.",
     ),
     "whole tool": (
         "The whole tool",
@@ -79,7 +81,7 @@ python -m benchmarks.calibration --page   # this page
 ```
 
 Each cell has a seed of its own and is written when it is done. Not in the table: the p of `analyze_tangents`
-(`control="haar"` is exact, the other kind prints its own size), what `compare` says, widths above 256.
+(`control="haar"` is exact, the other kind prints its own size), overlaps of two changes, widths above 256.
 """
 
 
@@ -130,7 +132,7 @@ def _states(entry: Entry) -> Iterator[tuple[str, str]]:
             yield name, _state(found[name], entry["bound"], -1 if kind == "at most" else 1)
 
 
-_BOUNDED_SIZES = ("above", "below", "displacement", "undone")
+_BOUNDED_SIZES = ("above", "below", "first head above", "displacement", "undone", "told apart")
 
 
 def _state(one: Entry, bound: float, sign: int) -> str:

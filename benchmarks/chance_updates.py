@@ -93,6 +93,12 @@ def sized_by_input(a: Tensor, columns: int, generator: Generator) -> Tensor:
     return gaussian(a, columns, generator) * a.square().sum(-1, keepdim=True)
 
 
+def sized_by_head(a: Tensor, columns: int, generator: Generator, *, directions: Tensor) -> Tensor:
+    """Each head's ‖δ‖ in proportion to a along a direction of its own, a row for each head."""
+    by_head = gaussian(a, columns, generator).unflatten(1, (len(directions), -1))
+    return (by_head * (a @ directions.T).unsqueeze(-1)).flatten(1)
+
+
 def with_mean(a: Tensor, columns: int, generator: Generator) -> Tensor:
     """Every entry has a mean of 0.1 standard deviations."""
     return gaussian(a, columns, generator) + 0.1 * torch.randn(columns, generator=generator)

@@ -15,7 +15,10 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 SIGNIFICANT = 0.05
-"""Level of every test: what p, or q where there are several tests, must stay below."""
+"""Level of every test: what p, or q where there are several tests, may be at most."""
+
+FOUND = f"q ≤ {SIGNIFICANT}"
+"""How every page, figure and sentence says that a test found something."""
 
 SMALL_EIGENGAP = 0.05
 """Relative eigengap at a subspace's edge under which that edge is arbitrary."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from tl_asymmetry import PairAnalysis, analyze_pair
 from tl_asymmetry.demo import demo_pair, demo_texts
-from tl_asymmetry.names import SIGNIFICANT
+from tl_asymmetry.names import FOUND
 from tl_asymmetry.plots import style
 
 CELL, GAP, LEFT, TOP = 52, 34, 44, 66
@@ -90,7 +90,7 @@ def draw(result: PairAnalysis) -> str:
     parts += [
         f'<text x="{LEFT}" y="{bottom - 26}" class="s">{foot}</text>',
         f'<text x="{LEFT}" y="{bottom - 9}" class="s">Orange: more than 1. Blue: less. A dot: told apart from 1 by its '
-        f"own test, q &lt; {SIGNIFICANT}, filled above it, hollow below.</text>",
+        f"own test, {FOUND}, filled above it, hollow below.</text>",
     ]
 
     def sheet(theme: str) -> str:

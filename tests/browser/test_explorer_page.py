@@ -154,10 +154,10 @@ def test_menus_and_slider_show_the_tables_numbers_in_the_map(look, pair):
     words = page.locator("td[data-layer='2'][data-head='1']").get_attribute("aria-label")
     expected = row(pair[0], 2, 1, "W_V", "attn_in", 16)
     assert words.startswith(f"L2H1: {expected['excess']:.3g}")
-    assert ("above it (q < 0.05)" in words) == (expected["vs_reference"] == "above")  # the test of what is shown
+    assert ("above it (q ≤ 0.05)" in words) == (expected["vs_reference"] == "above")  # the test of what is shown
     page.locator("#choose-value").select_option(label="relative fraction over the isotropic null")
     words = page.locator("td[data-layer='2'][data-head='1']").get_attribute("aria-label")
-    assert ("above it (q < 0.05)" in words) == (expected["isotropic_q"] < 0.05)
+    assert ("above it (q ≤ 0.05)" in words) == (expected["isotropic_q"] <= 0.05)
     page.locator("#choose-map").select_option(label="W_in in mlp_in")
     assert page.locator("#map td").count() == 4
 

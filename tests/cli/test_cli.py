@@ -283,15 +283,20 @@ def test_compare_and_report(pair: list[str], tmp_path: Path, capsys: pytest.Capt
     texts = tmp_path / "texts.txt"
     texts.write_text("\n\n".join(PASSAGES), encoding="utf-8")
     folders = []
-    for delta in (0.05, 0.02):
+    for delta in (0.05, 0.02, 0.03):
         folders.append(str(tmp_path / str(delta)))
         aligned = str(tiny.hf_directory("gpt2", delta=delta))
         options = ["--texts", str(texts), "--ranks", "1", "4", "--groups", "3", "--out", folders[-1]]
         assert main(["analyze", pair[0], aligned, *options]) == 0
     out = str(tmp_path / "out")
-    assert main(["compare", *folders, "--names", "one", "two", "--out", out]) == 0
+    assert main(["compare", *folders[:2], "--names", "one", "two", "--out", out]) == 0
     assert "Comparison: one against two" in capsys.readouterr().out
     assert main(["report", out]) == 0
+    named = [f"{name}={folder}" for name, folder in zip(("one", "two", "one"), folders, strict=True)]
+    assert main(["compare", *named, "--out", out]) == 0
+    assert load(out).config["runs"] == {"one": 2, "two": 1}
+    assert "expected folders all with a name or all without" in bad(capsys, "compare", folders[0], named[1])
+    assert "expected folders all with a name or all without" in bad(capsys, "compare", *named, "--names", "a", "b")
     assert "expected two folders or more, got one" in bad(capsys, "compare", folders[0])
     assert "expected a folder with result.safetensors" in bad(capsys, "compare", folders[0], str(tmp_path / "none"))
 

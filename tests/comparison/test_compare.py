@@ -313,9 +313,10 @@ def test_arms_that_cannot_be_compared() -> None:
 
 def test_another_model_is_named_in_a_comparison() -> None:
     unrelated = another(results()[0], 1, {"unrelated": ["W_Q"]})
-    with pytest.warns(UserWarning, match="W_Q of two point elsewhere than the base's: it is another model"):
+    with pytest.warns(UserWarning, match="W_Q of two point elsewhere than the base's"):
         found = compare(results()[0], unrelated, names=["one", "two"])
-    assert any("another model" in note for note in found.notes)
+    assert any("were not trained from these" in note for note in found.notes)
+    assert found.summary().index("W_Q of two point elsewhere") < found.summary().index("Reading, in")
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:

@@ -260,7 +260,7 @@ def test_a_headline_counts_cells_in_which_something_was_edited():
     assert study.table["p"].isna().all()
     study = rank_one_study(base, aligned, controls=["random", "undo_matched"], **options)
     (said,) = (sentence for sentence in study._headline() if sentence.startswith("Removal"))
-    assert "0 of 1 cells exceed all their controls that undo as much (0.05 expected by chance)" in said
+    assert "0 of 1 cells exceed all their controls that undo as much (0.05 expected of random directions)" in said
     assert study.table["p"].notna().sum() == 3  # one cell, three outcomes: the other heads are no tests
 
 

@@ -300,7 +300,7 @@ def test_another_architecture_and_other_activations() -> None:
 
 
 def test_weights_that_belong_to_something_else_are_doubted() -> None:
-    with pytest.warns(UserWarning, match="point elsewhere than the base's .* is this the base"):
+    with pytest.warns(UserWarning, match="point elsewhere than the base's .* Pass the base they were trained from"):
         result = analyze_pair(tiny.bridge("llama"), tiny.hf_directory("llama", seed=7), **OPTIONS)
     assert any("point elsewhere" in note for note in result.notes)
 

@@ -68,7 +68,7 @@ def test_of_two_unrelated_models_nothing_is_counted():
     result = edited("adapter")
     strangers = dataclasses.replace(result, config=result.config | {"unrelated": ["W_Q", "W_V"]})
     words = sentences(strangers)
-    assert "these are two models, not one before and after training" in words
+    assert "point elsewhere than the base's (median cosine of a head's weights under 0.3)" in words
     assert "not told apart" not in words
     assert "false findings" not in words
 

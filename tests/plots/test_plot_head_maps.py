@@ -110,7 +110,7 @@ def test_marks_and_grey_cells_are_those_of_the_single_maps():
     bottom, top = figure.layout.yaxis.range
     alone = heads_figure(table, "W_K", rank=16)
     for name in (
-        "above the isotropic null (q < 0.05)",
+        "above the isotropic null (q ≤ 0.05)",
         "rounding share ≥ 0.5 (mostly storage)",
         "rounding share ≥ 0.1",
     ):

@@ -97,7 +97,7 @@ def test_menu_switches_what_it_says_and_the_title_says_what_one_means(table):
         assert [t.name for t, v in zip(figure.data[:4], visible, strict=False) if v] == [name]
         stays = [t.name for t, v in zip(figure.data[4:], visible[4:], strict=True) if v]
         chance = (
-            ["above the isotropic null (q < 0.05)"] if name != "excess" else []
+            ["above the isotropic null (q ≤ 0.05)"] if name != "excess" else []
         )  # a dot is the test of what is shown
         assert stays == ["greyed", "rounding share ≥ 0.5 (mostly storage)", "rounding share ≥ 0.1", *chance, "hover"]
         assert meaning in button.args[1]["title.text"].replace("</span><br><span style='font-size:12px'>", " ")
@@ -130,7 +130,7 @@ def test_marks_stand_where_the_table_says(table):
     figure = heads_figure(table, "W_Q", rank=4)
     rows = table[(table["matrix"] == "W_Q") & (table["subspace"] == "attn_in") & (table["rank"] == 4)]
     significant = rows[rows["isotropic_q"] < 0.05]
-    dots = trace(figure, "above the isotropic null (q < 0.05)")
+    dots = trace(figure, "above the isotropic null (q ≤ 0.05)")
     assert set(zip(dots.x, dots.y, strict=True)) == set(zip(significant["head"], significant["layer"], strict=True))
     dominated = rows[rows["rounding_share"] >= 0.5]
     assert len(dominated)
@@ -163,8 +163,8 @@ def test_dots_are_the_test_of_the_value_shown_above_and_below(table):
         ("excess", "vs_reference", "activation-matched reference"),
     ):
         figure = heads_figure(table, "W_Q", rank=4, value=value)
-        shown = [t for t in figure.data if t.type == "scatter" and t.visible is not False and "q <" in t.name]
-        assert [t.name for t in shown] == [f"above the {null} (q < 0.05)", f"below the {null} (q < 0.05)"]
+        shown = [t for t in figure.data if t.type == "scatter" and t.visible is not False and "q ≤" in t.name]
+        assert [t.name for t in shown] == [f"above the {null} (q ≤ 0.05)", f"below the {null} (q ≤ 0.05)"]
         for told, dots in zip(("above", "below"), shown, strict=True):
             wanted = rows[rows[column] == told]
             assert set(zip(dots.x, dots.y, strict=True)) == set(zip(wanted["head"], wanted["layer"], strict=True))
@@ -215,7 +215,7 @@ def test_every_null_of_the_registry_is_a_value_and_a_line_of_the_hover(table):
     assert labels[:2] == ["relative fraction over the isotropic null", "excess over tomorrow's null"]
     row = at(table, "W_Q", "attn_in", 4, 2, 3)
     assert trace(figure, "unheard_of").z[2][3] == pytest.approx(np.log2(row["fraction"] / 0.125), abs=6e-4)
-    assert len(trace(figure, "above tomorrow's null (q < 0.05)").x) == 16
+    assert len(trace(figure, "above tomorrow's null (q ≤ 0.05)").x) == 16
     hover = figure.data[-1]
     assert "<br>null of tomorrow: %{customdata[9]}" in hover.hovertemplate
     assert hover.customdata[2][3][9] == f"2, excess {row['fraction'] / 0.125:.3g} (0.5 to 1.5), p 0.25, q 0.01"

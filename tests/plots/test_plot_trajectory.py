@@ -152,8 +152,8 @@ def test_emergence() -> None:
     assert [list(row) for row in figure.data[0].z] == [[1.0, None], [3.0, 1.0]]  # log10 of the step
     assert (list(figure.data[1].x), list(figure.data[1].y)) == ([1], [0])
     assert list(figure.data[0].colorbar.ticktext) == ["10", "1000"]
-    assert figure.data[0].customdata[0][1][1] == "not below at the last checkpoint"
-    assert "stays below 0.01" in words(figure)
+    assert figure.data[0].customdata[0][1][1] == "not at the last checkpoint"
+    assert "from which on q ≤ 0.01" in words(figure)
     never = emergence_figure(table.assign(step=pd.array([pd.NA] * len(table), dtype="Int64")), "W_Q", rank=1)
     assert len(never.data[1].x) == 4
     with pytest.raises(ValueError, match="expected matrix to be one of 'W_Q', got 'W_K'"):

@@ -1,5 +1,7 @@
 """Planted directions: their making against what it promises, the threshold against the hierarchy, whole runs."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from tests import tiny
 from tests.models.test_edits import fingerprint
 from tl_asymmetry import ModelView, PowerAnalysis, analyze_pair, detection_power, load
 from tl_asymmetry.geometry.hierarchy import hierarchy
+from tl_asymmetry.geometry.rounding import storage_dtype
 from tl_asymmetry.geometry.seeds import seeded
 from tl_asymmetry.pair.deltas import measure_delta
 from tl_asymmetry.power import analysis
@@ -86,8 +89,67 @@ def test_nothing_planted_is_not_found_and_all_planted_is(found):
     assert (shares.xs(0.0, level="size") == 0).all()  # level 0.05 / 64 and less: one of 96 would be found by 7 %
     whole = shares.xs(1.0, level="size")
     assert (whole.xs("isotropic", level="null") == 1).all()
-    # A mark along the mean input is what gradients with a mean leave: the reference's test frees of it, and misses it.
-    assert (whole.xs("adam", level="null") >= 0.8).all()
+
+
+@pytest.mark.parametrize("along", [True, False])
+def test_the_reference_finds_what_lies_across_the_mean_input(pair, monkeypatch, along):
+    """Gradients with a mean leave a mark along it by chance: its test is made without, and no plant there is found."""
+    means = []
+    plant = analysis._Work.plant
+
+    def seeing(work, matrix, bases):
+        _, mean = bases.covariance(matrix, columns=48)
+        means.append(torch.nn.functional.normalize(mean.cpu().double(), dim=0))
+        plant(work, matrix, bases)
+
+    def chosen(basis, count, generator):
+        directions = directions_within(basis, count, generator)
+        if basis.shape[1] == len(basis):
+            return directions
+        Q = basis.double().cpu()
+        inside = torch.nn.functional.normalize(Q @ (Q.mT @ means[-1]), dim=0)
+        if along:
+            return inside.expand(count, -1)
+        across = directions - torch.outer(directions @ inside, inside)
+        return torch.nn.functional.normalize(across, dim=1)
+
+    monkeypatch.setattr(analysis._Work, "plant", seeing)
+    monkeypatch.setattr(analysis, "directions_within", chosen)
+    options = dict(OPTIONS, matrices=["W_Q"], subspaces=["attn_in"])
+    rows = detection_power(*pair, sizes=[1], plants=16, rank=3, **options).table.query("size == 1").set_index("null")
+    assert rows.loc["isotropic", "share"] == 1
+    assert rows.loc["adam", "share"] == (not along)
+
+
+def test_plants_are_stored_as_the_aligned_weights_are(pair, monkeypatch):
+    base = copy.deepcopy(pair[0]).to(torch.bfloat16).to(torch.float32)
+    aligned = tiny.perturbed(base).to(torch.bfloat16).to(torch.float32)
+    shares = []
+
+    def recording(matrix, before, after, *, seed):
+        live = measure_delta(matrix, before, after, seed=seed)
+        assert storage_dtype(after) == torch.bfloat16
+        shares.append(live.numbers.rounding)
+        return live
+
+    monkeypatch.setattr(analysis, "measure_delta", recording)
+    options = dict(OPTIONS, matrices=["W_O"], subspaces=["prediction"])
+    found = detection_power(base, aligned, sizes=[1], plants=8, **options).table.set_index("size")["share"]
+    assert found.to_dict() == {0.0: 0.0, 1.0: 1.0}
+    assert len(shares) == 2 * 3
+    assert all((share > 0).all() and (share < 0.5).all() for share in shares)
+
+
+def test_directions_of_another_number_are_corrected_with_what_is_tested_at_that_number(pair):
+    """Own directions stand at their number, "attn_in" at the shown rank: `analyze_pair` tests it at theirs too."""
+    own = {f"own {n}": torch.linalg.qr(torch.randn(48, n, generator=seeded(n))).Q for n in (2, 4)}
+    options = dict(OPTIONS, matrices=["W_Q"], subspaces=["attn_in", own])
+    tests = analyze_pair(*pair, groups=1, **options).tests.query("level == 'family' and side == 'above'")
+    ends = detection_power(*pair, sizes=[1], plants=8, **options).smallest
+    assert ends["rank"].tolist() == [3, 3, 2, 2, 4, 4]
+    families = [len(tests.query("rank == @row.rank and null == @row.null")) for row in ends.itertuples()]
+    assert families == [1, 1, 1, 1, 2, 2]
+    assert ends["threshold"].to_numpy() == pytest.approx(0.05 / (np.array(families) * 2 * 2 * 4))
 
 
 def test_more_is_found_oftener(found):

@@ -244,11 +244,11 @@ def test_emergence_is_the_first_step_from_which_q_stays_below() -> None:
             t = t.sort_values("step")
             expected = None
             for step, q in reversed(list(zip(t["step"], t["isotropic_q"], strict=True))):
-                if not q < level:
+                if not q <= level:
                     break
                 expected = step
             assert (None if pd.isna(row["step"]) else row["step"]) == expected
-            assert row["significant"] == (t["isotropic_q"] < level).sum()
+            assert row["significant"] == (t["isotropic_q"] <= level).sum()
             assert row["checkpoints"] == 3
     with pytest.raises(ValueError, match=r"expected a level between 0 and 1, got 1\.5"):
         result.emergence(level=1.5)

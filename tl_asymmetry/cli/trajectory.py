@@ -85,17 +85,31 @@ def run_trajectory(options: argparse.Namespace, texts: list[Any] | None) -> Resu
 def add_compare(commands: Any) -> argparse.ArgumentParser:
     """The parser of `compare`, among the others."""
     parser: argparse.ArgumentParser = commands.add_parser("compare", help="saved analyses of one base")
-    parser.add_argument("folders", metavar="DIR", nargs="+", help="folders written by analyze, two or more")
-    parser.add_argument("--names", nargs="+", help="what to call them")
+    parser.add_argument(
+        "folders", metavar="[NAME=]DIR", nargs="+",
+        help="folders written by analyze, two or more; those of one NAME are runs of one training",
+    )  # fmt: skip
+    parser.add_argument("--names", nargs="+", help="what to call folders without NAME=")
     parser.add_argument("--out", type=as_path, default=Path("tl-asymmetry-comparison"), help="folder for the result")
     return parser
 
 
 def run_compare(options: argparse.Namespace) -> Result:
-    """Do what `compare` was asked for."""
+    """Do what `compare` was asked for: with names, several runs an arm."""
     from tl_asymmetry import PairAnalysis, compare
 
     if len(options.folders) < 2:
         raise ValueError("expected two folders or more, got one; pass the folders of two analyses of one base")
-    first, second, *more = (PairAnalysis.load(folder) for folder in options.folders)
-    return compare(first, second, *more, names=options.names)
+    arms: dict[str, list[str]] = {}
+    for said in options.folders:
+        name, separator, folder = said.partition("=")
+        if separator and name and folder and not Path(said).exists():
+            arms.setdefault(name, []).append(folder)
+    if not arms:
+        return compare(*(PairAnalysis.load(folder) for folder in options.folders), names=options.names)
+    if sum(map(len, arms.values())) < len(options.folders) or options.names is not None:
+        raise ValueError(
+            "expected folders all with a name or all without, and --names only without, got both; pass "
+            "dpo=DIR dpo=DIR sft=DIR sft=DIR"
+        )
+    return compare({name: [PairAnalysis.load(folder) for folder in folders] for name, folders in arms.items()})

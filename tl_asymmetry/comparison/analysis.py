@@ -20,6 +20,7 @@ from tl_asymmetry.geometry.nulls import IsotropicNull, adjusted_p
 from tl_asymmetry.geometry.overlap import overlap_by_chance
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.two_samples import separation
+from tl_asymmetry.models.strangers import strangers
 from tl_asymmetry.names import SIGNIFICANT, SMALLEST_EIGENVALUE
 from tl_asymmetry.notes import Notes
 from tl_asymmetry.pair.asymmetry import READ_SIDE
@@ -110,6 +111,10 @@ def compare(
             "tokens": first.config["tokens"],
             "sequences": first.config["sequences"],
             "arguments": {name: [run.config["arguments"] for run in runs] for name, runs in arms.items()},
+            "unrelated": {
+                name: list(dict.fromkeys(matrix for run in runs for matrix in run.config["unrelated"]))
+                for name, runs in arms.items()
+            },
         },
         notes=tuple(notes),
         arrays={},
@@ -206,10 +211,7 @@ def _check(arms: Mapping[str, Runs]) -> list[str]:
         notes.warn(f"{twin} and {name} are the same model, weight for weight")
     for name, result in named.items():
         if unlike := result.config["unrelated"]:
-            notes.warn(
-                f"{', '.join(unlike)} of {name} point elsewhere than the base's: it is another model rather than one "
-                "trained from this base, and its differences are not about what training changed"
-            )
+            notes.warn(strangers(unlike, of=f" of {name}"))
     if ours.config["arguments"]["activations"] != "base":
         notes.warn(
             "the analyses' subspaces come from different activations (activations is not 'base'): a difference may be "

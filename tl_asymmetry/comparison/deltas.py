@@ -25,6 +25,7 @@ from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.rounding import rounding_noise
 from tl_asymmetry.models.checks import check_shapes
 from tl_asymmetry.models.readers.base import Weights
+from tl_asymmetry.models.strangers import cosines_with_base, strangers, unrelated
 from tl_asymmetry.models.weights import opened
 from tl_asymmetry.names import SMALLEST_EIGENVALUE, kind_of
 from tl_asymmetry.notes import Notes
@@ -95,9 +96,12 @@ def compare_deltas(
     work = [(layer, matrix) for layer in range(base.n_layers) for matrix in chosen]
     rows: list[pd.DataFrame] = []
     arrays: dict[str, Tensor] = {}
+    turns: dict[str, dict[str, list[float]]] = {}
     for layer, matrix in tqdm(work, desc="deltas", unit="matrix", disable=not progress):
         found = _Matrix(base, shelf, layer, matrix, seed=seed)
         arrays[f"gram/{layer}/{matrix}"] = found.gram
+        for name, values in found.cosines().items():
+            turns.setdefault(name, {}).setdefault(matrix, []).extend(values)
         rows += found.pairs(rank)
     table = pd.concat(rows, ignore_index=True)
     table = _tested(table, seed)
@@ -107,6 +111,9 @@ def compare_deltas(
         unit: cosines_of([x for name, x in arrays.items() if unit is None or name.endswith(f"/{unit}")])
         for unit in units
     }
+    unlike = {name: them for name, turned in turns.items() if (them := unrelated(turned))}
+    for name, matrices_of_it in unlike.items():
+        notes.warn(strangers(matrices_of_it, of=f" of {name}"))
     config = {
         "arguments": arguments,
         "versions": versions(),
@@ -117,6 +124,7 @@ def compare_deltas(
         "shape": shape_record(base),
         "matrices": list(chosen),
         "rank": rank,
+        "unrelated": unlike,
     }
     return DeltaComparison(
         table=table, arms=_arm_table(cosines, arms), config=config, notes=tuple(notes.lines),
@@ -163,7 +171,7 @@ class _Matrix:
 
     def __init__(self, base: Weights, shelf: Mapping[str, _Run], layer: int, matrix: str, *, seed: int) -> None:
         self.layer, self.matrix, self.shelf = layer, matrix, shelf
-        W = heads_first(base.weight(layer, matrix))
+        self.W = W = heads_first(base.weight(layer, matrix))
         self.size = W.double().square().sum((-2, -1)).sqrt()
         self.changes = {name: change_of(base, run.weights, layer, matrix) for name, run in shelf.items()}
         changes = list(self.changes.values())
@@ -171,6 +179,14 @@ class _Matrix:
             [torch.stack([a.times(b).cpu() for b in changes], -1) for a in changes], -2
         )
         self.rounding = {name: _rounding(W, change, seed) for name, change in self.changes.items()}
+
+    def cosines(self) -> dict[str, list[float]]:
+        """Of each head's weights with the base's, by model."""
+        size = self.size.cpu()
+        return {
+            name: cosines_with_base(self.gram[:, i, i].sqrt() / size, change.inner(self.W).cpu() / size**2).tolist()
+            for i, (name, change) in enumerate(self.changes.items())
+        }
 
     def pairs(self, rank: int) -> Iterator[pd.DataFrame]:
         """One row for each head and two models."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tl_asymmetry.arguments import checked
+from tl_asymmetry.models.strangers import strangers
 from tl_asymmetry.names import SIGNIFICANT
 from tl_asymmetry.results.report import Definition, FigureSection, Report, TableSection
 from tl_asymmetry.results.result import Result
@@ -255,6 +256,7 @@ class DeltaComparison(Result):
         return rows[["arm_a", "arm_b", "matrix", "cosine", "within", "p", "read ×", "written ×"]]
 
     def _headline(self) -> list[str]:
+        unlike = [strangers(found, of=f" of {name}") for name, found in self.config["unrelated"].items()]
         sentences = []
         for row in self.arms[self.arms["matrix"].isna()].to_dict("records"):
             said = f"{row['arm_a']} and {row['arm_b']}: their deltas have a cosine of {row['cosine']:.3f} over all "
@@ -269,7 +271,7 @@ class DeltaComparison(Result):
                 else ""
             )
             sentences.append(f"{said}matrices, two runs of one training {row['within']:.3f}{told}.")
-        return sentences or ["All models are runs of one training."]
+        return [*unlike, *(sentences or ["All models are runs of one training."])]
 
     def _report(self) -> Report:
         maps = {"all": self.plot_map()} | {matrix: self.plot_map(matrix) for matrix in self.config["matrices"]}

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from tl_asymmetry.arguments import checked
-from tl_asymmetry.names import MATRICES, PREDICTION, SIGNIFICANT, kind_of
+from tl_asymmetry.models.strangers import strangers
+from tl_asymmetry.names import FOUND, MATRICES, PREDICTION, SIGNIFICANT, kind_of
 from tl_asymmetry.results.report import DEFINITIONS, Definition, FigureSection, Report, TableSection
 from tl_asymmetry.results.result import Result
 
@@ -236,7 +237,7 @@ class Comparison(Result):
                     "overlap": o["overlap"].median(),
                     "within": o["within"].median(),
                     "chance": o["chance"].median(),
-                    "overlap q<0.05": f"{int((o['q'] < SIGNIFICANT).sum())}/{int(o['q'].notna().sum())}",
+                    f"overlap {FOUND}": f"{int((o['q'] <= SIGNIFICANT).sum())}/{int(o['q'].notna().sum())}",
                     "cosine": o["cosine"].median(),
                 }
             )
@@ -244,7 +245,7 @@ class Comparison(Result):
 
     def _headline(self) -> list[str]:
         k = self.config["shown_rank"]
-        sentences = []
+        sentences = [strangers(unlike, of=f" of {name}") for name, unlike in self.config["unrelated"].items() if unlike]
         for (a, b), rows in self.table[self.table["rank"] == k].groupby(["a", "b"], sort=False):
             rows = rows[rows["log2_ratio"].notna()]
             own = rows[
@@ -265,8 +266,8 @@ class Comparison(Result):
                 sentences.append(
                     f"Directions: the leading {int(o['directions'].max())} residual directions of {a} and {b} overlap "
                     f"by {o['overlap'].median():.2f} at the median ({o['chance'].median():.2f} by chance{runs}); "
-                    f"{int((o['q'] < SIGNIFICANT).sum())} of {len(o)} overlap more than random spaces do (q < "
-                    f"{SIGNIFICANT}), as any two changes that follow the same inputs would."
+                    f"{int((o['q'] <= SIGNIFICANT).sum())} of {len(o)} overlap more than random spaces do "
+                    f"({FOUND}), as any two changes that follow the same inputs would."
                 )
         single = [name for name, runs in self.config["runs"].items() if runs == 1]
         if single:
@@ -350,6 +351,6 @@ def _told(rows: pd.DataFrame, a: str, b: str) -> str:
     counts = {answer: int((tested["vs_other"] == answer).sum()) for answer in ("larger", "smaller", "not told apart")}
     runs = f"{int(rows['runs_a'].iloc[0])} runs of {a} and {int(rows['runs_b'].iloc[0])} of {b}"
     return (
-        f"; held against the spread between {runs}, {counts['larger']} of {len(tested)} are larger in {a} (q ≤ "
-        f"{SIGNIFICANT}), {counts['smaller']} smaller, and {counts['not told apart']} are not told apart"
+        f"; held against the spread between {runs}, {counts['larger']} of {len(tested)} are larger in {a} ({FOUND}), "
+        f"{counts['smaller']} smaller, and {counts['not told apart']} are not told apart"
     )

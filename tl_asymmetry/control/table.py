@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from tl_asymmetry.geometry.rank_correlation import grouped_spearman
-from tl_asymmetry.names import SIGNIFICANT
+from tl_asymmetry.names import FOUND, SIGNIFICANT
 from tl_asymmetry.pair.result import PairAnalysis
 from tl_asymmetry.training.runs import Run
 
@@ -27,7 +27,7 @@ CONTROL_COLUMNS = {
     "relative": "fraction · d/k; 1 is isotropic",
     "median_relative": "median over layers and heads",
     "median_isotropic_z": "median over layers and heads of the standard deviations above a Haar-random subspace",
-    "significant": "share of layers and heads with isotropic_q < 0.05",
+    "significant": f"share of layers and heads with isotropic_{FOUND}",
     "activation_matched": "read: the reference from the inputs' own variance, pooled; write: NaN",
     "excess": "fraction / activation_matched",
     "gradient_matched": "write: the reference from this objective's own gradients at the checkpoint, pooled; read: NaN",
@@ -87,7 +87,7 @@ def control_table(heads: pd.DataFrame, d: int) -> pd.DataFrame:
                 "relative": fraction * d / entry["rank"],
                 "median_relative": block["relative"].median(),
                 "median_isotropic_z": block["isotropic_z"].median(),
-                "significant": float((block["isotropic_q"] < SIGNIFICANT).mean()),
+                "significant": float((block["isotropic_q"] <= SIGNIFICANT).mean()),
                 "activation_matched": activation,
                 "excess": fraction / activation,
                 "gradient_matched": gradient,

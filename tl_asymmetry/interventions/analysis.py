@@ -40,6 +40,7 @@ from tl_asymmetry.interventions.tables import OUTCOMES, baseline_row, edit_table
 from tl_asymmetry.models.checks import check_finite, check_pair, check_raw
 from tl_asymmetry.models.loading import open_model
 from tl_asymmetry.models.resume import resumes
+from tl_asymmetry.models.strangers import warn_of_strangers
 from tl_asymmetry.models.texts import check_tokens, token_sequences
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import SIGNIFICANT, Place, PlaceLike, kind_of
@@ -424,6 +425,7 @@ def check_models(base: ModelView, aligned: ModelView, sequences: Sequence[Tensor
     hashes = {"base": weights_hash(base), "aligned": weights_hash(aligned)}
     if hashes["base"] == hashes["aligned"]:
         notes.warn("the two models are identical, weight for weight: there is nothing to remove or insert")
+    warn_of_strangers(base, aligned, notes)
     return hashes
 
 

@@ -19,6 +19,7 @@ from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.processes import ALONE, Processes, present_processes, together
 from tl_asymmetry.models.readers.hub import public_name
 from tl_asymmetry.models.side_by_side import side_by_side
+from tl_asymmetry.models.strangers import cosines_with_base, strangers, unrelated
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.models.weights import Weights
 from tl_asymmetry.names import SMALLEST_EIGENVALUE, kind_of
@@ -46,8 +47,6 @@ from tl_asymmetry.pair.sensitivity import SensitivityProfiles, prediction_varian
 from tl_asymmetry.pair.tables import pair_tables
 from tl_asymmetry.results.provenance import described, pair_names, pair_record, shape_record, versions
 from tl_asymmetry.settings import GradientMoments, OpenPair, PairSettings, open_pair
-
-_UNRELATED = 0.3
 
 
 @checked
@@ -344,12 +343,14 @@ def _note_deltas(
             notes.warn("the analysed matrices are the same in both models: every delta is zero and every fraction NaN")
         else:
             notes.add(f"{', '.join(same)} are the same in both models: their rows are NaN")
-    unlike = [matrix for matrix, changes in deltas.items() if _median_cosine(changes) < _UNRELATED]
+    unlike = unrelated(
+        {
+            matrix: cosines_with_base((changes.energy / changes.base_energy).sqrt().cpu(), changes.shrink.cpu())
+            for matrix, changes in deltas.items()
+        }
+    )
     if unlike:
-        notes.warn(
-            f"{', '.join(unlike)} in {public_name(aligned.name)!r} point elsewhere than the base's (median cosine "
-            f"of a head's weights under {_UNRELATED:g}): is this the base that they were trained from?"
-        )
+        notes.warn(f"{strangers(unlike, of=f' in {public_name(aligned.name)!r}')} Pass the base they were trained from")
     return unlike
 
 
@@ -390,11 +391,3 @@ def _note_existing(numbers: Measurements, plan: Plan, notes: Notes) -> int:
                 f"under a millionth of the leading one's variance): rows at ranks from {missing[0]} are left out there"
             )
     return min(everywhere or {plan.shown_rank}, key=lambda k: (abs(k - plan.shown_rank), k))
-
-
-def _median_cosine(changes: DeltaNumbers) -> float:
-    """Of ⟨W, W + ΔW⟩ / ‖W‖ ‖W + ΔW‖ over heads and layers."""
-    base, shrink = changes.base_energy, changes.shrink
-    inner = base * (1 + shrink)
-    cosine = inner / (base * (base + 2 * shrink * base + changes.energy)).sqrt()
-    return float(cosine.nanmedian())

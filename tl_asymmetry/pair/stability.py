@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tl_asymmetry.geometry.hierarchy import hierarchy
 from tl_asymmetry.geometry.nulls import IsotropicNull
-from tl_asymmetry.names import SIGNIFICANT
+from tl_asymmetry.names import FOUND, SIGNIFICANT
 from tl_asymmetry.pair.sensitivity import unit_of
 
 STABILITY_COLUMNS = {
@@ -30,8 +30,8 @@ STABILITY_COLUMNS = {
     "high": "largest relative over the variants",
     "low_variant": "the variant that gives the smallest",
     "high_variant": "the variant that gives the largest",
-    "significant": "share of the variants in which q < 0.05, each in the place of the analysis's own choice",
-    "verdict": '"concentrated" (q < 0.05 in all variants), "not" (in none), "depends", "none" (no test)',
+    "significant": f"share of the variants in which {FOUND}, each in the place of the analysis's own choice",
+    "verdict": f'"concentrated" ({FOUND} in all variants), "not" (in none), "depends", "none" (no test)',
 }
 """Columns of `PairAnalysis.stability()`, in this order, and what they mean."""
 
@@ -78,7 +78,7 @@ def stability_table(
             ])  # fmt: skip
             relative = np.stack([block["relative"].to_numpy(float) for block in by_variant])
             known = np.isfinite(q).all(0)
-            share = np.where(known, (q < SIGNIFICANT).mean(0), np.nan)
+            share = np.where(known, (q <= SIGNIFICANT).mean(0), np.nan)
             names = np.array([_name(block.iloc[0]) for block in by_variant])
             finite = np.isfinite(relative).all(0)
             blocks.append(

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tl_asymmetry.names import PREDICTION, ROUNDING_DOMINATED, SIGNIFICANT, kind_of
+from tl_asymmetry.models.strangers import strangers
+from tl_asymmetry.names import FOUND, PREDICTION, ROUNDING_DOMINATED, kind_of
 from tl_asymmetry.pair.asymmetry import READ_ONLY, READ_SIDE, WRITE_SIDE
 from tl_asymmetry.pair.data import PairData
 from tl_asymmetry.pair.plan import SEQUENCES, TOKENS_PER_DIMENSION
@@ -88,10 +89,7 @@ def headline(result: PairData) -> list[str]:
 
 def _strangers(result: PairData) -> Iterator[str]:
     if unlike := result.config["unrelated"]:
-        yield (
-            f"{', '.join(unlike)} point elsewhere than the base's: these are two models, not one before and after "
-            "training. The table holds their difference against chance; nothing in it is about what training changed."
-        )
+        yield strangers(unlike)
 
 
 def _where(at_rank: pd.DataFrame) -> Iterator[str]:
@@ -126,16 +124,17 @@ def _reading(result: PairData, changed: pd.DataFrame, k: int) -> Iterator[str]:
     if own.empty:
         return
     yield (
-        f"Reading, in the {k} leading directions of each matrix's own input ({_tested(own['vs_chance'])}): "
-        f"{_told(own['vs_chance'], 'a random subspace')}; median {own['relative'].median():.2f} times chance."
+        f"Reading, in the {k} leading directions of each matrix's own input ({tested_count(own['vs_chance'])}): "
+        f"{told(own['vs_chance'], 'a random subspace')}; median {own['relative'].median():.2f} times chance."
     )
     thin = result.config["low_rank"]
     whole = own[~own["matrix"].isin(thin)]
-    few = whole["flags"].str.contains("few_tokens").any()
+    # Neither on few texts nor with gradients is anything said to be less than training gives: see `tables`.
+    below = not (whole["flags"].str.contains("few_tokens").any() or "weighted" in result.nulls["null"].to_numpy())
     if (whole["vs_reference"] != "").any():
         yield (
             f"Held against what training gives on these inputs by chance ({_reference(result, whole, k)}; "
-            f"{_tested(whole['vs_reference'])}): {_told(whole['vs_reference'], 'that', below=not few)}; median "
+            f"{tested_count(whole['vs_reference'])}): {told(whole['vs_reference'], 'that', below=below)}; median "
             f"{whole['excess'].median():.2f} times it."
         )
     if thin:
@@ -159,8 +158,8 @@ def _writing(changed: pd.DataFrame, k: int) -> Iterator[str]:
     written = changed[(changed["pathway"] == "write") & (changed["subspace"] == PREDICTION)]
     if len(written):
         yield (
-            f"Writing, in the {k} leading prediction directions ({_tested(written['vs_chance'])}): "
-            f"{_told(written['vs_chance'], 'a random subspace')}; median {written['relative'].median():.2f} times "
+            f"Writing, in the {k} leading prediction directions ({tested_count(written['vs_chance'])}): "
+            f"{told(written['vs_chance'], 'a random subspace')}; median {written['relative'].median():.2f} times "
             "chance."
         )
 
@@ -186,7 +185,7 @@ def _asymmetry(result: PairData, k: int) -> Iterator[str]:
 
 
 _MEANT = (
-    f"q ≤ {SIGNIFICANT} bounds the expected share of false findings among the families found (a matrix and a subspace) "
+    f"{FOUND} bounds the expected share of false findings among the families found (a matrix and a subspace) "
     "and, on average, inside them; what is not told apart is not shown to be equal. The tests are of these weights: "
     "another training run may differ.",
 )
@@ -216,19 +215,18 @@ def _warnings(result: PairData, changed: pd.DataFrame) -> Iterator[str]:
         )
 
 
-def _tested(versus: pd.Series) -> str:
+def tested_count(versus: pd.Series) -> str:
+    """How many heads and matrices have a test."""
     return f"{sum(_counts(versus).values())} tested"
 
 
-def _told(versus: pd.Series, than: str, *, below: bool = True) -> str:
+def told(versus: pd.Series, than: str, *, below: bool = True) -> str:
     """How many stand above this, below it, or are not told apart; whether below was tested."""
     counts = _counts(versus)
     if not sum(counts.values()):
         return f"none could be held against {than}"
     less = f"{counts['below']} below, " if below else ""
-    return (
-        f"{counts['above']} above {than} (q ≤ {SIGNIFICANT}), {less}{counts['not told apart']} not told apart from it"
-    )
+    return f"{counts['above']} above {than} ({FOUND}), {less}{counts['not told apart']} not told apart from it"
 
 
 def _counts(versus: pd.Series) -> dict[str, int]:

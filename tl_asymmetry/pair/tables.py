@@ -182,8 +182,10 @@ class _Block:
             found[ISOTROPIC, side] = Evidence(of_heads, np.where(missing, np.nan, together[i]))
             if tails is not None:
                 items = tails[:, i, :, self.column].numpy()
-                if self.few and side == "below":
+                if side == "below" and (self.few or self.reference == "weighted"):
                     # In-sample the expected fraction is too high: above that is conservative, below it the reverse.
+                    # And weights of all heads together make a head with other large gradients than its layer's seem
+                    # below: half of them by chance in simulations.
                     items = np.full_like(items, np.nan)
                 whole = items[:, -1] if items.shape[1] > heads else np.full(places, np.nan)
                 found[self.reference, side] = Evidence(items[:, :heads], whole)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from tl_asymmetry.names import ROUNDING_FLAGGED, SIGNIFICANT
+from tl_asymmetry.names import FOUND, ROUNDING_FLAGGED, SIGNIFICANT
 from tl_asymmetry.plots import maps, style
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots.hover import head_name
@@ -103,7 +103,7 @@ def differences_figure(
         f"{style.text(matrix)}: {style.text(a)} against {style.text(b)}",
         f"Ratio of the relative fractions in {style.text(space)}. Orange: more in {style.text(a)}. "
         + (
-            f"Dot: told apart by the spread between runs (q ≤ {SIGNIFICANT})."
+            f"Dot: told apart by the spread between runs ({FOUND})."
             if (rows["vs_other"] != "").any()
             else "One run an arm: nothing is counted as different."
         ),
@@ -124,7 +124,7 @@ def overlap_figure(
     what: str = "leading residual directions",
     **layout: Unpack[Layout],
 ) -> go.Figure:
-    """Map how far two deltas' leading residual directions span the same space, over chance; a dot where q < 0.05.
+    """Map how far two deltas' leading residual directions span the same space, over chance; a dot where q ≤ 0.05.
 
     Args:
         overlap: rows of `Comparison.overlap` of one pair of analyses.
@@ -153,13 +153,12 @@ def overlap_figure(
         value = pd.Series(np.log2((rows["overlap"] / rows["chance"]).to_numpy(float)), index=rows.index)
     words = heading(
         f"{style.text(matrix)}: directions shared",
-        f"Overlap of the {what} of {style.text(a)} and {style.text(b)}, over that of random "
-        f"spaces. Dot: q &lt; {SIGNIFICANT}.",
+        f"Overlap of the {what} of {style.text(a)} and {style.text(b)}, over that of random spaces. Dot: {FOUND}.",
         **layout,
     )
     return _map(
-        [(rows, value, rows["q"] < SIGNIFICANT)], [0], 0, matrix, hover, OVERLAP_HOVER, words, "× chance",
-        f"q &lt; {SIGNIFICANT}", rounding=None, shared=shared, group=group, **layout,
+        [(rows, value, rows["q"] <= SIGNIFICANT)], [0], 0, matrix, hover, OVERLAP_HOVER, words, "× chance",
+        FOUND, rounding=None, shared=shared, group=group, **layout,
     )  # fmt: skip
 
 

@@ -6,14 +6,14 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from tl_asymmetry.names import kind_of
+from tl_asymmetry.names import FOUND, kind_of
 from tl_asymmetry.plots import style
 from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, menu, note
 
 HOVER = (
     "<b>%{customdata[0]}</b> (grade %{customdata[1]}), seed %{customdata[2]}<br>%{customdata[3]} in %{customdata[4]}: "
     "relative %{y:.3g}<br>reference %{customdata[5]}, excess %{customdata[6]}"
-    "<br>more concentrated than a random subspace (q &lt; 0.05): %{customdata[7]} of the heads<extra></extra>"
+    f"<br>more concentrated than a random subspace ({FOUND}): %{{customdata[7]}} of the heads<extra></extra>"
 )
 
 

@@ -30,7 +30,7 @@ def heads_figure(
     """Map one matrix over layers and heads, with a menu of values and a slider of ranks inside the figure.
 
     Colour is the distance from chance: blue below, neutral at it, orange above; ratios are coloured by their log2,
-    so that 2 and 1/2 are equally strong. A dot marks what its test tells apart from the null shown (q < 0.05): filled
+    so that 2 and 1/2 are equally strong. A dot marks what its test tells apart from the null shown (q ≤ 0.05): filled
     above it, hollow below. A white diamond marks a rounding share from 0.1, and a grey cell with a cross one from 0.5,
     where storage rather than training explains the delta. The colour range belongs to the rank shown. The hover gives
     the value, its interval, every null, and what weakens it.

@@ -104,7 +104,7 @@ def _relation(table: pd.DataFrame, key: str, numbers: pd.DataFrame) -> pd.Series
     column = "vs_chance" if key == ISOTROPIC else "vs_reference"
     if column in table.columns and (key == ISOTROPIC or repeats(table, numbers, "excess")):
         return table[column].map(RELATION).fillna(0.0)
-    return (numbers["q"] < SIGNIFICANT).astype(float)
+    return (numbers["q"] <= SIGNIFICANT).astype(float)
 
 
 def _from_columns(table: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:

@@ -10,16 +10,16 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from tl_asymmetry.names import SIGNIFICANT, MatrixKind, kind_of
+from tl_asymmetry.names import FOUND, SIGNIFICANT, MatrixKind, kind_of
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
 from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, note, rank_slider
 
 HOVER = (
     "<b>%{customdata[0]}</b><br>median %{customdata[1]}<br>middle half %{customdata[2]}<br>range %{customdata[3]}"
-    "<br>isotropic null: 1, q < 0.05 in %{customdata[4]}<br>%{customdata[5]}"
+    f"<br>isotropic null: 1, {FOUND} in %{{customdata[4]}}<br>%{{customdata[5]}}"
     "<br>rounding share %{customdata[6]} (median)<extra></extra>"
-).replace("q < 0.05", f"q &lt; {SIGNIFICANT}")
+)
 
 
 def layers_figure(
@@ -177,7 +177,7 @@ def _summary(rows: pd.DataFrame, matrix: MatrixKind, space: str, d: int | None) 
                 style.number(middle),
                 f"{style.number(low)} to {style.number(high)}" if spread else style.MISSING,
                 f"{style.number(values.min())} to {style.number(values.max())}" if spread else style.MISSING,
-                f"{int((q < SIGNIFICANT).sum())} of {len(here)}",
+                f"{int((q <= SIGNIFICANT).sum())} of {len(here)}",
                 f"{kind}: {style.number(known.median() if len(known) else None)}",
                 style.number(here["rounding_share"].median()),
             ]

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from tl_asymmetry.names import ROUNDING_DOMINATED, ROUNDING_FLAGGED, SIGNIFICANT
+from tl_asymmetry.names import FOUND, ROUNDING_DOMINATED, ROUNDING_FLAGGED
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
 from tl_asymmetry.plots.held import ISOTROPIC, Held, repeats
@@ -192,7 +192,7 @@ def tested(values: Mapping[str, Value], shown: Sequence[str]) -> list[Dots]:
         of = tuple(key for key in shown if values[key].held is held)
         for relation, word in ((1, "above"), (-1, "below")):
             if held.key == ISOTROPIC and relation == 1 or (held.relation == relation).any():
-                kinds.append(Dots(f"{word} {held.over} (q < {SIGNIFICANT})", relation, held, of))
+                kinds.append(Dots(f"{word} {held.over} ({FOUND})", relation, held, of))
     return kinds
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from tl_asymmetry.names import SIGNIFICANT
+from tl_asymmetry.names import FOUND, SIGNIFICANT
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
 from tl_asymmetry.plots.held import ISOTROPIC, Held, held_against
@@ -36,7 +36,7 @@ def rank_curve_figure(
     """Draw relative against rank k for one head, or for all heads of a layer.
 
     The line goes through every k where `curves` has them, else through the ranks of the table. A point stands at each
-    rank of the table, filled where q < 0.05, with the 95 % interval as a whisker (one head only). Drawn with it: chance
+    rank of the table, filled where q ≤ 0.05, with the 95 % interval as a whisker (one head only). Drawn with it: chance
     at 1, what each null that expects a number expects, and the most that is possible, `d / k`.
 
     Args:
@@ -107,7 +107,7 @@ def rank_curve_figure(
         )  # fmt: skip
     for n, (h, rows) in enumerate(of_head.items()):
         name = head_name(layer, h, kv=shared, group=group)
-        significant = rows["isotropic_q"].to_numpy(float, na_value=np.nan) < SIGNIFICANT
+        significant = rows["isotropic_q"].to_numpy(float, na_value=np.nan) <= SIGNIFICANT
         symbol = "circle" if single else style.SYMBOLS[n % len(style.SYMBOLS)]
         relative, low, high = (rows[c].to_numpy(float, na_value=np.nan) for c in ("relative", "ci_low", "ci_high"))
         whiskers = None
@@ -142,7 +142,7 @@ def rank_curve_figure(
     who = head_name(layer, heads[0], kv=shared, group=group) if single else f"L{layer}, all heads"
     words = heading(
         f"{who} · {style.text(matrix)}: concentration by rank",
-        f"Against {style.text(space)}. Dashed grey: 1 = chance (isotropic null). Filled point: q &lt; {SIGNIFICANT}."
+        f"Against {style.text(space)}. Dashed grey: 1 = chance (isotropic null). Filled point: {FOUND}."
         + (" Whiskers: 95 % interval over texts." if single else "")
         + (" Hover names the head." if many else ""),
         **layout,

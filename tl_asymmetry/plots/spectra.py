@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from tl_asymmetry.names import SIGNIFICANT
+from tl_asymmetry.names import FOUND, SIGNIFICANT
 from tl_asymmetry.plots import maps, style
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots.hover import head_name
@@ -49,7 +49,7 @@ def spectra_figure(
     rank: int | None = None,
     **layout: Unpack[Layout],
 ) -> go.Figure:
-    """Draw one matrix of a spectral analysis: a cell per head, coloured by log2 about 1, a dot where q < 0.05.
+    """Draw one matrix of a spectral analysis: a cell per head, coloured by log2 about 1, a dot where q ≤ 0.05.
 
     Args:
         table: `SpectralAnalysis.table`.
@@ -85,8 +85,8 @@ def spectra_figure(
         figure.add_trace(maps.heatmap(one, key, look, layout.get("template"), x=x, y=layers, visible=key == value))
     size = maps.mark_size(layers, heads)
     figure.add_traces(maps.rounding_marks(pick.grid(rows, rows["rounding_share"], layers, heads), layers, size))
-    above = pick.grid(rows, rows["on_principal_q"], layers, heads) < SIGNIFICANT
-    name = f"on-principal above chance (q < {SIGNIFICANT})"
+    above = pick.grid(rows, rows["on_principal_q"], layers, heads) <= SIGNIFICANT
+    name = f"on-principal above chance ({FOUND})"
     figure.add_trace(maps.dots(*maps.where(above, layers), 1, 0.75 * size, name))
     figure.add_trace(
         go.Heatmap(

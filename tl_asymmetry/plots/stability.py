@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from tl_asymmetry.names import FOUND
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
 from tl_asymmetry.plots.hover import head_name
@@ -24,13 +25,13 @@ LOOKS = {
     "none": {"symbol": "x-thin-open", "color": style.GUIDE},
 }
 WORDS = {
-    "concentrated": "q < 0.05 in every variant", "depends": "in some variants", "not": "in none", "none": "no test",
+    "concentrated": f"{FOUND} in every variant", "depends": "in some variants", "not": "in none", "none": "no test",
 }  # fmt: skip
 HOVER = (
     "<b>%{customdata[0]}</b><br>relative here %{customdata[1]} (q %{customdata[2]})"
     "<br>over %{customdata[3]} variants: %{customdata[4]} to %{customdata[5]}"
     "<br>lowest: %{customdata[6]}<br>highest: %{customdata[7]}"
-    "<br>q &lt; 0.05 in %{customdata[8]} of them<extra></extra>"
+    f"<br>{FOUND} in %{{customdata[8]}} of them<extra></extra>"
 )
 
 
@@ -46,7 +47,7 @@ def stability_figure(
     """Draw the range of every head's relative fraction over all variants of the subspace, ordered by their median.
 
     A bar reaches from the lowest to the highest variant, the point is the analysis itself. Its symbol is the
-    verdict: filled, q < 0.05 in every variant; open diamond, it depends on the choice; open circle, in none.
+    verdict: filled, q ≤ 0.05 in every variant; open diamond, it depends on the choice; open circle, in none.
 
     Args:
         stability: `PairAnalysis.stability()`.

@@ -11,7 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from tl_asymmetry.names import ROUNDING_FLAGGED, SIGNIFICANT
+from tl_asymmetry.names import FOUND, ROUNDING_FLAGGED, SIGNIFICANT
 from tl_asymmetry.plots import maps, style
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots.held import Held, held_against
@@ -155,7 +155,7 @@ def head_curves_figure(
     kv: bool | None = None,
     **layout: Unpack[Layout],
 ) -> go.Figure:
-    """Draw each head of a layer over training, with its 95 % interval as an error bar; filled where q < 0.05.
+    """Draw each head of a layer over training, with its 95 % interval as an error bar; filled where q ≤ 0.05.
 
     Args:
         table: `TrajectoryAnalysis.table`.
@@ -224,7 +224,7 @@ def head_curves_figure(
     words = heading(
         f"L{layer} · {style.text(matrix)} over training",
         f"Relative fraction in {style.text(space)} of the change {WORDS.get(reference, style.text(reference))}. Bars: "
-        f"95 % interval over texts. Dashed: 1 = chance. Filled point: q &lt; {SIGNIFICANT}.",
+        f"95 % interval over texts. Dashed: 1 = chance. Filled point: {FOUND}.",
         **layout,
     )
     return finish(figure, words, plot_height=330, **layout)
@@ -243,7 +243,7 @@ def animation_figure(
 ) -> go.Figure:
     """Map one matrix over layers and heads, a frame for each checkpoint: a slider of steps, and Play.
 
-    Colour is the log2 distance from chance, on one scale over all checkpoints; a dot marks q < 0.05, grey with a cross
+    Colour is the log2 distance from chance, on one scale over all checkpoints; a dot marks q ≤ 0.05, grey with a cross
     a change that is mostly rounding, a diamond one that is in part, as in `heads_figure`.
 
     Args:
@@ -282,7 +282,7 @@ def animation_figure(
         return heading(
             f"{style.text(matrix)} at step {step}",
             f"Relative fraction in {style.text(space)} at rank {ranks[start]} of the change "
-            f"{WORDS.get(reference, style.text(reference))}; 1 = chance. Dot: q &lt; {SIGNIFICANT}. One scale for "
+            f"{WORDS.get(reference, style.text(reference))}; 1 = chance. Dot: {FOUND}. One scale for "
             "all steps.",
             **layout,
         )
@@ -291,7 +291,7 @@ def animation_figure(
         here = rows[rows["step"] == step]
         with np.errstate(divide="ignore", invalid="ignore"):
             z = np.log2(pick.grid(here, here["relative"], layers, heads)).clip(-limit, limit)
-        below = pick.grid(here, here["isotropic_q"], layers, heads) < SIGNIFICANT
+        below = pick.grid(here, here["isotropic_q"], layers, heads) <= SIGNIFICANT
         fields = _fields(here, space, d, helds, shared, group)
         hover = head_cells(here, fields, layers, heads, kv=shared, group=group)
         i, j = np.nonzero(below)
@@ -311,7 +311,7 @@ def animation_figure(
             go.Scatter(
                 **dots, mode="markers",
                 marker={"symbol": "circle", "size": 6, "color": "#14181f", "line": {"width": 1.4, "color": "#ffffff"}},
-                name=f"q &lt; {SIGNIFICANT}", hoverinfo="skip", showlegend=True,
+                name=FOUND, hoverinfo="skip", showlegend=True,
             ),
             *(maps.rounding_marks(rounding, layers, maps.mark_size(layers, heads)) if rounded else []),
         ]  # fmt: skip
@@ -367,7 +367,7 @@ def emergence_figure(
     kv: bool | None = None,
     **layout: Unpack[Layout],
 ) -> go.Figure:
-    """Map the step from which each head's q stays below a level; a cross where it never does.
+    """Map the step from which each head's q stays at or below a level; a cross where it never does.
 
     Args:
         emergence: `TrajectoryAnalysis.emergence()`.
@@ -413,7 +413,7 @@ def emergence_figure(
             if pd.isna(row["step"]):
                 never[0].append(j)
                 never[1].append(layers[i])
-                words[i][j] = [name, "not below at the last checkpoint", count]
+                words[i][j] = [name, "not at the last checkpoint", count]
             else:
                 z[i][j] = shade(int(row["step"]))
                 words[i][j] = [name, f"from step {int(row['step'])} on", count]
@@ -428,8 +428,8 @@ def emergence_figure(
                 x=x, y=layers, z=z, zmin=shade(low), zmax=shade(high) + (low == high), colorscale=style.SEQUENTIAL,
                 xgap=1, ygap=1, customdata=words, name=matrix,
                 hovertemplate=(
-                    f"<b>%{{customdata[0]}}</b><br>q &lt; {level:g}: %{{customdata[1]}}"
-                    "<br>below at %{customdata[2]}<extra></extra>"
+                    f"<b>%{{customdata[0]}}</b><br>q ≤ {level:g}: %{{customdata[1]}}"
+                    "<br>so at %{customdata[2]}<extra></extra>"
                 ),
                 colorbar={
                     "thickness": 12, "len": 1, "outlinewidth": 0, "x": 1.01, "xpad": 4, "tickmode": "array",
@@ -438,7 +438,7 @@ def emergence_figure(
                 },
             ),
             go.Scatter(
-                x=nx, y=ny, mode="markers", name="not below at the last checkpoint", hoverinfo="skip", showlegend=True,
+                x=nx, y=ny, mode="markers", name="not at the last checkpoint", hoverinfo="skip", showlegend=True,
                 marker={"symbol": "x-thin", "size": 9, "line": {"width": 2, "color": style.GUIDE}},
             ),
         ]
@@ -452,7 +452,7 @@ def emergence_figure(
     maps.head_axes(figure, layers, heads, shared)
     title = heading(
         f"{style.text(matrix)}: since when more concentrated than chance",
-        f"First step from which q stays below {level:g} in {style.text(space)}, for the change "
+        f"First step from which on q ≤ {level:g} in {style.text(space)}, for the change "
         f"{WORDS.get(reference, style.text(reference))}. Not corrected for the number of checkpoints.",
         **layout,
     )
@@ -516,7 +516,7 @@ def _head_curve(rows: pd.DataFrame, n: int, fields: list[list[str]], single: boo
     relative, low, high = (rows[c].to_numpy(float, na_value=np.nan) for c in ("relative", "ci_low", "ci_high"))
     colour = style.SERIES[0] if single else style.SERIES[n % len(style.SERIES)]
     symbol = "circle" if single else style.SYMBOLS[n % len(style.SYMBOLS)]
-    significant = rows["isotropic_q"].to_numpy(float, na_value=np.nan) < SIGNIFICANT
+    significant = rows["isotropic_q"].to_numpy(float, na_value=np.nan) <= SIGNIFICANT
     return {
         "x": [int(s) for s in rows["step"]],
         "y": [_or_none(v) for v in relative],

@@ -22,6 +22,7 @@ from tl_asymmetry.geometry.seeds import seeded
 from tl_asymmetry.geometry.subspace import Subspace
 from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.processes import ALONE
+from tl_asymmetry.models.strangers import warn_of_strangers
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.models.weights import WeightSource
 from tl_asymmetry.names import kind_of
@@ -124,6 +125,7 @@ def detection_power(
     base, notes = pair.base, pair.notes
     plan = make_plan(base, settings, pair.sequences, notes)
     hashes = pair.checked_hashes()
+    warn_of_strangers(base, pair.aligned, notes)
     changed = _changed(pair, plan)
     unchanged = [matrix for matrix, heads in changed.items() if not heads.any()]
     if len(unchanged) == len(changed):
@@ -276,7 +278,8 @@ def _found(work: _Work, n_layers: int) -> dict[Key, tuple[np.ndarray, float]]:
             tested[key] = mask
     found = {}
     for key, mask in tested.items():
-        together = {other: of for other, of in tested.items() if other[2:] == key[2:]}  # one rank, one null
+        # `analyze_pair` corrects over all that it holds at this rank against this null, shown here or not.
+        together = {of: m for of, m in tested.items() if key[2] in work.plan.measured[of[1]] and of[3] == key[3]}
         called, thresholds = [], []
         for layer in np.flatnonzero(mask.any(1)).tolist():
             thresholds.append(lone_threshold(together, key, layer))

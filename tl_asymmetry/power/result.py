@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import stats
 
 from tl_asymmetry.arguments import checked
-from tl_asymmetry.names import kind_of
+from tl_asymmetry.names import FOUND, kind_of
 from tl_asymmetry.results.nulls import ISOTROPIC, NULLS
 from tl_asymmetry.results.report import Definition, FigureSection, Report, TableSection
 from tl_asymmetry.results.result import Result
@@ -57,13 +57,11 @@ class PowerAnalysis(Result):
     """
 
     TABLES: ClassVar[tuple[str, ...]] = ("table", "smallest")
+    CAPTION = "A matrix, subspace and null, all layers and heads together."
+    LISTED = ("share", "size", "plants", "found", "low", "high")
 
     smallest: pd.DataFrame
     """One row per matrix, subspace and null: see `SMALLEST_COLUMNS`."""
-
-    def top(self, n: int = 10) -> pd.DataFrame:
-        """The matrices in which the smallest marks are found."""
-        return self.smallest.sort_values("smallest", kind="stable").head(n).reset_index(drop=True)
 
     def plot(
         self,
@@ -111,8 +109,8 @@ class PowerAnalysis(Result):
         for null, rows in self.smallest.groupby("null", sort=False):
             what = "a random subspace" if null == ISOTROPIC else f"what training gives ({NULLS[str(null)].label})"
             reached = [
-                f"{row.matrix} in {row.subspace} {'none tried' if pd.isna(row.smallest) else f'{row.smallest:g}'}"
-                for row in rows.itertuples()
+                f"{matrix} in {subspace} {'none tried' if np.isnan(smallest) else f'{smallest:g}'}"
+                for matrix, subspace, smallest in rows[["matrix", "subspace", "smallest"]].to_numpy()
             ]
             nothing = self.table[(self.table["null"] == null) & (self.table["size"] == 0)]
             said.append(
@@ -201,10 +199,11 @@ DEFINITIONS = (
     ),
     Definition(
         "Found", "[ours]",
-        "Its p, in ΔW and in ΔW − sW, is one at which the hierarchy of `analyze_pair` calls a head (q ≤ 0.05) where "
+        f"Its p, in ΔW and in ΔW − sW, is one at which the hierarchy of `analyze_pair` calls a head ({FOUND}) where "
         "all other heads, and all layers with their heads pooled, have p = 1. In a pair with other findings a head is "
-        "called more easily. The reference's test is also made without the mean input: a mark along that is missed "
-        "whatever its size, since gradients with a mean leave the same.",
+        "called more easily. The reference's test is also made without the mean input, since gradients with a mean "
+        "leave a mark along it by chance: of a plant only what lies across that input counts, and a share of 1 may be "
+        "missed.",
     ),
     Definition(
         "Smallest share found", "[ours]",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tl_asymmetry.names import FOUND
 from tl_asymmetry.results.nulls import NULLS
 from tl_asymmetry.results.sections import Definition
 
@@ -76,7 +77,7 @@ DEFINITIONS = (
     ),
     Definition(
         "Verdict and its stability", "[ours]",
-        "A head counts as concentrated where q < 0.05. With sensitivity=True every other choice of the subspace (whose "
+        f"A head counts as concentrated where {FOUND}. With sensitivity=True every other choice of the subspace (whose "
         "activations, centring, first position; whose unembedding, its mean, the final norm) is held against the same "
         "null, corrected as the analysis is with that choice in the place of its own; the verdict depends on the "
         "choice where it holds in some of them only.",

@@ -119,8 +119,10 @@ NULLS: Mapping[str, Null] = {
                 "objective gives it, all heads of a matrix together: tokens with large gradients count for more, "
                 "whatever else their gradients say. Without it, gradients whose size grows with the input's look like "
                 "more than training gives. It replaces the unweighted reference in excess and its test. Not "
-                "cross-fitted, so rather too high on the texts that it was measured on. W_K keeps the unweighted "
-                "reference where softmax ignores what all keys share.",
+                "cross-fitted, so rather too high on the texts that it was measured on, and nothing is said to be "
+                "below it. A head whose large gradients stand at inputs of its own, unlike the other heads' of its "
+                "layer, may be above it by that alone: see How we know. W_K keeps the unweighted reference where "
+                "softmax ignores what all keys share.",
             ),
         ),
         Null(

@@ -21,6 +21,7 @@ from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.interrupts import temporarily
 from tl_asymmetry.models.loading import open_model
+from tl_asymmetry.models.strangers import warn_of_strangers
 from tl_asymmetry.models.texts import batches
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import MATRICES, kind_of
@@ -86,6 +87,7 @@ def activation_shift(
     pair = open_pair(base.model, model_aligned, texts, tokens, mask, max_tokens=max_tokens, run_aligned=True)
     base, aligned, notes = pair.base, ModelView(model_aligned), pair.notes
     hashes = pair.checked_hashes()
+    warn_of_strangers(base, aligned, notes)
     read = _Reader(pair.sequences, batch_size, exclude_first, progress)
     ours, theirs = read.means(base, "base"), read.means(aligned, "aligned")
     if same_parameters(base, aligned):

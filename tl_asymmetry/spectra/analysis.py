@@ -13,6 +13,7 @@ from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.nulls import adjusted_p
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.models.checks import check_shapes
+from tl_asymmetry.models.strangers import cosines_with_base, strangers, unrelated
 from tl_asymmetry.models.weights import opened
 from tl_asymmetry.names import kind_of
 from tl_asymmetry.notes import Notes
@@ -96,6 +97,13 @@ def analyze_spectra(
         for layer, matrix in tqdm(work, desc="spectra", unit="matrix", disable=not progress)
         for row in matrix_rows(base, aligned, layer, matrix, ranks_of[matrix], seed=seed)
     ]
+    table = pd.DataFrame(rows)
+    turned = table.groupby("matrix", sort=False)
+    unlike = unrelated(
+        {str(matrix): cosines_with_base(of["delta_relative_norm"], of["shrink"]) for matrix, of in turned}
+    )
+    if unlike:
+        notes.warn(strangers(unlike))
     config = {
         "arguments": arguments,
         "versions": versions(),
@@ -103,8 +111,9 @@ def analyze_spectra(
         "shape": shape_record(base),
         "ranks": sorted({rank for ranks in ranks_of.values() for rank in ranks}),
         "shown_rank": {matrix: _shown(ranks_of[matrix], shorter[matrix]) for matrix in chosen},
+        "unrelated": unlike,
     }
-    return SpectralAnalysis(table=_table(rows), config=config, notes=tuple(notes.lines), arrays={})
+    return SpectralAnalysis(table=_table(table), config=config, notes=tuple(notes.lines), arrays={})
 
 
 def _ranks(shorter: Mapping[str, int], ranks: Sequence[int] | None, notes: Notes) -> dict[str, list[int]]:
@@ -136,8 +145,7 @@ def _shown(ranks: Sequence[int], axis: int) -> int:
     return max((k for k in ranks if 4 * k <= axis), default=min(ranks))
 
 
-def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    table = pd.DataFrame(rows)
+def _table(table: pd.DataFrame) -> pd.DataFrame:
     groups = table.groupby(["matrix", "rank"], sort=False)["on_principal_p"]
     table["on_principal_q"] = groups.transform(lambda p: adjusted_p(p.to_numpy()))
     integers = dict.fromkeys(("layer", "head", "expert", "rank"), "Int64")

@@ -65,13 +65,15 @@ class _Frames:
 
 def _of_whole(W: Float[Tensor, "head m n"], change: Change, *, seed: int) -> dict[str, Float64[Tensor, " head"]]:
     """What does not depend on the rank. An adapter's delta was never stored: nothing of it is rounding, or sparse."""
-    relative = (change.energy / W.double().square().sum((-2, -1))).sqrt()
+    size = W.double().square().sum((-2, -1))
+    relative = (change.energy / size).sqrt()
+    shrink = change.inner(W) / size
     if change.stored is None:
         never = torch.full_like(relative, torch.nan)
         rounding = torch.where(change.energy > 0, 0.0, torch.nan)
         return {
             "changed_share": never, "changed_expected": never, "changed_relative": never, "rounding_share": rounding,
-            "delta_relative_norm": relative,
+            "delta_relative_norm": relative, "shrink": shrink,
         }  # fmt: skip
     ΔW, stored = change.left, change.stored
     changed, expected = changed_share(ΔW), changed_expected(W, ΔW, stored, seed=seed)
@@ -81,6 +83,7 @@ def _of_whole(W: Float[Tensor, "head m n"], change: Change, *, seed: int) -> dic
         "changed_relative": changed / expected,
         "rounding_share": rounding_noise(W, ΔW, stored, seed=seed).share,
         "delta_relative_norm": relative,
+        "shrink": shrink,
     }
 
 

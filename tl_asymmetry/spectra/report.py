@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pandas as pd
 
-from tl_asymmetry.names import ROUNDING_DOMINATED, SIGNIFICANT
+from tl_asymmetry.models.strangers import strangers
+from tl_asymmetry.names import FOUND, ROUNDING_DOMINATED, SIGNIFICANT
 from tl_asymmetry.results.sections import Definition
 
 SPECTRAL_DEFINITIONS = (
@@ -73,7 +76,7 @@ def summary_table(rows: pd.DataFrame) -> pd.DataFrame:
                 "rank": int(block["rank"].iloc[0]),
                 "on-principal": block["on_principal"].median(),
                 "× chance": block["on_principal_relative"].median(),
-                "above": f"{int((block['on_principal_q'] < SIGNIFICANT).sum())}/{int(tested.sum())}",
+                "above": f"{int((block['on_principal_q'] <= SIGNIFICANT).sum())}/{int(tested.sum())}",
                 "left": block["left_relative"].median(),
                 "right": block["right_relative"].median(),
                 "coupling": block["coupling"].median(),
@@ -87,21 +90,26 @@ def summary_table(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def headline(rows: pd.DataFrame) -> list[str]:
-    """Sentences that count tests, never point estimates."""
+def headline(rows: pd.DataFrame, unlike: Sequence[str]) -> list[str]:
+    """Sentences that count tests, never point estimates; of matrices of another training none."""
     if rows["on_principal"].isna().all():
         return ["Every delta is zero: nothing to be located."]
-    sentences = []
-    for matrix, block in rows.groupby("matrix", sort=False):
+    sentences = [strangers(unlike)] if unlike else []
+    for matrix, block in rows[~rows["matrix"].isin(unlike)].groupby("matrix", sort=False):
         tested = block[block["on_principal_q"].notna()]
         if tested.empty:
             continue
-        above = int((tested["on_principal_q"] < SIGNIFICANT).sum())
+        above = int((tested["on_principal_q"] <= SIGNIFICANT).sum())
         off = 1 - tested["on_principal"]
         sentences.append(
             f"{matrix}: {off.min():.1%} to {off.max():.1%} of the change is off the {int(block['rank'].iloc[0])} "
             f"leading directions of both sides; {above} of {len(tested)} are nevertheless more on them than a random "
-            f"orientation (q < {SIGNIFICANT})."
+            f"orientation ({FOUND})."
+        )
+    if rows["on_principal_q"].notna().any():
+        sentences.append(
+            "q is corrected within each matrix. Any training may turn a change towards what the weights already do: to "
+            "be above a random orientation is by itself no finding."
         )
     rounded = int((rows["rounding_share"] >= ROUNDING_DOMINATED).sum())
     if rounded:

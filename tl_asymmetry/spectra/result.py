@@ -74,7 +74,7 @@ class SpectralAnalysis(Result):
         width: int | None = None,
         height: int | None = None,
     ) -> go.Figure:
-        """Layer × head map of one matrix; a menu picks what is shown, dots stand where q < 0.05.
+        """Layer × head map of one matrix; a menu picks what is shown, dots stand where q ≤ 0.05.
 
         Args:
             matrix: its name; None: the first.
@@ -114,7 +114,7 @@ class SpectralAnalysis(Result):
         return summary_table(self._shown_rows())
 
     def _headline(self) -> list[str]:
-        return headline(self._shown_rows())
+        return headline(self._shown_rows(), self.config["unrelated"])
 
     def _report(self) -> Report:
         shape = self.config["shape"]

@@ -22,6 +22,7 @@ from tl_asymmetry.geometry.seeds import seeded
 from tl_asymmetry.interventions.analysis import predictable
 from tl_asymmetry.interventions.runs import evaluation_batches, measure
 from tl_asymmetry.models.checks import check_pair
+from tl_asymmetry.models.strangers import strangers, unrelated
 from tl_asymmetry.models.texts import token_sequences
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.models.weights import Weights, WeightSource, weights_from
@@ -112,6 +113,7 @@ def analyze_stages(
     rows: list[dict[str, Any]] = []
     pairs: list[dict[str, Any]] = []
     arrays: dict[str, Tensor] = {}
+    turns: dict[str, dict[str, list[float]]] = {}
     units = [(layer, matrix) for layer in range(first.n_layers) for matrix in names]
     for layer, matrix in tqdm(units, desc="stages", unit="matrix", disable=not progress):
         found = _Matrix(
@@ -120,6 +122,8 @@ def analyze_stages(
         rows += found.ledger_rows()
         pairs += found.pair_rows(rank)
         arrays[f"gram/{layer}/{matrix}"] = found.gram
+        for stage, values in found.cosines().items():
+            turns.setdefault(stage, {}).setdefault(matrix, []).extend(values)
     table = pd.DataFrame(rows, columns=list(LEDGER_COLUMNS)).astype({"layer": "int64", "head": "Int64"})
     pair_table = pd.DataFrame(pairs, columns=list(PAIR_COLUMNS)).astype({"layer": "int64", "head": "Int64"})
     if bool((table["rounding"] > 0).any()):
@@ -127,6 +131,9 @@ def analyze_stages(
             "16-bit checkpoints: what storage makes of two stages that meet, simulated, is taken out of what is called "
             "unrounded; a stage that was trained on from the stored checkpoint itself has less of it"
         )
+    unlike = {stage: them for stage, turned in turns.items() if (them := unrelated(turned))}
+    for stage, matrices_of_it in unlike.items():
+        notes.warn(strangers(matrices_of_it, of=f" of {stage}", than="the stage's before"))
     predictions = _predictions(views, sequences, batch_size) if sequences else []
     config = {
         "arguments": arguments,
@@ -136,6 +143,7 @@ def analyze_stages(
         "shape": {"n_layers": first.n_layers, "d_model": first.d_model},
         "matrices": names,
         "rank": rank,
+        "unrelated": unlike,
         "tokens": sum(map(len, sequences)),
     }
     return StageAnalysis(
@@ -157,6 +165,7 @@ class _Matrix:
         wide = [W.to(device="cpu", dtype=torch.promote_types(W.dtype, torch.float32)) for W in weights]
         self.headed = wide[0].ndim == 3
         wide = [W if self.headed else W.unsqueeze(0) for W in wide]
+        self.wide = wide
         self.base = wide[0].double().square().sum((-2, -1)).sqrt()
         self.steps = torch.stack(
             [after.double() - before.double() for before, after in zip(wide, wide[1:], strict=False)]
@@ -174,6 +183,13 @@ class _Matrix:
             ]
             or [torch.zeros_like(self.base)]
         )  # fmt: skip
+
+    def cosines(self) -> dict[str, list[float]]:
+        """Of each head's weights with those of the checkpoint before, by stage."""
+        return {
+            name: torch.cosine_similarity(before.flatten(-2), after.flatten(-2), dim=-1).tolist()
+            for name, before, after in zip(self.names[1:], self.wide, self.wide[1:], strict=False)
+        }
 
     def ledger_rows(self) -> Iterator[dict[str, Any]]:
         """One row for each head and stage."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.ledger import ledger
+from tl_asymmetry.models.strangers import strangers
 from tl_asymmetry.results.report import Definition, FigureSection, Report, TableSection
 from tl_asymmetry.results.result import Result
 
@@ -157,7 +158,10 @@ class StageAnalysis(Result):
         whole, stages = self.pooled(None), self.config["stages"]
         if not bool((whole["norm"] > 0).any()):
             return ["No stage changed a weight."]
-        sentences = []
+        sentences = [
+            strangers(matrices, of=f" of {stage}", than="the stage's before")
+            for stage, matrices in self.config["unrelated"].items()
+        ]
         for row in whole.to_dict("records")[:-1]:
             if not row["norm"] > 0:
                 sentences.append(f"{row['stage']} changed no weight.")

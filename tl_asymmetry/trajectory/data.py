@@ -30,7 +30,7 @@ class TrajectoryData(Result):
     """What `TrajectoryAnalysis` holds, without the words."""
 
     TABLES = ("table", "asymmetry", "curves", "checkpoints")
-    CAPTION = "A matrix with all its layers and heads pooled by energy; q < 0.05 counts heads."
+    CAPTION = "A matrix with all its layers and heads pooled by energy; q ≤ 0.05 counts heads."
     LISTED = ("excess", "excess_low", "excess_high", "excess_q", "relative", "isotropic_q", "verdict")
 
     table: pd.DataFrame
@@ -46,15 +46,15 @@ class TrajectoryData(Result):
     # -- numbers -------------------------------------------------------------------------------------------------
 
     def emergence(self, *, level: float = SIGNIFICANT) -> pd.DataFrame:
-        """Since when a head's delta has been more concentrated than chance: the first step from which q stays below.
+        """Since when a head's delta has been more concentrated than chance: the first step from which on its q says so.
 
         Args:
-            level: the q below which a head counts as concentrated, at that checkpoint and at all later ones.
+            level: the q up to which a head counts as concentrated, at that checkpoint and at all later ones.
 
         Returns:
-            One row for each reference, layer, head, matrix, subspace and rank: `step` (NA if q is not below at the
-            last checkpoint; a q that is NaN is not below), at how many `checkpoints` it is `significant`. Each step's q
-            controls the false discoveries of that step; nothing is corrected for the number of checkpoints.
+            One row for each reference, layer, head, matrix, subspace and rank: `step` (NA if q is above it, or NaN,
+            at the last checkpoint), at how many `checkpoints` it is `significant`. Each step's q controls
+            the false discoveries of that step; nothing is corrected for the number of checkpoints.
 
         Raises:
             ValueError: a level outside 0 … 1.
@@ -62,7 +62,7 @@ class TrajectoryData(Result):
         if not 0 < level < 1:
             raise ValueError(f"expected a level between 0 and 1, got {level}; pass level=0.05")
         keys = [c for c in EMERGENCE_COLUMNS if c not in ("step", "significant", "checkpoints")]
-        wide = self.table.assign(below=self.table["isotropic_q"] < level).pivot(
+        wide = self.table.assign(below=self.table["isotropic_q"] <= level).pivot(
             index=keys, columns="step", values="below"
         )
         steps = wide.columns.to_numpy(dtype=int)

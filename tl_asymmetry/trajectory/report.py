@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from tl_asymmetry.names import SIGNIFICANT, kind_of
+from tl_asymmetry.models.strangers import cosines_with_base, strangers, unrelated
+from tl_asymmetry.names import FOUND, SIGNIFICANT, kind_of
+from tl_asymmetry.pair.summary import tested_count, told
+from tl_asymmetry.results.nulls import NULLS
 from tl_asymmetry.results.report import DEFINITIONS, Definition, FigureSection, Report, TableSection
 from tl_asymmetry.trajectory.data import TrajectoryData
 
@@ -15,6 +19,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 _MOST_ROWS = 16
+_PLACE = ["layer", "head", "matrix", "subspace"]
 
 TRAJECTORY_DEFINITIONS = (
     Definition(
@@ -30,9 +35,10 @@ TRAJECTORY_DEFINITIONS = (
     ),
     Definition(
         "Emergence", "[ours]",
-        "The first checkpoint from which a head's q against the isotropic null stays below the level to the end. q is "
-        "adjusted over heads within a checkpoint, not over checkpoints. Activations alone concentrate any gradient: "
-        "emergence against the isotropic null says since when a head differs from a random subspace, not why.",
+        "The first checkpoint from which a head's q against the isotropic null stays at or below the level to the end. "
+        "q is adjusted over heads within a checkpoint, not over checkpoints. Activations alone concentrate any "
+        "gradient: emergence against the isotropic null says since when a head differs from a random subspace, not "
+        "why.",
     ),
 )  # fmt: skip
 """What the words of a trajectory mean, besides those of a pair."""
@@ -57,9 +63,27 @@ def summary_table(result: TrajectoryData) -> pd.DataFrame:
             for pathway in ("read", "write"):
                 block = heads[heads["pathway"] == pathway]
                 if len(block):
-                    row[f"{pathway} q<0.05"] = f"{int((block['isotropic_q'] < SIGNIFICANT).sum())}/{len(block)}"
+                    row[f"{pathway} {FOUND}"] = f"{int((block['isotropic_q'] <= SIGNIFICANT).sum())}/{len(block)}"
             rows.append(row)
     return pd.DataFrame(rows)
+
+
+def elsewhere(table: pd.DataFrame) -> Iterator[str]:
+    """Which weights point elsewhere than the checkpoint's that they are held against, and since when."""
+    for reference, rows in table.groupby("reference", sort=False):
+        found = {}
+        for block in (of for _, of in rows[rows["delta_norm"] > 0].groupby("step")):
+            turned = {
+                str(matrix): cosines_with_base(of["delta_relative_norm"], of["delta_shrink"])
+                for matrix, of in block.groupby("matrix", sort=False)
+            }
+            if unlike := unrelated(turned):
+                found[int(block["step"].iloc[0])] = unlike
+        if found:
+            matrices = dict.fromkeys(matrix for unlike in found.values() for matrix in unlike)
+            when = f" at step {min(found)}{' or later' if len(found) > 1 else ''}"
+            than = "the first checkpoint's" if reference == "first" else "the checkpoint's before"
+            yield strangers(list(matrices), of=when, than=than)
 
 
 def headline(result: TrajectoryData) -> list[str]:
@@ -70,12 +94,13 @@ def headline(result: TrajectoryData) -> list[str]:
     if result.table["fraction"].isna().all():
         return ["No matrix differs between the checkpoints: nothing to be located."]
     change = "since the first checkpoint" if reference == "first" else "since the checkpoint before"
-    sentences = []
+    sentences = list(elsewhere(result.table))
     for side, (matrix, subspace) in _sides(curves).items():
         run = curves[(curves["matrix"] == matrix) & (curves["subspace"] == subspace)].sort_values("step")
         if not len(run) or run["relative"].isna().all():
             continue
         end = run.iloc[-1]
+        begin = f"{run['relative'].iloc[0]:.2f} at step {int(run['step'].iloc[0])} and " if len(run) > 1 else ""
         interval = ""
         if not np.isnan(end["ci_low"]):
             interval = f" (95 % interval over texts {end['ci_low']:.2f} to {end['ci_high']:.2f})"
@@ -89,11 +114,20 @@ def headline(result: TrajectoryData) -> list[str]:
             chance = f"{chance} would give {matched:.2f}"
         sentences.append(
             f"{'Reading' if side == 'read' else 'Writing'} ({matrix} in {subspace}, rank {k}): the change {change} has "
-            f"a pooled relative fraction of {run['relative'].iloc[0]:.2f} at step {int(run['step'].iloc[0])} and "
-            f"{end['relative']:.2f} at step {last}{interval}; {chance} (1 = isotropic)."
+            f"a pooled relative fraction of {begin}{end['relative']:.2f} at step {last}{interval}; {chance} "
+            "(1 = isotropic). No test stands behind these numbers."
         )
+    shown = _own(result.table[(result.table["rank"] == k) & (result.table["reference"] == reference)])
+    ending = shown[(shown["step"] == last) & (shown["pathway"] == "read")]
+    if (ending["vs_reference"] != "").any():
+        sentences.append(
+            f"At step {last}, held against what training gives on these inputs by chance "
+            f"({NULLS[result.config['optimizer']].label}; {tested_count(ending['vs_reference'])}): "
+            f"{told(ending['vs_reference'], 'that', below=not ending['flags'].str.contains('few_tokens').any())}."
+        )
+    tested = shown[shown["isotropic_q"].notna()].drop_duplicates(_PLACE)[_PLACE]
     since = _own(result.emergence())
-    since = since[(since["rank"] == k) & (since["reference"] == reference)]
+    since = since[(since["rank"] == k) & (since["reference"] == reference)].merge(tested, on=_PLACE)
     for pathway in ("read", "write"):
         block = since[since["pathway"] == pathway]
         if len(block):
@@ -101,7 +135,8 @@ def headline(result: TrajectoryData) -> list[str]:
             when = f", half of them by step {there[(len(there) - 1) // 2]}" if len(there) else ""
             sentences.append(
                 f"{len(there)} of {len(block)} {pathway} heads and matrices are more concentrated than a random "
-                f"subspace (q < {SIGNIFICANT}) from some checkpoint to the last one{when}."
+                f"subspace ({FOUND}) from some checkpoint to the last one{when}; q is corrected within each "
+                "checkpoint, not over them."
             )
     return sentences
 
@@ -118,7 +153,7 @@ def trajectory_report(result: TrajectoryData) -> Report:
         figures=_figures(result),
         tables=[
             TableSection("Summary", summary_table(result), "Heads pooled by energy.", "summary"),
-            TableSection("Emergence", result.emergence(), "Since which step q stays below 0.05.", "emergence"),
+            TableSection("Emergence", result.emergence(), f"Since which step {FOUND}.", "emergence"),
             TableSection("Curves", result.curves, "Layers and heads pooled by energy.", "curves"),
             TableSection("All rows", result.table, "One row per step, reference, layer, head, matrix, subspace, rank.",
                          "table"),

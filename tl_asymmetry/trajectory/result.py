@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from tl_asymmetry.names import kind_of
+from tl_asymmetry.notes import Notes
 from tl_asymmetry.pair.numbers import Layout, Measurements
 from tl_asymmetry.results.report import Report
 from tl_asymmetry.store import Parts, StoreReader
 from tl_asymmetry.trajectory.data import TrajectoryData
 from tl_asymmetry.trajectory.measurements import trajectory_tables
-from tl_asymmetry.trajectory.report import headline, summary_table, trajectory_report
+from tl_asymmetry.trajectory.report import elsewhere, headline, summary_table, trajectory_report
 
 
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
@@ -136,13 +137,16 @@ class TrajectoryAnalysis(TrajectoryData):
             "tokens_xxh3": settings["tokens"],
             "sequences": about["sequences"],
         }
+        told = Notes()
+        for line in elsewhere(tables.table):
+            told.warn(line)
         return cls(
             table=tables.table,
             asymmetry=tables.asymmetry,
             curves=tables.curves,
             checkpoints=pd.DataFrame(entries).astype({"previous_step": "Int64"}),
             config=config,
-            notes=tuple(notes),
+            notes=(*notes, *told.lines),
             arrays={"steps": torch.tensor(list(steps)), **{name: torch.stack(held) for name, held in spectra.items()}},
         )
 

@@ -61,11 +61,11 @@ function drawCurve(box, item, range) {
     x: points.map((p) => p.k),
     y: points.map((p) => p.relative),
     mode: "markers",
-    name: `filled: q &lt; ${SIGNIFICANT}` + (told ? "; whiskers: 95 % interval" : ""),
+    name: `filled: ${FOUND}` + (told ? "; whiskers: 95 % interval" : ""),
     marker: {
       size: 9,
       color: blue,
-      symbol: points.map((p) => (p.q < SIGNIFICANT ? "circle" : "circle-open")),
+      symbol: points.map((p) => (p.q <= SIGNIFICANT ? "circle" : "circle-open")),
       line: {color: blue, width: 1.5},
     },
     error_y: {

@@ -10,6 +10,7 @@ const {
   rounding_flagged: ROUNDING_FLAGGED,
   rounding_dominated: ROUNDING_DOMINATED,
 } = settings.thresholds;
+const FOUND = `q ≤ ${SIGNIFICANT}`;
 const FIRST_ROWS = 200;
 
 async function read(element) {

@@ -38,7 +38,7 @@ function drawMap() {
         headName(map, l, h) +
         ": " +
         (kind.verdict ? at(map, "verdict", l, h, state.rank) : number(value)) +
-        (relation > 0 ? `, above it (q < ${SIGNIFICANT})` : relation < 0 ? `, below it (q < ${SIGNIFICANT})` : "") +
+        (relation > 0 ? `, above it (${FOUND})` : relation < 0 ? `, below it (${FOUND})` : "") +
         (rounding >= ROUNDING_DOMINATED
           ? ", mostly rounding"
           : rounding >= ROUNDING_FLAGGED
@@ -101,7 +101,7 @@ function drawLegend(kind, limit, stops) {
   const null_ = data.nulls.find((n) => n.key === kind.null);
   $("dots").hidden = !null_;
   if (null_) {
-    $("dots").querySelector("span").textContent = `${null_.over} (q < ${SIGNIFICANT})`;
+    $("dots").querySelector("span").textContent = `${null_.over} (${FOUND})`;
   }
   if (kind.verdict) {
     $("legend").replaceChildren(

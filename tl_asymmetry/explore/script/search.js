@@ -21,7 +21,7 @@ function understand(text) {
   const tests = [],
     understood = [],
     unknown = [];
-  for (const word of text.trim().replace(/\s*(<=|>=|<|>|=)\s*/g, "$1").split(/\s+/).filter(Boolean)) {
+  for (const word of text.trim().replaceAll("≤", "<=").replaceAll("≥", ">=").replace(/\s*(<=|>=|<|>|=)\s*/g, "$1").split(/\s+/).filter(Boolean)) {
     const before = tests.length;
     const condition = /^([A-Za-z_]\w*)(<=|>=|<|>|=)(-?[\d.]+(?:e-?\d+)?)$/i.exec(word);
     const name = /^(?:L(\d+))?(?:[HE](\d+))?$/i.exec(word);

@@ -59,10 +59,10 @@ function frameBlock(table, item, node) {
           marker: {
             size: 9,
             color: blue,
-            symbol: q.map((v) => (v < SIGNIFICANT ? "circle" : "circle-open")),
+            symbol: q.map((v) => (v <= SIGNIFICANT ? "circle" : "circle-open")),
             line: {color: blue, width: 1.5},
           },
-          name: `filled: above chance, q &lt; ${SIGNIFICANT}`,
+          name: `filled: above chance, ${FOUND}`,
           customdata: q.map((v) => number(v, 2)),
           hovertemplate: "<b>%{y:.3g} times chance</b> at k = %{x}<br>q %{customdata}<extra></extra>",
         },

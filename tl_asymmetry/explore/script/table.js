@@ -31,7 +31,7 @@ function tableRows() {
         if (!hits.test(map, layer, head, state.rank)) {
           continue;
         }
-        if ($("only-q").checked && !(at(map, "isotropic_q", layer, head, state.rank) < SIGNIFICANT)) {
+        if ($("only-q").checked && !(at(map, "isotropic_q", layer, head, state.rank) <= SIGNIFICANT)) {
           continue;
         }
         if ($("no-rounding").checked && at(map, "rounding_share", layer, head, state.rank) >= ROUNDING_DOMINATED) {
