@@ -4,6 +4,7 @@ import re
 from functools import cache
 from pathlib import Path
 
+import jaxtyping
 import pytest
 
 ROOT = Path(__file__).parent
@@ -12,6 +13,17 @@ QUICK = tuple(
     for name in ("tests/geometry", "tests/test_names.py", "tests/test_documentation.py", "tl_asymmetry/geometry")
 )
 """Rooms whose tests need no model: `-m quick` runs them, less those marked slow."""
+
+
+KERNELS = (ROOT / "tests/geometry", ROOT / "tl_asymmetry/geometry")
+"""Rooms whose tests run under the checker of shapes; elsewhere numbers are held, it takes a fifth of the time."""
+CHECKED = not jaxtyping.config.jaxtyping_disable  # JAXTYPING_DISABLE=1 switches it off there, too
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures are made
+def pytest_runtest_setup(item):
+    here = any(item.path.is_relative_to(room) for room in KERNELS)
+    jaxtyping.config.update("jaxtyping_disable", not (CHECKED and here))
 
 
 def pytest_ignore_collect(collection_path, config):

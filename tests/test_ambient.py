@@ -130,12 +130,14 @@ def kept_pair() -> Any:
 
 @contextmanager
 def settings() -> Iterator[None]:
-    """Every default that torch has, changed; "meta" stands in for cuda: what lands there by mistake has no numbers."""
+    """Every default that torch has, changed, and inference mode, which forbids more than `no_grad`; "meta" stands in
+    for cuda: what lands there by mistake has no numbers.
+    """
     torch.set_default_dtype(torch.bfloat16)
     torch.use_deterministic_algorithms(True)
     torch.set_float32_matmul_precision("medium")
     try:
-        with torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"), torch.no_grad():
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"), torch.inference_mode():
             yield
     finally:
         torch.set_float32_matmul_precision("highest")
@@ -149,7 +151,7 @@ def another_thread() -> Iterator[None]:
     done, passes = threading.Event(), []
 
     def run() -> None:
-        while not done.is_set():
+        while not passes or not done.wait(0.002):  # lets the other thread go on, too
             for model in models():
                 passes.append(model(tiny.tokens(2, 7, seed=9)))
 
@@ -165,7 +167,6 @@ def another_thread() -> Iterator[None]:
 
 STATES: dict[str, Callable[[], Any]] = {
     "settings": settings,
-    "inference mode": torch.inference_mode,
     "another thread": another_thread,
 }
 

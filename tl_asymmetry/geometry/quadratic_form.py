@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+# Nodes of the trapezoid rule at once, and numbers at once.
+_NODES, _GRID = 32, 1 << 20
+
 
 def fraction_tail_rank_one(
     spectrum: Float[Tensor, "item r"], d: int, fraction: Float[Tensor, " item"]
@@ -61,14 +64,20 @@ def _tail(a: Tensor, rest: Tensor, copies: int, *, step: float) -> Tensor:
     positive = 1 - 2 * a * c.unsqueeze(-1)
     g = 2 * a / positive
     total = 0.5 * step * scale / c  # the node u = 0
-    for node in range(1, int(14 / step)):
-        u = scale * math.sinh(node * step)
+    last, at_once = int(14 / step), max(1, min(_NODES, _GRID // max(1, a.numel())))
+    for first in range(1, last, at_once):
+        angles = [node * step for node in range(first, min(first + at_once, last))]
+        sinh, cosh = (torch.tensor([f(x) for x in angles], dtype=a.dtype).unsqueeze(-1) for f in (math.sinh, math.cosh))
+        u = scale * sinh
         gu = g * u.unsqueeze(-1)
-        size = torch.exp(-0.25 * (m * torch.log1p(gu.square())).sum(-1)) * step * scale * math.cosh(node * step)
+        size = torch.exp(-0.25 * (m * torch.log1p(gu.square())).sum(-1)) * step * scale * cosh
         phase = 0.5 * (m * torch.atan(gu)).sum(-1)
-        # Re exp(i phase) / (c + iu)
-        total = total + size * (c * torch.cos(phase) + u * torch.sin(phase)) / (c.square() + u.square())
-        if bool((size <= 1e-17 * total.abs() * u).all()):
+        # Re exp(i phase) / (c + iu), added up node by node: where it ends does not hang on the pieces.
+        terms = size * (c * torch.cos(phase) + u * torch.sin(phase)) / (c.square() + u.square())
+        totals = torch.cat([total.unsqueeze(0), terms]).cumsum(0)[1:]
+        died = (size <= 1e-17 * totals.abs() * u).all(-1)
+        total = totals[int(died.int().argmax()) if bool(died.any()) else -1]
+        if bool(died.any()):
             break
     level = torch.exp(-0.5 * (m * torch.log(positive)).sum(-1))
     integral = level * total / math.pi

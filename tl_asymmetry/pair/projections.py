@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 
 import torch
 from jaxtyping import Float64
@@ -229,12 +230,12 @@ def _tails_under(
             sums = [torch.cat([x, x.sum(0, keepdim=True)]) for x in sums]
         for k in existing:
             column, fraction = ranks.index(k), sums[0][:, k - 1] / sums[1]
-            found = law.tails(spectrum, k, fraction)
+            told = [fraction]
             if noisy:
                 # As if storage noise were what is expected.
-                even = fraction + (sums[3] * law.expected(k) - sums[2][:, k - 1]) / sums[1]
-                found = torch.fmax(found, law.tails(spectrum, k, even))
-            tails[..., column] = torch.fmax(tails[..., column], found)
+                told.append(fraction + (sums[3] * law.expected(k) - sums[2][:, k - 1]) / sums[1])
+            found = law.tails(spectrum.repeat(len(told), 1), k, torch.cat(told))
+            tails[..., column] = reduce(torch.fmax, found.tensor_split(len(told), 1), tails[..., column])
         if covariance.mean is not None:
             μ = covariance.mean.unsqueeze(-1).cpu()
             freed, freed_total = basis.cpu() - μ @ (μ.mT @ basis.to(μ)), total - delta.energies(μ)[:, 0]
