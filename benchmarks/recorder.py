@@ -91,7 +91,8 @@ def measure(lens: bool, options: dict[str, Any], rounds: int) -> dict[str, Any]:
         result = recorder.result()
         nulls = time.perf_counter() - start
         recorder.close()
-        size = sum(p.stat().st_size for p in (Path(folder) / "run" / "checkpoints").iterdir()) / len(result.steps)
+        parts = (Path(folder) / "run" / "parts").glob("step-*.safetensors")
+        size = statistics.mean(part.stat().st_size for part in parts)
     wall, processor = ([r[i] / s[i] for r, s in zip(records, steps, strict=True)] for i in range(2))
     return {
         "model": "TransformerLens model" if lens else "transformers GPT2LMHeadModel",

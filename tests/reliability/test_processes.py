@@ -16,8 +16,10 @@ import os, signal, sys, time, warnings
 import torch
 torch.set_num_threads(1)
 import torch.distributed as dist
+import pandas as pd
 from datetime import timedelta
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 from tests import tiny
 from tl_asymmetry import TrajectoryRecorder, analyze_pair, analyze_trajectory
@@ -77,6 +79,27 @@ def layers(model):
     return model
 def flat(model):
     return FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+# what a Trainer's callback does: the first process alone records, while the other waits for the next step
+def recorded_by_the_first():
+    model, kept = AutoModelForCausalLM.from_pretrained(base_directory), f"{out}/run"
+    wrapped = DistributedDataParallel(model)
+    choices = dict(tokens=tokens, ranks=[1], groups=1, subspaces_from="each")
+    recorder = TrajectoryRecorder(wrapped, 1, **choices) if rank == 0 else None
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(3):
+        if step > 0:
+            rows = tiny.tokens(2, 12, seed=10 * step + rank)
+            wrapped(rows, labels=rows).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if recorder is not None:
+            recorder.step(step)
+            model.save_pretrained(f"{kept}/checkpoint-{step}")
+    if recorder is not None:
+        truth = analyze_trajectory(kept, distributed=False, progress=False, **choices).table
+        columns = ["step", "relative", "activation_matched", "delta_norm", "verdict"]
+        pd.testing.assert_frame_equal(recorder.result().table[columns], truth[columns], check_exact=True)
+told("recorded", recorded_by_the_first)
 told("sharded", lambda: TrajectoryRecorder(one_step(fully_shard), 1, tokens=tokens))
 told("layers", lambda: TrajectoryRecorder(one_step(layers), 1, tokens=tokens))
 told("flat", lambda: TrajectoryRecorder(flat(AutoModelForCausalLM.from_pretrained(base_directory)), 1, tokens=tokens))
@@ -129,6 +152,10 @@ def test_what_stops_all_is_said_by_each(told: dict[str, tuple[float, str]]) -> N
 def test_few_and_uneven_sequences_go_through(told: dict[str, tuple[float, str]]) -> None:
     for case in ("fine", "uneven"):
         assert {told[f"{case}-{rank}"][1] for rank in range(2)} == {"went through"}
+
+
+def test_the_first_of_two_processes_records_what_its_checkpoints_hold(told: dict[str, tuple[float, str]]) -> None:
+    assert [told[f"recorded-{rank}"][1] for rank in range(2)] == ["went through", "went through"]
 
 
 @pytest.mark.parametrize(
