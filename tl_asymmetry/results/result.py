@@ -16,6 +16,7 @@ from torch import Tensor
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.disk import make_folder, replace_file
 from tl_asymmetry.names import nearest
+from tl_asymmetry.results.hub import SCHEME, fetched_result, push
 from tl_asymmetry.results.latex import latex_table
 from tl_asymmetry.results.pages import Html, render
 from tl_asymmetry.results.report import Report, write_images, write_report
@@ -288,6 +289,24 @@ class Result:
         write_part(folder / _FILE, _PART, numbers, document)
         return folder
 
+    def push_to_hub(self, repo: str, *, private: bool = True, token: str | None = None) -> str:
+        """Upload the result to the Hub: what `save` writes, and a card with hashes of weights and texts, and versions.
+
+        A result may hold the ids of the tokens that were analyzed: make none public whose texts are private.
+
+        Args:
+            repo: "owner/name" of a dataset repository, made if need be.
+            private: for a new one, only its owners read it.
+            token: of the Hub; None: the one that was logged in with.
+
+        Returns:
+            Its address with the commit, "hf://owner/name@commit", which `load` reads.
+
+        Raises:
+            ValueError: a name that is none, no access, no network.
+        """
+        return push(self, repo, private=private, token=token)
+
     @classmethod
     def load(cls: type[ResultT], path: str | Path) -> ResultT:
         """Read what `save` wrote; every number as it was.
@@ -337,7 +356,8 @@ def load(path: str | Path) -> Result:
     """Read a saved result of whatever kind; every number as it was.
 
     Args:
-        path: a folder that a result's `save` wrote.
+        path: a folder that a result's `save` wrote, or "hf://owner/name" (or "hf://owner/name@revision") of what
+            `push_to_hub` uploaded.
 
     Raises:
         ValueError: no result there, one whose file is not as it was written, or of a kind this version does not know.
@@ -365,7 +385,8 @@ def _written(text: str, path: str | Path, example: str) -> Path:
 
 
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    file = Path(path).expanduser() / _FILE
+    folder = fetched_result(path, _FILE) if isinstance(path, str) and path.startswith(SCHEME) else Path(path)
+    file = folder.expanduser() / _FILE
     if not file.exists():
         raise ValueError(f"expected a folder with {_FILE}, got {str(path)!r}; pass a folder written by save")
     return read_part(file, _PART)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -59,13 +61,6 @@ def fetched(name: str, revision: str | None, subfolder: str | None, token: str |
             a part, in the cache.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )  # fmt: skip
 
     inside = "" if subfolder is None else f"{subfolder.strip('/')}/"
     at = f" at revision {revision!r}" if revision is not None else ""
@@ -74,10 +69,39 @@ def fetched(name: str, revision: str | None, subfolder: str | None, token: str |
         wanted = [f"{inside}{pattern}" for pattern in patterns]
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, token=token)) / inside
 
-    try:
+    with in_words(name, revision):
         folder = download(_WANTED)
         if not any(folder.glob("*.safetensors")):
             folder = download((*_WANTED, *_PICKLED))
+    if not folder.is_dir():
+        raise ValueError(f"expected a folder {subfolder!r} in {name!r}{at}, got none; pass one that its page lists")
+    if not any(True for pattern in _WEIGHTS for _ in folder.glob(pattern)):
+        raise ValueError(
+            f"expected weights of {name!r}{at} in {str(folder)!r}, got {_listed(folder)}: a download that was not "
+            "finished, or a repository without weights in a form that is read here; connect and call again, or pass "
+            "one with safetensors"
+        )
+    return folder
+
+
+@contextmanager
+def in_words(name: str, revision: str | None) -> Iterator[None]:
+    """Say what the Hub's client refuses in our words.
+
+    Raises:
+        ValueError: no such repository or revision, none that this token may read, or neither network nor cache.
+    """
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )  # fmt: skip
+
+    at = f" at revision {revision!r}" if revision is not None else ""
+    try:
+        yield
     except GatedRepoError as error:
         raise ValueError(
             f"expected access to {name!r}, got a gated repository; ask for access on its page and pass token=, or log "
@@ -100,15 +124,6 @@ def fetched(name: str, revision: str | None, subfolder: str | None, token: str |
             f"expected a local path or a name that the Hub knows, got {name!r}: {error}; pass a local directory, or "
             "check the name and the network"
         ) from error
-    if not folder.is_dir():
-        raise ValueError(f"expected a folder {subfolder!r} in {name!r}{at}, got none; pass one that its page lists")
-    if not any(True for pattern in _WEIGHTS for _ in folder.glob(pattern)):
-        raise ValueError(
-            f"expected weights of {name!r}{at} in {str(folder)!r}, got {_listed(folder)}: a download that was not "
-            "finished, or a repository without weights in a form that is read here; connect and call again, or pass "
-            "one with safetensors"
-        )
-    return folder
 
 
 def _listed(folder: Path) -> str:
