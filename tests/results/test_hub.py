@@ -101,7 +101,8 @@ def test_the_card_says_what_the_result_is_of(result):
     assert result.summary() in text
     named = {side: {**record, "name": BAD} for side, record in result.config["models"].items()}
     hostile = dataclasses.replace(result, config={**result.config, "models": named})
-    assert card(hostile, "me/pair").count("```") == 4  # two blocks: no name ends one
+    fences = [line for line in card(hostile, "me/pair").splitlines() if line.startswith("```")]
+    assert fences == ["```python", "```", "```text", "```"]  # no name ends one
     assert "a`\\|b" in card(hostile, "me/pair")
 
 
