@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from tl_asymmetry.geometry.moments import StreamingMoments
+from tl_asymmetry.geometry.nearby import nearby_directions
 from tl_asymmetry.pair.bases import LayerBases
 
-D, K, GROUPS = 512, 32, 4
+D, K, GROUPS = 512, 96, 4  # more directions than block iteration is used for
 
 
 def bases(spread: float, *, exact: bool, centered: bool = False) -> LayerBases:
@@ -28,8 +31,8 @@ def bases(spread: float, *, exact: bool, centered: bool = False) -> LayerBases:
 @pytest.mark.parametrize("centered", [False, True])
 def test_float32_replicates_span_the_same_subspace(centered: bool) -> None:
     pairs = zip(
-        bases(1e2, exact=False, centered=centered).replicates("attn_in", K),
-        bases(1e2, exact=True, centered=centered).replicates("attn_in", K),
+        bases(1e2, exact=False, centered=centered).replicates("attn_in", [K]),
+        bases(1e2, exact=True, centered=centered).replicates("attn_in", [K]),
         strict=True,
     )
     for narrow, exact in pairs:
@@ -39,14 +42,37 @@ def test_float32_replicates_span_the_same_subspace(centered: bool) -> None:
 
 
 def test_a_wide_spectrum_stays_in_float64() -> None:
-    assert next(bases(1e5, exact=False).replicates("attn_in", K)).dtype == torch.float64
+    assert next(bases(1e5, exact=False).replicates("attn_in", [K])).dtype == torch.float64
 
 
 def test_a_replicate_is_the_basis_without_one_group() -> None:
     whole = bases(1e2, exact=True, centered=True)
-    left_out = next(whole.replicates("attn_in", K))
+    left_out = next(whole.replicates("attn_in", [K]))
     rest = StreamingMoments(D)
     for group in whole._groups[1:]:
         rest.merge(group["attn_in", 0])
     expected = torch.linalg.eigh(rest.covariance)[1].flip(-1)[:, :K]
     torch.testing.assert_close((expected.mT @ left_out).diagonal().abs(), torch.ones(K, dtype=torch.float64))
+
+
+def test_block_iteration_where_few_directions_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It replaces every eigensolve where it is certified; where the first is not, the others are solved at once."""
+    asked = []
+
+    def counted(*arguments: Any) -> torch.Tensor | None:
+        asked.append(1)
+        return nearby_directions(*arguments)
+
+    monkeypatch.setattr("tl_asymmetry.pair.bases.nearby_directions", counted)
+    monkeypatch.setattr("tl_asymmetry.pair.bases.leading_directions", lambda *_: pytest.fail("solved in full"))
+    few = list(bases(1e5, exact=False).replicates("attn_in", [1, 48]))
+    assert (len(few), len(asked), few[0].shape, few[0].dtype) == (GROUPS, GROUPS, (D, 48), torch.float64)
+    monkeypatch.undo()
+    for quick, full in zip(few, bases(1e5, exact=True).replicates("attn_in", [1, 48]), strict=True):
+        assert (1 - torch.linalg.svdvals(quick.mT @ full)).abs().max() < 1e-6
+    monkeypatch.setattr("tl_asymmetry.pair.bases.nearby_directions", lambda *_: asked.append(1))
+    asked.clear()
+    refused = list(bases(1e5, exact=False).replicates("attn_in", [48]))
+    assert len(asked) == 1
+    monkeypatch.setattr("tl_asymmetry.pair.bases.worth_iterating", lambda *_: False)
+    assert all(map(torch.equal, refused, bases(1e5, exact=False).replicates("attn_in", [48])))

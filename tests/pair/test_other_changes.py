@@ -8,9 +8,11 @@ import torch
 
 from tests import tiny
 from tl_asymmetry.models.bridge import Scaled
+from tl_asymmetry.models.checks import finite_check
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair import non_matrix_parameters as module
 from tl_asymmetry.pair.non_matrix_parameters import other_changes
+from tl_asymmetry.results.provenance import weights_hash
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns", "apart"])
@@ -39,3 +41,14 @@ def test_a_scaled_embedding_is_not_multiplied_out(monkeypatch: pytest.MonkeyPatc
     row = other_changes(base, aligned).set_index("parameter").loc["embed.W_E"]
     expected = [float(W.norm()), float((V - W).norm())]
     np.testing.assert_allclose(row[["base_norm", "delta_norm"]].astype(float), expected, rtol=1e-6)
+
+
+def test_its_hash_is_that_of_the_scaled_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    view = ModelView(tiny.bridge("gemma2"))
+    whole = [(name, weight, 1.0) for name, weight in view.named_weights()]
+    torch.testing.assert_close(dict(view.named_weights())["embed.W_E"], view.headless()["embed.W_E"], rtol=0, atol=0)
+    with monkeypatch.context() as patched:
+        patched.setattr(ModelView, "unscaled_weights", lambda _: iter(whole))
+        expected = weights_hash(view)
+    monkeypatch.setattr(Scaled, "__call__", lambda _: pytest.fail("a scaled copy was made"))
+    assert weights_hash(view, each=finite_check(view)) == expected

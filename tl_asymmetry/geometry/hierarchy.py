@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
+from tl_asymmetry.geometry.nulls import adjusted_p
 from tl_asymmetry.names import SIGNIFICANT
 
 Family = TypeVar("Family")
@@ -71,13 +72,13 @@ def hierarchy(
         layer_p[family] = np.where(several & np.isfinite(pooled[family]), both, own)
     families = list(heads)
     family_p = np.array([float(simes(layer_p[family])) for family in families])
-    family_q = _benjamini_hochberg(family_p)
+    family_q = adjusted_p(family_p)
     share = _selected_share(family_q, level)
     layer_q, head_q = {}, {}
     for family, above in zip(families, family_q, strict=True):
-        layer_q[family] = _inside(_benjamini_hochberg(layer_p[family]), share, above)
+        layer_q[family] = _inside(adjusted_p(layer_p[family]), share, above)
         within = _selected_share(layer_q[family], level)
-        head_q[family] = _inside(_benjamini_hochberg(heads[family]), share * within, layer_q[family][:, None])
+        head_q[family] = _inside(adjusted_p(heads[family]), share * within, layer_q[family][:, None])
     return Tree(
         dict(zip(families, family_p.tolist(), strict=True)),
         dict(zip(families, family_q.tolist(), strict=True)),
@@ -85,17 +86,6 @@ def hierarchy(
         layer_q,
         head_q,
     )
-
-
-def _benjamini_hochberg(p: NDArray[np.floating]) -> NDArray[np.floating]:
-    """`adjusted_p` over the last axis, every group by itself."""
-    order = np.argsort(p, axis=-1)  # NaNs last
-    n = np.isfinite(p).sum(-1, keepdims=True)
-    scaled = n * np.take_along_axis(p, order, -1) / np.arange(1, p.shape[-1] + 1)
-    smallest = np.fmin.accumulate(scaled[..., ::-1], axis=-1)[..., ::-1]
-    q = np.empty_like(smallest)
-    np.put_along_axis(q, order, np.minimum(smallest, 1), -1)
-    return np.where(np.isfinite(p), q, np.nan)
 
 
 def _selected_share(q: NDArray[np.floating], level: float) -> float:

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy import special, stats
+from scipy import special
 from torch import Tensor
 
 from tl_asymmetry.arguments import checked
@@ -261,9 +261,11 @@ def order_range(drawn: Float[Tensor, draw * item], level: float = 0.95) -> tuple
 
 
 def adjusted_p(
-    p: Float[np.ndarray, " test"], method: Literal["benjamini-hochberg", "benjamini-yekutieli"] = "benjamini-hochberg"
-) -> Float[np.ndarray, " test"]:
-    """False-discovery-rate q-values over the finite p-values; NaN stays NaN and is not counted as a test.
+    p: Float[np.ndarray, "*group test"],
+    method: Literal["benjamini-hochberg", "benjamini-yekutieli"] = "benjamini-hochberg",
+) -> Float[np.ndarray, "*group test"]:
+    """False-discovery-rate q-values over the finite p-values of the last axis; NaN stays NaN and is not counted as a
+    test.
 
     Benjamini & Hochberg (1995), or Benjamini & Yekutieli (2001), which holds under any dependence.
 
@@ -274,14 +276,20 @@ def adjusted_p(
         >>> adjusted_p(np.array([0.01, 0.04, np.nan])).tolist()
         [0.02, 0.04, nan]
     """
-    short = {"benjamini-hochberg": "bh", "benjamini-yekutieli": "by"}
-    if method not in short:
-        raise ValueError(f"expected a method of {list(short)}, got {method!r}; pass one of them")
-    q = np.full_like(p, math.nan, dtype=float)
-    tested = np.isfinite(p)
-    if tested.any():
-        q[tested] = stats.false_discovery_control(p[tested], method=short[method])
-    return q
+    methods = ("benjamini-hochberg", "benjamini-yekutieli")
+    if method not in methods:
+        raise ValueError(f"expected a method of {list(methods)}, got {method!r}; pass one of them")
+    # Not scipy's: its statistics take a second to import, and know one row of tests at a time.
+    order = np.argsort(p, axis=-1)  # NaNs last
+    place = np.arange(1, p.shape[-1] + 1)
+    n = np.isfinite(p).sum(-1, keepdims=True)
+    scaled = n * np.take_along_axis(p, order, -1) / place
+    if method == "benjamini-yekutieli":
+        scaled = scaled * np.where(place <= n, 1 / place, 0).sum(-1, keepdims=True)
+    smallest = np.fmin.accumulate(scaled[..., ::-1], axis=-1)[..., ::-1]
+    q = np.empty_like(smallest)
+    np.put_along_axis(q, order, np.minimum(smallest, 1), -1)
+    return np.where(np.isfinite(p), q, np.nan)
 
 
 def _beta_parameters(mean: float, variance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

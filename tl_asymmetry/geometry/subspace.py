@@ -15,7 +15,7 @@ from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.names import SMALLEST_EIGENVALUE
 
-_SMALLEST_ON_GPU = 256
+_SMALLEST_ON_GPU, _LARGEST_TRIED = 256, 1024
 # Of the mean square: what rounding float32 rows leaves of the variance of equal ones (4e-15 was seen).
 _ROUNDING = 1e-13
 
@@ -186,7 +186,7 @@ def ordered_eigh(
     Solved on the CPU, or on a GPU that was measured to be faster at this size. Each vector's largest entry is made
     positive, so that the same matrix gives the same basis everywhere.
     """
-    solver = _faster_solver(symmetric.shape[-1], symmetric.dtype)
+    solver = faster_solver(symmetric.shape[-1], symmetric.dtype)
     λ, Q = (part.cpu().flip(-1) for part in torch.linalg.eigh(symmetric.to(solver)))
     largest = Q.gather(-2, Q.abs().argmax(-2, keepdim=True))
     return λ, Q * torch.where(largest < 0, -1.0, 1.0).to(Q.dtype)
@@ -194,16 +194,22 @@ def ordered_eigh(
 
 def leading_directions(symmetric: Float[Tensor, "d d"], k: int) -> Float[Tensor, "d k"]:
     """The k eigenvectors of the largest eigenvalues, the largest first, on CPU; their signs are as they come."""
-    solver = _faster_solver(symmetric.shape[-1], symmetric.dtype)
+    solver = faster_solver(symmetric.shape[-1], symmetric.dtype)
     return torch.linalg.eigh(symmetric.to(solver))[1][:, -k:].flip(-1).cpu()
 
 
 @lru_cache(maxsize=16)
-def _faster_solver(d: int, dtype: torch.dtype) -> torch.device:
-    """Where one d × d eigensolve takes less time: tried once for each size, where there is a GPU to try."""
+def faster_solver(d: int, dtype: torch.dtype) -> torch.device:
+    """Where one d × d eigensolve takes less time: tried once for each size, where there is a GPU to try.
+
+    What is faster at 1,024 is so beyond: there a try of full size would take minutes.
+    """
     cpu = torch.device("cpu")
     if d < _SMALLEST_ON_GPU or not torch.cuda.is_available():
         return cpu
+    size = min(d, _LARGEST_TRIED)
+    if size < d:
+        return faster_solver(size, dtype)
     probe = torch.diag(torch.arange(1, d + 1, dtype=dtype)) + torch.ones(d, d, dtype=dtype)
     seconds = {}
     for device in (torch.device("cuda"), cpu):

@@ -385,13 +385,20 @@ class ModelView:
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter once, the matrices first (`blocks.0.attn.W_Q`, ...), then those of `headless`."""
+        for name, weight, scale in self.unscaled_weights():
+            yield name, weight if scale == 1 else weight * scale
+
+    def unscaled_weights(self) -> Iterator[tuple[str, Tensor, float]]:
+        """The same as they lie, and what each is to be multiplied by: of a scaled embedding no copy is made."""
         for layer in range(self.n_layers):
             for matrix in self._adapter.names:
                 weight = self._adapter.matrix(layer, matrix)
                 if weight is not None:
                     part = f"{kind_of(matrix).part}." if matrix in MATRICES else ""
-                    yield f"blocks.{layer}.{part}{matrix}", weight.detach()
-        yield from self.headless().items()
+                    yield f"blocks.{layer}.{part}{matrix}", weight.detach(), 1.0
+        others = self.headless()
+        for name in others:
+            yield name, *others.unscaled(name)
 
     def stamp(self) -> tuple[tuple[int, int], ...] | None:
         """Address and version of every parameter: another one when weights were moved or changed in place, at no cost.

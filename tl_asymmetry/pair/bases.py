@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tl_asymmetry.geometry.matched import MatchedCovariance
 from tl_asymmetry.geometry.moments import StreamingMoments
+from tl_asymmetry.geometry.nearby import nearby_directions, worth_iterating
 from tl_asymmetry.geometry.references import (
     AdapterCovariance,
     CrossFit,
@@ -128,9 +129,15 @@ class LayerBases:
             self._totals[point] = parts[0] if len(parts) == 1 else merged(parts)
         return self._totals[point]
 
-    def replicates(self, name: str, k: int) -> Iterator[Float[Tensor, "d_model k"]]:
-        """The top k directions with one group of sequences left out, for each group."""
-        eigenvalues = self.subspace(name).eigenvalues
+    def replicates(self, name: str, ranks: Sequence[int]) -> Iterator[Float[Tensor, "d_model k"]]:
+        """The leading directions with one group of sequences left out, for each group: as many as the largest rank.
+
+        At the ranks their span is that of a full eigensolve, or certified to be close to it beside how far the group
+        turns it.
+        """
+        whole, k = self.subspace(name), max(ranks)
+        eigenvalues = whole.eigenvalues
+        nearby = not self._exact and worth_iterating(whole.d, k)
         narrow = (
             not self._exact
             and eigenvalues is not None
@@ -146,7 +153,11 @@ class LayerBases:
             if self._centered:
                 rest_mean = mean if m == 0 else (n * mean - m * left_out.mean) / (n - m)
                 rest = rest - torch.outer(rest_mean, rest_mean)
-            yield leading_directions(rest.float() if narrow else rest, k)
+            found = nearby_directions(rest, whole, ranks) if nearby else None
+            if found is None:
+                nearby = False  # spectra of the others are as flat
+                found = leading_directions(rest.float() if narrow else rest, k)
+            yield found
 
     def input_sums(self, reading: Reading) -> list[Float64[Tensor, "d d"]]:
         """Σ a aᵀ of a matrix's input over each group of sequences; NaN where nothing varies within sequences."""
@@ -273,14 +284,14 @@ class LayerBases:
 
 
 def crossed_replicates(
-    bases: LayerBases, reading: Sequence[str], name: str, k: int
+    bases: LayerBases, reading: Sequence[str], name: str, ranks: Sequence[int]
 ) -> Iterator[Float[Tensor, "d_model k"]]:
     """`LayerBases.replicates`, each also taken in for the references of the read matrices; the subspace itself in each
     place where it does not come from activations."""
     if bases.is_captured(name):
-        directions: Iterable[Tensor] = bases.replicates(name, k)
+        directions: Iterable[Tensor] = bases.replicates(name, ranks)
     else:
-        directions = [bases.subspace(name).basis[:, :k]] * bases.groups
+        directions = [bases.subspace(name).basis[:, : max(ranks)]] * bases.groups
     for group, Q in enumerate(directions):
         bases.cross(reading, name, group, Q)
         yield Q

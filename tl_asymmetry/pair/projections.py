@@ -83,8 +83,9 @@ def project(
     without: dict[str, list[Tensor]] = {matrix: [] for matrix in weighted}
     if intervals:
         read = torch.tensor([k for k in ranks if k <= top]) - 1
+        there = sorted({min(k, top) for k in ranks})
         reading = [delta.matrix for delta in deltas if kind_of(delta.matrix).reads]
-        for Q in crossed_replicates(bases, reading, name, top):
+        for Q in crossed_replicates(bases, reading, name, there):
             for delta in deltas if bases.is_captured(name) else ():
                 replicates.setdefault(delta.matrix, []).append(delta.energies(Q).cumsum(-1)[:, read])
             for matrix, C in weighted.items() if bases.is_captured(name) else ():

@@ -125,16 +125,17 @@ def weights_hash(view: Weights, *, each: Callable[[str, Tensor], None] = lambda 
 
     Args:
         view: a model, or weights in files (an adapter's own tensors).
-        each: called with every name and tensor as it passes.
+        each: called with every name and tensor as it passes, a scaled embedding as it lies.
     """
     tensors = []
     adapter = isinstance(view, WeightSource) and view.only_changes
-    for name, weight in view.named_weights():
+    for name, weight, scale in view.unscaled_weights():
         each(name, weight)
         # Weights in files count as the float32 they would be loaded as, an adapter's as what they are.
         dtype = weight.dtype if isinstance(view, ModelView) or adapter else product_dtype(weight)
         digest = xxhash.xxh3_128(f"{name} {tuple(weight.shape)} {dtype}".encode())
         for piece in weight.reshape(-1).split(_PIECE):
+            piece = piece if scale == 1 else piece * scale
             digest.update(piece.cpu().to(dtype).contiguous().view(torch.uint8).numpy().data)
         tensors.append(digest.hexdigest())
     # in no order: the two kinds of model list their parameters differently

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 from tl_asymmetry.geometry.jackknife import MINIMUM_GROUPS
@@ -249,7 +249,7 @@ def correlation_interval(groups: Float[Tensor, "group six"]) -> tuple[float, flo
         return r, math.nan, math.nan
     z = np.arctanh(np.clip([_pearson(whole - group) for group in used], -1 + 1e-15, 1 - 1e-15))
     variance = (g - 1) / g * np.square(z - z.mean()).sum()
-    reach = stats.t.ppf(0.975, g - 1) * math.sqrt(variance)
+    reach = special.stdtrit(g - 1, 0.975) * math.sqrt(variance)
     centre = math.atanh(min(max(r, -1 + 1e-15), 1 - 1e-15))
     return r, math.tanh(centre - reach), math.tanh(centre + reach)
 

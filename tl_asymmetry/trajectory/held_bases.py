@@ -38,10 +38,10 @@ class HeldBases(LayerBases):
         """The leading directions, one more than the largest rank where there is one, so that its eigengap shows."""
         return Subspace(self.tensors[f"{name}/basis"], self.tensors.get(f"{name}/eigenvalues"), name)
 
-    def replicates(self, name: str, k: int) -> Iterator[Float[Tensor, "d_model k"]]:
-        """The top k directions with one group of sequences left out, for each group."""
+    def replicates(self, name: str, ranks: Sequence[int]) -> Iterator[Float[Tensor, "d_model k"]]:
+        """The leading directions with one group of sequences left out, for each group."""
         for Q in self.tensors[f"{name}/replicates"]:
-            yield Q[:, :k]
+            yield Q[:, : max(ranks)]
 
     @property
     def groups(self) -> int:
@@ -93,7 +93,7 @@ def hold(bases: LayerBases, plan: Plan, columns: Mapping[str, int], *, intervals
             tensors[f"{name}/eigenvalues"] = cut.eigenvalues.clone()
         reading = [matrix for matrix in plan.matrices if kind_of(matrix).reads and name in plan.targets[matrix]]
         if intervals:
-            replicates = list(crossed_replicates(bases, reading, name, top))
+            replicates = list(crossed_replicates(bases, reading, name, sorted({min(k, top) for k in plan.ranks})))
             if bases.is_captured(name):
                 tensors[f"{name}/replicates"] = torch.stack(replicates)
         for matrix in reading:

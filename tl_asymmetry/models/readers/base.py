@@ -151,6 +151,11 @@ class WeightSource:
                 yield f"blocks.{layer}.{kind_of(matrix).part}.{matrix}", self.weight(layer, matrix)
         yield from self.headless().items()
 
+    def unscaled_weights(self) -> Iterator[tuple[str, Tensor, float]]:
+        """As `ModelView.unscaled_weights`; in files a tensor is read when it is asked for, and multiplied then."""
+        for name, weight in self.named_weights():
+            yield name, weight, 1.0
+
     def table(self, base: Any = None) -> pd.DataFrame:
         """What the delta of every head is like, by itself: no activations, no subspace.
 

@@ -60,6 +60,9 @@ class LoadedWeights(WeightSource):
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         return self._view.named_weights()
 
+    def unscaled_weights(self) -> Iterator[tuple[str, Tensor, float]]:
+        return self._view.unscaled_weights()
+
 
 def loaded_folder(name: str, folder: Path, base: Any = None) -> LoadedWeights:
     """A model directory, loaded whole.

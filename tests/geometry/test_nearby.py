@@ -1,0 +1,100 @@
+"""Replicates without eigensolves: right on spectra as residual streams have them, refused where that is not certain."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tl_asymmetry.geometry import nearby
+from tl_asymmetry.geometry.nearby import nearby_directions, worth_iterating
+from tl_asymmetry.geometry.subspace import Subspace, principal_subspace, random_subspace
+
+D, GROUPS, RANKS = 288, 4, [1, 4, 16, 40]
+
+
+def scatters(exponent: float = 1.0) -> list[torch.Tensor]:
+    """Second moments of groups of texts, of which each has its own mean and variances along the directions; the first
+    direction holds 0.95 of the energy and the others fall as a power."""
+    generator = torch.Generator().manual_seed(0)
+    spectrum = torch.arange(1, D + 1, dtype=torch.float64) ** -exponent
+    spectrum[0] = 30 * spectrum[1:].sum()
+    frame = random_subspace(D, D, seed=0).basis
+    groups = []
+    for _ in range(GROUPS):
+        rows = torch.zeros(0, D, dtype=torch.float64)
+        for _ in range(6):
+            own = 0.5 * torch.randn(2, D, dtype=torch.float64, generator=generator)
+            own[:, 0] = 0
+            text = torch.randn(64, D, dtype=torch.float64, generator=generator) + own[0]
+            rows = torch.cat([rows, text * own[1].exp() * spectrum.sqrt() @ frame.mT])
+        groups.append(rows.mT @ rows)
+    return groups
+
+
+def log_energies(change: torch.Tensor, Q: torch.Tensor) -> torch.Tensor:
+    inside = (Q.mT @ change).square().sum(1).cumsum(0)
+    return inside[[k - 1 for k in RANKS]].log()
+
+
+def test_intervals_are_those_of_full_solves() -> None:
+    groups = scatters()
+    whole = principal_subspace(torch.stack(groups).sum(0))
+    assert whole.eigenvalues is not None
+    assert 0.9 < float(whole.eigenvalues[0] / whole.eigenvalues.sum()) < 0.97
+    # Isotropic, and drawn to the leading directions.
+    other = torch.randn(D, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    drawn = whole.basis @ (whole.eigenvalues.pow(0.25).unsqueeze(-1) * other)
+    ends: dict[str, list[torch.Tensor]] = {"quick": [], "full": []}
+    for group in groups:
+        rest = torch.stack(groups).sum(0) - group
+        quick = nearby_directions(rest, whole, RANKS)
+        assert quick is not None
+        full = torch.linalg.eigh(rest)[1].flip(-1)[:, : max(RANKS)]
+        torch.testing.assert_close(quick.mT @ quick, torch.eye(max(RANKS), dtype=torch.float64), atol=1e-12, rtol=0)
+        for name, Q in (("quick", quick), ("full", full)):
+            ends[name].append(torch.stack([log_energies(change, Q) for change in (other, drawn)]))
+    half = {name: torch.stack(parts).std(0) * (GROUPS - 1) / GROUPS**0.5 * 3.182 for name, parts in ends.items()}
+    assert ((half["quick"] - half["full"]).abs() / half["full"]).max() < 1e-2
+    assert ((torch.stack(ends["quick"]) - torch.stack(ends["full"])).abs() / half["full"]).max() < 1e-2
+
+
+def test_what_does_not_converge_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = scatters()
+    whole, rest = principal_subspace(torch.stack(groups).sum(0)), torch.stack(groups[1:]).sum(0)
+    assert nearby_directions(rest, whole, RANKS) is not None
+    monkeypatch.setattr(nearby, "_ROUNDS", 0)
+    assert nearby_directions(rest, whole, RANKS) is None
+    assert nearby_directions(rest, whole, [1]) is None
+
+
+def test_a_flat_spectrum_is_refused() -> None:
+    """No direction is far from those beyond the block, so the residuals bound nothing."""
+    groups = scatters(exponent=0.1)
+    whole = principal_subspace(torch.stack(groups).sum(0))
+    assert nearby_directions(torch.stack(groups[1:]).sum(0), whole, RANKS) is None
+
+
+def test_a_direction_that_the_neighbour_has_not_is_found_and_refused() -> None:
+    """The block never leaves the span it begins in: only the products with a random vector see what lies beyond."""
+    spectrum = 2.0 ** -torch.arange(D, dtype=torch.float64).div(8)
+    known = Subspace(torch.eye(D, dtype=torch.float64), spectrum)
+    turned = torch.diag(spectrum)
+    turned[0, 1] = turned[1, 0] = turned[15, 16] = turned[16, 15] = 1e-3
+    assert nearby_directions(turned, known, [1, 16]) is not None
+    turned[-1, -1] = 2.0
+    assert nearby_directions(turned, known, [1, 16]) is None
+
+
+def test_too_few_directions_or_no_order() -> None:
+    few = torch.zeros(D, dtype=torch.float64)
+    few[:20] = 1 / torch.arange(1, 21)
+    matrix = torch.diag(few)
+    assert nearby_directions(matrix, principal_subspace(matrix), [16]) is None
+    assert nearby_directions(matrix, random_subspace(D, D, seed=0), [16]) is None
+
+
+def test_where_it_pays() -> None:
+    assert worth_iterating(640, 80)
+    assert not worth_iterating(640, 160)
+    assert worth_iterating(2048, 512)
+    assert not worth_iterating(64, 1)
