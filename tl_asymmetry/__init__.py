@@ -47,6 +47,7 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as below
     from tl_asymmetry.pair.analysis import analyze_pair
     from tl_asymmetry.pair.estimate import PairEstimate, estimate_pair
     from tl_asymmetry.pair.result import PairAnalysis
+    from tl_asymmetry.pair.saved_moments import save_moments
     from tl_asymmetry.power.analysis import detection_power
     from tl_asymmetry.power.result import PowerAnalysis
     from tl_asymmetry.results.report import report
@@ -74,6 +75,7 @@ __getattr__, __dir__, __all__ = attach(
         "pair.analysis": ["analyze_pair"],
         "pair.estimate": ["PairEstimate", "estimate_pair"],
         "pair.result": ["PairAnalysis"],
+        "pair.saved_moments": ["save_moments"],
         "power.analysis": ["detection_power"],
         "power.result": ["PowerAnalysis"],
         "spectra.analysis": ["analyze_spectra"],

@@ -51,11 +51,12 @@ def orthogonalized(moment: Float[Tensor, "d d"], columns: int) -> Float64[Tensor
     """
     Σ = moment.double()
     d = len(Σ)
-    identity = torch.eye(d, dtype=Σ.dtype, device=Σ.device)
+    if columns >= d:
+        return torch.eye(d, dtype=Σ.dtype, device=Σ.device)
     λ, V = torch.linalg.eigh(Σ)
     λ = λ.clamp(min=0)
     if columns >= int((λ > 1e-12 * λ[-1]).sum()):
-        return identity if columns >= d else V[:, λ > 1e-12 * λ[-1]] @ V[:, λ > 1e-12 * λ[-1]].mT
+        return V[:, λ > 1e-12 * λ[-1]] @ V[:, λ > 1e-12 * λ[-1]].mT
     low, high = 0.0, float(λ.sum()) / columns
     for _ in range(200):
         c = (low + high) / 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -43,6 +44,7 @@ from tl_asymmetry.pair.plan import (
 )
 from tl_asymmetry.pair.projections import Projection, keys_reference_note, project
 from tl_asymmetry.pair.result import PairAnalysis
+from tl_asymmetry.pair.saved_moments import SavedMoments
 from tl_asymmetry.pair.sensitivity import SensitivityProfiles, prediction_variants, stacked_variants
 from tl_asymmetry.pair.tables import pair_tables
 from tl_asymmetry.results.provenance import described, pair_names, pair_record, shape_record, versions
@@ -71,6 +73,7 @@ def analyze_pair(
     activations: str = "base",
     gradient: GradientMoments | None = None,
     sensitivity: bool = False,
+    moments: str | Path | None = None,
     layers_per_pass: int | None = None,
     distributed: bool = True,
     names: Sequence[str] | None = None,
@@ -118,6 +121,8 @@ def analyze_pair(
             the base, by which the reference of read matrices weighs their inputs (and with its `permutations` draws a
             permutation range), or any object with `gradient_moment(layer, matrix, head)`.
         sensitivity: also keep moments and projections under the other choices of subspace, for `.sensitivity()`.
+        moments: a folder of `save_moments`, instead of texts: what was captured of this base there, perhaps on another
+            machine. No text is run, and the numbers are those of the direct call.
         layers_per_pass: hold the moments of so many layers at once, and run the texts again for the next ones (each
             time only as far as needed); by default as many as fit into the free memory, all of them if possible.
             The numbers do not depend on it.
@@ -147,9 +152,12 @@ def analyze_pair(
         gradient=gradient, sensitivity=sensitivity, layers_per_pass=layers_per_pass, distributed=distributed,
         names=names, seed=seed, progress=progress,
     )  # fmt: skip
-    arguments = described(texts=texts, tokens=tokens, mask=mask) | settings.described()
+    arguments = described(texts=texts, tokens=tokens, mask=mask, moments=moments) | settings.described()
+    saved = None if moments is None else SavedMoments(moments)
+    if saved is not None and any(given is not None for given in (texts, tokens, mask)):
+        raise ValueError("expected either moments or texts and tokens, got both; pass one of them")
     pair = open_pair(
-        model_base, model_aligned, texts, tokens, mask,
+        model_base, model_aligned, texts, tokens if saved is None else saved.sequences, mask,
         max_tokens=max_tokens, run_aligned="aligned" in settings.captured,
         check=lambda base: check_asked(base, settings),
     )  # fmt: skip
@@ -160,7 +168,13 @@ def analyze_pair(
     notes.add(keys_reference_note(softmax_centres_keys=base.key_shift_invariant))
     processes = present_processes() if distributed else ALONE
     memory = plan_memory(base, plan, sequences, settings, processes)
-    hashes = pair.checked_hashes()
+    if saved is not None:
+        saved.check(plan, settings, base.n_layers)
+        for line in saved.notes:
+            notes.add(line)
+    hashes = pair.checked_hashes(run=saved is None)
+    if saved is not None:
+        saved.check_weights(hashes["base"])
     _check_gradient(gradient, base, hashes, plan, notes)
     processes.agree({"arguments": arguments, "weights": hashes, "tokens": sequences})
     grouped, intervals = grouped_sequences(sequences, settings, notes)
@@ -170,13 +184,17 @@ def analyze_pair(
 
     def of_pass(few: range) -> list[_Layer]:
         """Capture the moments of a few layers, and analyse these layers; the moments go when this returns."""
-        sources = captured(pair, grouped, plan, few, settings, processes, intervals=intervals)
-        moments = sources.groups
+        own = processes.share(few)
+        if saved is None:
+            sources = captured(pair, grouped, plan, few, settings, processes, intervals=intervals)
+        else:
+            parts = {"base": saved.capture(own, plan, settings)}
+            sources = Sources(parts, activations, exclude_first=exclude_first, intervals=intervals)
         profiles = SensitivityProfiles(predictions, sources) if sensitivity else None
 
         def analyse(layer: int) -> _Layer:
             bases = LayerBases(
-                layer, moments, given, centered=centered, exact=base.dtype == torch.float64,
+                layer, sources.groups, given, centered=centered, exact=base.dtype == torch.float64,
                 softmax_centres_keys=base.key_shift_invariant, optimizer=optimizer, gradient=gradient,
             )  # fmt: skip
             here = [matrix for matrix in plan.matrices if base.has(layer, matrix)]
@@ -200,7 +218,6 @@ def analyze_pair(
                 moments={} if profiles is None else profiles.moments_of_layer(layer),
             )
 
-        own = processes.share(few)
         bars = progress and processes.is_first
         done = side_by_side(
             lambda i: analyse(own[i]),

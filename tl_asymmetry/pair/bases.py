@@ -106,6 +106,8 @@ class LayerBases:
         self.optimizer = optimizer
         self._fits: dict[tuple[Reading, str], CrossFit] = {}
         self._inputs: dict[Reading, list[Tensor]] = {}
+        self._references: dict[tuple[Reading, str, int, int], References] = {}
+        self._muon: dict[tuple[Reading, int], Tensor] = {}
         self._matched: dict[tuple[Reading, int, str], MatchedCovariance | None] = {}
         self._gradient = gradient
         self._weighted: dict[str, tuple[Tensor, Tensor] | None] = {}
@@ -222,6 +224,12 @@ class LayerBases:
             columns: of the whole matrix, which Muon's reference depends on.
         """
         reading = self.reading(matrix)
+        key = reading, name, k, columns  # gate and in, keys and values may share one input
+        if key not in self._references:
+            self._references[key] = self._made_references(*key)
+        return self._references[key]
+
+    def _made_references(self, reading: Reading, name: str, k: int, columns: int) -> References:
         Q = self.subspace(name).basis[:, :k]
         Σ = self.input_moment(reading)
         if bool(Σ.isnan().any()):
@@ -230,7 +238,7 @@ class LayerBases:
             return References(nothing, dict.fromkeys(REFERENCES, nothing), of_groups)
         in_sample = {"sgd": expected_fraction(Σ, Q), "adam": expected_fraction(correlation(Σ), Q)}
         in_sample["sign"] = expected_fraction(sign_limit(Σ), Q)
-        in_sample["muon"] = expected_fraction(input_covariance(Σ, "muon", columns=columns), Q)
+        in_sample["muon"] = expected_fraction(self._orthogonalized(reading, columns), Q)
         fit = self._fits.get((reading, name))
         if fit is None:
             return References(in_sample[self.optimizer], in_sample, None)
@@ -242,6 +250,12 @@ class LayerBases:
         replicates = {null: fit.replicates(null) for null in ("sgd", "adam")}
         replicates["muon"] = in_sample["muon"] * (replicates["sgd"] / in_sample["sgd"]).pow(0 if flat else 1)
         return References(crossed[self.optimizer], crossed, replicates[self.optimizer])
+
+    def _orthogonalized(self, reading: Reading, columns: int) -> Float64[Tensor, "d d"]:
+        """Muon's left covariance: an eigensolve where there are fewer columns than rows, one for all subspaces."""
+        if (reading, columns) not in self._muon:
+            self._muon[reading, columns] = input_covariance(self.input_moment(reading), "muon", columns=columns)
+        return self._muon[reading, columns]
 
     def weighted(self, matrix: str) -> tuple[Float64[Tensor, "d d"], Float64[Tensor, " d"]] | None:
         """Second moment and mean of a read matrix's inputs weighted by their gradients; None without such gradients."""
@@ -264,6 +278,8 @@ class LayerBases:
             return None
         if self.optimizer == "adam":
             mean = inverse_size(Σ.diagonal()) * mean
+        if self.optimizer == "muon" and self.weighted(matrix) is None:
+            return self._orthogonalized(self.reading(matrix), columns), mean
         return input_covariance(Σ, self.optimizer, columns=columns), mean
 
     def matched(self, matrix: str, *, columns: int) -> MatchedCovariance | None:
