@@ -61,6 +61,7 @@ def analyze_pair(
     *,
     tokens: Int[Tensor, "batch pos"] | Sequence[Int[Tensor, " _pos"]] | None = None,
     mask: Bool[Tensor, "batch pos"] | None = None,
+    moments: str | Path | None = None,
     matrices: Sequence[str] | None = None,
     ranks: Sequence[int] | None = None,
     subspaces: Sequence[str] | Mapping[str, Subspace | Sequence[Subspace]] | None = None,
@@ -73,7 +74,6 @@ def analyze_pair(
     activations: str = "base",
     gradient: GradientMoments | None = None,
     sensitivity: bool = False,
-    moments: str | Path | None = None,
     layers_per_pass: int | None = None,
     distributed: bool = True,
     names: Sequence[str] | None = None,
@@ -102,6 +102,8 @@ def analyze_pair(
         tokens: token ids instead of texts, `[batch, pos]` or sequences of different lengths; every one counts, unless
             a `mask` says otherwise.
         mask: which of `tokens` are real, `[batch, pos]`; padding stands at the ends of rows.
+        moments: a folder of `save_moments`, instead of texts: what was captured of this base there, perhaps on another
+            machine. No text is run, and the numbers are those of the direct call.
         matrices: default all the model has of W_Q, W_K, W_V, W_O, W_in, W_gate, W_out.
         ranks: default the distinct values of 1, 4, 16, 64, d//16, d//4 below d.
         subspaces: names out of attn_in, mlp_in, resid_pre, resid_mid, resid_post, prediction, embedding, weak_readout,
@@ -121,8 +123,6 @@ def analyze_pair(
             the base, by which the reference of read matrices weighs their inputs (and with its `permutations` draws a
             permutation range), or any object with `gradient_moment(layer, matrix, head)`.
         sensitivity: also keep moments and projections under the other choices of subspace, for `.sensitivity()`.
-        moments: a folder of `save_moments`, instead of texts: what was captured of this base there, perhaps on another
-            machine. No text is run, and the numbers are those of the direct call.
         layers_per_pass: hold the moments of so many layers at once, and run the texts again for the next ones (each
             time only as far as needed); by default as many as fit into the free memory, all of them if possible.
             The numbers do not depend on it.
