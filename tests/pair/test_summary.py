@@ -48,7 +48,7 @@ def test_few_tokens_are_said_and_less_than_training_gives_is_not_tested():
     words = sentences(result)
     assert "99 tokens in 9 sequences are too few" in words
     assert "Adam on these inputs; 1 tested): 0 above that (q ≤ 0.05), 1 not told apart from it" in words
-    assert "want 10 tokens for each of the 48 dimensions and 16 sequences" in words
+    assert "want 480 tokens (10 for each of the 48 dimensions) and 16 sequences" in words
     read = result.table[(result.table["pathway"] == "read") & (result.table["delta_norm"] > 0)]
     assert read["flags"].str.contains("few_tokens").all()
     assert read["excess_p"].notna().all()

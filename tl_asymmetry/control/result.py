@@ -278,6 +278,8 @@ class ControlStudy(Result):
             ]
             if parts:
                 sentences.append(f"Relative fraction {what}: {', '.join(parts)}.")
+        if sentences:
+            sentences.append("Each p, from permuted grades, stands for itself: none is corrected for their number.")
         groups = len(self.config["grades"])
         if groups < 5:
             sentences.append(f"With {groups} grades no p can be small: read the scatter, not the p.")

@@ -27,7 +27,7 @@ CONTROL_COLUMNS = {
     "relative": "fraction · d/k; 1 is isotropic",
     "median_relative": "median over layers and heads",
     "median_isotropic_z": "median over layers and heads of the standard deviations above a Haar-random subspace",
-    "significant": f"share of layers and heads with isotropic_{FOUND}",
+    "significant": f"share of the layers and heads tested with isotropic_{FOUND}",
     "activation_matched": "read: the reference from the inputs' own variance, pooled; write: NaN",
     "excess": "fraction / activation_matched",
     "gradient_matched": "write: the reference from this objective's own gradients at the checkpoint, pooled; read: NaN",
@@ -78,6 +78,7 @@ def control_table(heads: pd.DataFrame, d: int) -> pd.DataFrame:
         def pooled(column: str, block: pd.DataFrame = block, energy: Any = energy, total: Any = total) -> float:
             return float((block[column].to_numpy(float) * energy).sum() / total) if total > 0 else float("nan")
 
+        tested = block["isotropic_q"].dropna()
         fraction, activation, gradient = (pooled(c) for c in ("fraction", "activation_matched", "gradient_matched"))
         entry: dict[str, Any] = {str(name): value for name, value in zip(by, key, strict=True)}
         rows.append(
@@ -87,7 +88,7 @@ def control_table(heads: pd.DataFrame, d: int) -> pd.DataFrame:
                 "relative": fraction * d / entry["rank"],
                 "median_relative": block["relative"].median(),
                 "median_isotropic_z": block["isotropic_z"].median(),
-                "significant": float((block["isotropic_q"] <= SIGNIFICANT).mean()),
+                "significant": float((tested <= SIGNIFICANT).mean()) if len(tested) else float("nan"),
                 "activation_matched": activation,
                 "excess": fraction / activation,
                 "gradient_matched": gradient,

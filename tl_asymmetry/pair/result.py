@@ -87,9 +87,10 @@ class PairAnalysis(PairData):
 
     def _facts(self) -> str:
         shape, ranks = self.config["shape"], ", ".join(map(str, self.config["ranks"]))
+        several = "s" if self.config["sequences"] > 1 else ""
         return (
             f"{shape['n_layers']} layers × {shape['n_heads']} heads, d_model {shape['d_model']}; "
-            f"{self.config['tokens']} tokens in {self.config['sequences']} sequences; "
+            f"{self.config['tokens']} tokens in {self.config['sequences']} sequence{several}; "
             f"ranks {ranks}, shown {self.config['shown_rank']}"
         )
 

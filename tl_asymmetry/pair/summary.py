@@ -130,13 +130,19 @@ def _reading(result: PairData, changed: pd.DataFrame, k: int) -> Iterator[str]:
     thin = result.config["low_rank"]
     whole = own[~own["matrix"].isin(thin)]
     # Neither on few texts nor with gradients is anything said to be less than training gives: see `tables`.
-    below = not (whole["flags"].str.contains("few_tokens").any() or "weighted" in result.nulls["null"].to_numpy())
+    nulls = set(result.nulls["null"])
+    below = not (whole["flags"].str.contains("few_tokens").any() or "weighted" in nulls)
     if (whole["vs_reference"] != "").any():
         yield (
             f"Held against what training gives on these inputs by chance ({_reference(result, whole, k)}; "
             f"{tested_count(whole['vs_reference'])}): {told(whole['vs_reference'], 'that', below=below)}; median "
             f"{whole['excess'].median():.2f} times it."
         )
+        if "weighted" not in nulls and (whole["vs_reference"] == "above").any():
+            yield (
+                "That reference takes gradients to be as large on one input as on another; where they grow with the "
+                "input it is beaten by chance as well: pass gradient=."
+            )
     if thin:
         listed = ", ".join(f"{matrix} (rank {rank})" for matrix, rank in thin.items())
         yield (
@@ -160,8 +166,17 @@ def _writing(changed: pd.DataFrame, k: int) -> Iterator[str]:
         yield (
             f"Writing, in the {k} leading prediction directions ({tested_count(written['vs_chance'])}): "
             f"{told(written['vs_chance'], 'a random subspace')}; median {written['relative'].median():.2f} times "
-            "chance."
+            f"chance{'' if written['gradient_excess'].notna().any() else _UNKNOWN}."
         )
+    held = changed[changed["pathway"] == "write"].drop_duplicates(["matrix", "subspace"])
+    circular = [
+        f"{matrix} in {subspace}"
+        for matrix, subspace in held[["matrix", "subspace"]].to_numpy()
+        if subspace == "resid_post" or (subspace == "resid_mid" and kind_of(matrix, "write").part == "attn")
+    ]
+    if circular:
+        listed = " and ".join(circular)
+        yield f"{listed} describe: that stream contains what these matrices write, whatever they learned."
 
 
 def _asymmetry(result: PairData, k: int) -> Iterator[str]:
@@ -184,10 +199,13 @@ def _asymmetry(result: PairData, k: int) -> Iterator[str]:
     )
 
 
+_UNKNOWN = "; what training gives there by chance is not known without gradient="
+
 _MEANT = (
     f"{FOUND} bounds the expected share of false findings among the families found (a matrix and a subspace) "
-    "and, on average, inside them; what is not told apart is not shown to be equal. The tests are of these weights: "
-    "another training run may differ.",
+    "and, on average, inside them, for each null and side by itself. Heads and matrices that share inputs are no "
+    "independent findings; what is not told apart is not shown to be equal. The tests are of these weights: another "
+    "training run may differ.",
 )
 
 
@@ -206,12 +224,12 @@ def _warnings(result: PairData, changed: pd.DataFrame) -> Iterator[str]:
             "of the change: it is counted as not told apart."
         )
     if changed["flags"].str.contains("few_tokens").any():
-        config = result.config
+        config, d = result.config, result.config["shape"]["d_model"]
         yield (
             f"{config['tokens']} tokens in {config['sequences']} sequence{'s' if config['sequences'] > 1 else ''} are "
-            f"too few to trust subspaces, references and intervals, which want {TOKENS_PER_DIMENSION} tokens for each "
-            f"of the {config['shape']['d_model']} dimensions and {SEQUENCES} sequences; whether a head holds less than "
-            "training gives was not tested. Use more texts."
+            f"too few to trust subspaces, references and intervals, which want {TOKENS_PER_DIMENSION * d:,} tokens "
+            f"({TOKENS_PER_DIMENSION} for each of the {d} dimensions) and {SEQUENCES} sequences; whether a head "
+            "holds less than training gives was not tested. Use more texts."
         )
 
 
