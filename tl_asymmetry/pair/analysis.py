@@ -379,7 +379,7 @@ def _low_rank(numbers: Measurements) -> dict[str, int]:
     """
     found = {}
     for matrix, changes in numbers.deltas.items():
-        adapted = any(held.lora is not None for (m, _), held in numbers.held.items() if m == matrix)
+        adapted = any("lora" in held.expected for (m, _), held in numbers.held.items() if m == matrix)
         if kind_of(matrix).writes or adapted:
             continue
         whole = changes.spectrum[:, 0] if changes.pooled_spectrum is None else changes.pooled_spectrum

@@ -20,11 +20,11 @@ from tl_asymmetry.geometry.references import (
     expected_fraction,
     input_covariance,
     inverse_size,
-    sign_limit,
 )
 from tl_asymmetry.geometry.subspace import Subspace, leading_directions, principal_subspace
 from tl_asymmetry.models.capture import Site, first_of, means_of, merged
 from tl_asymmetry.names import kind_of
+from tl_asymmetry.results.nulls import OF_INPUTS
 from tl_asymmetry.settings import GradientMoments, WeightedInputs
 
 # Replicates are solved in float32, at half the time, where that time counts: in models at least this wide …
@@ -53,7 +53,7 @@ class Reading:
         return cls(kind_of(matrix).point, "all" if matrix in ("W_K", "W_V") else "counted")
 
 
-REFERENCES = ("sgd", "adam", "sign", "muon")
+REFERENCES = ("sgd", "adam", *OF_INPUTS, "muon")
 """Nulls that the input's covariance gives, in the order in which they are made."""
 
 
@@ -215,7 +215,7 @@ class LayerBases:
     def references(self, matrix: str, name: str, k: int, *, columns: int) -> References:
         """References of a matrix in the leading 1 … k directions, cross-fitted where `cross` was called for all groups.
 
-        Those of "sign" and "muon" are in-sample, times what cross-fitting makes of "adam" and of "sgd".
+        Those of `OF_INPUTS` and "muon" are in-sample, times what cross-fitting makes of "adam" and of "sgd".
 
         Args:
             matrix: a read matrix.
@@ -237,13 +237,13 @@ class LayerBases:
             of_groups = nothing.expand(self.groups, -1) if (reading, name) in self._fits else None
             return References(nothing, dict.fromkeys(REFERENCES, nothing), of_groups)
         in_sample = {"sgd": expected_fraction(Σ, Q), "adam": expected_fraction(correlation(Σ), Q)}
-        in_sample["sign"] = expected_fraction(sign_limit(Σ), Q)
+        in_sample |= {null: expected_fraction(covariance(Σ), Q) for null, covariance in OF_INPUTS.items()}
         in_sample["muon"] = expected_fraction(self._orthogonalized(reading, columns), Q)
         fit = self._fits.get((reading, name))
         if fit is None:
             return References(in_sample[self.optimizer], in_sample, None)
         crossed = {null: fit.expected(null) for null in ("sgd", "adam")}
-        crossed["sign"] = in_sample["sign"] * crossed["adam"] / in_sample["adam"]
+        crossed |= {null: in_sample[null] * crossed["adam"] / in_sample["adam"] for null in OF_INPUTS}
         # With as many columns as rows nothing is left of Σ, nor of its sampling.
         flat = columns >= len(Σ)
         crossed["muon"] = in_sample["muon"] * (1 if flat else crossed["sgd"] / in_sample["sgd"])

@@ -23,6 +23,9 @@ from tl_asymmetry.pair.deltas import Delta
 from tl_asymmetry.pair.plan import Plan
 from tl_asymmetry.pair.projections import Projection
 
+MATCHED = (*REFERENCES, "weighted", "lora")
+"""Nulls that expect one fraction of all heads of a layer."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -93,15 +96,9 @@ class RankNumbers:
     """The same with one group of texts left out."""
     tails: Float64[Tensor, "*place 2 item rank"] | None
     """P(fraction ≥) and P(fraction ≤) under it, of heads and then of the heads pooled; None where it is not tested."""
-    sgd: Float64[Tensor, "*place rank"] | None
-    """Fractions by chance under the nulls of these names; None for write matrices."""
-    adam: Float64[Tensor, "*place rank"] | None
-    sign: Float64[Tensor, "*place rank"] | None
-    muon: Float64[Tensor, "*place rank"] | None
-    weighted: Float64[Tensor, "*place rank"] | None
-    """Of the chosen optimiser, inputs weighted by gradients; None without such gradients."""
-    lora: Float64[Tensor, "*place rank"] | None
-    """None but for adapters."""
+    expected: Mapping[str, Float64[Tensor, "*place rank"]]
+    """Fractions by chance under those of `MATCHED` that apply: none to write matrices, "weighted" (the chosen
+    optimiser's, inputs weighted by gradients) where there are such gradients, "lora" to adapters."""
     gradient: Float64[Tensor, "*place head rank"] | None
     """Of the chosen optimiser on the output's gradients; None for read matrices and without gradients."""
     permuted: Float64[Tensor, "*place 3 head rank"] | None
@@ -142,8 +139,8 @@ class Measurements:
         deltas = {matrix: DeltaNumbers(**of) for matrix, of in named.items()}
         held = {
             (m, name): RankNumbers(
-                **{field: tensors[f"{field}/{name}"] for field in _OF_A_SUBSPACE},
-                **_one_delta(tensors, f"{delta}{m}/{name}"),
+                **_one_delta(tensors, f"{delta}{m}/{name}")
+                | {field: tensors[f"{field}/{name}"] for field in _OF_A_SUBSPACE}
             )
             for m, names in layout.targets.items()
             for name in names
@@ -201,7 +198,7 @@ class Measurements:
 
 
 _OF_A_SUBSPACE = ("eigenvalues", "exists")
-_OF_ONE_DELTA = tuple(field.name for field in fields(RankNumbers) if field.name not in _OF_A_SUBSPACE)
+_OF_ONE_DELTA = tuple(f.name for f in fields(RankNumbers) if f.name not in (*_OF_A_SUBSPACE, "expected"))
 _UNSHRUNK = "unshrunk_"
 
 
@@ -234,7 +231,8 @@ def _aligned(parts: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 def _one_delta(tensors: Mapping[str, Tensor], name: str) -> dict[str, Any]:
     """Of the numbers of one delta against one subspace those that there are."""
-    return {field: tensors.get(f"{name}/{field}") for field in _OF_ONE_DELTA}
+    expected = {null: tensors[f"{name}/{null}"] for null in MATCHED if f"{name}/{null}" in tensors}
+    return {field: tensors.get(f"{name}/{field}") for field in _OF_ONE_DELTA} | {"expected": expected}
 
 
 def layer_tensors(
@@ -259,8 +257,8 @@ def layer_tensors(
         numbers = _at_ranks(projection, [k for k in ranks if k <= projection.energies.shape[-1]])
         for field in _OF_A_SUBSPACE:
             tensors[f"{field}/{projection.subspace}"] = getattr(numbers, field)
-        for field in _OF_ONE_DELTA:
-            value = getattr(numbers, field)
+        own = {**{field: getattr(numbers, field) for field in _OF_ONE_DELTA}, **numbers.expected}
+        for field, value in own.items():
             if value is not None:
                 tensors[f"{delta}{projection.matrix}/{projection.subspace}/{field}"] = value
     return tensors
@@ -290,7 +288,7 @@ def _at_ranks(projection: Projection, ranks: Sequence[int]) -> RankNumbers:
         noise=projection.noise[..., at],
         activation_replicates=read(projection.reference_replicates),
         tails=None if projection.tails is None else projection.tails[..., : len(ranks)],
-        **{null: read(projection.references.get(null)) for null in (*REFERENCES, "weighted", "lora")},
+        expected={null: projection.references[null][..., at] for null in MATCHED if null in projection.references},
         unshrunk_inside=None if twin is None else inside(twin.energies),
         unshrunk_tails=None if twin is None or twin.tails is None else twin.tails[..., : len(ranks)],
         eigenvalues=torch.stack([λ[k - 1 : k + 1] for k in ranks]),
@@ -309,6 +307,9 @@ def _joined(parts: Sequence[Numbers]) -> Numbers:
     joined: dict[str, Any] = {}
     for field in fields(parts[0]):
         held = [getattr(part, field.name) for part in parts]
+        if field.name == "expected":
+            joined[field.name] = {null: torch.cat([of[null] for of in held]) for null in held[0]}
+            continue
         if all(value is None for value in held):
             joined[field.name] = None
             continue

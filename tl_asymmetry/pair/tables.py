@@ -14,8 +14,7 @@ from tl_asymmetry.geometry.nulls import IsotropicNull, isotropic_variance
 from tl_asymmetry.geometry.rounding import without_rounding
 from tl_asymmetry.geometry.spectrum import effective_rank
 from tl_asymmetry.names import ROUNDING_DOMINATED, ROUNDING_FLAGGED, SMALL_EIGENGAP, kind_of
-from tl_asymmetry.pair.bases import REFERENCES
-from tl_asymmetry.pair.numbers import Measurements
+from tl_asymmetry.pair.numbers import MATCHED, Measurements
 from tl_asymmetry.pair.verdicts import VERDICTS, Evidence, Judged, Question, Tested, joined, judge, verdict
 from tl_asymmetry.results.nulls import ISOTROPIC
 
@@ -67,8 +66,6 @@ ROUNDING_HOPELESS = 0.9
 _SMALL_RANK, _WIDE_INTERVAL = 4, 2.0
 # What tells the rows of one run of layers apart, with the pathway.
 _KEYS = list(PAIR_COLUMNS)[: list(PAIR_COLUMNS).index("rank") + 1]
-# Nulls that say one fraction for all heads of a layer: fields of `RankNumbers`.
-_MATCHED = (*REFERENCES, "weighted", "lora")
 
 
 class PairTables(NamedTuple):
@@ -139,7 +136,7 @@ class _Block:
         self.null, self.few = null, few
         self.d, self.k = numbers.layout.d, numbers.layout.ranks[column]
         self.delta, self.held = numbers.deltas[matrix], numbers.held[matrix, subspace]
-        self.reference = optimizer if self.held.weighted is None else "weighted"
+        self.reference = "weighted" if "weighted" in self.held.expected else optimizer
         self.fraction = self.held.inside[..., column] / self.delta.energy
         self.heads = self.fraction.shape[1]
         self.exists = self.held.exists[:, column].numpy() > 0
@@ -245,11 +242,11 @@ class _Block:
             ),
             "biased": torch.where(interval.low.isfinite(), interval.biased, of_excess.biased) > 0,
             "decay": judged.decay,
-            **{f"expected/{null}": self._expected(getattr(held, null)) for null in _MATCHED},
+            **{f"expected/{null}": self._expected(held.expected.get(null)) for null in MATCHED},
             "expected/permutation": mean,
             "permutation_low": fraction / high,
             "permutation_high": fraction / low,
-            "tested": np.full(fraction.shape, self.reference if held.lora is None else "lora"),
+            "tested": np.full(fraction.shape, "lora" if "lora" in held.expected else self.reference),
         }  # fmt: skip
 
     def _expected(self, under_null: Tensor | None) -> Tensor:
@@ -318,7 +315,7 @@ def _null_rows(rows: pd.DataFrame, keys: pd.DataFrame, d: int) -> pd.DataFrame:
         **{
             null: {"expected": rows[f"expected/{null}"]}
             | {name: rows[column].where(rows["tested"] == null) for name, column in reference.items()}
-            for null in _MATCHED
+            for null in MATCHED
         },
         "gradient": {"expected": rows["gradient_matched"]},
         "permutation": {

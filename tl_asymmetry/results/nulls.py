@@ -1,17 +1,19 @@
 """The registry of nulls: what a delta's concentration is held against, in the words that every page uses.
 
 `PairAnalysis.nulls` holds the numbers, one row for each row of the table and null. Menus, hovers, the report, the
-explorer and the page of definitions list what is there in these words: a null is added by its kernel in
-`geometry.nulls`, an entry here, and the rows that `pair.tables` makes of it.
+explorer and the page of definitions list what is there in these words: a null that the inputs alone make is added by
+its kernel in `geometry` and an entry here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import pandas as pd
+from torch import Tensor
 
+from tl_asymmetry.geometry.references import sign_limit
 from tl_asymmetry.results.sections import Definition
 
 ISOTROPIC = "isotropic"
@@ -50,6 +52,9 @@ class Null:
     """To which rows it applies, in a few words."""
     definition: Definition
     """What it is and whose."""
+    covariance: Callable[[Tensor], Tensor] | None = None
+    """Of a null that the input alone makes: the left covariance of ΔW under it, from the input's second moment. Its
+    fractions are expected of every read row, in-sample times what cross-fitting makes of Adam's."""
 
     @property
     def over(self) -> str:
@@ -99,6 +104,7 @@ NULLS: Mapping[str, Null] = {
                 "The other end of what Adam can do: (2/π) arcsin of the correlation matrix, exact for one step, the "
                 "limit of gradients that persist (few steps, full batches, Lion). It has no test of its own.",
             ),
+            sign_limit,
         ),
         Null(
             "muon", "Muon on these inputs", "1 = what orthogonalised updates of such gradients would hold.",
@@ -157,6 +163,11 @@ NULLS: Mapping[str, Null] = {
     )
 }  # fmt: skip
 """Every null, in the order in which menus and hovers list them."""
+
+OF_INPUTS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    key: null.covariance for key, null in NULLS.items() if null.covariance is not None
+}
+"""The covariances of nulls that the input alone makes."""
 
 
 _WORDS = ("label", "over", "meaning", "applies")
