@@ -17,6 +17,7 @@ from tl_asymmetry.models.readers.hub import public_name
 from tl_asymmetry.models.texts import token_sequences
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.models.weights import Weights, WeightSource, opened
+from tl_asymmetry.names import nearest
 from tl_asymmetry.notes import Notes
 from tl_asymmetry.results.provenance import described, pair_names, weights_hash
 
@@ -109,9 +110,9 @@ class PairSettings:
                 f"{type(self.gradient).__name__}; pass a gradient covariance"
             )
         for name, allowed in (("activations", ACTIVATIONS), ("optimizer", OPTIMIZERS)):
-            if getattr(self, name) not in allowed:
+            if (given := getattr(self, name)) not in allowed:
                 choices = ", ".join(f'"{choice}"' for choice in allowed)
-                raise ValueError(f"expected {name} among {choices}, got {getattr(self, name)!r}; pass one of them")
+                raise ValueError(f"expected {name} among {choices}, got {given!r}; pass {nearest(given, allowed)}")
         pair_names(self.names)
         if self.groups < 1:
             raise ValueError(f"expected groups >= 1, got {self.groups}; pass groups=1 for no intervals, 8 by default")

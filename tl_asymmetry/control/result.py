@@ -181,7 +181,7 @@ class ControlStudy(Result):
 
     def plot_effective_rank(
         self,
-        matrices: Sequence[str] | None = None,
+        matrices: str | Sequence[str] | None = None,
         *,
         side: str = "gradient",
         title: str | None = None,

@@ -69,6 +69,11 @@ def explorer(
     from tl_asymmetry.explore import contents  # here, since both bring plotly
     from tl_asymmetry.plots import page
 
+    if not isinstance(result, PairData):
+        raise ValueError(
+            f"expected a result of analyze_pair, got {type(result).__name__}; pass one, or tl_asymmetry.report(…) for "
+            "a page of any result"
+        )
     if not 0 <= directions <= MOST_DIRECTIONS:
         raise ValueError(
             f"expected directions from 1 to {MOST_DIRECTIONS}, got {directions}; pass a number in between, or 0"

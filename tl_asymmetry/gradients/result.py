@@ -165,7 +165,7 @@ class GradientCovariance(Result):
 
     def plot_effective_rank(
         self,
-        matrices: Sequence[str] | None = None,
+        matrices: str | Sequence[str] | None = None,
         *,
         side: str = "gradient",
         title: str | None = None,

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.spectrum import marchenko_pastur_edge
-from tl_asymmetry.names import POINTS, Place, Side, kind_of
+from tl_asymmetry.names import POINTS, Place, Side, kind_of, nearest, place_of
 from tl_asymmetry.pair.directions import Lookups
 from tl_asymmetry.pair.sensitivity import sensitivity_table
 from tl_asymmetry.pair.stability import stability_table
@@ -203,7 +203,7 @@ class PairData(Result):
 
     def plot_layers(
         self,
-        matrices: Sequence[str] | None = None,
+        matrices: str | Sequence[str] | None = None,
         *,
         subspace: str | None = None,
         rank: int | None = None,
@@ -215,7 +215,7 @@ class PairData(Result):
         """Every matrix over the layers, reads above, writes below: median head, middle half, matched reference.
 
         Args:
-            matrices: which; None: all.
+            matrices: which, one or several; None: all.
             subspace: hold every matrix against this one; None: reads against their own input, writes against
                 "prediction".
             rank: the only one; None: all with a slider, the shown rank first.
@@ -235,7 +235,7 @@ class PairData(Result):
     def plot_rank_curve(
         self,
         matrix: str,
-        layer: int,
+        layer: int | None = None,
         head: int | None = None,
         *,
         subspace: str | None = None,
@@ -247,7 +247,7 @@ class PairData(Result):
         """Relative fraction against rank, at every k, with every null that expects a number and the interval.
 
         Args:
-            matrix: its name.
+            matrix: its name; or the whole place, spelled "L7H3.W_Q" or "L7.W_in".
             layer: the layer.
             head: the head (the KV head for W_K and W_V); None: all heads of the layer.
             subspace: None: a read matrix's own input, "prediction" for a write matrix.
@@ -259,6 +259,8 @@ class PairData(Result):
         from tl_asymmetry.plots import rank_curve_figure
         from tl_asymmetry.plots.rows import default_subspace
 
+        if layer is None:
+            layer, matrix, head, _ = place_of(matrix)
         self._require_matrix(matrix)
         space = default_subspace(self.table, matrix) if subspace is None else subspace
         return rank_curve_figure(
@@ -397,7 +399,7 @@ class PairData(Result):
         there = list(dict.fromkeys(self.table["matrix"]))
         if matrix not in there:
             raise ValueError(
-                f"expected matrix to be one of {', '.join(there)}, got {matrix!r}; pass matrix={there[0]!r}"
+                f"expected matrix to be one of {', '.join(there)}, got {matrix!r}; pass {nearest(matrix, there)}"
             )
 
     def _edges(self, subspace: str, eigenvalues: Float[np.ndarray, "layer k"]) -> dict[str, float] | None:
@@ -424,7 +426,8 @@ class PairData(Result):
         name = "/".join((kind, *keys))
         if name not in self.arrays:
             there = sorted(n.removeprefix(f"{kind}/") for n in self.arrays if n.startswith(f"{kind}/"))
-            raise ValueError(f"expected one of {', '.join(there)}, got {'/'.join(keys)!r}; pass what was analysed")
+            asked = "/".join(keys)
+            raise ValueError(f"expected one of {', '.join(there)}, got {asked!r}; pass {nearest(asked, there)}")
         return self.arrays[name].numpy()
 
 

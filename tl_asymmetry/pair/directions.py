@@ -16,8 +16,9 @@ from tqdm.auto import tqdm
 from tl_asymmetry.geometry.precision import exact_products
 from tl_asymmetry.models.texts import batches
 from tl_asymmetry.models.view import ModelView, Reader
-from tl_asymmetry.names import Place, kind_of
+from tl_asymmetry.names import Place, kind_of, nearest
 from tl_asymmetry.results.provenance import weights_hash
+from tl_asymmetry.results.tables import AnyFrame
 
 DIRECTION_COLUMNS = ("direction", "sign", "energy", "embedding_tokens", "unembedding_tokens", "contexts")
 """Columns of `PairAnalysis.directions`, in this order."""
@@ -27,6 +28,46 @@ _CONTEXT_TOKENS = 12
 _BATCH = 8
 # Directions and tokens whose cosines are made at once: 32 MB of them.
 _CHUNK, _VOCABULARY_CHUNK = 512, 16_384
+
+
+class Directions(pd.DataFrame, metaclass=AnyFrame):
+    """A DataFrame in all it does, but that its lists of tokens and contexts print as words.
+
+    Example:
+        >>> near = [("rain", 0.31), ("wet", 0.3)]
+        >>> Directions([(1, "+", 0.25, near, near, [("the road was wet", 2.5)])], columns=DIRECTION_COLUMNS)
+        direction 1 (+): 25% of ‖ΔW‖²
+          embedding tokens    rain 0.31, wet 0.30
+          unembedding tokens  rain 0.31, wet 0.30
+          contexts            the road was wet 2.50
+    """
+
+    @property
+    def _constructor(self) -> Any:
+        return Directions
+
+    def __repr__(self) -> str:
+        if self.empty or not {*DIRECTION_COLUMNS} <= {*self.columns}:
+            return repr(pd.DataFrame(self))
+        blocks = []
+        for row in self.to_dict("records"):
+            lines = [f"direction {row['direction']} ({row['sign']}): {row['energy']:.0%} of ‖ΔW‖²"]
+            for name in DIRECTION_COLUMNS[3:]:
+                joint = f"\n{'':22}" if name == "contexts" else ", "
+                lines.append(f"  {name.replace('_', ' '):20}{joint.join(_said(row[name]))}")
+            blocks.append("\n".join(lines))
+        return "\n".join(blocks)
+
+    def _repr_html_(self) -> str | None:
+        lists = [name for name in DIRECTION_COLUMNS[3:] if name in self]
+        plain = pd.DataFrame(self).assign(**{name: self[name].map(lambda x: ", ".join(_said(x))) for name in lists})
+        with pd.option_context("display.max_colwidth", None):
+            return plain.to_html(index=False, border=0)
+
+
+def _said(leaders: Sequence[tuple[str, float]]) -> list[str]:
+    """Tokens or contexts with their numbers, blanks at the ends and line breaks left out."""
+    return [f"{' '.join(word.split()) or repr(word)} {number:.2f}" for word, number in leaders]
 
 
 @dataclass(frozen=True)
@@ -142,7 +183,7 @@ def describe_directions(
                 "unembedding_tokens": tokens("unembedding", i, s),
                 "contexts": list(zip(words, projections[i, s, :contexts].tolist(), strict=True)),
             })  # fmt: skip
-    return pd.DataFrame(rows)[list(DIRECTION_COLUMNS)]
+    return Directions(rows, columns=list(DIRECTION_COLUMNS))
 
 
 def find_directions(
@@ -233,7 +274,7 @@ def _check_matrix(arrays: Mapping[str, Tensor], place: Place) -> None:
     if f"directions/{place.matrix}" not in arrays:
         there = [name.split("/")[1] for name in arrays if name.startswith("directions/")]
         raise ValueError(
-            f"expected a matrix among {', '.join(there)}, got {place.matrix!r}; pass one that was analysed"
+            f"expected a matrix among {', '.join(there)}, got {place.matrix!r}; pass {nearest(place.matrix, there)}"
         )
     layers = len(arrays[f"directions/{place.matrix}"])
     if not 0 <= place.layer < layers:

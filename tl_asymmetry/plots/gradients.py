@@ -23,7 +23,7 @@ DASHES = ("solid", "dash", "dot", "dashdot")
 def effective_rank_figure(
     tables: Mapping[str, pd.DataFrame] | pd.DataFrame,
     *,
-    matrices: Sequence[str] | None = None,
+    matrices: str | Sequence[str] | None = None,
     side: str = "gradient",
     **layout: Unpack[Layout],
 ) -> go.Figure:
@@ -56,6 +56,7 @@ def effective_rank_figure(
     there = list(dict.fromkeys(m for t in named.values() for m in t["matrix"]))
     if matrices is not None and not len(matrices):
         raise ValueError("expected matrices with a name or more, got none; pass matrices=None for all")
+    matrices = [matrices] if isinstance(matrices, str) else matrices
     for matrix in matrices or ():
         style.one_of("matrix", matrix, there, "matrices")
     wanted = there if matrices is None else list(matrices)

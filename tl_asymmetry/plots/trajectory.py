@@ -32,7 +32,7 @@ CURVE_HOVER = (
 def curves_figure(
     curves: pd.DataFrame,
     *,
-    matrices: Sequence[str] | None = None,
+    matrices: str | Sequence[str] | None = None,
     subspace: str | None = None,
     reference: str | None = None,
     rank: int | None = None,
@@ -63,6 +63,7 @@ def curves_figure(
                  "TrajectoryAnalysis.curves")  # fmt: skip
     curves, reference = _of_reference(curves, reference)
     there = list(dict.fromkeys(curves["matrix"]))
+    matrices = [matrices] if isinstance(matrices, str) else matrices
     wanted = [m for m in there if "+" not in m] if matrices is None else list(matrices)
     for matrix in wanted or ["none"]:
         style.one_of("matrices", matrix, there, "matrices")

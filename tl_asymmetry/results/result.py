@@ -18,7 +18,7 @@ from tl_asymmetry.disk import make_folder, replace_file
 from tl_asymmetry.names import nearest
 from tl_asymmetry.results.hub import SCHEME, fetched_result, push
 from tl_asymmetry.results.latex import latex_table
-from tl_asymmetry.results.pages import Html, render
+from tl_asymmetry.results.pages import Html, page_path, render
 from tl_asymmetry.results.report import Report, write_images, write_report
 from tl_asymmetry.results.tables import as_table
 from tl_asymmetry.results.top import shown_rows, top_rows
@@ -195,7 +195,7 @@ class Result:
 
     def to_html(self, path: str | Path) -> Path:
         """Write the report: one self-contained page that opens offline. Returns its path."""
-        return write_report(path, self._report())
+        return write_report(page_path(path), self._report())
 
     def write_images(
         self,

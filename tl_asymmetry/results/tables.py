@@ -13,18 +13,23 @@ from tl_asymmetry.results.top import labels_of
 _SAID_BY = {"place": ("layer", "head", "expert", "matrix", "pathway"), "matrix": ("pathway",)}
 """Labels that another label says already, and are therefore not printed beside it."""
 
+_PLACE = ("place", "layer", "head", "expert", "matrix")
+"""Labels that are printed even where all rows have the same."""
+
 _NOTEBOOK_COLUMNS = 12
 _LONG, _EDGE_ROWS = 60, 5
 """Of a table with more rows, so many of either end are printed."""
 
 
-class _AnyFrame(type):
+class AnyFrame(type):
+    """The type of a DataFrame that any other one passes for."""
+
     # pandas.testing.assert_frame_equal asks isinstance(left, type(right)): a table read back from a file will do.
     def __instancecheck__(cls, thing: object) -> bool:
         return isinstance(thing, pd.DataFrame)
 
 
-class Table(pd.DataFrame, metaclass=_AnyFrame):
+class Table(pd.DataFrame, metaclass=AnyFrame):
     """A DataFrame in all it does, but that it prints the columns that are read first, as many as a line has room for.
 
     pandas would print the first and the last few of them. With `pd.set_option("display.max_columns", None)` it prints
@@ -70,13 +75,13 @@ class Table(pd.DataFrame, metaclass=_AnyFrame):
         return not (self._read_first and named and len(self)) or pd.get_option("display.max_columns") is None
 
     def _ordered(self) -> list[str]:
-        """All columns, in the order in which they are read; without labels that say nothing more."""
+        """All columns, in the order in which they are read: labels that tell these rows apart, what is read first."""
         labels = labels_of(self)
-        empty = [name for name in labels if self[name].isna().all()]
         said = {label for name in labels for label in _SAID_BY.get(name, ())}
-        first = [name for name in self._read_first if name in self]
-        order = [*(name for name in labels if name not in said and name not in empty), *first, *map(str, self.columns)]
-        return [name for name in dict.fromkeys(order) if name not in said and name not in empty]
+        said |= {name for name in labels if self[name].isna().all()}
+        telling = [name for name in labels if name not in said and (name in _PLACE or self[name].nunique() > 1)]
+        order = [*telling, *(name for name in self._read_first if name in self), *map(str, self.columns)]
+        return [name for name in dict.fromkeys(order) if name not in said]
 
     def _ends(self) -> pd.DataFrame:
         """The rows that are printed."""

@@ -124,7 +124,7 @@ def _ranks(shorter: Mapping[str, int], ranks: Sequence[int] | None, notes: Notes
     """
     if ranks is None:
         return {matrix: [k for k in _RANKS if k < axis] or [1] for matrix, axis in shorter.items()}
-    wanted = [] if isinstance(ranks, str | bytes | int) else list(ranks)
+    wanted = [ranks] if isinstance(ranks, int) else [] if isinstance(ranks, str | bytes) else list(ranks)
     largest = max(shorter.values()) - 1
     if not wanted or not all(isinstance(k, int | np.integer) and 0 < k <= largest for k in wanted):
         raise ValueError(

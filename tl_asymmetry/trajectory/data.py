@@ -115,7 +115,7 @@ class TrajectoryData(Result):
 
     def plot_curves(
         self,
-        matrices: Sequence[str] | None = None,
+        matrices: str | Sequence[str] | None = None,
         *,
         subspace: str | None = None,
         reference: str | None = None,
