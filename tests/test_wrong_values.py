@@ -24,6 +24,7 @@ from tl_asymmetry import demo, edits, geometry, grokking
 from tl_asymmetry.arguments import checked, plain_arguments
 from tl_asymmetry.models.readers.hub import at_home
 from tl_asymmetry.plots.layout import finish
+from tl_asymmetry.plots.style import some_of
 from tl_asymmetry.results.pages import page_path
 from tl_asymmetry.results.report import write_images
 
@@ -168,6 +169,51 @@ def test_unknown_names_are_not_taken(model: Any) -> None:
         demo.demo_run("y")  # type: ignore[arg-type]
 
 
+@pytest.fixture(scope="module")
+def analysed(model: Any) -> tla.PairAnalysis:
+    options: dict[str, Any] = {"tokens": tiny.tokens(6, 10), "ranks": 4, "groups": 1, "progress": False}
+    return tla.analyze_pair(model, tiny.perturbed(model, 0.05), names=["before", "after"], **options)
+
+
+def test_one_name_stands_for_a_list_of_one_and_a_place_may_be_spelled(analysed: tla.PairAnalysis, model: Any) -> None:
+    assert analysed._title() == "before → after"
+    drawn = analysed.plot_layers("W_Q")
+    assert drawn.to_json() == analysed.plot_layers(["W_Q"]).to_json()
+    assert analysed.plot_rank_curve("L1H2.W_Q").to_json() == analysed.plot_rank_curve("W_Q", 1, 2).to_json()
+    other = tiny.perturbed(model, 0.05)
+    spectra = tla.analyze_spectra(model, other, matrices="W_Q", ranks=2, names=("a", "b"), progress=False)
+    assert spectra.table["rank"].unique().tolist() == [2]
+    assert spectra._title() == "a → b, spectra"
+
+
+def test_the_nearest_valid_name_is_offered(analysed: tla.PairAnalysis, model: Any) -> None:
+    calls: list[Callable[[], Any]] = [
+        lambda: analysed.top(matrix="WQ"),
+        lambda: analysed.plot_heads("WQ"),
+        lambda: analysed.plot_layers("WQ"),
+        lambda: analysed.plot_rank_curve("WQ", 0),
+        lambda: analysed.directions(0, "WQ", 0, model=model),
+        lambda: analysed.delta_spectrum("WQ"),
+        lambda: tla.analyze_spectra(model, model, matrices=["W_K", "WQ"], progress=False),
+    ]
+    for call in calls:
+        with pytest.raises(
+            ValueError, match="expected .* W_Q.*, got .*'WQ'; pass 'W_Q'|'W_Q', .*, got 'WQ'; pass 'W_Q'"
+        ):
+            call()
+    with pytest.raises(ValueError, match="got 'adamw'; pass 'adam'"):
+        tla.analyze_pair(model, model, tokens=tiny.tokens(), optimizer="adamw", progress=False)
+    with pytest.raises(ValueError, match="got 'attn'; pass 'attn_in'"):
+        analysed.eigenvalues("attn")
+    for names in ("base", ["base"], ["a", "b", "c"], ["a", 3], [" ", "b"], 3):
+        with pytest.raises(
+            ValueError, match="expected names of the two models, .*, got .*; pass names=.'base', 'dpo'.,"
+        ):
+            tla.analyze_pair(model, model, tokens=tiny.tokens(), names=names, progress=False)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected a result of analyze_pair, got Comparison; pass one, or"):
+        tla.explorer(tla.compare(analysed, analysed), "page.html")  # type: ignore[arg-type]
+
+
 def test_what_cannot_be_written_or_drawn_is_refused_before_the_work(tmp_path: Path) -> None:
     class Slow:
         def _report(self) -> Any:
@@ -183,7 +229,36 @@ def test_what_cannot_be_written_or_drawn_is_refused_before_the_work(tmp_path: Pa
         write_images(Slow(), tmp_path, scale=-1.0)
     with pytest.raises(ValueError, match="expected template among light, dark, .*, got 'sepia'; pass template='light'"):
         finish(go.Figure(), "words", plot_height=100, template="sepia")
+    for options, words in (
+        ({"template": 3}, "expected template as a name or a template of plotly, got 3; pass None"),
+        ({"width": 0}, "expected width from 10 to 20000 pixels, got 0; pass width=None"),
+        ({"height": 10**9}, "expected height from 10 to 20000 pixels, got 1000000000; pass height=None"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            finish(go.Figure(), "words", plot_height=100, **options)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
+
+
+NO_NAMES: dict[str, Callable[[], Any]] = {
+    name: WRONG[name]
+    for name in ("a fraction", "NaN", "True", "a number", "a list", "int8", "complex", "a DataFrame", "a mapping",
+                 "a foreign object", "a generator")
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", NO_NAMES)
+def test_what_is_no_list_of_names_is_refused_where_names_are_taken(wrong: str, analysed: tla.PairAnalysis) -> None:
+    takers: list[Callable[[Any], Any]] = [
+        lambda given: analysed.plot_layers(given),
+        lambda given: analysed.plot_heads(given, side_by_side=2),
+        lambda given: some_of("matrices", given, ["W_Q"]),
+    ]
+    for take in takers:
+        with pytest.raises(ValueError, match="expected matri(x|ces) as a name or a list of names, got .*; pass matri"):
+            take(NO_NAMES[wrong]())
+    for nothing in ([], ()):
+        with pytest.raises(ValueError, match="expected matrices with a name or more, got none; pass matrices=None"):
+            analysed.plot_layers(nothing)
 
 
 def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

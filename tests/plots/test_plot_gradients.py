@@ -59,7 +59,7 @@ def test_the_results_own_figures():
 def test_refusals():
     with pytest.raises(ValueError, match="expected side to be one of 'gradient', 'input', got 'left'"):
         effective_rank_figure(covariance().table, side="left")
-    with pytest.raises(ValueError, match="expected matrix to be one of 'W_Q', .* got 'W_X'"):
+    with pytest.raises(ValueError, match="expected matrices among 'W_Q', .* got 'W_X'"):
         effective_rank_figure(covariance().table, matrices=["W_X"])
     with pytest.raises(ValueError, match="expected at least one table, got none"):
         effective_rank_figure({})

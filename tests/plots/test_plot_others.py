@@ -103,9 +103,11 @@ def test_layers_slider_equals_the_single_rank(table):
 
 
 def test_layers_errors(table):
-    with pytest.raises(ValueError, match="expected matrices among 'W_Q', .*got 'W_X'; pass matrices=None"):
+    with pytest.raises(
+        ValueError, match="expected matrices among 'W_Q', .*got 'W_X'; pass .* or matrices=None for all"
+    ):
         layers_figure(table, matrices=["W_X"])
-    with pytest.raises(ValueError, match="expected at least one matrix, got none"):
+    with pytest.raises(ValueError, match="expected matrices with a name or more, got none; pass matrices=None for all"):
         layers_figure(table, matrices=[])
     with pytest.raises(ValueError, match="expected subspace of W_K to be one of .*got 'mlp_in'"):
         layers_figure(table, matrices=["W_K"], subspace="mlp_in")

@@ -71,7 +71,7 @@ def test_curves(curves: pd.DataFrame) -> None:
     np.testing.assert_allclose(step.args[0]["y"][at], rows["relative"])
     for bad, message in (
         ({"reference": "last"}, "expected reference to be one of 'first', 'previous', got 'last'"),
-        ({"matrices": ["W_X"]}, "expected matrices to be one of"),
+        ({"matrices": ["W_X"]}, "expected matrices among"),
         ({"subspace": "nowhere"}, "expected subspace of W_Q"),
         ({"rank": 5}, "expected rank to be one of 1, 4, 16, got 5"),
     ):

@@ -175,6 +175,7 @@ class PairData(Result):
             ValueError: what was not analysed, or a value that is NaN everywhere.
         """
         from tl_asymmetry.plots import head_maps_figure, head_sheet_figure, heads_figure
+        from tl_asymmetry.plots.style import some_of
 
         layout: Layout = {"title": title, "template": template, "width": width, "height": height}
         shown = self.config["shown_rank"]
@@ -185,11 +186,7 @@ class PairData(Result):
             )  # fmt: skip
         table, first = self.table, None
         if matrix is not None:
-            if not matrix:
-                raise ValueError("expected matrix with a name or more, got none; pass matrix=None for all")
-            names = [matrix] if isinstance(matrix, str) else list(matrix)
-            for name in names:
-                self._require_matrix(name)
+            names = some_of("matrix", matrix, list(dict.fromkeys(table["matrix"])))
             table, first = table[table["matrix"].isin(names)], names[0]
         if side_by_side is not None:
             return head_sheet_figure(

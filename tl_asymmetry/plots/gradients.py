@@ -54,12 +54,7 @@ def effective_rank_figure(
     style.one_of("side", side, tuple(SIDES), "side")
     rows = {name: t[(t["half"] == "all") & t["effective_rank"].notna()] for name, t in named.items()}
     there = list(dict.fromkeys(m for t in named.values() for m in t["matrix"]))
-    if matrices is not None and not len(matrices):
-        raise ValueError("expected matrices with a name or more, got none; pass matrices=None for all")
-    matrices = [matrices] if isinstance(matrices, str) else matrices
-    for matrix in matrices or ():
-        style.one_of("matrix", matrix, there, "matrices")
-    wanted = there if matrices is None else list(matrices)
+    wanted = style.some_of("matrices", matrices, there)
     views = [
         (matrix, which)
         for which in sorted(SIDES, key=lambda which: which != side)

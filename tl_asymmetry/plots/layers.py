@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from tl_asymmetry.names import FOUND, SIGNIFICANT, MatrixKind, kind_of, nearest
+from tl_asymmetry.names import FOUND, SIGNIFICANT, MatrixKind, kind_of
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
 from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, note, rank_slider
@@ -25,7 +25,7 @@ HOVER = (
 def layers_figure(
     table: pd.DataFrame,
     *,
-    matrices: Sequence[str] | None = None,
+    matrices: str | Sequence[str] | None = None,
     subspace: str | None = None,
     rank: int | None = None,
     default_rank: int | None = None,
@@ -55,15 +55,7 @@ def layers_figure(
     """
     pick.require(table, pick.COLUMNS)
     there = list(dict.fromkeys(table["matrix"]))
-    wanted = there if matrices is None else [matrices] if isinstance(matrices, str) else list(matrices)
-    unknown = [m for m in wanted if m not in there]
-    if unknown:
-        raise ValueError(
-            f"expected matrices among {style.alternatives(there)}, got {style.alternatives(unknown)}; "
-            f"pass {nearest(unknown[0], there)}, or matrices=None for all"
-        )
-    if not wanted:
-        raise ValueError("expected at least one matrix, got none; pass matrices=None for all")
+    wanted = style.some_of("matrices", matrices, there)
     d = pick.d_model_of(table, d_model)
     picked = {m: pick.select(table, m, subspace) for m in wanted}
     ranks, start = pick.pick_ranks(

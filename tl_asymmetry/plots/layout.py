@@ -7,13 +7,14 @@ or slider is a list of what it sets, in plotly's terms; here is where it gets it
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import plotly.graph_objects as go
 import plotly.io as pio
 from typing_extensions import Unpack  # noqa: F401 - every figure's signature takes it from here
 
+from tl_asymmetry.arguments import shown
 from tl_asymmetry.plots import style
 
 LINE_PX = 17
@@ -22,6 +23,7 @@ SLIDER_PX = 74
 LEGEND_PX = 52
 TITLE_COLUMNS = 56
 HEAD_COLUMNS = 41
+_SMALLEST, _LARGEST = 10, 20_000
 
 
 class Layout(TypedDict, total=False):
@@ -86,6 +88,11 @@ def finish(
     if isinstance(template, str) and not {*template.split("+")} <= {*style.PAPER, *pio.templates}:
         known = ", ".join([*style.PAPER, *pio.templates])
         raise ValueError(f"expected template among {known}, got {template!r}; pass template='light'")
+    if not (template is None or isinstance(template, str | Mapping | go.layout.Template)):
+        raise ValueError(f"expected template as a name or a template of plotly, got {shown(template)}; pass None")
+    for name, pixels in (("width", width), ("height", height)):
+        if pixels is not None and not _SMALLEST <= pixels <= _LARGEST:
+            raise ValueError(f"expected {name} from {_SMALLEST} to {_LARGEST} pixels, got {pixels}; pass {name}=None")
     own = template is None or (isinstance(template, str) and template in style.PAPER)
     name = template or "light"
     menu = MENU_PX * len(figure.layout.updatemenus)

@@ -9,12 +9,15 @@ subset of HTML in titles, legends and hovers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
+
+from tl_asymmetry.arguments import shown
+from tl_asymmetry.names import nearest
 
 MISSING = "–"
 """Stands where a table holds NaN."""
@@ -175,6 +178,34 @@ def one_of(what: str, value: Any, allowed: Sequence[Any], keyword: str) -> Any:
         hint = f"pass {keyword}={allowed[0]!r}" if len(allowed) else "pass a table that has one"
         raise ValueError(f"expected {what} to be one of {alternatives(allowed)}, got {value!r}; {hint}")
     return value
+
+
+def some_of(keyword: str, given: Any, allowed: Sequence[str]) -> list[str]:
+    """One name or several, as a list; None: all that are allowed.
+
+    Raises:
+        ValueError: something else than names, or another name.
+
+    Example:
+        >>> some_of("matrices", "W_Q", ["W_Q", "W_K"]), some_of("matrices", None, ["W_Q", "W_K"])
+        (['W_Q'], ['W_Q', 'W_K'])
+    """
+    if given is None:
+        return list(allowed)
+    several = [given] if isinstance(given, str) else list(given) if isinstance(given, Sequence | Iterator) else None
+    if several is None or not all(isinstance(name, str) for name in several):
+        raise ValueError(
+            f"expected {keyword} as a name or a list of names, got {shown(given)}; pass {keyword}=None for all"
+        )
+    if not several:
+        raise ValueError(f"expected {keyword} with a name or more, got none; pass {keyword}=None for all")
+    unknown = [name for name in several if name not in allowed]
+    if unknown:
+        raise ValueError(
+            f"expected {keyword} among {alternatives(allowed)}, got {alternatives(unknown)}; pass "
+            f"{nearest(unknown[0], allowed)}, or {keyword}=None for all"
+        )
+    return several
 
 
 def ratio_label(exponent: int) -> str:

@@ -63,10 +63,7 @@ def curves_figure(
                  "TrajectoryAnalysis.curves")  # fmt: skip
     curves, reference = _of_reference(curves, reference)
     there = list(dict.fromkeys(curves["matrix"]))
-    matrices = [matrices] if isinstance(matrices, str) else matrices
-    wanted = [m for m in there if "+" not in m] if matrices is None else list(matrices)
-    for matrix in wanted or ["none"]:
-        style.one_of("matrices", matrix, there, "matrices")
+    wanted = [m for m in there if "+" not in m] if matrices is None else style.some_of("matrices", matrices, there)
     picked = {m: _against(curves, m, subspace) for m in wanted}
     every = pd.concat([rows for rows, _ in picked.values()])
     held = every.groupby("rank")["matrix"].nunique()  # inputs may have fewer directions than predictions
