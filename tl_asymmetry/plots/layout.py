@@ -90,9 +90,9 @@ def finish(
         raise ValueError(f"expected template among {known}, got {template!r}; pass template='light'")
     if not (template is None or isinstance(template, str | Mapping | go.layout.Template)):
         raise ValueError(f"expected template as a name or a template of plotly, got {shown(template)}; pass None")
-    for name, pixels in (("width", width), ("height", height)):
+    for side, pixels in (("width", width), ("height", height)):
         if pixels is not None and not _SMALLEST <= pixels <= _LARGEST:
-            raise ValueError(f"expected {name} from {_SMALLEST} to {_LARGEST} pixels, got {pixels}; pass {name}=None")
+            raise ValueError(f"expected {side} from {_SMALLEST} to {_LARGEST} pixels, got {pixels}; pass {side}=None")
     own = template is None or (isinstance(template, str) and template in style.PAPER)
     name = template or "light"
     menu = MENU_PX * len(figure.layout.updatemenus)
