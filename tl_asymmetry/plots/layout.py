@@ -94,7 +94,7 @@ def finish(
         if pixels is not None and not _SMALLEST <= pixels <= _LARGEST:
             raise ValueError(f"expected {side} from {_SMALLEST} to {_LARGEST} pixels, got {pixels}; pass {side}=None")
     own = template is None or (isinstance(template, str) and template in style.PAPER)
-    name = template or "light"
+    name: Any = template or "light"
     menu = MENU_PX * len(figure.layout.updatemenus)
     slider = SLIDER_PX if figure.layout.sliders else 0
     top = 16 + LINE_PX * (words.count("<br>") + 1) + 10 + menu
