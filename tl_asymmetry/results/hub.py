@@ -5,16 +5,37 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 import xxhash
+from torch import Tensor
 
 from tl_asymmetry.models.readers.hub import in_words
 from tl_asymmetry.results.pages import settings_rows
 
-if TYPE_CHECKING:
-    from tl_asymmetry.results.result import Result
+
+class Uploaded(Protocol):
+    """What a result must offer to be uploaded."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Every setting."""
+        ...
+
+    @property
+    def arrays(self) -> dict[str, Tensor]:
+        """Arrays by name."""
+        ...
+
+    def summary(self) -> str:
+        """In words."""
+        ...
+
+    def save(self, path: str | Path) -> Path:
+        """Write it into a folder."""
+        ...
+
 
 SCHEME = "hf://"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -22,7 +43,7 @@ _TOLD = ("models.", "versions.", "tokens", "sequences")
 """Settings by which two people tell whether their results are of the same, beside the texts' fingerprint."""
 
 
-def push(result: Result, repository: str, *, private: bool, token: str | None) -> str:
+def push(result: Uploaded, repository: str, *, private: bool, token: str | None) -> str:
     """Upload a result and its card; see `Result.push_to_hub`."""
     from huggingface_hub import HfApi
 
@@ -58,7 +79,7 @@ def fetched_result(address: str, file: str) -> Path:
         )
 
 
-def card(result: Result, repository: str) -> str:
+def card(result: Uploaded, repository: str) -> str:
     """What the result is of, for its page: the summary, hashes of weights and texts, versions."""
     rows = [(name, value) for name, value in settings_rows(result.config) if name.startswith(_TOLD) and value != "None"]
     if (texts := fingerprint(result)) is not None:
@@ -75,7 +96,7 @@ def card(result: Result, repository: str) -> str:
     )  # fmt: skip
 
 
-def fingerprint(result: Result) -> str | None:
+def fingerprint(result: Uploaded) -> str | None:
     """XXH3 of the token ids and of the lengths of the sequences; None for a result that was made without texts.
 
     Two results of the same texts by the same tokenizer share it, however the texts were given.
