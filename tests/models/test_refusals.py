@@ -358,3 +358,18 @@ def test_no_code_of_a_checkpoint_is_run(tmp_path: Path, aligned: Path, monkeypat
     monkeypatch.setattr("builtins.input", answers)
     refused(folder, "expected a model_type that transformers .* knows in .*is not run")
     assert not (tmp_path / "ran").exists()
+
+
+def test_two_stacks_that_take_turns_are_no_one_stream():
+    from transformers import AutoModelForCausalLM, HrmTextConfig
+
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+    }
+    model = AutoModelForCausalLM.from_config(HrmTextConfig(**sizes, vocab_size=32), attn_implementation="eager")
+    with pytest.raises(ValueError, match="expected one stack of layers, got another one like it in HrmText.*H_module"):
+        ModelView(model)

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from tl_asymmetry.models.huggingface import HuggingFaceAdapter
+from tl_asymmetry.models.view import ModelView
 
 WIDTH, HEADS, KV, LAYERS, VOCABULARY = 32, 4, 2, 2, 64
 GPT = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 64, "vocab_size": VOCABULARY}
@@ -72,6 +73,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
                "num_hidden_layers": 4, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 4,
                "num_kv_shared_layers": 2, "sliding_window": 8,
                "layer_types": ["sliding_attention", "full_attention"] * 2}),
+    "llama4": ("Llama4TextConfig", LLAMA | MIXTURE | {"intermediate_size_mlp": 48, "interleave_moe_layer_step": 1,
+               "num_experts_per_tok": 1, "attention_chunk_size": 16}),
     "bert": ("BertConfig", BERT),
     "modernbert": ("ModernBertConfig", BERT | {"cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1,
                                                "eos_token_id": 2}),
@@ -156,6 +159,12 @@ def test_every_map_with_a_side_on_the_stream_is_a_site(name):
         sizes = {(id(m), n): p.numel() for m in block.modules() for n, p in m._parameters.items() if p is not None}
         share = sum(sizes[key] for key in covered) / sum(sizes.values())
         assert share > (0.8 if "W_DKV" in sites else 0.9), sorted(sites)
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_a_module_that_gives_a_product_gives_that_of_its_matrix(name):
+    """Llama 4's router is a linear map that gives scores instead."""
+    assert ModelView(adapter_of(name).inner).self_check(torch.tensor([[5, 9, 11, 33, 2, 7]])) < 1e-9
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt-oss", "qwen2-moe", "deepseek-v3"])

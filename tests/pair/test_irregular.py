@@ -15,6 +15,7 @@ from tl_asymmetry import (
     analyze_stages,
     analyze_trajectory,
     gradient_covariance,
+    layer_jacobians,
     load,
     rank_one_study,
     weights_from,
@@ -199,3 +200,37 @@ def test_what_is_left_out_of_spectra_is_noted():
     assert any(
         "W_Q" in note and "linear_attn.out_proj" in note and "analyze_pair takes" in note for note in result.notes
     )
+
+
+@pytest.mark.parametrize(("name", "module"), [("qwen3.5", "in_proj_qkv"), ("mixtral", "q_proj")])
+def test_adapters_beside_the_weights_are_refused(name, module):
+    """The weights alone would be the base's, and every delta zero."""
+    peft = pytest.importorskip("peft")
+    base = adapter_of(name).inner
+    tuned = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=[module]))
+    for model in (tuned, tuned.base_model.model):
+        with pytest.raises(
+            ValueError, match=rf"adapters are merged .* got PEFT's un-merged .*{module}; pass model.merge"
+        ):
+            analyze_pair(base, model, tokens=tokens(), progress=False)
+
+
+def test_jacobians_of_a_hybrid_name_the_parts_that_there_are():
+    with pytest.raises(ValueError, match="expected a part that layer 0 has, got 'mlp'; pass one of block$"):
+        layer_jacobians(adapter_of("qwen3.5").inner, tokens=tokens()[:1], layers=[0], part="mlp", progress=False)
+
+
+@pytest.mark.parametrize("layer", [0, 3])  # linear attention, attention
+def test_jacobians_of_a_hybrids_blocks_are_those_of_its_own_modules(layer):
+    model = adapter_of("qwen3.5").inner
+    ids, block, calls = tokens()[:1, :5], model.model.layers[layer], []
+    handle = block.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    handle.remove()
+    (x, *rest), options = calls[0]
+    dense = torch.autograd.functional.jacobian(lambda y: block(y, *rest, **options), x)
+    expected = torch.stack([dense[0, t, :, 0, t] for t in range(5)]).mean(0)
+    found = layer_jacobians(model, tokens=ids, layers=[layer], positions=list(range(5)), progress=False)
+    # transformers runs its delta rule in float32
+    assert (torch.as_tensor(found.mean(layer)) - expected).abs().max() < 1e-6 * expected.abs().max()

@@ -556,30 +556,20 @@ def part_ends(view: ModelView, layer: int, part: str) -> tuple[Side, Side, bool]
     Raises:
         ValueError: an unknown part, or one the model does not have.
     """
-    norms = view._adapter.norms(layer)
-    reads = "resid_pre" if view.parallel else "resid_mid"
-    norm = {"ln": norms.get("attn_pre"), "ln2": norms.get("mlp_pre")}.get(part)
-    ends: tuple[Side | None, Side | None]
-    if part == "block":
-        ends = place(view, layer, "resid_pre"), place(view, layer, "resid_post")
-    elif part == "attn":
-        ends = place(view, layer, "resid_pre"), place(view, layer, "attn_out")
-    elif part == "mlp" and view._adapter.has_mlp(layer):
-        ends = place(view, layer, reads), place(view, layer, "mlp_out")
-    elif norm is not None:
-        ends = (norm, "input"), (norm, "output")
-    else:
-        ends = None, None
-    begin, finish = ends
+    begin, finish = _ends(view, layer, part)
     if begin is None or finish is None:
-        there = [p for p in PARTS if p != part and _has_part(view, layer, p)]
+        there = [p for p in PARTS if None not in _ends(view, layer, p)]
         raise ValueError(f"expected a part that layer {layer} has, got {part!r}; pass one of {', '.join(there)}")
     return begin, finish, part in ("mlp", "ln", "ln2")
 
 
-def _has_part(view: ModelView, layer: int, part: str) -> bool:
+def _ends(view: ModelView, layer: int, part: str) -> tuple[Side | None, Side | None]:
     norms = view._adapter.norms(layer)
-    return {
-        "block": True, "attn": True, "mlp": view._adapter.has_mlp(layer), "ln": "attn_pre" in norms,
-        "ln2": "mlp_pre" in norms,
-    }[part]  # fmt: skip
+    norm = {"ln": norms.get("attn_pre"), "ln2": norms.get("mlp_pre")}.get(part)
+    if part == "block":
+        return place(view, layer, "resid_pre"), place(view, layer, "resid_post")
+    if part == "attn":
+        return place(view, layer, "resid_pre"), place(view, layer, "attn_out")
+    if part == "mlp" and view._adapter.has_mlp(layer):
+        return place(view, layer, "resid_pre" if view.parallel else "resid_mid"), place(view, layer, "mlp_out")
+    return (None, None) if norm is None else ((norm, "input"), (norm, "output"))

@@ -85,6 +85,11 @@ class HuggingFaceAdapter:
                 f"expected one residual stream, got the encoder-decoder {type(self.inner).__name__}; pass a decoder or "
                 "an encoder"
             )
+        if others := _other_stacks(self.inner, self.blocks):
+            raise ValueError(
+                f"expected one stack of layers, got another one like it in {type(self.inner).__name__} "
+                f"({', '.join(others)}): there is no one stream; pass a model whose layers follow one another"
+            )
         if not any(self.sites):
             raise ValueError(
                 f"expected linear maps of the residual stream in the layers of {type(self.inner).__name__}, got none; "
@@ -288,9 +293,11 @@ class HuggingFaceAdapter:
     def projection(self, layer: int, matrix: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]] | None:
         """The module whose output holds `input @ matrix + bias`, and how to take that matrix's part of it."""
         site = self.sites[layer].get(matrix)
-        if site is None or not (isinstance(site.module, nn.Linear) or type(site.module).__name__ == "Conv1D"):
-            return None  # experts, and routers that give more than the product
-        return site.module, site.part_of_output
+        if site is None:
+            return None
+        kind = type(site.module)
+        gives_product = kind.forward is nn.Linear.forward or kind.__name__ == "Conv1D"
+        return (site.module, site.part_of_output) if gives_product else None  # others: experts, most routers
 
     @cached_property
     def _hooked(self) -> BridgeAdapter | None:
@@ -472,6 +479,18 @@ def _layers(model: Any) -> list[Any]:
             f"expected a list of layers in {type(model).__name__}, got none; pass a transformer of transformers"
         )
     return best
+
+
+def _other_stacks(model: Any, blocks: list[Any]) -> list[str]:
+    """Lists of layers of the same class beside the language model's: recurrent models call several in turns."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and not any(word in f"{name}." for word in _FOREIGN)
+        and any(type(block) is type(blocks[0]) for block in module)
+        and all(block is not blocks[0] for block in module)
+    ]
 
 
 def _parent_of_layers(model: Any, blocks: list[Any]) -> nn.Module:

@@ -84,7 +84,7 @@ class ModelView:
             of transformers, decoder or encoder.
 
     Raises:
-        ValueError: for anything else, encoder-decoders included.
+        ValueError: for anything else, encoder-decoders and models with un-merged adapters included.
 
     Example:
         >>> view = ModelView(model)
@@ -141,6 +141,7 @@ class ModelView:
     """Plain sentences about what the reader of a result must know of this model."""
 
     def __init__(self, model: Any) -> None:
+        _refuse_unmerged(model)
         self.model = model
         self._adapter = adapter = _adapter_for(model)
         self._slots: dict[tuple[int, str], Slot] = {}
@@ -641,6 +642,21 @@ def _adapter_for(model: Any) -> HookedAdapter | BridgeAdapter | HuggingFaceAdapt
         f"expected a HookedTransformer, a TransformerBridge or a model of transformers, got {type(model).__name__}; "
         "pass TransformerBridge.boot_transformers(name_or_directory)"
     )
+
+
+def _refuse_unmerged(model: Any) -> None:
+    """Refuse adapters beside the weights: a model computes with them, and the weights do not show them.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    found = next((name for name, module in modules if {"base_layer", "lora_A"} & module._modules.keys()), "")
+    if found:
+        raise ValueError(
+            f"expected a model whose adapters are merged into its weights, got PEFT's un-merged {found}; pass "
+            "model.merge_and_unload(), or the adapter's folder as the aligned side"
+        )
 
 
 def overflowed(view: ModelView, where: str) -> str:
