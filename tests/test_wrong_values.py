@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
@@ -24,6 +25,7 @@ from tl_asymmetry import demo, edits, geometry, grokking
 from tl_asymmetry.arguments import checked, plain_arguments
 from tl_asymmetry.models.readers.hub import at_home
 from tl_asymmetry.plots.layout import finish
+from tl_asymmetry.plots.spectrum import spectrum_figure
 from tl_asymmetry.plots.style import some_of
 from tl_asymmetry.results.pages import page_path
 from tl_asymmetry.results.report import write_images
@@ -237,6 +239,22 @@ def test_what_cannot_be_written_or_drawn_is_refused_before_the_work(tmp_path: Pa
         with pytest.raises(ValueError, match=words):
             finish(go.Figure(), "words", plot_height=100, **options)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_list_of_numbers_is_refused_where_numbers_are_taken() -> None:
+    for wrong in ("None", "a fraction", "NaN", "True", "a word", "int8", "complex", "a DataFrame", "a mapping"):
+        with pytest.raises(ValueError, match="expected ranks as a whole number, or several, got .*; pass ranks=.16"):
+            spectrum_figure(np.ones(3), name="words", ranks=WRONG[wrong]())
+    for listed in (2, [2], (2,), torch.tensor([2]), range(2, 3), np.array([2]), iter([2])):
+        assert len(spectrum_figure(np.ones(3), name="words", ranks=listed).layout.shapes) == 1  # type: ignore[arg-type]
+
+
+def test_gain_takes_subspaces_alone() -> None:
+    model = tiny.toy("plain", "bridge")
+    jacobians = tla.layer_jacobians(model, tokens=tiny.tokens(1, 4), progress=False)
+    for wrong in WRONG.values():
+        with pytest.raises(ValueError, match="expected (a S|one s)ubspace,? or .*, got .*; pass"):
+            jacobians.gain(wrong())
 
 
 NO_NAMES: dict[str, Callable[[], Any]] = {

@@ -11,7 +11,7 @@ import inspect
 import os
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from numbers import Integral, Real
@@ -61,6 +61,33 @@ def plain_arguments(function: Callable[..., Any]) -> list[str]:
     """
     held = getattr(function, "_plain_arguments", None)
     return [] if held is None else list(held())
+
+
+def listed(name: str, given: Any, kind: type[Any], *, instead: str) -> list[Any]:
+    """One plain value, or several, as a list.
+
+    Args:
+        name: of the argument.
+        given: what came for it: a value, or an iterable of values (a list, a range, a tensor, an iterator).
+        kind: `int`, `float` or `str`.
+        instead: what to pass.
+
+    Raises:
+        ValueError: anything else.
+
+    Example:
+        >>> listed("ranks", 4, int, instead="ranks=[4]"), listed("ranks", range(1, 3), int, instead="ranks=[4]")
+        ([4], [1, 2])
+    """
+    plain = _PLAIN[kind]
+    if plain.allows(given):
+        return [given]
+    several = None
+    if isinstance(given, Iterable) and not isinstance(given, str | bytes | Mapping) and not hasattr(given, "columns"):
+        several = given.tolist() if hasattr(given, "tolist") else list(given)
+    if not isinstance(several, list) or not all(plain.allows(value) for value in several):
+        raise ValueError(f"expected {name} as {plain.words}, or several, got {shown(given)}; pass {instead}")
+    return several
 
 
 def shown(value: object) -> str:

@@ -196,8 +196,13 @@ def test_identical_models_are_a_result_with_a_warning(pair):
 
 
 def test_ranks_that_fit_no_axis_are_refused_and_some_are_noted(pair):
-    for ranks in ([0], [64], 4, [], [1.5]):
+    for ranks in ([0], [64], 64, []):
         with pytest.raises(ValueError, match=r"expected ranks from 1 to 63, got .*; pass a list of ranks"):
+            analyze_spectra(*pair, ranks=ranks, progress=False)
+    for ranks in ([1.5], "4", True, object()):
+        with pytest.raises(
+            ValueError, match="expected ranks as a whole number, or several, got .*; pass ranks from 1 to"
+        ):
             analyze_spectra(*pair, ranks=ranks, progress=False)
     result = analyze_spectra(*pair, matrices=["W_K", "W_out"], ranks=[4, 32], progress=False)
     assert sorted(at(result, matrix="W_K")["rank"].unique()) == [4]

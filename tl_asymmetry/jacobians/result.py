@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_asymmetry.arguments import checked
+from tl_asymmetry.arguments import checked, shown
 from tl_asymmetry.geometry.spectrum import effective_rank, participation_ratio, stable_rank
 from tl_asymmetry.geometry.subspace import Subspace
 from tl_asymmetry.results.report import Definition, FigureSection, Report, TableSection
@@ -119,7 +119,11 @@ class LayerJacobians(Result):
         Raises:
             ValueError: a subspace of another dimension, or not one for each layer.
         """
-        given = [subspace] * len(self.layers) if isinstance(subspace, Subspace) else list(subspace)
+        given = [subspace] * len(self.layers) if isinstance(subspace, Subspace) else subspace
+        if not isinstance(given, Sequence) or not all(isinstance(each, Subspace) for each in given):
+            raise ValueError(
+                f"expected a Subspace, or one for each layer, got {shown(subspace)}; pass Subspace(basis) or a list"
+            )
         if len(given) != len(self.layers):
             raise ValueError(
                 f"expected one subspace or {len(self.layers)}, one for each layer, got {len(given)}; pass these"

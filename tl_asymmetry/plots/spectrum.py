@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from tl_asymmetry.arguments import listed
 from tl_asymmetry.plots import style
 from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, menu, note, slider
 
@@ -55,6 +56,7 @@ def spectrum_figure(
     edges = edge if isinstance(edge, Mapping) else {} if edge is None else dict.fromkeys(names, edge)
     for key in edges:
         style.one_of("edge's name", key, names, "edge")
+    ranks = listed("ranks", ranks, int, instead="ranks=[16]")
     for k in ranks:
         if k < 1:
             raise ValueError(f"expected ranks >= 1, got {k}; pass ranks=() for no lines")

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from tl_asymmetry.arguments import checked
+from tl_asymmetry.arguments import checked, listed
 from tl_asymmetry.geometry.nulls import adjusted_p
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.models.checks import check_shapes
@@ -124,9 +123,9 @@ def _ranks(shorter: Mapping[str, int], ranks: Sequence[int] | None, notes: Notes
     """
     if ranks is None:
         return {matrix: [k for k in _RANKS if k < axis] or [1] for matrix, axis in shorter.items()}
-    wanted = [ranks] if isinstance(ranks, int) else [] if isinstance(ranks, str | bytes) else list(ranks)
     largest = max(shorter.values()) - 1
-    if not wanted or not all(isinstance(k, int | np.integer) and 0 < k <= largest for k in wanted):
+    wanted = listed("ranks", ranks, int, instead=f"ranks from 1 to {largest}")
+    if not wanted or not all(0 < k <= largest for k in wanted):
         raise ValueError(
             f"expected ranks from 1 to {largest}, got {ranks!r}; pass a list of ranks below a matrix's shorter axis"
         )

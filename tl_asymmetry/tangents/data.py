@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_asymmetry.arguments import shown
 from tl_asymmetry.geometry.strata import frequency_strata
 from tl_asymmetry.models.capture import copies_noted, group_numbers
 from tl_asymmetry.models.texts import token_sequences
@@ -128,6 +129,11 @@ def _corpus_counts(view: ModelView, packed: Sequence[Tensor], frequencies: Tenso
     if frequencies is None:
         seen = torch.cat([s[:, ORIGINAL][s[:, COUNTED] > 0] for s in packed])
         return torch.bincount(seen, minlength=view.d_vocab).double()
+    if not isinstance(frequencies, Tensor):
+        raise ValueError(
+            f"expected frequencies as a tensor of {view.d_vocab} counts of token ids, got {shown(frequencies)}; pass "
+            "one, or leave it out"
+        )
     if frequencies.shape != (view.d_vocab,) or not bool(((frequencies >= 0) & frequencies.isfinite()).all()):
         raise ValueError(
             f"expected frequencies as {view.d_vocab} finite counts of token ids, none negative, got shape "

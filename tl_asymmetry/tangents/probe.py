@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import index
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tl_asymmetry.arguments import checked
+from tl_asymmetry.arguments import checked, listed
 from tl_asymmetry.geometry.memory import return_freed_memory
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.tangent import Control, check_controls
@@ -83,12 +82,12 @@ class TangentOptions:
     @property
     def ranks(self) -> tuple[int, ...]:
         """The distinct ranks, rising."""
-        return tuple(sorted({index(r) for r in (self.rank if isinstance(self.rank, Iterable) else [self.rank])}))
+        return tuple(sorted({int(rank) for rank in listed("rank", self.rank, int, instead="rank=16")}))
 
     @property
     def methods(self) -> tuple[str, ...]:
         """The methods, in the order of `METHODS`."""
-        chosen = [self.method] if isinstance(self.method, str) else list(self.method)
+        chosen = listed("method", self.method, str, instead='method="pca"')
         return tuple(method for method in METHODS if method in chosen)
 
     def check(self) -> None:
@@ -99,7 +98,7 @@ class TangentOptions:
         """
         for name, allowed in (("method", METHODS), ("gradients", GRADIENTS)):
             value = getattr(self, name)
-            chosen = [value] if isinstance(value, str) else list(value)
+            chosen = listed(name, value, str, instead=f"{name}={allowed[0]!r}")
             if not chosen or not set(chosen) <= set(allowed):
                 raise ValueError(
                     f"expected {name} among {', '.join(allowed)}, got {value!r}; pass one of them or a list"
