@@ -247,7 +247,7 @@ def test_the_command_reads_two_folders(result, tmp_path, capsys):
         demo_gpt2(name).save_pretrained(tmp_path / name)
     arguments = ["spectra", str(tmp_path / "base"), str(tmp_path / "dpo"), "--out", str(tmp_path / "out")]
     assert main([*arguments, "--ranks", "4", "--matrices", "W_O"]) == 0
-    assert "of 16 are nevertheless more on them than a random orientation" in capsys.readouterr().out
+    assert "of 16 hold more on them than that (q ≤ 0.05)" in capsys.readouterr().out
     assert (tmp_path / "out" / "report.html").is_file()
     expected = at(result, matrix="W_O", rank=4)["on_principal"].to_numpy()
     assert SpectralAnalysis.load(tmp_path / "out").table["on_principal"].to_numpy() == pytest.approx(expected, rel=1e-5)

@@ -204,8 +204,8 @@ _UNKNOWN = "; what training gives there by chance is not known without gradient=
 _MEANT = (
     f"{FOUND} bounds the expected share of false findings among the families found (a matrix and a subspace) "
     "and, on average, inside them, for each null and side by itself. Heads and matrices that share inputs are no "
-    "independent findings; what is not told apart is not shown to be equal. The tests are of these weights: another "
-    "training run may differ.",
+    "independent findings; what is not told apart is not shown to be equal: detection_power tells how large a mark "
+    "would have to be. The tests are of these weights: another training run may differ.",
 )
 
 

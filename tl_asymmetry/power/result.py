@@ -109,7 +109,7 @@ class PowerAnalysis(Result):
         for null, rows in self.smallest.groupby("null", sort=False):
             what = "a random subspace" if null == ISOTROPIC else f"what training gives ({NULLS[str(null)].label})"
             reached = [
-                f"{matrix} in {subspace} {'none tried' if np.isnan(smallest) else f'{smallest:g}'}"
+                f"{matrix} in {subspace} {'none of those tried' if np.isnan(smallest) else f'{smallest:g}'}"
                 for matrix, subspace, smallest in rows[["matrix", "subspace", "smallest"]].to_numpy()
             ]
             nothing = self.table[(self.table["null"] == null) & (self.table["size"] == 0)]

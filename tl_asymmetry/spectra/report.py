@@ -101,10 +101,11 @@ def headline(rows: pd.DataFrame, unlike: Sequence[str]) -> list[str]:
             continue
         above = int((tested["on_principal_q"] <= SIGNIFICANT).sum())
         off = 1 - tested["on_principal"]
+        chance = 1 - (tested["on_principal"] / tested["on_principal_relative"]).median()
         sentences.append(
             f"{matrix}: {off.min():.1%} to {off.max():.1%} of the change is off the {int(block['rank'].iloc[0])} "
-            f"leading directions of both sides; {above} of {len(tested)} are nevertheless more on them than a random "
-            f"orientation ({FOUND})."
+            f"leading directions of both sides, of one at random orientation {chance:.1%}; {above} of {len(tested)} "
+            f"hold more on them than that ({FOUND})."
         )
     if rows["on_principal_q"].notna().any():
         sentences.append(
