@@ -32,6 +32,12 @@ def worth_iterating(d: int, k: int) -> bool:
     return d >= _SMALLEST and k <= d * (_WIDE_SHARE if d >= _WIDE else _SHARE)
 
 
+def operations(d: int, k: int) -> int:
+    """Of `nearby_directions` in float64: its products, orthonormal bases and the small eigensolve."""
+    columns = _BLOCK * k
+    return (2 * _ROUNDS + 1) * 2 * d**2 * columns + (8 * _ROUNDS + 12) * d * columns**2
+
+
 def nearby_directions(
     symmetric: Float64[Tensor, "d d"], neighbour: Subspace, ranks: Sequence[int]
 ) -> Float64[Tensor, "d k"] | None:

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tl_asymmetry.arguments import checked
+from tl_asymmetry.geometry.nearby import operations, worth_iterating
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.subspace import Subspace, ordered_eigh
 from tl_asymmetry.models.processes import ALONE, present_processes, together
@@ -137,6 +138,8 @@ def estimate_pair(
             lambda x: aligned.weight(0, plan.matrices[0]), tensor, float(tensor.nbytes), clock=time.perf_counter
         )
 
+    quick = base.dtype != torch.float64 and worth_iterating(d, max(plan.ranks))
+    replicate = min(eigensolve, 2 * operations(d, max(plan.ranks)) / flops) if quick else eigensolve
     streams = [name for name in plan.subspaces if name in STREAM_SUBSPACES and name not in plan.given]
     replicates = load.groups if groups > 1 else 0
     variants = 12 if sensitivity else 0
@@ -150,7 +153,8 @@ def estimate_pair(
          load.capture_device(0), load.capture_device(held)),
         ("moments", load.models * 2 * n * d * d * load.points * L / flops / sharers, load.moments(held), 0),
         ("eigensolves",
-         eigensolve * (L * len(streams) * (1 + replicates + variants) / sharers + 1), 6 * 8 * d * d, 0),
+         eigensolve * (L * len(streams) * (1 + variants) / sharers + 1)
+         + replicate * L * len(streams) * replicates / sharers, 6 * 8 * d * d, 0),
         ("projections", 2 * d * load.matrices * L * (2 + replicates / 4 + variants) / flops / sharers,
          load.layers_host(), load.layers_device()),
         ("prediction", 2 * d * d * base.d_vocab / flops, load.prediction(), 0),
