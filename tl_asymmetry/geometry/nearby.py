@@ -13,11 +13,11 @@ from tl_asymmetry.geometry.lanczos import largest_eigenvalue
 from tl_asymmetry.geometry.precision import exact_products
 from tl_asymmetry.geometry.subspace import Subspace, faster_solver
 
-# Columns that are iterated, for each one wanted, and rounds of a second-degree filter: two products each.
-_BLOCK, _ROUNDS = 2, 2
-# Largest share of the dimension up to which this was measured to be faster than an eigensolve, and what holds in
-# matrices so wide that an eigensolve no longer fits the processor's cache.
-_SHARE, _WIDE_SHARE, _WIDE = 1 / 8, 1 / 4, 1536
+# Columns that are iterated, for each one wanted; rounds of a second-degree filter (two products each) until the first
+# look at what was reached, and until the second.
+_BLOCK, _ROUNDS = 2, (2, 1)
+# Largest share of the dimension up to which this was measured to be faster than an eigensolve.
+_SHARE = 1 / 8
 _SMALLEST = 256
 # What may be wrong with a replicate, as a share of how far it has turned from the full sample. An interval's half-width
 # is made of these turns; its own error was seen at a third of this, see benchmarks/replicates.py.
@@ -29,13 +29,13 @@ _NO_TURN = 1e-12
 
 def worth_iterating(d: int, k: int) -> bool:
     """Whether `nearby_directions` takes less time than an eigensolve, for the k leading ones of d."""
-    return d >= _SMALLEST and k <= d * (_WIDE_SHARE if d >= _WIDE else _SHARE)
+    return d >= _SMALLEST and k <= d * _SHARE
 
 
 def operations(d: int, k: int) -> int:
     """Of `nearby_directions` in float64: its products, orthonormal bases and the small eigensolve."""
     columns = _BLOCK * k
-    return (2 * _ROUNDS + 1) * 2 * d**2 * columns + (8 * _ROUNDS + 12) * d * columns**2
+    return (2 * _ROUNDS[0] + 1) * 2 * d**2 * columns + (8 * _ROUNDS[0] + 12) * d * columns**2
 
 
 def nearby_directions(
@@ -76,24 +76,39 @@ def nearby_directions(
     middle = float(neighbour.eigenvalues[columns]) / 2
     X = start
     with exact_products(A.device):
-        for _ in range(_ROUNDS):
-            once = A @ X / middle - X
-            X = torch.linalg.qr(2 * (A @ once / middle - once) - X).Q
-        AX = A @ X
-        θ, turn = (part.flip(-1) for part in torch.linalg.eigh(X.mT @ AX))
-        X, AX = X @ turn, AX @ turn
-        residuals = (AX - X * θ).norm(dim=0)
-        gaps = θ - _largest_beyond(A, X)
-        if not bool(gaps[k - 1] > 0):
-            return None
-        kept = (start.mT @ X).square()
-        for rank in ranks:
-            off = residuals[:rank] / gaps[:rank]
-            mixed = off.unsqueeze(1) * residuals[rank:] / (θ[:rank].unsqueeze(1) - θ[rank:])
-            turned = (rank - kept[:rank, :rank].sum()).clamp(min=_NO_TURN)
-            if not bool(off.square().sum() + mixed.square().sum() <= CERTIFIED**2 * turned):
-                return None
-    return X[:, :k].cpu()
+        for rounds in _ROUNDS:
+            for _ in range(rounds):
+                once = A @ X / middle - X
+                X = torch.linalg.qr(2 * (A @ once / middle - once) - X).Q
+            AX = A @ X
+            θ, turn = (part.flip(-1) for part in torch.linalg.eigh(X.mT @ AX))
+            X, AX = X @ turn, AX @ turn
+            residuals, gaps = (AX - X * θ).norm(dim=0), θ - _largest_beyond(A, X)
+            if bool(gaps[k - 1] > 0) and _certified(residuals, θ, gaps, (start.mT @ X).square(), ranks):
+                return X[:, :k].cpu()
+    return None
+
+
+def _certified(
+    residuals: Float64[Tensor, " m"], θ: Float64[Tensor, " m"], gaps: Float64[Tensor, " m"],
+    kept: Float64[Tensor, "m m"], ranks: Sequence[int],
+) -> bool:  # fmt: skip
+    """Whether at every rank what is left to turn is small beside what was turned.
+
+    Args:
+        residuals: ‖r_i‖.
+        θ: Ritz values, descending.
+        gaps: θ_i − μ, positive up to the largest rank.
+        kept: squared cosines of the neighbour's directions (rows) and these.
+        ranks: as in `nearby_directions`.
+    """
+    for rank in ranks:
+        off = residuals[:rank] / gaps[:rank]
+        mixed = off.unsqueeze(1) * residuals[rank:] / (θ[:rank].unsqueeze(1) - θ[rank:])
+        turned = (rank - kept[:rank, :rank].sum()).clamp(min=_NO_TURN)
+        if not bool(off.square().sum() + mixed.square().sum() <= CERTIFIED**2 * turned):
+            return False
+    return True
 
 
 def _largest_beyond(A: Float64[Tensor, "d d"], X: Float64[Tensor, "d m"]) -> float:
