@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 README = Path(__file__).parent.parent / "README.md"
+TUTORIALS = README.parent / "tutorials"
 DEFINED = {
     "Weight deltas: `analyze_pair`": "tl_asymmetry.results.definitions.DEFINITIONS",
     "Planted directions: `detection_power`": "tl_asymmetry.power.result.DEFINITIONS",
@@ -36,6 +38,27 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     for name, made in (("definitions", definitions), ("nulls", nulls), ("papers", _papers)):
         markdown = markdown.replace(f"{{{{ {name} }}}}", made())
     return markdown
+
+
+def on_files(files: Any, *, config: Any) -> Any:
+    """Add every tutorial as a page: its words and its code, as the notebook stands in the repository."""
+    from mkdocs.structure.files import File
+
+    for path in sorted(TUTORIALS.glob("*.ipynb")):
+        files.append(File.generated(config, f"tutorials/{path.stem}.md", content=notebook_page(path)))
+    return files
+
+
+def notebook_page(path: Path) -> str:
+    """A notebook as a page; links to other notebooks lead to theirs."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.md)", source))
+        elif "%pip" not in source:
+            parts.append(f"```python\n{source}\n```")
+    return "\n\n".join(parts)
 
 
 def front_page() -> str:

@@ -94,7 +94,9 @@ def test_recipes_call_what_there_is():
 def test_pages_in_the_menu_exist():
     menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     for page in re.findall(r": ([\w/]+\.md)$", menu, re.MULTILINE):
-        assert (ROOT / "docs" / page).is_file(), page
+        made = ROOT / page.replace(".md", ".ipynb")  # a tutorial's page is made of its notebook
+        assert (ROOT / "docs" / page).is_file() or made.is_file(), page
+    assert menu.count(": tutorials/") == len(list((ROOT / "tutorials").glob("*.ipynb")))
 
 
 def test_the_page_of_definitions_has_those_of_every_report():

@@ -15,7 +15,8 @@ BADGE = (
     "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
     "(https://colab.research.google.com/github/{repository}/blob/main/tutorials/{name}.ipynb)"
 )
-INSTALL = '%pip install --quiet "tl-asymmetry @ git+https://github.com/{repository}"'
+INSTALL = '%pip install --quiet "torch=={{torch}}" "tl-asymmetry @ git+https://github.com/{repository}"'
+"""Whatever else is missing is added; the torch that is there (Colab's, built for its GPU) stays."""
 
 
 def repository() -> str:

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from tl_asymmetry.plots import page, style
-from tl_asymmetry.plots.layout import heading
+from tl_asymmetry.plots.layout import heading, reset
 
 
 def luminance(colour: str) -> float:
@@ -103,3 +103,12 @@ def test_a_heading_breaks_at_spaces_alone():
     names = "a-model-with-a-hyphenated-name/of-some-length against another-model-with-a-hyphenated-name/of-some-length"
     shown = heading(names, names)
     assert re.sub("<[^>]*>", "", shown.replace("<br>", " ")) == f"{names} {names}"
+
+
+def test_a_heading_fills_the_width_it_has_and_can_be_set_anew():
+    first, line = "Relative fraction of each head", "1 = chance: what a random subspace of the same rank holds. " * 3
+    wide, narrow = heading(first, line), heading(first, line, width=390)
+    assert wide.count("<br>") == 2  # a notebook has room for a long line
+    assert narrow.count("<br>") == 4
+    assert reset(wide, 390) == narrow
+    assert reset(narrow, 760) == wide

@@ -339,6 +339,10 @@ def test_images_show_the_figure_without_its_controls(tmp_path, monkeypatch):
     assert not still.layout.sliders
     assert len(whole.layout.updatemenus) == 1  # the figure itself is left alone
     assert still.layout.height == whole.layout.height - sum(page.controls_height(whole))
+    (narrow,) = write_images(Result("t", figures=[FigureSection("Heads", whole)]), tmp_path, width=300)
+    assert written[-1].layout.title.text.count("<br>") > whole.layout.title.text.count("<br>")  # set for that width
+    assert written[-1].layout.height > still.layout.height
+    assert narrow.suffix == ".svg"
     plot = still.layout.height - still.layout.margin.t - still.layout.margin.b
     assert plot == whole.layout.height - whole.layout.margin.t - whole.layout.margin.b
 

@@ -21,9 +21,12 @@ LINE_PX = 17
 MENU_PX = 42
 SLIDER_PX = 74
 LEGEND_PX = 52
-TITLE_COLUMNS = 56
-HEAD_COLUMNS = 41
 _SMALLEST, _LARGEST = 10, 20_000
+NOTEBOOK_PX = 760
+"""Width that titles are set for where a figure has none of its own; a page sets them anew for its own."""
+_HEAD_PX, _SMALL_PX = 8.3, 6.5
+"""Pixels of a letter in the bold line of a title, and in the lines under it."""
+_SMALL = "<span style='font-size:12px'>"
 
 
 class Layout(TypedDict, total=False):
@@ -39,21 +42,30 @@ class Layout(TypedDict, total=False):
     """Pixels; None follows the content."""
 
 
-def heading(first: str, *lines: str, title: str | None = None, **_: Any) -> str:
+def heading(first: str, *lines: str, title: str | None = None, width: int | None = None, **_: Any) -> str:
     """A title: one bold line and smaller ones under it, wrapped by hand since plotly does not wrap.
 
     Args:
         first, lines: already escaped (`style.text`) where they carry foreign words.
         title: stands in place of the first line, plain text; what else a `Layout` holds is for `finish`.
+        width: of the figure, pixels; None: of a notebook.
     """
     first = first if title is None else style.text(title)
-    head = "<br>".join(f"<b>{part}</b>" for part in _wrapped(first, HEAD_COLUMNS))
-    small = [part for line in lines if line for part in _wrapped(line, TITLE_COLUMNS)]
-    return head + "".join(f"<br><span style='font-size:12px'>{part}</span>" for part in small)
+    pixels = (width or NOTEBOOK_PX) - 24
+    head = "<br>".join(f"<b>{part}</b>" for part in _wrapped(first, pixels / _HEAD_PX))
+    small = [part for line in lines if line for part in _wrapped(line, pixels / _SMALL_PX)]
+    return head + "".join(f"<br>{_SMALL}{part}</span>" for part in small)
 
 
-def _wrapped(words: str, columns: int) -> list[str]:
-    return textwrap.wrap(words, columns, break_long_words=False, break_on_hyphens=False)
+def reset(words: str, width: int) -> str:
+    """A title made by `heading`, set for another width."""
+    head, *small = words.replace("</b><br><b>", " ").split("<br>")
+    first = head.removeprefix("<b>").removesuffix("</b>")
+    return heading(first, " ".join(line.removeprefix(_SMALL).removesuffix("</span>") for line in small), width=width)
+
+
+def _wrapped(words: str, columns: float) -> list[str]:
+    return textwrap.wrap(words, max(20, int(columns)), break_long_words=False, break_on_hyphens=False)
 
 
 def finish(

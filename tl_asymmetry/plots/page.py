@@ -21,7 +21,7 @@ from plotly.offline import get_plotlyjs
 
 from tl_asymmetry.disk import replace_file
 from tl_asymmetry.names import thresholds
-from tl_asymmetry.plots import style
+from tl_asymmetry.plots import layout, style
 
 PACK_ABOVE = 100_000
 """Characters of JSON above which a figure is packed: a map of 32 × 32 heads shrinks to a third."""
@@ -144,9 +144,12 @@ def write_image(
         still.update_traces(colorscale=style.GREYSCALE, selector={"meta": "diverging"})
     menu, slider = controls_height(figure)
     top, bottom = (getattr(still.layout.margin, side) or 0 for side in ("t", "b"))
-    cut = top - menu - _BARE_TOP if isinstance(width, str) and still.layout.title.text else 0
-    if cut:
-        still.layout.title.text = None
+    title, cut = still.layout.title.text, 0
+    if isinstance(width, str) and title:
+        still.layout.title.text, cut = None, top - menu - _BARE_TOP
+    elif isinstance(width, int) and title and _own(figure):
+        still.layout.title.text = layout.reset(title, width)
+        cut = layout.LINE_PX * (title.count("<br>") - still.layout.title.text.count("<br>"))
     still.layout.updatemenus = still.layout.sliders = ()
     still.update_layout(
         width=COLUMNS[width] if isinstance(width, str) else width,
