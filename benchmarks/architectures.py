@@ -59,7 +59,7 @@ PROJECTIONS = (
 """Where queries, keys and values may lie, unless the configuration says it."""
 FUSED = (
     ("attn.Wqkv", "blocks"), ("norm_attn_norm.attn.Wqkv", "blocks"), ("self_attn.qkv_proj", "blocks"),
-    ("attn.c_attn", "blocks"), ("self_attn.query_key_value", "blocks"), ("attention.query_key_value", "blocks"),
+    ("attn.c_attn", "blocks"), ("self_attn.query_key_value", "blocks"), ("attention.query_key_value", "neox"),
 )  # fmt: skip
 OUTPUTS = (
     "self_attn.o_proj", "self_attn.out_proj", "self_attn.dense", "attn.o_proj", "attn.out_proj", "attn.Wo",
@@ -73,7 +73,7 @@ MLPS = (
     ("ffn.lin1", None, "ffn.lin2"), ("ffn", None, "ffn_output"), ("fc1", None, "fc2"), ("mlp.Wi", "in first", "mlp.Wo"),
     ("mlp_block.up_proj", "mlp_block.gate_proj", "mlp_block.down_proj"),
     ("mlp.gate_up_proj", "fused", "mlp.down_proj"), ("mlp.c_fc", None, "mlp.c_proj"), ("mlp.fc1", None, "mlp.fc2"),
-    ("mixer.up_proj", None, "mixer.down_proj"),
+    ("mixer.up_proj", None, "mixer.down_proj"), ("mlp.dense_h_to_4h", None, "mlp.dense_4h_to_h"),
 )  # fmt: skip
 """Input, gate ("fused": gate and input in one; "in first": the other way round), output."""
 SHARED = (
@@ -218,7 +218,7 @@ def weights(block: nn.Module) -> dict[str, Tensor]:
             if p.ndim == 2 and name == "weight":
                 found[path] = p.detach() if kind == "Conv1D" else p.detach().mT
             elif p.ndim == 3 and (name == "weight" or "experts" in path):
-                in_out = kind.startswith(("Llama4", "GptOss"))
+                in_out = kind.startswith(("Llama4", "GptOss", "Aria"))
                 found[path if name == "weight" else f"{path}.{name}"] = p.detach() if in_out else p.detach().mT
     return found
 
@@ -250,7 +250,8 @@ def matrices(spec: Mapping[str, Any], W: Mapping[str, Tensor], block: nn.Module,
                     gate = range((2 * h + 1) * d_head, (2 * h + 2) * d_head)
                     yield "W_attn_gate", h, "read", path, ("columns", gate)
                 continue
-            each = width // n if matrix == "W_Q" else d_head
+            key = W[first[0]].shape[1] // n  # as wide as the query, which a gate may stand beside
+            each = d_head if matrix == "W_V" or key == 2 * d_head else key
             for h in range(width // each):
                 yield matrix, h, "read", path, ("columns", range(h * each, (h + 1) * each))
         for leaf in ("gate_proj", "g_proj"):
@@ -384,7 +385,9 @@ class entered:
 
             def see(_: Any, args: tuple, kwargs: dict, path: str = path) -> None:
                 x = kwargs.get("hidden_states", args[0] if args else None)
-                if isinstance(x, Tensor) and x.numel() == SEQUENCES * LENGTH * x.shape[-1]:
+                # Of a layer that is called several times (ALBERT's) the first call, as the notes say.
+                fits = isinstance(x, Tensor) and x.numel() == SEQUENCES * LENGTH * x.shape[-1]
+                if fits and "resid_post" not in self.seen:
                     x = x.reshape(SEQUENCES, LENGTH, -1)[:, 1:].flatten(0, 1)
                     self.seen[path] = self.seen.get(path, 0) + x.mT @ x  # a module may be called twice
 

@@ -92,8 +92,8 @@ class HuggingFaceAdapter:
             )
         if not any(self.sites):
             raise ValueError(
-                f"expected linear maps of the residual stream in the layers of {type(self.inner).__name__}, got none; "
-                "pass a transformer"
+                f"expected linear maps whose names tell a side on the residual stream in the layers of "
+                f"{type(self.inner).__name__}, got none; pass a transformer with named projections"
             )
         self.cfg = self._configuration()
         parameters = inspect.signature(self.inner.forward).parameters.values()
@@ -186,6 +186,12 @@ class HuggingFaceAdapter:
     def active_stream(self) -> int | None:
         """Of several streams (Gemma 3n) the number of that which attention and MLP read; None where there is one."""
         return getattr(self.text_config, "altup_active_idx", None)
+
+    @property
+    def repeats(self) -> int:
+        """How often a pass goes through its layers: more than once where they share one set of weights (ALBERT)."""
+        said = _first(self.text_config, ("num_hidden_layers", "n_layer", "num_layers", "n_layers"), len(self.blocks))
+        return max(int(said) // len(self.blocks), 1) if hasattr(self.text_config, "num_hidden_groups") else 1
 
     @cached_property
     def is_causal(self) -> bool:

@@ -44,12 +44,13 @@ _FUSED_MLP = {"gate_up_proj": ("W_gate", "W_in"), "input_linear": ("W_gate", "W_
 _ROUTERS = ("gate", "gate.wg", "router", "router.gate", "router.layer")
 _ATTENTION = re.compile(r"(^|\.)(self_attn|attn|attention|self_attention|SelfAttention|temporal_block|mixer)(\.|$)")
 _OTHER_MIXER = re.compile(r"(^|\.)(linear_attn|mamba|mamba_decoder|indexer|compressor|altup|laurel|conv|rg_lru)(\.|$)")
-_ASIDE = re.compile(r"(^|\.)shared_transformer(\.|$)")
-"""What works beside the stream: Zamba2's shared transformer is heard by the mixer alone, through a map of its own."""
+_ASIDE = re.compile(r"(^|\.)(shared_transformer|encoder_attn|crossattention)(\.|$)")
+"""What works beside the stream: Zamba2's shared transformer is heard by the mixer alone, through a map of its own;
+attention to an encoder's states is silent where there is no encoder."""
 _EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
 _SHARED = re.compile(r"(^|\.)(shared_experts?|shared_mlp)(\.|$)")
 _HEAD_WIDTHS = ("v_head_dim", "head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
-_EXPERTS_IN_OUT = ("Llama4", "GptOss")
+_EXPERTS_IN_OUT = ("Llama4", "GptOss", "Aria")
 """Beginnings of the classes whose stacked experts lie as `[expert, in, out]`; all others as `[expert, out, in]`."""
 
 
@@ -141,23 +142,37 @@ class _Attention:
     """Width of a head's output."""
     n_heads: int
     """Query heads."""
+    d_key: int
+    """Width of a head's query and key; that of the output unless the model tells the two apart (MiMo)."""
 
     @classmethod
     def of(cls, block: nn.Module, maps: Mapping[str, tuple[Any, str]], n_heads: int) -> _Attention:
         """Heads by the output projection, whose input is all of them side by side."""
         queries = (*_PROJECTIONS["W_Q"], *_PROJECTIONS["W_DQ"], *_FUSED_PROJECTIONS)
         roots = frozenset(_attention_root(path) for path in maps if path.rpartition(".")[2] in queries) - {""}
-        nothing = cls(roots, None, 1, 0)
+        nothing = cls(roots, None, 1, 0, 1)
         outputs = [module for path, (module, _) in maps.items() if nothing.leaf(path) in _PROJECTIONS["W_O"]]
         if not outputs:
             return nothing
         width = outputs[0].weight.shape[1 if _lies_out_in(outputs[0]) else 0]
+        queries_out = next(
+            (module.weight.shape[0 if _lies_out_in(module) else 1] for path, (module, _) in maps.items()
+             if nothing.leaf(path) in _PROJECTIONS["W_Q"]), 0,
+        )  # fmt: skip
+
+        def told(module: Any, d_head: int, n: int) -> _Attention:
+            said = getattr(module, "head_dim", None)
+            if isinstance(said, int) and queries_out == n * said:
+                return cls(roots, module, d_head, n, said)
+            own = queries_out % (n * d_head) != 0 and queries_out % n == 0  # a multiple: a gate beside each query
+            return cls(roots, module, d_head, n, queries_out // n if own else d_head)
+
         for word in _HEAD_WIDTHS:
             for name, module in block.named_modules():
                 d_head = getattr(module, word, None)
                 if isinstance(d_head, int) and not _OTHER_MIXER.search(name):
-                    return cls(roots, module, d_head, width // d_head)
-        return cls(roots, block, width // n_heads, n_heads)
+                    return told(module, d_head, width // d_head)
+        return told(block, width // n_heads, n_heads)
 
     def leaf(self, path: str) -> str | None:
         """The last word of a projection of attention heads, None for any other path."""
@@ -194,8 +209,7 @@ def _attention_sites(leaf: str, module: Any, attention: _Attention) -> Iterator[
             split = partial(_interleaved, parts=2, part=part, d_head=d_head)
             yield Site(name, "read", module, "weight", transposed, split, "head")
     elif matrix in ("W_Q", "W_K", "W_V"):
-        # Latent attention's queries have a width of their own.
-        width = outputs // attention.n_heads if matrix == "W_Q" and outputs % (attention.n_heads * d_head) else d_head
+        width = d_head if matrix == "W_V" else attention.d_key
         unit: Unit = "kv head" if matrix != "W_Q" else "head"
         yield Site(matrix, "read", module, "weight", transposed, partial(_heads, d_head=width), unit)
     elif matrix == "W_attn_gate":

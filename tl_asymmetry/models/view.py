@@ -186,6 +186,11 @@ class ModelView:
             count = sum(self.has(layer, matrix) for layer in range(self.n_layers))
             each = f", one for each of {self.experts(matrix)} experts" if self.experts(matrix) else ""
             notes.append(f"{count} of {self.n_layers} layers have {matrix}{each}")
+        repeats = getattr(adapter, "repeats", 1)
+        if repeats > 1:
+            notes.append(
+                f"each pass goes through the layers {repeats} times: inputs and streams are those of the first time"
+            )
         if getattr(adapter, "active_stream", None) is not None:
             notes.append(
                 "several residual streams side by side: resid_pre and resid_post show the one that attention and MLP "
@@ -473,12 +478,19 @@ class ModelView:
             raise ValueError(f"expected a point that layer {layer} has, got {point!r}; pass one of {present}")
         module, side = where
         stream = getattr(self._adapter, "active_stream", None)
+        outputs = self._shapes.get("W_O", [None])[layer if "W_O" in self._shapes else 0]
+        heads = (self.n_heads, self.d_head) if outputs is None else outputs[:2]  # layers may differ
 
         def show(x: Tensor) -> None:
             x = x[stream] if stream is not None and x.ndim == 4 else x
+            if point.startswith("resid") and x.ndim == 4:
+                raise ValueError(
+                    f"expected one residual stream, got {x.shape[-2]} side by side in {self.name!r}; pass a model with "
+                    "one"
+                )
             x = x.unflatten(0, leading[layer]) if x.ndim == 2 else x
             # the Bridge passes the heads' outputs side by side
-            reader(x.unflatten(-1, (self.n_heads, self.d_head)) if point == "z" and x.ndim == 3 else x)
+            reader(x.unflatten(-1, heads) if point == "z" and x.ndim == 3 else x)
 
         def see_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             show(first_tensor(args, kwargs))

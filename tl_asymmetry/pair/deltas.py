@@ -185,7 +185,8 @@ def measure_delta(
         columns=ΔW.shape[0] * ΔW.shape[2],
         pooled_spectrum=_pooled_spectrum(ΔW),
     )
-    live = LiveDelta(numbers, None if wide else ΔW, gram if wide else None)
+    replaced = wide and kind_of(matrix).heads is None  # circuits multiply heads, however wide
+    live = LiveDelta(numbers, None if replaced else ΔW, gram if wide else None)
     s = float(inner.sum() / base_energy.sum())
     if s**2 * float(base_energy.sum()) < _DECAY * float(energy.sum()):
         return live
@@ -198,7 +199,7 @@ def measure_delta(
         spectrum=torch.linalg.eigvalsh(gram if wide else gram.double()).flip(-1).double().clamp(min=0).cpu(),
         pooled_spectrum=_pooled_spectrum(rest),
     )
-    twin = LiveDelta(left, None if wide else rest, gram if wide else None)
+    twin = LiveDelta(left, None if replaced else rest, gram if wide else None)
     return replace(live, numbers=replace(numbers, unshrunk=left), unshrunk=twin)
 
 
