@@ -24,6 +24,7 @@ from tests import tiny
 from tl_asymmetry import demo, edits, geometry, grokking
 from tl_asymmetry.arguments import checked, plain_arguments
 from tl_asymmetry.models.readers.hub import at_home
+from tl_asymmetry.objectives import CrossEntropy
 from tl_asymmetry.plots.layout import finish
 from tl_asymmetry.plots.spectrum import spectrum_figure
 from tl_asymmetry.plots.style import some_of
@@ -255,6 +256,38 @@ def test_gain_takes_subspaces_alone() -> None:
     for wrong in WRONG.values():
         with pytest.raises(ValueError, match="expected (a S|one s)ubspace,? or .*, got .*; pass"):
             jacobians.gain(wrong())
+
+
+def test_a_control_study_is_refused_before_it_trains(model: Any) -> None:
+    def study(**wrong: Any) -> None:
+        graded = {"hard": CrossEntropy(), "soft": CrossEntropy(temperature=2)}
+        tla.contrastive_control(model, graded, [tiny.tokens(6, 10)], 10**9, progress=False, **wrong)  # type: ignore[arg-type]
+
+    for wrong, words in (
+        ({"seeds": "a"}, "expected seeds as a whole number, or several, got 'a'; pass seeds="),
+        ({"seeds": [0, None]}, r"expected seeds as a whole number, or several, got \[0, None\]; pass seeds="),
+        (
+            {"grades": object()},
+            "expected grades as a number, or several, got an object; pass a number for each objective",
+        ),
+        ({"grades": [1.0]}, "expected a grade for each of 2 objectives, got 1; pass one for each"),
+        ({"optimizer": "adam"}, r"expected optimizer as an Optimizer, got 'adam'; pass Optimizer\("),
+        ({"ranks": 0.5}, "expected ranks from 1 to 47 .*, got 0.5; pass such ranks"),
+        ({"ranks": [48]}, "expected ranks from 1 to 47 .*, got 48; pass such ranks"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            study(**wrong)
+
+
+def test_edits_and_targets_of_another_kind_are_refused(model: Any) -> None:
+    for wrong in (None, 0.5, True, object()):
+        with pytest.raises(ValueError, match=r"expected edits, one or several, got .*; pass RankOneEdit\("):
+            edits.commit_edits(model, wrong)  # type: ignore[arg-type]
+    for wrong in (0.5, "w1", [1, 2], {"a": 1}):
+        with pytest.raises(
+            ValueError, match="expected targets as a tensor of token ids, got .*; pass one, or leave it"
+        ):
+            tla.centroids(model, tokens=tiny.tokens(2, 4), targets=wrong)  # type: ignore[arg-type]
 
 
 NO_NAMES: dict[str, Callable[[], Any]] = {

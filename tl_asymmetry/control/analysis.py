@@ -12,12 +12,13 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_asymmetry.arguments import checked
+from tl_asymmetry.arguments import checked, listed, shown
 from tl_asymmetry.control.result import ControlStudy
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.gradients.analysis import data_fingerprint, gradient_covariance
 from tl_asymmetry.gradients.result import GradientCovariance
 from tl_asymmetry.models.backward import check_differentiable
+from tl_asymmetry.models.checks import check_ranks
 from tl_asymmetry.models.texts import token_sequences
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.notes import Notes
@@ -108,9 +109,12 @@ def contrastive_control(
     view, notes = ModelView(model), Notes()
     named = _named(objectives)
     graded = _grades(named, grades)
-    seeds = list(dict.fromkeys(int(seed) for seed in seeds))
+    seeds = list(dict.fromkeys(int(seed) for seed in listed("seeds", seeds, int, instead="seeds=(0, 1, 2)")))
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(f"expected optimizer as an Optimizer, got {shown(optimizer)}; pass Optimizer(lr=1e-4)")
     if steps < 1 or not seeds:
         raise ValueError(f"expected steps >= 1 and at least one seed, got {steps} and {seeds}; pass such")
+    ranks = None if ranks is None else check_ranks(ranks, view.d_model)  # before the training
     check_differentiable(view)
     chosen = chosen_matrices(view, matrices)
     note_left_out(view, notes)
@@ -246,9 +250,10 @@ def _named(objectives: Mapping[str, Objective[Any]] | Sequence[Objective[Any]]) 
 def _grades(named: Mapping[str, Any], grades: Sequence[float] | None) -> list[float]:
     if grades is None:
         return [float(i) for i in range(len(named))]
-    if len(grades) != len(named):
-        raise ValueError(f"expected a grade for each of {len(named)} objectives, got {len(grades)}; pass one for each")
-    return [float(grade) for grade in grades]
+    several = listed("grades", grades, float, instead="a number for each objective")
+    if len(several) != len(named):
+        raise ValueError(f"expected a grade for each of {len(named)} objectives, got {len(several)}; pass one for each")
+    return [float(grade) for grade in several]
 
 
 def _reference(objective: Any) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_asymmetry.arguments import checked
+from tl_asymmetry.arguments import checked, shown
 from tl_asymmetry.geometry.precision import exact_products, with_fresh_settings
 from tl_asymmetry.models.block_jacobians import part_ends
 from tl_asymmetry.models.checks import check_unedited
@@ -100,6 +100,8 @@ def centroids(
     n = read.shape[1]
     if position is not None and not -n <= position < n:
         raise ValueError(f"expected a position from 0 to {n - 1}, got {position}; pass such a position")
+    if targets is not None and not isinstance(targets, Tensor):
+        raise ValueError(f"expected targets as a tensor of token ids, got {shown(targets)}; pass one, or leave it out")
     if targets is not None and (kind != "logit" or targets.shape != (len(read),) or targets.is_floating_point()):
         raise ValueError(
             f"expected targets as {len(read)} token ids with kind='logit', got {list(targets.shape)} {targets.dtype} "

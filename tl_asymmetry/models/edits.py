@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -366,6 +366,8 @@ def commit_edits(model: Any, edits: HeadEdit | Sequence[HeadEdit]) -> None:
 
 
 def _listed(edits: HeadEdit | Sequence[HeadEdit]) -> list[HeadEdit]:
+    if not isinstance(edits, HeadEdit | Iterable):
+        raise ValueError(f"expected edits, one or several, got {type(edits).__name__}; pass RankOneEdit(...) or a list")
     listed = [edits] if isinstance(edits, HeadEdit) else list(edits)
     for edit in listed:
         if not isinstance(edit, HeadEdit):
