@@ -20,6 +20,7 @@ from tl_asymmetry.models.readers.hub import public_name
 from tl_asymmetry.models.side_by_side import side_by_side
 from tl_asymmetry.models.texts import token_sequences, vocabulary_fingerprint
 from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.models.weights import Weights
 from tl_asymmetry.notes import Notes
 from tl_asymmetry.pair.bases import LayerBases
 from tl_asymmetry.pair.numbers import Layout
