@@ -328,8 +328,8 @@ DEFINITIONS = (
         "Percentile: standing of the effect among its controls. p = (1 + controls at least as large) / (1 + draws), "
         "one-sided, from undo_matched controls only: these are exchangeable with the edit where its direction does no "
         "more for each unit undone than a random one. Where no single direction undoes as much, the control is a "
-        "subspace, whose effect varies less: in simulations p ≤ 0.05 came in 0 to 8 % for random directions, and for "
-        "top singular directions, which are none, in 1 to 9 % of effects that are shares undone and in 2 to 22 % of "
+        "subspace, whose effect varies less: in simulations p ≤ 0.05 came in 0 to 4 % for random directions, and for "
+        "top singular directions, which are none, in 1 to 8 % of effects that are shares undone and in 2 to 17 % of "
         "displacements such as KL: read their effects beside the controls', not their p. Sites without a delta are no "
         "tests. q by Benjamini–Hochberg over sites, given only where that many draws can reach 0.05.",
     ),
