@@ -188,9 +188,9 @@ def _parts(annotation: Any) -> tuple[Any, ...]:
 
 def _kind(annotation: Any) -> _Kind | None:
     """What a part of an annotation allows; None for what is not plain."""
-    if inspect.isclass(annotation) and annotation is not object and issubclass(annotation, os.PathLike):
-        return _PATH
-    return _PLAIN.get(annotation) if isinstance(annotation, type) else None
+    if get_origin(annotation) is not None or not isinstance(annotation, type):  # list[int] is a type on Python 3.10
+        return None
+    return _PATH if annotation is not object and issubclass(annotation, os.PathLike) else _PLAIN.get(annotation)
 
 
 def _is_number(value: Any, kind: type) -> bool:
