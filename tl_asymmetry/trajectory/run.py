@@ -293,8 +293,11 @@ class TrajectoryRun:
                     f"{type(gradient).__name__}; return a gradient covariance"
                 )
         with torch.no_grad():
-            bases = self.bases
-            held = self._hold(view) if bases is None else bases.__getitem__
+            if self.bases is None:
+                assert isinstance(view, ModelView)  # runs_each
+                held = self._hold(view)
+            else:
+                held = self.bases.__getitem__
             return measure(
                 view, {reference: references[reference] for reference in self.references}, held, self.measuring,
                 gradient=gradient, progress=False,
