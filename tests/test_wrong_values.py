@@ -213,6 +213,14 @@ def test_the_nearest_valid_name_is_offered(analysed: tla.PairAnalysis, model: An
             ValueError, match="expected names of the two models, .*, got .*; pass names=.'base', 'dpo'.,"
         ):
             tla.analyze_pair(model, model, tokens=tiny.tokens(), names=names, progress=False)  # type: ignore[arg-type]
+    for wrong in (3, "spectra", []):
+        with pytest.raises(ValueError, match="expected spectra as a SpectralAnalysis, got .*; pass analyze_spectra"):
+            tla.explorer(analysed, "page.html", spectra=wrong)  # type: ignore[arg-type]
+    for words in ({"windows": 0.5}, {"estimators": None}, {"alignments": [3]}):
+        with pytest.raises(
+            ValueError, match="expected (windows|estimators|alignments) as a .*, or several, got .*; pass"
+        ):
+            tla.direction_coupling(object(), **words)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected a result of analyze_pair, got Comparison; pass one, or"):
         tla.explorer(tla.compare(analysed, analysed), "page.html")  # type: ignore[arg-type]
 

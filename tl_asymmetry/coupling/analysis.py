@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_asymmetry.arguments import checked
+from tl_asymmetry.arguments import checked, listed
 from tl_asymmetry.coupling.response import random_directions
 from tl_asymmetry.coupling.result import CouplingStudy
 from tl_asymmetry.coupling.trajectories import Trajectory, as_trajectory
@@ -81,6 +81,9 @@ def direction_coupling(
         >>> sorted(study.table["estimator"].unique()), study.table["step"].unique().tolist()
         (['gradient', 'update'], [0, 15, 30])
     """
+    estimators = listed("estimators", estimators, str, instead='estimators=("update",)')
+    windows = listed("windows", windows, int, instead="windows=(20,)")
+    alignments = listed("alignments", alignments, str, instead='alignments=("backward",)')
     _check(estimators, windows, alignments, rank, checkpoints, draws, method)
     trajectory = as_trajectory(source)
     notes = Notes()

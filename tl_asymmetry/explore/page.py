@@ -6,7 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from tl_asymmetry.arguments import checked
+from tl_asymmetry.arguments import checked, shown
 from tl_asymmetry.explore.pack import Pack
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.models.view import ModelView
@@ -74,6 +74,8 @@ def explorer(
             f"expected a result of analyze_pair, got {type(result).__name__}; pass one, or tl_asymmetry.report(…) for "
             "a page of any result"
         )
+    if spectra is not None and not isinstance(spectra, SpectralAnalysis):
+        raise ValueError(f"expected spectra as a SpectralAnalysis, got {shown(spectra)}; pass analyze_spectra(…)")
     if not 0 <= directions <= MOST_DIRECTIONS:
         raise ValueError(
             f"expected directions from 1 to {MOST_DIRECTIONS}, got {directions}; pass a number in between, or 0"
