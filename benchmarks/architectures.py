@@ -59,7 +59,7 @@ PROJECTIONS = (
 """Where queries, keys and values may lie, unless the configuration says it."""
 FUSED = (
     ("attn.Wqkv", "blocks"), ("norm_attn_norm.attn.Wqkv", "blocks"), ("self_attn.qkv_proj", "blocks"),
-    ("attn.c_attn", "blocks"), ("self_attn.query_key_value", "blocks"), ("attention.query_key_value", "neox"),
+    ("attn.c_attn", "blocks"), ("self_attn.query_key_value", "neox"), ("attention.query_key_value", "neox"),
 )  # fmt: skip
 OUTPUTS = (
     "self_attn.o_proj", "self_attn.out_proj", "self_attn.dense", "attn.o_proj", "attn.out_proj", "attn.Wo",
@@ -636,7 +636,7 @@ architecture after the other, with random gains and biases, analysed by `analyze
 the Hugging Face modules themselves (norms of the deltas, their fractions in their own input's leading directions and
 in the prediction subspace). **Right** means that every head's, every expert's and every further map's row is there
 and agrees to 10⁻⁶; what is no row must be in a note or among `other_changes`. An empty cell was not measured, and
-nothing is said of an architecture that is not listed.
+nothing is said of an architecture that is not listed. The record is put together from runs on several commits.
 
 Layers may differ. A matrix that some layers lack has rows where it is; a mixture has rows for each expert; linear
 maps without a name (those of linear attention, of state-space layers, a shared expert's gate) have rows under their

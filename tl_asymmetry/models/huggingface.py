@@ -253,9 +253,21 @@ class HuggingFaceAdapter:
                 "stream only, or the class that ends in ForCausalLM"
             )
         W_U = head.weight.mT
+        if not self._head_reads_stream:
+            raise ValueError(
+                f"expected an unembedding that reads the stream of width {self.d_model}, got one of width {len(W_U)} "
+                f"in {type(self.inner).__name__}; pass a model whose head is linear"
+            )
         narrowing: Any = getattr(_parent_of_layers(self.inner, self.blocks), "project_out", None)
         # OPT 350M predicts from a narrower space, into which it projects the stream.
         return W_U if len(W_U) == self.d_model else getattr(narrowing, WRAPPED, narrowing).weight.mT @ W_U
+
+    @property
+    def _head_reads_stream(self) -> bool:
+        """Whether the unembedding multiplies the stream, or a linear map of it."""
+        head = self.inner.get_output_embeddings()
+        narrowed = getattr(_parent_of_layers(self.inner, self.blocks), "project_out", None) is not None
+        return head is not None and (head.weight.shape[1] == self.d_model or narrowed)
 
     def final_gain(self) -> Tensor | None:
         return None if self._final is None else norm_gain(self._final, self.d_model)
@@ -370,7 +382,7 @@ class HuggingFaceAdapter:
             return {name: made for name, made in entries.items() if _storage(made()) not in covered}
         entries = {"embed.W_E": self.embedding}
         head = self.inner.get_output_embeddings()
-        if head is not None:
+        if self._head_reads_stream:
             entries["unembed.W_U"] = self.unembedding
         covered |= {_storage(self.embedding()), *([] if head is None else [_storage(head.weight)])}
         for name, parameter in self.inner.named_parameters():

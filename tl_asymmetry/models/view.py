@@ -617,6 +617,11 @@ class ModelView:
         for layer, matrix in sites:
             x, y = inputs[kind_of(matrix).point, layer], sites[layer, matrix][1](outputs[layer, matrix])
             W = self._weight(layer, matrix).to(x.dtype)
+            if x.shape[-1] != W.shape[-2]:
+                raise ValueError(
+                    f"expected what enters {matrix} of layer {layer} in rows of {W.shape[-2]}, got {x.shape[-1]} in "
+                    f"{self.name!r}; pass a model whose heads lie side by side"
+                )
             with exact_products(x.device):
                 if kind_of(matrix).output_axis == "head":
                     expected = torch.einsum("bpd,hde->bphe", x, W)
