@@ -483,7 +483,7 @@ def test_directions_against_a_naive_svd_and_argmax(kind: str, matrix: str, head:
 def test_directions_refusals(tmp_path: Path) -> None:
     result = analyze_plain()
     for arguments, text in (
-        ((0, "W_gate", 0), "expected a matrix among W_Q, .*, got 'W_gate'; pass one that was analysed"),
+        ((0, "W_gate", 0), "expected a matrix among W_Q, .*, got 'W_gate'; pass "),
         ((2, "W_Q", 0), "expected a layer from 0 to 1, got 2; pass one of these"),
         ((0, "W_Q", 4), "expected a head from 0 to 3 for W_Q, got 4; pass that"),
         ((0, "W_Q", None), "expected a head from 0 to 3 for W_Q, got None; pass that"),
