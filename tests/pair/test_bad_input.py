@@ -231,7 +231,7 @@ def test_too_few_tokens(pair: tuple[Any, Any]) -> None:
             {"subspaces": {"a": [random_subspace(48, k, 0) for k in (3, 4)]}},
             "expected subspaces of one rank for 'a', got several; pass them truncated",
         ),
-        ({"activations": "dpo"}, 'expected activations among "base", "aligned", "both", got \'dpo\'; pass one of them'),
+        ({"activations": "dpo"}, 'expected activations among "base", "aligned", "both", got \'dpo\'; pass one'),
         ({"groups": 0}, "expected groups >= 1, got 0; pass groups=1 for no intervals, 8 by default"),
         ({"batch_size": 0}, "expected a batch_size of at least 1, got 0; pass batch_size=8"),
         ({"max_tokens": 0}, "expected max_tokens >= 1, got 0; pass None to use every token"),
