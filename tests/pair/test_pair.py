@@ -238,7 +238,7 @@ def test_profiles_and_spectra_hold_the_table() -> None:
             ΔW = oracle.weight(aligned, layer, "W_K")[head] - oracle.weight(base, layer, "W_K")[head]
             s2 = np.linalg.svd(ΔW, compute_uv=False) ** 2
             np.testing.assert_allclose(result.delta_spectrum("W_K")[layer, head], s2, rtol=1e-8, atol=1e-12)
-    with pytest.raises(ValueError, match="expected one of W_K/attn_in, .*, got 'W_K/resid_mid'; pass what was"):
+    with pytest.raises(ValueError, match="expected one of W_K/attn_in, .*, got 'W_K/resid_mid'; pass 'W_O/resid_mid'"):
         result.energy_profile("W_K", "resid_mid")
 
 
