@@ -48,7 +48,7 @@ def test_a_click_opens_the_heads_own_numbers(look, pair):
     assert told["Adam on these inputs"].split(", ")[1].startswith(f"excess {expected['excess']:.3g} (")
     drawn = page.evaluate("Array.from(document.querySelectorAll('.card .chart')).map((c) => c.data)")
     curve, spectrum = drawn[0], drawn[1]
-    points = next(t for t in curve if "q <" in t["name"].replace("&lt;", "<"))
+    points = next(t for t in curve if "q ≤" in t["name"])
     table = pair[0].table.query("layer == 1 and head == 2 and matrix == 'W_Q' and subspace == 'attn_in'")
     np.testing.assert_allclose(points["y"], table["relative"], rtol=1e-6)
     line = next(t for t in curve if t["name"] == "relative")

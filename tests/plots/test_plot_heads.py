@@ -187,7 +187,7 @@ def test_a_map_of_verdicts_writes_a_sign_into_every_cell(table):
             assert cells.colorbar.ticktext[cells.colorbar.tickvals.index(code)] == f"{sign} {verdict}"
             at = (code + 0.5) / len(VERDICTS)
             assert [c for stop, c in cells.colorscale if stop <= at][-1] == colour
-    assert not any(t.visible is not False and "q <" in (t.name or "") for t in figure.data)
+    assert not any(t.visible is not False and "q ≤" in (t.name or "") for t in figure.data)
     assert figure.data[-1].customdata[1][2][-1] == rows.loc[(1, 2), "verdict"]
     assert len({sign for sign, _ in VERDICTS.values()}) == len(VERDICTS)
     whole = head_maps_figure(table, value="verdict")
