@@ -124,6 +124,7 @@ def test_ready_batches_pass_through():
 
 def test_token_ids_are_batches():
     tokens, of = tiny.tokens(3, 6), view()
+    tokens[:, 0] = of.tokenizer.bos_token_id
     (batch,) = read(tokens, TokenBatch, of=of)
     assert torch.equal(batch.tokens, tokens)
     assert batch.mask.sum() == 15

@@ -34,12 +34,12 @@ def latex_table(table: pd.DataFrame, *, caption: str | None = None, label: str |
         A `tabular`; with a caption or label in a `table`.
 
     Example:
-        >>> print(latex_table(pd.DataFrame({"matrix": ["W_Q"], "|ΔW|": [0.00012345]})))
+        >>> print(latex_table(pd.DataFrame({"matrix": ["W_Q"], "|ΔW|": [0.000012345]})))
         \\begin{tabular}{lr}
         \\toprule
         matrix & $|$$\\Delta$W$|$ \\\\
         \\midrule
-        W\\_Q & $1.23 \\times 10^{-4}$ \\\\
+        W\\_Q & $1.23 \\times 10^{-5}$ \\\\
         \\bottomrule
         \\end{tabular}
     """

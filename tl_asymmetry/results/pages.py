@@ -41,7 +41,7 @@ def render(template: str, **values: Any) -> Html:
     """One of the templates of this package, filled.
 
     Example:
-        >>> render("notebook.html", title="a → b", facts="", table="", sentences=["1 < 2"], notes=())
+        >>> render("notebook.html", title="a → b", facts="", caption="", table="", sentences=["1 < 2"], notes=())
         '<div><h4>a → b</h4><p></p><p>1 &lt; 2</p></div>'
     """
     return Html(_environment().get_template(template).render(**values))

@@ -37,7 +37,7 @@ class Table(pd.DataFrame, metaclass=AnyFrame):
 
     Example:
         >>> wide = pd.DataFrame({"layer": [0, 1]} | {f"number {i}": [0.25 * i, 1.0] for i in range(20)})
-        >>> print(repr(as_table(wide, ["number 19"])).splitlines()[1][:22])
+        >>> print(repr(as_table(wide, ["number 19"])).splitlines()[1][:22].rstrip())
         0      0       4.75
     """
 
