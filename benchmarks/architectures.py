@@ -535,8 +535,11 @@ def outcomes(spec: Mapping[str, Any], ways: Collection[str]) -> dict[str, Any]:
         for each in (model, twin):
             try:
                 pair.append(bridge_around(copy.deepcopy(each), "tiny", dtype=torch.float64))
-            except ValueError as error:
-                return {"outcome": "not wrapped", "reason": str(error)[:200]}
+                if hasattr(pair[-1], "blocks"):  # else two stacks, and refused by us
+                    with torch.no_grad():
+                        pair[-1].original_model(input_ids=tokens()[:1])
+            except Exception as error:  # its answers, and what of its own fails in a forward pass
+                return {"outcome": "not wrapped", "reason": f"{type(error).__name__}: {error}"[:200]}
         return held(*pair)
 
     runs = {"live": lambda: held(model, twin), "folder": folder, "TransformerLens": bridge}

@@ -34,6 +34,12 @@ class Scaled:
         return self.tensor() * self.factor
 
 
+def mlp_of(block: Any) -> Any:
+    """A block's MLP, or None; Granite 4 calls it shared where there are no experts beside it."""
+    mlp = _child(block, "mlp")
+    return _child(block, "shared_mlp") if mlp is None and _child(block, "moe") is None else mlp
+
+
 class BridgeAdapter:
     """Finds modules, matrices and parameters of a TransformerBridge under this package's names."""
 
@@ -99,7 +105,7 @@ class BridgeAdapter:
 
     def has_mlp(self, layer: int) -> bool:
         """Whether the layer has an MLP of any sort, mixture of experts included."""
-        return _child(self.blocks[layer], "mlp") is not None
+        return mlp_of(self.blocks[layer]) is not None
 
     def unit(self, matrix: str) -> str | None:
         """What the first axis of a matrix counts: "head", "kv head", or None without such an axis."""
@@ -107,7 +113,7 @@ class BridgeAdapter:
         return {"query": "head", "kv": "kv head"}[heads] if heads else None
 
     def is_moe(self, layer: int) -> bool:
-        mlp = _child(self.blocks[layer], "mlp")
+        mlp = mlp_of(self.blocks[layer])
         return mlp is not None and (_child(mlp, "in") is None or _child(mlp, "out") is None)
 
     # -- matrices ----------------------------------------------------------------------------------
@@ -116,9 +122,10 @@ class BridgeAdapter:
         block = self.blocks[layer]
         if kind_of(matrix).part == "attn":
             return getattr(block.attn, matrix)
-        if not self.has_mlp(layer) or self.is_moe(layer) or _child(block.mlp, _SUBMODULE[matrix]) is None:
+        mlp = mlp_of(block)
+        if mlp is None or self.is_moe(layer) or _child(mlp, _SUBMODULE[matrix]) is None:
             return None
-        return getattr(block.mlp, matrix)
+        return getattr(mlp, matrix)
 
     def rearranges(self, layer: int, matrix: str) -> bool:
         """Whether a matrix is a copy although its weights are raw."""
@@ -132,7 +139,7 @@ class BridgeAdapter:
     def bias(self, layer: int, name: str) -> Tensor | None:
         """The bias in TransformerLens shape, or None where the model has none."""
         block = self.blocks[layer]
-        parent = block.attn if name in ("b_Q", "b_K", "b_V", "b_O") else block.mlp
+        parent = block.attn if name in ("b_Q", "b_K", "b_V", "b_O") else mlp_of(block)
         component = _child(parent, _SUBMODULE["W" + name[1:]])
         bias = None if component is None else getattr(component, "bias", None)
         if bias is None or name in ("b_O", "b_in", "b_gate", "b_out"):
@@ -169,7 +176,7 @@ class BridgeAdapter:
     def point(self, layer: int, point: str) -> tuple[nn.Module, str] | None:
         """The module to watch and whether its "input" or its "output" is the wanted tensor."""
         block = self.blocks[layer]
-        has_mlp = self.has_mlp(layer)
+        mlp = mlp_of(block)
         match point:
             case "attn_in":
                 return block.attn.hook_in, "output"
@@ -177,18 +184,18 @@ class BridgeAdapter:
                 return block.attn.hook_z, "output"
             case "resid_pre" | "resid_post":
                 return getattr(block, f"hook_{point}"), "output"
-            case "resid_mid" if has_mlp and not self.is_parallel:
+            case "resid_mid" if mlp is not None and not self.is_parallel:
                 return block.hook_resid_mid, "output"
-            case "mlp_in" if has_mlp:
-                return block.mlp.hook_in, "output"
-            case "mlp_post" if has_mlp and not self.is_moe(layer):
-                return block.mlp.hook_post, "output"
+            case "mlp_in" if mlp is not None:
+                return mlp.hook_in, "output"
+            case "mlp_post" if mlp is not None and not self.is_moe(layer):
+                return mlp.hook_post, "output"
         return None
 
     def projection(self, layer: int, matrix: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]] | None:
         """The module whose output is `input @ matrix + bias`, and how to take that matrix's part of it: all."""
         block = self.blocks[layer]
-        parent = block.attn if kind_of(matrix).part == "attn" else block.mlp
+        parent = block.attn if kind_of(matrix).part == "attn" else mlp_of(block)
         component = _child(parent, _SUBMODULE[matrix])
         return None if component is None else (component.hook_out, _itself)
 
@@ -308,10 +315,13 @@ class BridgeAdapter:
     def _copied_from(self) -> Iterator[Tensor]:
         """Fused projections that the Bridge has split into copies: still registered, no longer used."""
         for block in self.blocks:
-            for parent, fused in ((block.attn, "qkv"), (_child(block, "mlp"), "gate_up")):
+            for parent, fused in ((block.attn, "qkv"), (mlp_of(block), "gate_up")):
                 component = None if parent is None else _child(parent, fused)
                 if component is not None:
                     yield from component.parameters()
+            split = getattr(mlp_of(block), "fused_attr", None)  # under the model's own name, with no component for it
+            if split is not None and hasattr(mlp_of(block).original_component, split):
+                yield from getattr(mlp_of(block).original_component, split).parameters()
 
 
 def _itself(tensor: Tensor) -> Tensor:

@@ -25,8 +25,13 @@ def is_encoder(model: Any) -> bool:
     """Whether a model is one of the encoders this module knows: HookedEncoder, or a Bridge of a BERT or RoBERTa."""
     if hasattr(model, "adapter") and hasattr(model, "original_model"):
         # The configuration of transformer-lens 3.9 calls a BERT causal: only the class tells.
-        return type(model.original_model).__name__.startswith(_FAMILIES)
+        return is_encoder_class(type(model.original_model).__name__)
     return any(base.__name__ == "HookedEncoder" for base in type(model).__mro__)
+
+
+def is_encoder_class(name: str) -> bool:
+    """Whether a class of transformers, by its name, is a BERT or RoBERTa of whatever head."""
+    return name.startswith(_FAMILIES)
 
 
 def encoder_adapter(model: Any) -> EncoderBridgeAdapter | HookedEncoderAdapter:

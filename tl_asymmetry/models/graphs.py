@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_asymmetry.interrupts import temporarily
+from tl_asymmetry.models.bridge import mlp_of
 from tl_asymmetry.models.running import hooked
 from tl_asymmetry.models.view import ModelView
 
@@ -48,7 +49,7 @@ def place(view: ModelView, layer: int, name: str) -> Side | None:
         return (after, "input") if after is not None else place(view, layer, "mlp_out")
     if name in _MLP and (not adapter.has_mlp(layer) or adapter.is_moe(layer)):
         return None
-    owner = block.attn if name in _ATTENTION else block.mlp if name in _MLP else block
+    owner = block.attn if name in _ATTENTION else mlp_of(block) if name in _MLP else block
     try:
         module = getattr(owner, f"hook_{name}")
     except AttributeError:  # an alias of the Bridge to what this model does not have

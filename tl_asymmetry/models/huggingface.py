@@ -77,14 +77,14 @@ class HuggingFaceAdapter:
         self.inner: Any = getattr(model, "original_model", model)
         self.kind = "TransformerBridge" if self.inner is not model else PLAIN
         self.text_config = _text_config(self.inner)
-        self.d_model = _width(self.inner)
-        self.blocks = _layers(self.inner)
-        self.sites = _all_sites(self.inner)
         if getattr(self.inner.config, "is_encoder_decoder", False):
             raise ValueError(
                 f"expected one residual stream, got the encoder-decoder {type(self.inner).__name__}; pass a decoder or "
                 "an encoder"
             )
+        self.d_model = _width(self.inner)
+        self.blocks = _layers(self.inner)
+        self.sites = _all_sites(self.inner)
         if others := _other_stacks(self.inner, self.blocks):
             raise ValueError(
                 f"expected one stack of layers, got another one like it in {type(self.inner).__name__} "
@@ -322,6 +322,8 @@ class HuggingFaceAdapter:
         """The Bridge with its own hook points, where only the MLPs are out of the ordinary (a mixture)."""
         if self.inner is self.model or type(self.inner).__name__.startswith(_MUTE_HOOKS):
             return None
+        if has_like_layers(self.inner):  # then it is the Bridge that lacks a part of the MLP
+            return None
         attention = [{n: s.weight.shape for n, s in sites.items() if n in ATTENTION} for sites in self.sites]
         like = all(len(shapes) == len(ATTENTION) and shapes == attention[0] for shapes in attention)
         further = {n for sites in self.sites for n in sites if n in MATRICES and kind_of(n).part == "attn"}
@@ -433,11 +435,20 @@ def is_regular(bridge: Any) -> bool:
     hooks do not show what the modules work on.
     """
     inner = bridge.original_model
-    if not all(hasattr(block, "attn") for block in bridge.blocks):
+    if not hasattr(bridge, "blocks") or not all(hasattr(block, "attn") for block in bridge.blocks):
         return False
     if not is_transformers_model(inner) or type(inner).__name__.startswith("GPT2"):
         return True
-    return not type(inner).__name__.startswith(_MUTE_HOOKS) and has_like_layers(inner)
+    if type(inner).__name__.startswith(_MUTE_HOOKS) or not has_like_layers(inner):
+        return False
+    return _shows_whole_mlps(BridgeAdapter(bridge), _all_sites(inner)[0])
+
+
+def _shows_whole_mlps(adapter: BridgeAdapter, sites: dict[str, Site]) -> bool:
+    """Whether a Bridge has the MLP's matrices that the model has, no two of them as one and none left out."""
+    there = {name: tuple(site.weight.shape) for name, site in sites.items() if kind_of(name).part == "mlp"}
+    shown = {name: adapter.shape(0, name) for name in adapter.names if kind_of(name).part == "mlp"}
+    return there == {name: shape for name, shape in shown.items() if shape is not None}
 
 
 def has_like_layers(model: Any) -> bool:

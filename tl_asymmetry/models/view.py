@@ -615,6 +615,11 @@ class ModelView:
         with self.hooks({point: keep(inputs, point) for point in points}), hooked(products):
             self.run(tokens)
         for layer, matrix in sites:
+            if (layer, matrix) not in outputs or (kind_of(matrix).point, layer) not in inputs:
+                raise ValueError(
+                    f"expected a model that computes with the modules that its matrices lie in, got {self.name!r}, "
+                    f"where that of {matrix} in layer {layer} never ran; pass the model of transformers itself"
+                )
             x, y = inputs[kind_of(matrix).point, layer], sites[layer, matrix][1](outputs[layer, matrix])
             W = self._weight(layer, matrix).to(x.dtype)
             if x.shape[-1] != W.shape[-2]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tl_asymmetry.arguments import checked, shown
+from tl_asymmetry.models.encoders import is_encoder_class
 from tl_asymmetry.models.huggingface import PLAIN
 from tl_asymmetry.models.loading import NotWrappedError, predicts_masked_tokens
 from tl_asymmetry.models.readers.adapter import AdapterWeights
@@ -130,8 +131,10 @@ def _model(name: str, folder: Path, files: TensorFiles, base: Any) -> WeightSour
     TransformerLens does not name them."""
     config = read_config(folder, files)
     refuse_quantised(config, name)
-    if not predicts_masked_tokens(config) and skeleton_of(config, name).has_like_layers:
-        plain = isinstance(base, ModelView) and base.kind == PLAIN
+    plain = isinstance(base, ModelView) and base.kind == PLAIN
+    skeleton = None if predicts_masked_tokens(config) else skeleton_of(config, name)
+    # A plain post-norm encoder with a causal head has no final norm; its Bridge calls the last block's one so.
+    if skeleton is not None and skeleton.has_like_layers and not (plain and is_encoder_class(skeleton.architecture)):
         with suppress(NotWrappedError):
             return HuggingFaceWeights(name, config, files, folder, plain=plain)
     return loaded_folder(name, folder, base)
