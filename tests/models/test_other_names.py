@@ -55,3 +55,25 @@ def test_a_bert_with_a_causal_head_and_its_folder_are_one_architecture(tmp_path)
     check_shapes(live, stored)
     assert stored.norm is None
     assert stored.matrices == live.matrices
+
+
+TIED = {
+    "mpt": lambda: adapter_of("mpt").inner,
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**LLAMA | {"query_pre_attn_scalar": 8, "tie_word_embeddings": True})
+    ).eval(),
+}
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_the_tied_embedding_of_a_folder_is_that_of_the_plain_model(name, tmp_path):
+    model = TIED[name]()
+    model.save_pretrained(tmp_path)
+    live = ModelView(model)
+    stored = weights_from(tmp_path, base=live)
+    assert live.tied
+    for include_tied, names in ((False, {"embed.W_E"}), (True, {"embed.W_E", "unembed.W_U"})):
+        ours, theirs = (weights.headless(include_tied=include_tied) for weights in (live, stored))
+        assert names == {"embed.W_E", "unembed.W_U"} & set(theirs) == {"embed.W_E", "unembed.W_U"} & set(ours)
+        for extra in names:
+            torch.testing.assert_close(theirs[extra], ours[extra], rtol=0, atol=0)

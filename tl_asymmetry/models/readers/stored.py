@@ -68,12 +68,14 @@ class StoredParameters:
     def plain_extras(self, *, include_tied: bool, tied: bool) -> Parameters:
         """All parameters in the files that are no matrix, as stored, by transformers' names but for the embeddings."""
         known = {name: self._blueprint.extras.get(name) for name in ("embed.W_E", "unembed.W_U")}
-        vocabulary = {str(extra.parameter): name for name, extra in known.items() if extra is not None}
+        vocabulary = {name: None if extra is None else extra.parameter for name, extra in known.items()}
         makers: dict[str, Callable[[], Tensor]] = {}
         for parameter in self._names:
-            if parameter in vocabulary:
-                makers[vocabulary[parameter]] = partial(self.extra, vocabulary[parameter], parameter)
-            elif not any(self._blueprint.matrices_in(parameter)):
+            if parameter == vocabulary["embed.W_E"]:  # the parameter itself: Gemma's Bridge shows it multiplied
+                makers["embed.W_E"] = partial(self.read, parameter)
+            if parameter == vocabulary["unembed.W_U"]:  # it may be the same one
+                makers["unembed.W_U"] = partial(self.extra, "unembed.W_U", parameter)
+            if parameter not in vocabulary.values() and not any(self._blueprint.matrices_in(parameter)):
                 makers[parameter] = partial(self.read, parameter)
         if tied and not include_tied:
             makers.pop("unembed.W_U", None)
