@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -118,6 +119,53 @@ def foreign_hooks(modules: Iterable[tuple[str, nn.Module]]) -> list[str]:
         if count:
             found.append(f"{count} {'hook' if count == 1 else 'hooks'} on {name or 'the model'}")
     return found
+
+
+def foreign_modules(model: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> list[str]:
+    """What a user has put around or in the place of a model's own modules, in words: classes of no library that models
+    are made of, torch's where a library has its own (a Sequential around a norm), parametrisations, other forwards."""
+    modules = [(name, module) for name, module in modules if ".parametrizations." not in f".{name}"]
+    own = {*_LIBRARIES, *(_package(kind) for kind in type(model).__mro__)}
+    has_norms = getattr(getattr(model, "cfg", None), "normalization_type", None) is not None
+    parents = {id(child): module for _, module in modules for child in module._modules.values()}
+    found = []
+    for name, module in modules:
+        kind, leaf, parent = type(module), name.rpartition(".")[2], parents.get(id(module))
+        if "parametrizations" in module._modules:
+            found.append(f"a parametrisation of {name}")
+        elif _package(kind) not in own or (parent is not None and _is_strange(module, leaf, parent, has_norms)):
+            found.append(f"{kind.__name__} in the place of {name}")
+        elif "forward" in vars(module) and not hasattr(module, "_hf_hook"):  # accelerate's moves tensors only
+            found.append(f"another forward of {name or 'the model'}")
+    return found
+
+
+def _is_strange(module: nn.Module, leaf: str, parent: nn.Module, has_norms: bool) -> bool:
+    """Whether a module of torch stands where none of its kind does in a model as it was made."""
+    where = type(module).__module__
+    if not where.startswith("torch.nn.modules") or where.endswith(".activation"):
+        return False
+    if _package(type(parent)) == "transformer_lens":
+        made = (nn.ModuleList, nn.ModuleDict, nn.Linear, *(() if has_norms else (nn.Identity,)))
+        if leaf == "_original_component":
+            return isinstance(module, nn.Sequential)
+        return not leaf.startswith("hook_") and not isinstance(module, made)  # `foreign_hooks` names hook points
+    around = any(type(child).__module__.startswith(_OF_MODELS) for child in module.children())
+    return isinstance(module, nn.Sequential) and (around or re.search(_OWN_NAMES, leaf) is not None)
+
+
+def _package(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
+
+
+_LIBRARIES = ("torch", "transformers", "transformers_modules", "transformer_lens")
+"""Packages of which the modules of a model that was loaded are."""
+
+_OF_MODELS = ("transformers.models", "transformer_lens")
+"""Where modules are defined that no model has inside a Sequential."""
+
+_OWN_NAMES = "norm|ln|lm_head|wte|wpe|embed_tokens"
+"""Names of modules that no model has as a Sequential."""
 
 
 def _is_hook_point(module: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from tl_asymmetry.models.encoders import encoder_adapter, is_encoder
 from tl_asymmetry.models.hooked import HookedAdapter
 from tl_asymmetry.models.huggingface import HuggingFaceAdapter, is_regular, is_transformers_model
 from tl_asymmetry.models.readers.hub import public_name
-from tl_asymmetry.models.running import evaluation, foreign_hooks, hooked
+from tl_asymmetry.models.running import evaluation, foreign_hooks, foreign_modules, hooked
 from tl_asymmetry.names import MATRICES, POINTS, kind_of
 
 Reader = Callable[[Tensor], None]
@@ -142,6 +142,17 @@ class ModelView:
 
     def __init__(self, model: Any) -> None:
         _refuse_unmerged(model)
+        try:
+            self._read(model)
+        except (AttributeError, TypeError) as error:  # of a module that lacks what the model's own has
+            found = foreign_modules(model, _named_modules(model)) if isinstance(model, nn.Module) else []
+            if not found:
+                raise
+            raise ValueError(
+                f"expected the model's own modules, got {', '.join(found[:3])} ({error}); pass the model with its own"
+            ) from error
+
+    def _read(self, model: Any) -> None:
         self.model = model
         self._adapter = adapter = _adapter_for(model)
         self._slots: dict[tuple[int, str], Slot] = {}
@@ -521,10 +532,9 @@ class ModelView:
         return self._adapter.all_modules()
 
     def foreign_hooks(self) -> list[str]:
-        """Hooks and modules in hook points that a user has put into the model, in words."""
-        roots = (getattr(self.model, "original_model", None), self.model)
-        named = {id(m): (name, m) for root in roots if root is not None for name, m in root.named_modules()}
-        return foreign_hooks(named.values())
+        """Hooks and modules that a user has put into the model, in words."""
+        named = _named_modules(self.model)
+        return [*foreign_hooks(named), *foreign_modules(self.model, named)]
 
     def __call__(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits, as `run(tokens, logits=True)`: a view is a language model to any objective."""
@@ -664,6 +674,12 @@ def _adapter_for(model: Any) -> HookedAdapter | BridgeAdapter | HuggingFaceAdapt
         f"expected a HookedTransformer, a TransformerBridge or a model of transformers, got {type(model).__name__}; "
         "pass TransformerBridge.boot_transformers(name_or_directory)"
     )
+
+
+def _named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every module of a model with a name, those of the model that it wraps included, each once."""
+    roots = (getattr(model, "original_model", None), model)
+    return list({id(m): (name, m) for root in roots if root is not None for name, m in root.named_modules()}.values())
 
 
 def _refuse_unmerged(model: Any) -> None:
