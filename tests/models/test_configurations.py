@@ -13,7 +13,7 @@ import torch
 
 from tests import tiny
 from tl_asymmetry import analyze_pair, weights_from
-from tl_asymmetry.models.configurations import differing_settings
+from tl_asymmetry.models.configurations import differing_settings, family_of, strange_families
 from tl_asymmetry.models.view import ModelView
 
 CHANGES: dict[str, tuple[str, dict[str, Any], bool]] = {
@@ -58,7 +58,18 @@ def test_a_difference_is_said_by_its_name(name: str, kind: str, tmp_path: Path) 
 def test_models_of_one_configuration_differ_in_nothing(architecture: str, kind: str) -> None:
     base = ModelView(tiny.build(architecture, kind))
     assert not differing_settings(base, weights_from(tiny.hf_directory(architecture, delta=0.05)))
-    assert not differing_settings(base, ModelView(tiny.bridge(architecture)))
+    bridge = ModelView(tiny.bridge(architecture))
+    assert not differing_settings(base, bridge)
+    assert not strange_families(base, bridge)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_two_families_of_one_shape_are_named(kind: str) -> None:
+    base, aligned = ModelView(tiny.build("llama", kind)), weights_from(tiny.hf_directory("mistral"))
+    said = "the two models are of two families, llama (base) and mistral (aligned): unless one is the other converted"
+    assert strange_families(base, aligned)[0].startswith(said)
+    assert not strange_families(base, weights_from(tiny.hf_directory("llama")))
+    assert family_of(ModelView(tiny.toy(kind=kind))) in (None, "native")
 
 
 def test_it_stands_in_the_result(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tl_asymmetry.models.configurations import strange_families
 from tl_asymmetry.models.readers.base import Weights, WeightSource
 from tl_asymmetry.models.texts import vocabulary_fingerprint
 from tl_asymmetry.models.view import ModelView
@@ -245,14 +246,14 @@ def check_pair(base: ModelView, aligned: Weights, read: Collection[int] | None =
             both have. None: every token counts.
 
     Returns:
-        Warnings: rows of a vocabulary that only one of the two has, tokenizers that could not be compared, or differ in
-            what is not used.
+        Warnings: two families of architectures, rows of a vocabulary that only one of the two has, tokenizers that
+            could not be compared, or differ in what is not used.
 
     Raises:
         ValueError: different shapes, architectures, or tokenizers of the texts.
     """
     check_shapes(base, aligned)
-    return check_tokenizers(base, aligned, read)
+    return [*strange_families(base, aligned), *check_tokenizers(base, aligned, read)]
 
 
 def check_shapes(base: Weights, aligned: Weights) -> None:

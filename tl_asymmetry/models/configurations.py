@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,6 +43,28 @@ def differing_settings(base: Weights, aligned: Weights) -> list[str]:
         for name in ours
         if name in theirs and not _same(ours[name], theirs[name])
     ]
+
+
+def strange_families(base: Weights, aligned: Weights) -> list[str]:
+    """A warning where two models are of two families, which may have the same shapes; none where one does not tell."""
+    ours, theirs = family_of(base), family_of(aligned)
+    if None in (ours, theirs) or ours == theirs:
+        return []
+    return [
+        f"the two models are of two families, {ours} (base) and {theirs} (aligned): unless one is the other converted, "
+        "what differs between their weights is not what training changed"
+    ]
+
+
+def family_of(weights: Weights) -> str | None:
+    """The family of a model's architecture, such as "gemma2", whichever class wraps it; None where nothing tells."""
+    config = config_of(weights)
+    if config is not None:
+        kind = str(config.get_text_config().model_type)
+    else:
+        cfg = None if isinstance(weights, WeightSource) else getattr(weights.model, "cfg", None)
+        kind = re.sub(r"(For|LMHead|Model).*", "", getattr(cfg, "original_architecture", None) or "")
+    return kind.lower().removesuffix("_text").replace("_", "") or None
 
 
 def settings_of(weights: Weights) -> dict[str, Any]:

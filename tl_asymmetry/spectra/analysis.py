@@ -12,6 +12,7 @@ from tl_asymmetry.arguments import checked, listed
 from tl_asymmetry.geometry.nulls import adjusted_p
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.models.checks import check_shapes
+from tl_asymmetry.models.configurations import strange_families
 from tl_asymmetry.models.strangers import cosines_with_base, strangers, unrelated
 from tl_asymmetry.models.weights import opened
 from tl_asymmetry.names import kind_of
@@ -73,6 +74,8 @@ def analyze_spectra(
     base = opened(model_base, None, runs=False)
     aligned = opened(model_aligned, base, runs=False)
     check_shapes(base, aligned)
+    for warning in strange_families(base, aligned):
+        notes.warn(warning)
     chosen = chosen_matrices(base, matrices)
     note_left_out(base, notes)
     shorter = {matrix: min(base.weight(0, matrix).shape[-2:]) for matrix in chosen}
