@@ -217,6 +217,23 @@ def test_no_setting_of_the_caller_s_changes_a_number(run: str, state: str) -> No
         assert_same(numbers(found), expected, to_the_bit=state != "another thread")
 
 
+def test_one_sequence_stays_one_while_another_thread_sends_two() -> None:
+    model, seen = tiny.toy("plain", "bridge"), []
+    view = tla.ModelView(model)
+    with torch.no_grad(), view.hooks({("resid_pre", 0): seen.append}):
+        view.run(TOKENS[:1])
+
+    def other(*_: Any) -> None:
+        model.pos_embed._current_batch_size = 2  # as the Bridge notes it, of whichever pass began last
+
+    handle = model.embed.register_forward_hook(other)
+    with torch.no_grad(), view.hooks({("resid_pre", 0): seen.append}):
+        view.run(TOKENS[:1])
+    handle.remove()
+    assert torch.equal(*seen)
+    assert seen[0].shape == (1, 10, 48)
+
+
 def test_a_model_with_a_pass_under_way_is_not_copied() -> None:
     model = tiny.toy("plain", "bridge")
     model.blocks[0].attn.kept = next(model.parameters()) * 2  # as a pass in another thread leaves its pattern

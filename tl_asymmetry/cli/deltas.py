@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tl_asymmetry.cli.options import as_model, as_path
+from tl_asymmetry.cli.options import as_model, as_path, named_model
 
 if TYPE_CHECKING:
     from tl_asymmetry.comparison.deltas_result import DeltaComparison
@@ -40,9 +40,7 @@ def run_deltas(options: argparse.Namespace) -> DeltaComparison:
 
     runs: dict[str, list[str]] = {}
     for said in options.models:
-        name, separator, model = said.partition("=")
-        if not (name and separator and model):
-            raise ValueError(f"expected models as NAME=MODEL, got {said!r}; pass dpo=DIR kto=DIR")
-        runs.setdefault(name, []).append(as_model(model))
+        name, model = named_model(said, "models as NAME=MODEL", "dpo=DIR kto=DIR")
+        runs.setdefault(name, []).append(model)
     shelf = {name: models if len(models) > 1 else models[0] for name, models in runs.items()}
     return compare_deltas(options.base, shelf, matrices=options.matrices, rank=options.rank, seed=options.seed)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tl_asymmetry.cli.options import as_model, as_path
+from tl_asymmetry.cli.options import as_path, named_model
 
 if TYPE_CHECKING:
     from tl_asymmetry.stages.result import StageAnalysis
@@ -38,8 +38,6 @@ def run_stages(options: argparse.Namespace) -> StageAnalysis:
 
     stages: dict[str, str] = {}
     for said in options.stages:
-        name, separator, model = said.partition("=")
-        if not (name and separator and model) or name in stages:
-            raise ValueError(f"expected stages as NAME=MODEL, each name once, got {said!r}; pass base=DIR dpo=DIR")
-        stages[name] = as_model(model)
+        name, model = named_model(said, "stages as NAME=MODEL, each name once", "base=DIR dpo=DIR", taken=stages)
+        stages[name] = model
     return analyze_stages(stages, matrices=options.matrices, rank=options.rank, seed=options.seed)

@@ -275,11 +275,7 @@ class DeltaComparison(Result):
 
     def _report(self) -> Report:
         maps = {"all": self.plot_map()} | {matrix: self.plot_map(matrix) for matrix in self.config["matrices"]}
-        return Report(
-            title=self._title(),
-            subtitle=self._facts(),
-            summary="\n\n".join(self._headline()),
-            notes=self.notes,
+        return self._page(
             figures=[FigureSection("Who is near whom", maps, "Neighbours are alike.", pick="matrix")],
             tables=[
                 TableSection("Summary", self._summary_table(), "Medians over heads for the overlaps.", "summary"),
@@ -288,7 +284,6 @@ class DeltaComparison(Result):
             ],
             methods=[("Overlap", "against Haar-random spaces; q by Benjamini–Hochberg over the heads of a matrix")],
             definitions=DELTA_DEFINITIONS,
-            config=self.config,
         )
 
 

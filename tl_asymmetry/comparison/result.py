@@ -292,11 +292,7 @@ class Comparison(Result):
                         found[matrix if len(pairs) == 1 else f"{matrix}: {a}, {b}"] = getattr(self, make)(matrix, a, b)
             return found
 
-        return Report(
-            title=self._title(),
-            subtitle=self._facts(),
-            summary="\n\n".join(self._headline()),
-            notes=self.notes,
+        return self._page(
             figures=[
                 FigureSection("Where they differ", each("plot_differences", self.table), "Dot: told apart by the "
                               "spread between runs of one arm; none where an arm has one run."),
@@ -316,7 +312,6 @@ class Comparison(Result):
                 ("Overlap", "against Haar-random spaces; q by Benjamini–Hochberg over the heads of a matrix"),
             ],
             definitions=(*DEFINITIONS, *COMPARISON_DEFINITIONS),
-            config=self.config,
         )  # fmt: skip
 
     def _pair(self, table: pd.DataFrame, a: str | None, b: str | None) -> pd.DataFrame:

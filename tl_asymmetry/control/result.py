@@ -294,11 +294,7 @@ class ControlStudy(Result):
                                  if any(f"spectrum/{name}/{m}" in self.arrays for name in self.config["objectives"])},
             ),
         ]  # fmt: skip
-        return Report(
-            title=self._title(),
-            subtitle=self._facts(),
-            summary="\n\n".join(self._headline()),
-            notes=self.notes,
+        return self._page(
             figures=figures,
             tables=[
                 TableSection(
@@ -315,7 +311,6 @@ class ControlStudy(Result):
                 *CORRELATION_COLUMNS.items(),
             ],
             definitions=DEFINITIONS,
-            config=self.config,
         )
 
     # -- making --------------------------------------------------------------------------------------------------

@@ -185,11 +185,7 @@ class CouplingStudy(Result):
         figures = [FigureSection("Couplings along the run", self.plot_time(), "1 = a random direction.")]
         if self.table["window"].nunique() > 1:
             figures.append(FigureSection("Does the window matter?", self.plot_windows()))
-        return Report(
-            title=self._title(),
-            subtitle=self._facts(),
-            summary="\n\n".join(self._headline()),
-            notes=self.notes,
+        return self._page(
             figures=figures,
             tables=[
                 TableSection("Peaks", self.peaks, "Largest value over checkpoints of each curve.", "peaks"),
@@ -197,5 +193,4 @@ class CouplingStudy(Result):
                 TableSection("Random directions", self.levels, "The unit of every ratio.", "levels"),
             ],
             definitions=DEFINITIONS,
-            config=self.config,
         )

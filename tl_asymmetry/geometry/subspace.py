@@ -207,9 +207,8 @@ def faster_solver(d: int, dtype: torch.dtype) -> torch.device:
     cpu = torch.device("cpu")
     if d < _SMALLEST_ON_GPU or not torch.cuda.is_available():
         return cpu
-    size = min(d, _LARGEST_TRIED)
-    if size < d:
-        return faster_solver(size, dtype)
+    if d > _LARGEST_TRIED:
+        return faster_solver(_LARGEST_TRIED, dtype)
     probe = torch.diag(torch.arange(1, d + 1, dtype=dtype)) + torch.ones(d, d, dtype=dtype)
     seconds = {}
     for device in (torch.device("cuda"), cpu):

@@ -233,11 +233,7 @@ class GradientCovariance(Result):
                 FigureSection("Spectra", spectra, "Heads pooled; on a sketched axis the leading eigenvalues.")
             )
         columns = [(name, meaning) for name, meaning in (GRADIENT_COLUMNS | CROSS_COLUMNS).items()]
-        return Report(
-            title=self._title(),
-            subtitle=self._facts(),
-            summary="\n\n".join(self._headline()),
-            notes=self.notes,
+        return self._page(
             figures=figures,
             tables=[
                 TableSection("Summary", self._summary_table(), "Medians over layers and heads.", "summary"),
@@ -252,7 +248,6 @@ class GradientCovariance(Result):
                 *columns,
             ],
             definitions=DEFINITIONS,
-            config=self.config,
         )  # fmt: skip
 
     # -- making --------------------------------------------------------------------------------------------------

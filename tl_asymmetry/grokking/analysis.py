@@ -237,14 +237,9 @@ class GrokRun(Result):
         return [f"The first evaluation of at least 0.98 on the held-out pairs was at step {first}{ending}."]
 
     def _report(self) -> Report:
-        return Report(
-            title=self._title(),
-            subtitle=self._facts(),
-            summary="\n\n".join(self._headline()),
-            notes=self.notes,
+        return self._page(
             figures=[FigureSection("Accuracy", self.plot_accuracy())],
             tables=[TableSection("Evaluations", self.table, "One row per evaluation and operation.", "evaluations")],
-            config=self.config,
         )
 
 

@@ -356,11 +356,7 @@ def _report(study: RankOneStudy) -> Report:
         ]  # fmt: skip
         if study.edits["dose"].nunique() > 1:
             figures.append(FigureSection("Dose and response", study.plot_doses()))
-    return Report(
-        title=study._title(),
-        subtitle=study._facts(),
-        summary="\n\n".join(study._headline()),
-        notes=study.notes,
+    return study._page(
         figures=figures,
         tables=[
             TableSection("Strongest sites", study._strongest(20, outcome), f"By {outcome}.", "top"),
@@ -375,6 +371,5 @@ def _report(study: RankOneStudy) -> Report:
              f"{arguments['seed']}"),
         ],
         definitions=DEFINITIONS,
-        config=study.config,
         citations=CITATIONS[:1],
     )  # fmt: skip

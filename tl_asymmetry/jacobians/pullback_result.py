@@ -180,11 +180,8 @@ class PredictionPullback(Result, Sequence[Subspace]):
         ]
 
     def _report(self) -> Report:
-        return Report(
+        return self._page(
             title=f"The prediction subspace of {self._title()}, pulled back",
-            subtitle=self._facts(),
-            summary="\n\n".join(self._headline()),
-            notes=self.notes,
             figures=[
                 FigureSection("Overlap of the layers' subspaces", self.plot_overlaps()),
                 FigureSection("Spectra", self.plot_spectrum()),
@@ -195,7 +192,6 @@ class PredictionPullback(Result, Sequence[Subspace]):
             ],
             methods=[("Jacobian", KIND[self.config["sources"]]), ("Method", self.config["method"])],
             definitions=DEFINITIONS,
-            config=self.config,
         )
 
 

@@ -245,11 +245,8 @@ class LayerJacobians(Result):
         tables = [TableSection("Layers", self.table, "One row per layer, of the mean Jacobian.", "layers")]
         if len(self.tokens):
             tables.append(TableSection("Tokens", self.tokens, "One row per layer and token.", "tokens"))
-        return Report(
+        return self._page(
             title=f"Layer Jacobians of {self._title()}",
-            subtitle=self._facts(),
-            summary="\n\n".join(self._headline()),
-            notes=self.notes,
             figures=[FigureSection("Singular values", self.plot_singular_values())],
             tables=tables,
             methods=[

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tl_asymmetry.models.running import hooked
+from tl_asymmetry.models.running import hooked, own_positions
 from tl_asymmetry.names import kind_of
 
 _SUBMODULE = {"W_Q": "q", "W_K": "k", "W_V": "v", "W_O": "o", "W_in": "in", "W_gate": "gate", "W_out": "out"}
@@ -226,6 +226,7 @@ class BridgeAdapter:
         # without use_cache=False the Hugging Face model keeps the keys and values of every layer
         options = {"use_cache": False} if self._takes_use_cache else {}
         hooks: list[Any] = [(block.attn, "output", _forget_pattern) for block in self.blocks]
+        hooks += own_positions(self.model, len(tokens))
         if not logits:
             # stop_at_layer stops before a block, so it cannot leave out what follows the last one
             hooks.append((self.blocks[layers - 1], "output", _stop))

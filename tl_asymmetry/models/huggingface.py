@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tl_asymmetry.models.anatomy import Anatomy, layer_anatomy, norm_gain, seen_in, sees_later_tokens, subtracts_mean
 from tl_asymmetry.models.bridge import BridgeAdapter
-from tl_asymmetry.models.running import evaluation, hooked
+from tl_asymmetry.models.running import evaluation, hooked, own_positions
 from tl_asymmetry.models.sites import WRAPPED, Site, layer_sites, linear_maps
 from tl_asymmetry.names import ATTENTION, MATRICES, canonical, kind_of
 
@@ -350,10 +350,12 @@ class HuggingFaceAdapter:
 
     def run(self, tokens: Tensor, logits: bool, layers: int) -> Tensor | None:
         options: dict[str, Any] = {"use_cache": False} if self._takes_use_cache else {}
-        if logits:
-            return self.inner(input_ids=tokens, **options).logits
-        with hooked([(self.blocks[layers - 1], "output", _stop)]), suppress(_Stopped):
-            self.inner(input_ids=tokens, **options)
+        hooks: list[Any] = own_positions(self.model, len(tokens))
+        if not logits:
+            hooks.append((self.blocks[layers - 1], "output", _stop))
+        with hooked(hooks), suppress(_Stopped):
+            found = self.inner(input_ids=tokens, **options)
+            return found.logits if logits else None
         return None
 
     def run_block(self, layer: int, *args: Any, **kwargs: Any) -> Any:

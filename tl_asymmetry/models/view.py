@@ -21,8 +21,9 @@ from tl_asymmetry.models.bridge import BridgeAdapter, Scaled
 from tl_asymmetry.models.encoders import encoder_adapter, is_encoder
 from tl_asymmetry.models.hooked import HookedAdapter
 from tl_asymmetry.models.huggingface import HuggingFaceAdapter, is_regular, is_transformers_model
+from tl_asymmetry.models.put_in import foreign_hooks, foreign_modules, refuse_unmerged
 from tl_asymmetry.models.readers.hub import public_name
-from tl_asymmetry.models.running import evaluation, foreign_hooks, foreign_modules, hooked
+from tl_asymmetry.models.running import evaluation, hooked
 from tl_asymmetry.names import MATRICES, POINTS, kind_of
 
 Reader = Callable[[Tensor], None]
@@ -141,11 +142,11 @@ class ModelView:
     """Plain sentences about what the reader of a result must know of this model."""
 
     def __init__(self, model: Any) -> None:
-        _refuse_unmerged(model)
+        refuse_unmerged(model)
         try:
             self._read(model)
         except (AttributeError, TypeError) as error:  # of a module that lacks what the model's own has
-            found = foreign_modules(model, _named_modules(model)) if isinstance(model, nn.Module) else []
+            found = foreign_modules(model) if isinstance(model, nn.Module) else []
             if not found:
                 raise
             raise ValueError(
@@ -533,8 +534,7 @@ class ModelView:
 
     def foreign_hooks(self) -> list[str]:
         """Hooks and modules that a user has put into the model, in words."""
-        named = _named_modules(self.model)
-        return [*foreign_hooks(named), *foreign_modules(self.model, named)]
+        return [*foreign_hooks(self.model), *foreign_modules(self.model)]
 
     def __call__(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits, as `run(tokens, logits=True)`: a view is a language model to any objective."""
@@ -674,27 +674,6 @@ def _adapter_for(model: Any) -> HookedAdapter | BridgeAdapter | HuggingFaceAdapt
         f"expected a HookedTransformer, a TransformerBridge or a model of transformers, got {type(model).__name__}; "
         "pass TransformerBridge.boot_transformers(name_or_directory)"
     )
-
-
-def _named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every module of a model with a name, those of the model that it wraps included, each once."""
-    roots = (getattr(model, "original_model", None), model)
-    return list({id(m): (name, m) for root in roots if root is not None for name, m in root.named_modules()}.values())
-
-
-def _refuse_unmerged(model: Any) -> None:
-    """Refuse adapters beside the weights: a model computes with them, and the weights do not show them.
-
-    Raises:
-        ValueError: naming the first.
-    """
-    modules = model.named_modules() if isinstance(model, nn.Module) else ()
-    found = next((name for name, module in modules if {"base_layer", "lora_A"} & module._modules.keys()), "")
-    if found:
-        raise ValueError(
-            f"expected a model whose adapters are merged into its weights, got PEFT's un-merged {found}; pass "
-            "model.merge_and_unload(), or the adapter's folder as the aligned side"
-        )
 
 
 def overflowed(view: ModelView, where: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from tl_asymmetry.pair.data import PairData
-from tl_asymmetry.pair.summary import against_gradients, headline, summary_table
+from tl_asymmetry.pair.summary import summary_table
 from tl_asymmetry.results.report import FigureSection, Report, TableSection
 
 _SHOWN = (
@@ -18,14 +18,11 @@ _SHOWN = (
 def pair_report(result: PairData) -> Report:
     """Fill a `Report` from an analysis."""
     shape = result.config["shape"]
-    return Report(
-        title=result._title(),
+    return result._page(
         subtitle=(
             f"{shape['n_layers']} layers × {shape['n_heads']} heads, d_model {shape['d_model']}, "
             f"{result.config['tokens']} tokens"
         ),
-        summary="\n\n".join([*headline(result), *against_gradients(result)]),
-        notes=result.notes,
         figures=_figures(result),
         tables=[
             TableSection("Medians by matrix", summary_table(result), "Over layers and heads.", "summary"),
@@ -42,7 +39,6 @@ def pair_report(result: PairData) -> Report:
             TableSection("Other changes", result.other_changes, "Biases, gains, embeddings.", "other_changes"),
         ],
         methods=_methods(result),
-        config=result.config,
     )
 
 

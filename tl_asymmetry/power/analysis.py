@@ -35,7 +35,7 @@ from tl_asymmetry.pair.projections import reference_tails
 from tl_asymmetry.power.planting import by_chance, directions_within, lone_threshold, planted
 from tl_asymmetry.power.result import PowerAnalysis, power_tables
 from tl_asymmetry.results.nulls import ISOTROPIC
-from tl_asymmetry.results.provenance import described, model_record, shape_record, versions
+from tl_asymmetry.results.provenance import described, pair_record, shape_record, versions
 from tl_asymmetry.settings import OpenPair, PairSettings, open_pair
 
 SIZES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
@@ -156,10 +156,7 @@ def detection_power(
     config = {
         "arguments": arguments | described(sizes=shares, plants=plants, power=power, rank=rank),
         "versions": versions(),
-        "models": {
-            "base": model_record(base, hashes["base"]),
-            "aligned": model_record(pair.aligned, hashes["aligned"]),
-        },
+        "models": pair_record(base, pair.aligned, hashes),
         "shape": shape_record(base),
         "power": power,
         "optimizer": optimizer,

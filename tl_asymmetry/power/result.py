@@ -132,11 +132,7 @@ class PowerAnalysis(Result):
             )
             for null in self.table["null"].unique()
         ]  # fmt: skip
-        return Report(
-            title=self._title(),
-            subtitle=self._facts(),
-            summary="\n\n".join(self._headline()),
-            notes=self.notes,
+        return self._page(
             figures=figures,
             tables=[
                 TableSection(
@@ -146,7 +142,6 @@ class PowerAnalysis(Result):
             ],
             methods=[*POWER_COLUMNS.items(), *SMALLEST_COLUMNS.items()],
             definitions=DEFINITIONS,
-            config=self.config,
         )
 
 

@@ -90,7 +90,7 @@ def card(result: Uploaded, repository: str) -> str:
             "---", "tags: [tl-asymmetry, interpretability]", "---", "",
             "Made with [tl_asymmetry](https://github.com/tl-asymmetry/tl-asymmetry); every number comes back with", "",
             "```python", "from tl_asymmetry import load", "", f'result = load("{SCHEME}{repository}")', "```", "",
-            "```text", result.summary().replace("```", "\'\'\'"), "```", "",
+            "```text", result.summary().replace("```", "'''"), "```", "",
             "| of | |", "|---|---|", *(f"| `{name}` | {value} |" for name, value in plain), "",
         ]
     )  # fmt: skip

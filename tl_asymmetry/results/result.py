@@ -193,6 +193,18 @@ class Result:
             sentences=self._headline(), notes=self.notes,
         )  # fmt: skip
 
+    def _page(self, **content: Any) -> Report:
+        """A report with what every result says alike: what it is of, what was found, its notes and settings.
+
+        Args:
+            content: of the report's other fields, and of these where a result says them otherwise.
+        """
+        alike = {
+            "title": self._title(), "subtitle": self._facts(), "summary": "\n\n".join(self._headline()),
+            "notes": self.notes, "config": self.config,
+        }  # fmt: skip
+        return Report(**{**alike, **content})
+
     def to_html(self, path: str | Path) -> Path:
         """Write the report: one self-contained page that opens offline. Returns its path."""
         return write_report(page_path(path), self._report())

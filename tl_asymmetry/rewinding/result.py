@@ -169,11 +169,7 @@ class RewindStudy(Result):
         ]
         if len(self.path):
             figures.append(FigureSection("The whole model by degrees", self.plot_path()))
-        return Report(
-            title=self._title(),
-            subtitle=self._facts(),
-            summary="\n\n".join(self._headline()),
-            notes=self.notes,
+        return self._page(
             figures=figures,
             tables=[
                 TableSection("What undoes most", self._most().head(20), "Set back alone.", "top"),
@@ -184,7 +180,6 @@ class RewindStudy(Result):
             ],
             methods=[*UNIT_COLUMNS.items(), *CURVE_COLUMNS.items(), *PATH_COLUMNS.items()],
             definitions=DEFINITIONS,
-            config=self.config,
         )
 
 

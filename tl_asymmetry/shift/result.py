@@ -110,11 +110,7 @@ class ActivationShift(Result):
 
     def _report(self) -> Report:
         taking_part = in_order(self.heads, "share", self.LISTED)
-        return Report(
-            title=self._title(),
-            subtitle=self._facts(),
-            summary="\n\n".join(self._headline()),
-            notes=self.notes,
+        return self._page(
             figures=[FigureSection("Does the weight explain the shift?", self.plot(), "1: all of it.")],
             tables=[
                 TableSection("Points of the stream", self.table, "One row per point.", "table"),
@@ -123,7 +119,6 @@ class ActivationShift(Result):
             ],
             methods=[*SHIFT_COLUMNS.items(), *HEAD_COLUMNS.items()],
             definitions=DEFINITIONS,
-            config=self.config,
         )
 
 

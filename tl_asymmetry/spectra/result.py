@@ -121,12 +121,9 @@ class SpectralAnalysis(Result):
         matrices = [m for m, block in self.table.groupby("matrix", sort=False) if block["on_principal"].notna().any()]
         maps = {str(matrix): self.plot_heads(str(matrix)) for matrix in matrices}
         figures = [FigureSection("Where each head changed, in the base's own frame", maps, pick="matrix")]
-        return Report(
-            title=self._title(),
+        return self._page(
             subtitle=f"{shape['n_layers']} layers × {shape['n_heads']} heads, d_model {shape['d_model']}; "
             "weights alone",
-            summary="\n\n".join(self._headline()),
-            notes=self.notes,
             figures=figures if maps else [],
             tables=[
                 TableSection("Medians by matrix", self._summary_table(), "At the shown rank.", "summary"),
@@ -140,5 +137,4 @@ class SpectralAnalysis(Result):
                  "of one matrix and rank"),
             ],
             definitions=SPECTRAL_DEFINITIONS,
-            config=self.config,
         )  # fmt: skip

@@ -197,16 +197,11 @@ class StageAnalysis(Result):
             tables.append(TableSection("Pairs of stages", self.pairs, "One row per head, matrix, two stages.", "pairs"))
         if len(self.predictions):
             tables.append(TableSection("Predictions", self.predictions, "Every two checkpoints.", "predictions"))
-        return Report(
-            title=self._title(),
-            subtitle=self._facts(),
-            summary="\n\n".join(self._headline()),
-            notes=self.notes,
+        return self._page(
             figures=figures,
             tables=tables,
             methods=[*LEDGER_COLUMNS.items(), *PAIR_COLUMNS.items()],
             definitions=DEFINITIONS,
-            config=self.config,
         )
 
 

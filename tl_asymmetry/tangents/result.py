@@ -200,11 +200,7 @@ class TangentAnalysis(Result):
 
     def _report(self) -> Report:
         config = self.config
-        return Report(
-            title=self._title(),
-            subtitle=self._facts(),
-            summary="\n\n".join(self._headline()),
-            notes=self.notes,
+        return self._page(
             figures=self._figures(),
             tables=[
                 TableSection("Summary", self._summary_table(), "Medians over matrices, layers and steps.", "summary"),

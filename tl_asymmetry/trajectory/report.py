@@ -145,11 +145,7 @@ def trajectory_report(result: TrajectoryData) -> Report:
     """Fill a `Report` from a trajectory."""
     arguments, config = result.config["arguments"], result.config
     source = config["subspaces_from"]
-    return Report(
-        title=result._title(),
-        subtitle=result._facts(),
-        summary="\n\n".join(headline(result)),
-        notes=result.notes,
+    return result._page(
         figures=_figures(result),
         tables=[
             TableSection("Summary", summary_table(result), "Heads pooled by energy.", "summary"),
