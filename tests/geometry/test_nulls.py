@@ -320,6 +320,9 @@ def test_adjusted_p_equals_a_loop(p: list[float], yekutieli: bool) -> None:
     tested = [v for v in p if not np.isnan(v)]
     assert np.isnan(q).tolist() == np.isnan(p).tolist()
     np.testing.assert_allclose(q[~np.isnan(q)], reference.adjusted_p(tested, yekutieli), rtol=1e-10)
+    if tested:
+        peer = stats.false_discovery_control(tested, method="by" if yekutieli else "bh")
+        np.testing.assert_allclose(q[~np.isnan(q)], peer, rtol=1e-10)
 
 
 def test_messages() -> None:
