@@ -255,7 +255,6 @@ class LayerJacobians(Result):
                 ("Method", f"{config['method']}, {memory['chunk']} {memory['chunk_of']} at once"),
             ],
             definitions=DEFINITIONS,
-            config=config,
         )
 
 

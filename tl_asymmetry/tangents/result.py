@@ -225,7 +225,6 @@ class TangentAnalysis(Result):
                 ("Strata", f"{config['strata']} of equal mass" if config["strata"] else "none"),
             ],
             definitions=TANGENT_DEFINITIONS,
-            config=config,
         )  # fmt: skip
 
     def _figures(self) -> list[FigureSection]:

@@ -167,7 +167,6 @@ def trajectory_report(result: TrajectoryData) -> Report:
             ("Gradients", "none" if config["gradient"] is None else f"from {arguments['gradient']}"),
         ],
         definitions=(*DEFINITIONS, *TRAJECTORY_DEFINITIONS),
-        config=config,
     )  # fmt: skip
 
 
