@@ -1,11 +1,28 @@
-"""Names of a package that are imported when they are first asked for: `import tl_asymmetry` costs nothing."""
+"""What is imported when it is first asked for: names of a package, and libraries that take long to start."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+
+class _Late(ModuleType):
+    """A module that is imported when something in it is used."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(import_module(self.__name__), name)
+
+
+if TYPE_CHECKING:  # for editors and type checkers; the same modules as below
+    import pandas as pd
+    from scipy import special
+else:
+    pd, special = _Late("pandas"), _Late("scipy.special")  # 0.8 s, which only those wait for who need a table or a test
+
+__all__ = ["attach", "pd", "special"]
 
 
 def attach(

@@ -13,7 +13,7 @@ import torch
 from tests import tiny
 from tl_asymmetry import PairAnalysis, analyze_pair
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.pair import directions as module
+from tl_asymmetry.pair import lookups as module
 
 
 @pytest.fixture(scope="module")

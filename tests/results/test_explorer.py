@@ -22,7 +22,7 @@ from tl_asymmetry.explore import contents
 from tl_asymmetry.explore.pack import Pack
 from tl_asymmetry.explore.page import SCRIPT
 from tl_asymmetry.geometry.spectrum import marchenko_pastur_edge
-from tl_asymmetry.pair.directions import context_parts, context_words, find_directions
+from tl_asymmetry.pair.lookups import context_parts, context_words, find_directions
 from tl_asymmetry.results.nulls import NULLS
 
 KIND = tiny.KINDS[-1]

@@ -7,11 +7,10 @@ from itertools import combinations, product
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
-from scipy import special
 from torch import Tensor
 
+from tl_asymmetry._lazy import pd, special
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.comparison.result import ASYMMETRY_COLUMNS, OVERLAP_COLUMNS, TABLE_COLUMNS, Comparison
 from tl_asymmetry.geometry.hierarchy import hierarchy

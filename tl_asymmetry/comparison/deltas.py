@@ -9,7 +9,6 @@ from math import comb
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float64
 from scipy.cluster import hierarchy
@@ -17,6 +16,7 @@ from scipy.spatial.distance import squareform
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_asymmetry._lazy import pd
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.comparison.deltas_result import ARM_COLUMNS, DELTA_COLUMNS, DeltaComparison, cosines_of
 from tl_asymmetry.geometry.nulls import IsotropicNull, adjusted_p

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
+from tl_asymmetry._lazy import pd
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.models.strangers import strangers
 from tl_asymmetry.names import FOUND, MATRICES, PREDICTION, SIGNIFICANT, kind_of

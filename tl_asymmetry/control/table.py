@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 
+from tl_asymmetry._lazy import pd
 from tl_asymmetry.geometry.rank_correlation import grouped_spearman
 from tl_asymmetry.names import FOUND, SIGNIFICANT
 from tl_asymmetry.pair.result import PairAnalysis

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_asymmetry._lazy import pd
 from tl_asymmetry.arguments import checked, listed
 from tl_asymmetry.coupling.response import random_directions
 from tl_asymmetry.coupling.result import CouplingStudy

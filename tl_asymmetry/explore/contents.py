@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from torch import Tensor
 
+from tl_asymmetry._lazy import pd
 from tl_asymmetry.explore.pack import Pack
 from tl_asymmetry.geometry.spectrum import marchenko_pastur_edge
 from tl_asymmetry.pair.data import PairData
-from tl_asymmetry.pair.directions import MatrixDirections, context_parts
+from tl_asymmetry.pair.lookups import MatrixDirections, context_parts
 from tl_asymmetry.pair.tables import PAIR_COLUMNS
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots.held import held_against

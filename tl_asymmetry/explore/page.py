@@ -11,7 +11,7 @@ from tl_asymmetry.explore.pack import Pack
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair.data import PairData
-from tl_asymmetry.pair.directions import find_directions
+from tl_asymmetry.pair.lookups import find_directions
 from tl_asymmetry.results.pages import Html, document, page_path, title_markup, write_page
 from tl_asymmetry.spectra.result import SpectralAnalysis
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from scipy import special
 from torch import Tensor
+
+from tl_asymmetry._lazy import special
 
 MINIMUM_GROUPS = 3
 # Replicates that agree to this share of themselves come from groups that are copies of each other.

@@ -10,9 +10,9 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy import special
 from torch import Tensor
 
+from tl_asymmetry._lazy import special
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.precision import exact_products, product_dtype
 from tl_asymmetry.geometry.quadratic_form import fraction_tail_rank_one

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy import special
 
+from tl_asymmetry._lazy import special
 from tl_asymmetry.names import SIGNIFICANT
 
 

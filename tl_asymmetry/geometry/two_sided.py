@@ -7,9 +7,9 @@ import math
 import numpy as np
 import torch
 from jaxtyping import Float, Float64
-from scipy import special
 from torch import Tensor
 
+from tl_asymmetry._lazy import special
 from tl_asymmetry.geometry.precision import exact_products
 
 _NODES, _DEEPEST = 400, 120.0

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import pandas as pd
-
+from tl_asymmetry._lazy import pd
 from tl_asymmetry.results.sections import Definition
 
 DEFINITIONS = (

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import pandas as pd
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from tl_asymmetry._lazy import pd
 from tl_asymmetry.geometry.fraction import gram_energy
 from tl_asymmetry.geometry.jackknife import MINIMUM_GROUPS, log_jackknife_interval
 from tl_asymmetry.geometry.moments import StreamingMoments

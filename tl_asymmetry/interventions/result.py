@@ -6,15 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import pandas as pd
-
+from tl_asymmetry._lazy import pd
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.interventions.design import EXCHANGEABLE
 from tl_asymmetry.interventions.tables import BASELINE_COLUMNS, BY_MAGNITUDE, CELL, OUTCOMES
 from tl_asymmetry.names import FOUND, SIGNIFICANT, nearest
 from tl_asymmetry.results.report import CITATIONS, Definition, FigureSection, Report, TableSection
 from tl_asymmetry.results.result import Result
-from tl_asymmetry.results.tables import as_table
 from tl_asymmetry.results.top import in_order, top_rows
 
 if TYPE_CHECKING:
@@ -66,6 +64,8 @@ class RankOneStudy(Result):
         Raises:
             ValueError: an outcome, matrix, intervention or direction that was not studied.
         """
+        from tl_asymmetry.results.tables import as_table
+
         by = self._known("outcome", by, self._outcome(), argument="by")
         cells = self._cells(by, intervention, direction)
         found = top_rows(cells, n, by, matrix, self._read_first(cells), signed=BY_MAGNITUDE)

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
+from tl_asymmetry._lazy import pd
 from tl_asymmetry.geometry.nulls import adjusted_p
 from tl_asymmetry.interventions.design import EXCHANGEABLE
 from tl_asymmetry.names import SIGNIFICANT

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_asymmetry._lazy import pd
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.spectrum import effective_rank
 from tl_asymmetry.geometry.subspace import Subspace

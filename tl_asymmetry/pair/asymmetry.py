@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import pandas as pd
 import torch
 from torch import Tensor
 
+from tl_asymmetry._lazy import pd
 from tl_asymmetry.geometry.jackknife import log_jackknife_interval
 from tl_asymmetry.pair.numbers import Measurements
 

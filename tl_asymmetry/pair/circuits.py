@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import pandas as pd
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from tl_asymmetry._lazy import pd
 from tl_asymmetry.geometry.fraction import total
 from tl_asymmetry.geometry.precision import exact_products, product_dtype
 from tl_asymmetry.pair.bases import LayerBases

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float
 
+from tl_asymmetry._lazy import pd
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.spectrum import marchenko_pastur_edge
 from tl_asymmetry.names import POINTS, Place, Side, kind_of, nearest, place_of
-from tl_asymmetry.pair.directions import Lookups
+from tl_asymmetry.pair.lookups import Lookups
 from tl_asymmetry.pair.sensitivity import sensitivity_table
 from tl_asymmetry.pair.stability import stability_table
 from tl_asymmetry.results.nulls import described
@@ -260,8 +260,9 @@ class PairData(Result):
             layer, matrix, head, _ = place_of(matrix)
         self._require_matrix(matrix)
         space = default_subspace(self.table, matrix) if subspace is None else subspace
+        nulls = described(self.nulls[self.nulls["matrix"] == matrix])
         return rank_curve_figure(
-            self.table, matrix, nulls=described(self.nulls), curves=self._curves(matrix, space, layer), layer=layer,
+            self.table, matrix, nulls=nulls, curves=self._curves(matrix, space, layer), layer=layer,
             head=head, subspace=space, d_model=self._d, **self._kv(matrix),
             title=title, template=template, width=width, height=height,
         )  # fmt: skip
@@ -378,16 +379,15 @@ class PairData(Result):
             for array, values in self.arrays.items()
             if array.startswith("expected/") and array.endswith(f"/{name}")
         }
-        parts = []
-        for h, of_head in zip(heads, fraction, strict=True):
-            part = pd.DataFrame({"rank": ks, "relative": of_head[ks - 1] * self._d / ks})
-            part["head"] = pd.array([pd.NA if h is None else h] * len(ks), dtype="Int64")
-            for null, of_null in expected.items():
-                held = of_null[min(h or 0, len(of_null) - 1)]
-                part[null] = np.nan
-                part.loc[ks <= len(held), null] = held[ks[ks <= len(held)] - 1] * self._d / ks[ks <= len(held)]
-            parts.append(part)
-        return pd.concat(parts, ignore_index=True)
+        relative = fraction[:, ks - 1] * self._d / ks
+        curves = pd.DataFrame({"rank": np.tile(ks, len(heads)), "relative": relative.ravel()})
+        curves["head"] = pd.array([pd.NA if h is None else h for h in heads for _ in ks], dtype="Int64")
+        for null, of_null in expected.items():
+            held = np.full((len(heads), len(ks)), np.nan)
+            there = ks <= of_null.shape[-1]
+            held[:, there] = of_null[:, ks[there] - 1] * self._d / ks[there]
+            curves[null] = held.ravel()
+        return curves
 
     def _side(self, matrix: str) -> Side:
         return self.table.loc[self.table["matrix"] == matrix, "pathway"].iloc[0]

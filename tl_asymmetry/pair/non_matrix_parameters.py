@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-import pandas as pd
 from torch import Tensor
 
+from tl_asymmetry._lazy import pd
 from tl_asymmetry.geometry.fraction import total
 from tl_asymmetry.geometry.precision import product_dtype
 from tl_asymmetry.models.readers.base import Weights, WeightSource

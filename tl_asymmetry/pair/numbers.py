@@ -11,11 +11,11 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from tl_asymmetry._lazy import pd
 from tl_asymmetry.geometry.padding import padded_stack
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.pair.bases import REFERENCES

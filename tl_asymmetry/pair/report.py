@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import pandas as pd
-
+from tl_asymmetry._lazy import pd
 from tl_asymmetry.pair.data import PairData
 from tl_asymmetry.pair.summary import summary_table
 from tl_asymmetry.results.report import FigureSection, Report, TableSection

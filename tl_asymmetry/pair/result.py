@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 
+from tl_asymmetry._lazy import pd
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.padding import padded_stack
 from tl_asymmetry.geometry.precision import with_fresh_settings
@@ -19,7 +19,6 @@ from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import place_of
 from tl_asymmetry.pair.data import PairData
 from tl_asymmetry.pair.deltas import Delta, stacked
-from tl_asymmetry.pair.directions import describe_directions
 from tl_asymmetry.pair.projections import Projection
 from tl_asymmetry.pair.report import pair_report
 from tl_asymmetry.pair.summary import against_gradients, headline, summary_table
@@ -68,6 +67,8 @@ class PairAnalysis(PairData):
         Raises:
             ValueError: no such layer, head or matrix; the model is gone; another model than the one analysed.
         """
+        from tl_asymmetry.pair.directions import describe_directions  # here, since a table is a class of pandas' own
+
         model = model if model is not None else self._model() if self._model is not None else None
         if model is None:
             raise ValueError(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_asymmetry._lazy import pd
 from tl_asymmetry.geometry.hierarchy import hierarchy
 from tl_asymmetry.geometry.nulls import IsotropicNull
 from tl_asymmetry.names import FOUND, SIGNIFICANT

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
+from tl_asymmetry._lazy import pd
 from tl_asymmetry.models.strangers import strangers
 from tl_asymmetry.names import FOUND, PREDICTION, ROUNDING_DOMINATED, kind_of
 from tl_asymmetry.pair.asymmetry import READ_ONLY, READ_SIDE, WRITE_SIDE

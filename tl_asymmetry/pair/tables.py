@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
+from tl_asymmetry._lazy import pd
 from tl_asymmetry.geometry.jackknife import Interval, log_jackknife_interval
 from tl_asymmetry.geometry.nulls import IsotropicNull, isotropic_variance
 from tl_asymmetry.geometry.rounding import without_rounding

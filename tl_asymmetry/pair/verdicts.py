@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Float
 
+from tl_asymmetry._lazy import pd
 from tl_asymmetry.geometry.hierarchy import Tree, hierarchy
 from tl_asymmetry.names import SIGNIFICANT
 

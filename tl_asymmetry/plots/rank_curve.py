@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -64,16 +65,22 @@ def rank_curve_figure(
         heads = [head]
     shared, group = pick.kv_group(table, matrix, kv)
     d = pick.d_model_of(table, d_model)
-    of_head = {h: _of(chosen, h) for h in heads}
+    chosen = chosen[_is_of(chosen, heads)]
+    of_head = {h: chosen[_is_of(chosen, [h])] for h in heads}
     single, many = len(heads) == 1, len(heads) > MOST_NAMED
     ranks = sorted(int(k) for k in chosen["rank"].unique())
     if curves is None:
         curves = chosen[["head", "rank", "relative"]]
-    helds = [held for held in held_against(table, nulls) if held.of(chosen).there or held.key == ISOTROPIC]
+    if nulls is not None:
+        nulls = nulls[(nulls["matrix"] == matrix) & (nulls["subspace"] == space)]
+    helds = [held for held in held_against(chosen, nulls) if held.there or held.key == ISOTROPIC]
+    fields = dict(
+        zip(chosen.index, head_fields(chosen, row_names(chosen, shared, group), space, d, helds), strict=True)
+    )
     figure = go.Figure()
     seen: list[Any] = []
     for n, held in enumerate(held for held in helds if held.key != ISOTROPIC):
-        level = _expected(held, pd.concat(of_head.values()), curves, heads, d)
+        level = _expected(held, chosen, curves, heads, d)
         if len(level):
             seen += level.tolist()
             name, dash = style.text(held.label), REFERENCE_DASHES[n % len(REFERENCE_DASHES)]
@@ -95,7 +102,7 @@ def rank_curve_figure(
     others = [c for i, c in enumerate(style.SERIES) if i != 1]  # that one is the reference's
     colours = {h: style.SERIES[0] if single else others[n % len(others)] for n, h in enumerate(heads)}
     for h in heads:
-        name, line = head_name(layer, h, kv=shared, group=group), _of(curves, h).sort_values("rank")
+        name, line = head_name(layer, h, kv=shared, group=group), curves[_is_of(curves, [h])].sort_values("rank")
         seen += line["relative"].tolist()
         figure.add_trace(
             go.Scatter(
@@ -125,7 +132,7 @@ def rank_curve_figure(
                     "size": 8 if single else 6, "color": colours[h], "line": {"color": colours[h], "width": 1.5},
                     "symbol": [symbol if s else f"{symbol}-open" for s in significant],
                 },
-                customdata=head_fields(rows, row_names(rows, shared, group), space, d, helds),
+                customdata=[fields[row] for row in rows.index],
                 hovertemplate=head_template(matrix, helds, verdict="verdict" in rows.columns),
             )
         )  # fmt: skip
@@ -150,9 +157,10 @@ def rank_curve_figure(
     return finish(figure, words, plot_height=330, **layout)
 
 
-def _of(rows: pd.DataFrame, head: int | None) -> pd.DataFrame:
-    """The rows of a head."""
-    return rows[rows["head"].isna() if head is None else (rows["head"] == head).fillna(False)]
+def _is_of(rows: pd.DataFrame, heads: Sequence[int | None]) -> np.ndarray:
+    """Which rows are of one of these heads."""
+    there = rows["head"].to_numpy(float, na_value=np.nan)
+    return np.isin(there, [h for h in heads if h is not None]) | (np.isnan(there) if None in heads else False)
 
 
 def _expected(
@@ -160,7 +168,7 @@ def _expected(
 ) -> pd.Series:  # fmt: skip
     """What a null expects, relative, by rank: of the median head, which for what all heads share is each of them."""
     if held.key in curves.columns:
-        drawn = pd.concat([_of(curves, h) for h in heads])
+        drawn = curves[_is_of(curves, heads)]
         return drawn.groupby("rank")[held.key].median().dropna()
     scale = (np.nan if d is None else d) / rows["rank"].astype(float)
     return (held.numbers.loc[rows.index, "expected"] * scale).groupby(rows["rank"]).median().dropna()

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
-from pandas.api.types import is_bool_dtype, is_float_dtype, is_integer_dtype
+
+from tl_asymmetry._lazy import pd
 
 _EMPTIEST = 8
 """A grid may have so many cells for each row of the table."""
@@ -56,7 +56,7 @@ def _axes(table: pd.DataFrame) -> Sequence[str]:
     """The shortest list of leading columns without measured numbers that has no row twice."""
     axes: list[str] = []
     for name, column in table.items():
-        if is_float_dtype(column.dtype):
+        if pd.api.types.is_float_dtype(column.dtype):
             continue
         axes.append(str(name))
         if not table.duplicated(axes).any():
@@ -66,10 +66,10 @@ def _axes(table: pd.DataFrame) -> Sequence[str]:
 
 def _plain(column: pd.Series) -> pd.Series:
     """In types that numpy has: −1 for a missing integer, "" for a missing word."""
-    if is_bool_dtype(column.dtype):
+    if pd.api.types.is_bool_dtype(column.dtype):
         return column.astype(object) if column.isna().any() else column.astype(bool)
-    if is_integer_dtype(column.dtype):
+    if pd.api.types.is_integer_dtype(column.dtype):
         return column.fillna(-1).astype("int64")
-    if is_float_dtype(column.dtype):
+    if pd.api.types.is_float_dtype(column.dtype):
         return column.astype("float64")
     return column.fillna("").astype(str)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 from typing import Any
 
-import pandas as pd
+from tl_asymmetry._lazy import pd
 
 _ESCAPED = str.maketrans(
     {

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import pandas as pd
 from torch import Tensor
 
+from tl_asymmetry._lazy import pd
 from tl_asymmetry.geometry.references import sign_limit
 from tl_asymmetry.results.sections import Definition
 

@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from typing import TYPE_CHECKING, Any
 
 from tl_asymmetry.disk import replace_file
 from tl_asymmetry.results.sections import FigureSection, TableSection
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 _LONGEST_TITLE = 140
 LONG_TABLE = 12
@@ -62,6 +63,8 @@ def title_markup(title: str) -> Html:
 
 @cache
 def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     made = Environment(
         loader=PackageLoader("tl_asymmetry.results"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )

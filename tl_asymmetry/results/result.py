@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-import pandas as pd
 import torch
 from torch import Tensor
 
+from tl_asymmetry._lazy import pd
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.disk import make_folder, replace_file
 from tl_asymmetry.names import nearest
@@ -20,7 +20,6 @@ from tl_asymmetry.results.hub import SCHEME, fetched_result, push
 from tl_asymmetry.results.latex import latex_table
 from tl_asymmetry.results.pages import Html, page_path, render
 from tl_asymmetry.results.report import Report, write_images, write_report
-from tl_asymmetry.results.tables import as_table
 from tl_asymmetry.results.top import shown_rows, top_rows
 from tl_asymmetry.store import read_part, write_part
 
@@ -83,6 +82,8 @@ class Result:
     """Arrays behind the tables, by name; see the accessors."""
 
     def __post_init__(self) -> None:
+        from tl_asymmetry.results.tables import as_table  # here, since a table is a class of pandas' own
+
         for name in self.TABLES:
             first = self.LISTED if name == "table" else ()
             object.__setattr__(self, name, as_table(getattr(self, name), first))
@@ -107,6 +108,8 @@ class Result:
         Raises:
             ValueError: no such column or matrix, or one without numbers.
         """
+        from tl_asymmetry.results.tables import as_table
+
         found = top_rows(
             self._listed(), n, self.LISTED[0] if by is None else by, matrix, self.LISTED, signed=self.SIGNED,
             unit=self.UNIT,

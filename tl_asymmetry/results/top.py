@@ -6,8 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-import pandas as pd
-
+from tl_asymmetry._lazy import pd
 from tl_asymmetry.names import kind_of, nearest
 
 _PROBABILITIES = ("_p", "_q")

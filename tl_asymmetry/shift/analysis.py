@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from jaxtyping import Bool, Float64, Int
-from scipy.special import betaincc
 from torch import Tensor
 from torch.autograd import forward_ad
 from tqdm.auto import tqdm
 
+from tl_asymmetry._lazy import pd, special
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.interrupts import temporarily
@@ -276,7 +275,7 @@ def _expected_cosine(d: int) -> float:
 
 def _cosine_p(cosine: float, d: int) -> float:
     """How often a Haar-random direction comes as near: cos² is Beta(1/2, (d − 1)/2)."""
-    return math.nan if math.isnan(cosine) else float(betaincc(0.5, (d - 1) / 2, min(1.0, cosine**2)))
+    return math.nan if math.isnan(cosine) else float(special.betaincc(0.5, (d - 1) / 2, min(1.0, cosine**2)))
 
 
 def _cosine(first: Tensor, second: Tensor) -> float:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pandas as pd
 from tqdm.auto import tqdm
 
+from tl_asymmetry._lazy import pd
 from tl_asymmetry.arguments import checked, listed
 from tl_asymmetry.geometry.nulls import adjusted_p
 from tl_asymmetry.geometry.precision import with_fresh_settings

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pandas as pd
-
+from tl_asymmetry._lazy import pd
 from tl_asymmetry.models.strangers import strangers
 from tl_asymmetry.names import FOUND, ROUNDING_DOMINATED, SIGNIFICANT
 from tl_asymmetry.results.sections import Definition

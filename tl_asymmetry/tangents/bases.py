@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import pandas as pd
 import torch
 import xxhash
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_asymmetry._lazy import pd
 from tl_asymmetry.geometry.nonnegative import semi_nmf
 from tl_asymmetry.geometry.sample import RowSample
 from tl_asymmetry.geometry.subspace import Subspace, principal_subspace

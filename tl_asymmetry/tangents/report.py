@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import pandas as pd
-
+from tl_asymmetry._lazy import pd
 from tl_asymmetry.names import BASIS_METHODS, SIGNIFICANT
 from tl_asymmetry.results.sections import Definition
 

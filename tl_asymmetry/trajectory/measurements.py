@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 
+from tl_asymmetry._lazy import pd
 from tl_asymmetry.geometry.jackknife import log_jackknife_interval
 from tl_asymmetry.models.effective import EffectiveView
 from tl_asymmetry.models.readers.adapter import AdapterWeights

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
+from tl_asymmetry._lazy import pd
 from tl_asymmetry.models.strangers import cosines_with_base, strangers, unrelated
 from tl_asymmetry.names import FOUND, SIGNIFICANT, kind_of
 from tl_asymmetry.pair.summary import tested_count, told

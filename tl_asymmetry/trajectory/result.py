@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 
+from tl_asymmetry._lazy import pd
 from tl_asymmetry.names import kind_of
 from tl_asymmetry.notes import Notes
 from tl_asymmetry.pair.numbers import Layout, Measurements

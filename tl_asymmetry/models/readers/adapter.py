@@ -22,10 +22,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 
+from tl_asymmetry._lazy import pd
 from tl_asymmetry.geometry.factored import factored_svd
 from tl_asymmetry.geometry.precision import product_dtype
 from tl_asymmetry.geometry.spectrum import effective_rank, stable_rank

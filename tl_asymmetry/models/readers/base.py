@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_asymmetry._lazy import pd
 from tl_asymmetry.geometry.factored import factored_svd
 from tl_asymmetry.geometry.precision import product_dtype
 from tl_asymmetry.models.readers.spectra import DELTA_NUMBERS, delta_numbers, eigenvalues
