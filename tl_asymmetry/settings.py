@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_asymmetry.geometry.subspace import Subspace
-from tl_asymmetry.models.checks import check_pair, check_raw, finite_check
+from tl_asymmetry.models.checks import check_pair, check_raw, check_subtractable, finite_check
 from tl_asymmetry.models.configurations import differing_settings
 from tl_asymmetry.models.readers.hub import public_name
 from tl_asymmetry.models.texts import token_sequences
@@ -142,6 +142,13 @@ class OpenPair:
     notes: Notes
     """Collects what the result must say."""
 
+    @property
+    def loaded(self) -> tuple[ModelView, ModelView]:
+        """Both models, opened to be run both."""
+        if not isinstance(self.aligned, ModelView):
+            raise RuntimeError("the aligned model was not opened to be run")
+        return self.base, self.aligned
+
     def checked_hashes(self, *, run: bool = True) -> dict[str, str]:
         """Refuse weights that are not finite, raw, and what the model computes with; both hashes.
 
@@ -176,17 +183,18 @@ def open_pair(
     """See two models as one pair and read the tokens; nothing is run, and no weight is read yet.
 
     Args:
-        model_base: a loaded model.
+        model_base: a model, loaded or by its folder or name on the Hub.
         model_aligned: the same, or whatever `weights_from` reads.
         texts, tokens, mask: what to read.
         max_tokens: no more than this.
-        run_aligned: the aligned model must be a loaded one, since its activations are wanted.
+        run_aligned: the aligned model must be one that can be run, since its activations are wanted.
         check: refuses what was asked of this base, before the aligned model is opened, which may be a download.
 
     Raises:
         ValueError: models that cannot be compared, tokens that cannot be read.
     """
     base, notes = ModelView(model_base), Notes()
+    check_subtractable(base)
     if check is not None:
         check(base)
     sequences = token_sequences(base, texts, tokens, mask, max_tokens=max_tokens, notes=notes.add)

@@ -321,7 +321,5 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     ):
         open_model(tmp_path)
     shutil.copy(tiny.hf_directory("gpt2") / "config.json", tmp_path)
-    with pytest.raises(
-        ValueError, match="expected a causal language model that TransformerLens can load, got .*; pass"
-    ):
+    with pytest.raises(ValueError, match="expected a language model that transformers can load, got .*; pass"):
         open_model(tmp_path)

@@ -295,8 +295,8 @@ def test_another_architecture_and_other_activations() -> None:
     with pytest.raises(ValueError, match="expected two models of one architecture, got n_kv_heads"):
         quiet(base, tiny.hf_directory("gpt2"))
     for options in ({"activations": "aligned"}, {"activations": "both"}, {"sensitivity": True}):
-        with pytest.raises(ValueError, match="expected a loaded aligned model where its activations .*; pass Transf"):
-            quiet(base, tiny.hf_directory("llama", delta=DELTA), **options)
+        with pytest.raises(ValueError, match="expected an aligned model that can be run, got weights alone .*; pass a"):
+            quiet(base, weights_from(tiny.hf_directory("llama", delta=DELTA)), **options)
 
 
 def test_weights_that_belong_to_something_else_are_doubted() -> None:

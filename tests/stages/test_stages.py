@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests import tiny
 from tests.listing import check_listed
@@ -68,10 +69,11 @@ def test_files_give_what_loaded_models_give(tmp_path):
     for mixed in (folders, {**folders, "base": models["base"]}):
         found = analyze_stages(mixed, matrices=["W_Q", "W_out"], progress=False)
         pd.testing.assert_frame_equal(found.table, loaded.table)
-    with pytest.raises(
-        ValueError, match="expected loaded models where predictions are compared, got weights for sft, dpo"
-    ):
-        analyze_stages({**folders, "base": models["base"]}, tokens=tiny.tokens(), progress=False)
+    run = analyze_stages({**folders, "base": models["base"]}, matrices=["W_Q"], tokens=tiny.tokens(), progress=False)
+    assert (run.predictions["kl"] > 0).all()
+    alone = {**folders, "dpo": load_file(folders["dpo"] / "model.safetensors")}
+    with pytest.raises(ValueError, match="expected an aligned model that can be run, got weights alone"):
+        analyze_stages(alone, tokens=tiny.tokens(), progress=False)
 
 
 def test_predictions_of_every_two(analysis):

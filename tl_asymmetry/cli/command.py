@@ -110,13 +110,12 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _analyze(options: argparse.Namespace) -> None:
     from tl_asymmetry import analyze_pair
-    from tl_asymmetry.models.loading import open_model
     from tl_asymmetry.models.processes import started_processes
 
     texts = _texts(options)
     with started_processes() as processes:  # under torchrun, the work is shared and the first process writes
         result = analyze_pair(
-            open_model(options.base),
+            options.base,
             options.aligned,
             texts,
             ranks=options.ranks,

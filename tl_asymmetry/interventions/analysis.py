@@ -38,7 +38,6 @@ from tl_asymmetry.interventions.runs import (
 )
 from tl_asymmetry.interventions.tables import OUTCOMES, baseline_row, edit_table, outcomes_of, study_table
 from tl_asymmetry.models.checks import check_finite, check_pair, check_raw
-from tl_asymmetry.models.loading import open_model
 from tl_asymmetry.models.resume import resumes
 from tl_asymmetry.models.strangers import warn_of_strangers
 from tl_asymmetry.models.texts import check_tokens, token_sequences
@@ -97,8 +96,9 @@ def rank_one_study(
     other training can tell: study that too.
 
     Args:
-        model_base: a HookedTransformer or TransformerBridge with raw weights.
-        model_aligned: the same, or a local Hugging Face directory or hub name.
+        model_base: a HookedTransformer, TransformerBridge or transformers model with raw weights, or its folder or name
+            on the Hub.
+        model_aligned: the same.
         texts: strings or lists of chat messages on which predictions are compared; without texts and tokens the
             package's calibration texts.
         tokens: token ids instead of texts: `[batch, pos]`, or a list of sequences.
@@ -161,9 +161,7 @@ def rank_one_study(
     sequences = predictable(sequences, notes)
     for half in () if pairs is None else (pairs.chosen, pairs.rejected):
         check_tokens(base, half.tokens)
-    if isinstance(model_aligned, str | Path):
-        model_aligned = open_model(model_aligned, device=base.device)
-    aligned = ModelView(model_aligned)
+    aligned = ModelView(model_aligned, like=base)
     outputs = common_outputs(base, aligned)
     wanted = chosen_outcomes(outcomes, pairs, sequences, outputs, notes)
     hashes = check_models(base, aligned, sequences, notes)

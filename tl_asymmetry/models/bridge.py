@@ -47,6 +47,8 @@ class BridgeAdapter:
     is_encoder = False
     names = tuple(_SUBMODULE)
     """Matrices that its blocks may have."""
+    has_unembedding = True
+    """Whether it predicts tokens from its stream."""
     names_hooks = True
     """Whether its blocks have TransformerLens's hook points."""
 

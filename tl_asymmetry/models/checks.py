@@ -235,6 +235,21 @@ def finite_check(weights: Weights, role: str = "model") -> Callable[[str, Tensor
 # --- pairs ----------------------------------------------------------------------------------------
 
 
+def check_subtractable(view: ModelView) -> None:
+    """Refuse a quantised model where weights are to be subtracted: activations are all that it can give.
+
+    Raises:
+        ValueError: naming the first matrix.
+    """
+    for name, weight, _ in view.unscaled_weights():
+        if weight.ndim > 1 and not weight.is_floating_point():
+            raise ValueError(
+                f"expected weights that can be subtracted, got the quantised {view.name!r} ({weight.dtype} in {name}), "
+                "of which a difference shows the quantisation; pass the model loaded without it (this one can give "
+                "activations: capture_moments)"
+            )
+
+
 def check_pair(base: ModelView, aligned: Weights, read: Collection[int] | None = None) -> list[str]:
     """Refuse two models whose matrices cannot be subtracted entry by entry.
 

@@ -253,7 +253,7 @@ class HuggingFaceAdapter:
                 "stream only, or the class that ends in ForCausalLM"
             )
         W_U = head.weight.mT
-        if not self._head_reads_stream:
+        if not self.has_unembedding:
             raise ValueError(
                 f"expected an unembedding that reads the stream of width {self.d_model}, got one of width {len(W_U)} "
                 f"in {type(self.inner).__name__}; pass a model whose head is linear"
@@ -263,7 +263,7 @@ class HuggingFaceAdapter:
         return W_U if len(W_U) == self.d_model else getattr(narrowing, WRAPPED, narrowing).weight.mT @ W_U
 
     @property
-    def _head_reads_stream(self) -> bool:
+    def has_unembedding(self) -> bool:
         """Whether the unembedding multiplies the stream, or a linear map of it."""
         head = self.inner.get_output_embeddings()
         narrowed = getattr(_parent_of_layers(self.inner, self.blocks), "project_out", None) is not None
@@ -386,7 +386,7 @@ class HuggingFaceAdapter:
             return {name: made for name, made in entries.items() if _storage(made()) not in covered}
         entries = {"embed.W_E": self.embedding}
         head = self.inner.get_output_embeddings()
-        if self._head_reads_stream:
+        if self.has_unembedding:
             entries["unembed.W_U"] = self.unembedding
         covered |= {_storage(self.embedding()), *([] if head is None else [_storage(head.weight)])}
         for name, parameter in self.inner.named_parameters():

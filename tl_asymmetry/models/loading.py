@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from tl_asymmetry.models.readers.hub import at_home, local_or_hub
+from tl_asymmetry.models.readers.hub import at_home, fetched, local_or_hub
+from tl_asymmetry.notes import warn
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
@@ -20,31 +21,37 @@ _ANSWERS_OF_TRANSFORMER_LENS = (
 )  # fmt: skip
 
 
+_PROBE_TOKENS = 6
+
+
 class NotWrappedError(ValueError):
     """TransformerLens cannot wrap a model."""
 
 
 def open_model(
     name_or_path: str | Path,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     *,
     device: str | torch.device | None = None,
     tokenizer: Any = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """A TransformerBridge with raw weights, from a local Hugging Face directory or a name on the Hub.
+    """A model with raw weights, from a local Hugging Face directory or a name on the Hub.
+
+    A TransformerBridge where TransformerLens knows the architecture and, on a few tokens, computes what transformers
+    does; transformers' own model where not, with a warning where the two differ.
 
     Args:
         name_or_path: a directory with config.json and weights, or a name such as "EleutherAI/pythia-160m".
-        dtype: of the weights.
+        dtype: of the weights; "auto" for the one they are stored in.
         device: where to put it; CUDA if there is one, else the CPU.
         tokenizer: of a directory without one; there None leaves the model without, and only tokens can be read.
         trust_remote_code: run the Python files that its configuration names; without this they are never read, nor is
             anyone asked whether they may be.
 
     Raises:
-        ValueError: no such directory, a directory that holds no model, a name that cannot be loaded; a multimodal model
-            where torchvision is missing.
+        ValueError: no such directory, a directory that holds no model or only a part of its weights, a name that cannot
+            be loaded; a multimodal model where torchvision is missing.
 
     Example:
         >>> from tl_asymmetry.demo import demo_gpt2
@@ -52,88 +59,172 @@ def open_model(
         >>> open_model("checkpoint").cfg.n_layers
         4
     """
+    model, notes = opened_model(
+        name_or_path, dtype, device=device, tokenizer=tokenizer, trust_remote_code=trust_remote_code
+    )
+    for note in notes:
+        warn(note)
+    return model
+
+
+def opened_model(
+    name_or_path: str | Path,
+    dtype: torch.dtype | str = "auto",
+    *,
+    at_least: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
+    wrap: bool = True,
+) -> tuple[Any, tuple[str, ...]]:
+    """What `open_model` opens, and what its reader must know.
+
+    Args:
+        name_or_path: as `open_model`.
+        dtype: of the weights; "auto" for the one they are stored in.
+        at_least: widen it to this one, where it is narrower.
+        device, tokenizer, trust_remote_code: as `open_model`.
+        wrap: False for transformers' own model in any case.
+    """
     path = local_or_hub(name_or_path)
-    name_or_path = at_home(name_or_path)
+    name = str(at_home(name_or_path))
     if path is not None and not (path / "config.json").is_file():
         raise ValueError(
             f"expected a Hugging Face model directory with config.json, got {str(path)!r}; pass a directory "
             "written by save_pretrained, or a name on the Hub"
         )
-    from transformer_lens.model_bridge import TransformerBridge
-    from transformers import AutoConfig
+    # Code of its own is fetched only where it may be run, and then by transformers.
+    source = name if path is not None or trust_remote_code else str(fetched(name, None, None, None))
+    config = _configuration(source, name, trust_remote_code=trust_remote_code)
+    if wrap:
+        _refuse_to_install(config, name)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if path is None or has_tokenizer(path):
+        tokenizer = _tokenizer(source, name, trust_remote_code=trust_remote_code)
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with _loading(str(name_or_path)):
-        config = AutoConfig.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code)
-    _refuse_to_install(config, str(name_or_path))
-    if not trust_remote_code:
-        _refuse_remote_code(config, str(name_or_path))
-    if path is not None and not any((path / file).is_file() for file in _TOKENIZER_FILES):
-        return _without_tokenizer(path, dtype, device, tokenizer, trust_remote_code=trust_remote_code)
-    with _loading(str(name_or_path)):
-        return TransformerBridge.boot_transformers(
-            str(name_or_path), device=device, dtype=dtype, trust_remote_code=trust_remote_code
-        )
+    def loaded() -> Any:
+        model = transformers_model(source, dtype, trust_remote_code=trust_remote_code)
+        wide = model.dtype if at_least is None else torch.promote_types(model.dtype, at_least)
+        if (wide, device) != (model.dtype, model.device):  # a quantised model refuses to be moved at all
+            model = model.to(device, wide)
+        model.name_or_path = name  # not the path of a cache
+        return model
+
+    def plain(model: Any) -> Any:
+        model.tokenizer = tokenizer
+        return model
+
+    model = loaded()
+    if not wrap:
+        return plain(model), ()
+    tokens = torch.arange(_PROBE_TOKENS, device=device).unsqueeze(0) * 37 % model.get_input_embeddings().weight.shape[0]
+    with torch.no_grad():
+        expected = model(input_ids=tokens)[0]  # logits, or the last stream where nothing is predicted
+    try:
+        bridge = bridge_around(model, name, tokenizer=tokenizer, device=device, dtype=model.dtype)
+    except NotWrappedError:
+        return plain(loaded()), ()  # wrapping may have got some way
+    if tokenizer is None:  # no stand-in
+        bridge.tokenizer = None
+    difference = _difference(bridge, tokens, expected)
+    if difference is None:
+        return bridge, ()
+    del model, bridge
+    return plain(loaded()), (f"{name!r} is read as transformers has it, since its TransformerBridge {difference}",)
 
 
-def _without_tokenizer(
-    path: Path, dtype: torch.dtype, device: str | torch.device, tokenizer: Any, *, trust_remote_code: bool
-) -> Any:
-    """A model from a directory that a training wrote without a tokenizer."""
-    from transformers import AutoModelForCausalLM
-
-    with _loading(str(path)):
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=dtype, attn_implementation="eager", trust_remote_code=trust_remote_code
-        )
-    bridge = bridge_around(model.to(device), str(path), device=device, dtype=dtype)
-    bridge.tokenizer = tokenizer
-    return bridge
+def _difference(bridge: Any, tokens: torch.Tensor, expected: torch.Tensor) -> str | None:
+    """How a TransformerBridge computes otherwise than the model did before it was wrapped; None where it does not."""
+    tolerance = {torch.float64: 1e-8, torch.float32: 5e-3}.get(expected.dtype, 5e-2)
+    try:
+        with torch.no_grad():
+            found = bridge(tokens, return_type="logits")
+    except _ANSWERS_OF_TRANSFORMER_LENS as error:
+        return f"does not run ({type(error).__name__}: {error})"
+    apart = float((found - expected).abs().max() / expected.abs().max())
+    if apart <= tolerance or not bool(expected.isfinite().all()):  # weights that are not finite are named elsewhere
+        return None
+    return f"computes other logits (up to {apart:.2g} of the largest apart, on {_PROBE_TOKENS} tokens)"
 
 
 @contextmanager
 def _loading(name: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(
-            f"expected a causal language model that TransformerLens can load, got {name!r}: {error}; pass a directory "
-            "written by save_pretrained, or the name of a supported model"
+            f"expected a language model that transformers can load, got {name!r}: {error}; pass a directory written by "
+            "save_pretrained, or the name of a supported model"
         ) from error
 
 
 def transformers_model(
-    name_or_path: str | Path,
-    dtype: torch.dtype | str = "auto",
-    *,
-    device: str | torch.device = "cpu",
-    trust_remote_code: bool = False,
+    name_or_path: str | Path, dtype: torch.dtype | str = "auto", *, trust_remote_code: bool = False
 ) -> Any:
-    """A model of transformers as it is, in evaluation mode: of an architecture that TransformerLens need not know.
+    """A model of transformers as it is, on the CPU, in evaluation mode, of an architecture that TransformerLens need
+    not know; without its head where the files hold none, which transformers would draw at random.
 
     Args:
         name_or_path: a local directory, or a name on the Hub.
         dtype: of the weights; "auto" for the one they are stored in.
-        device: where to put it.
         trust_remote_code: as `open_model`.
 
     Raises:
-        ValueError: a directory that holds no language model, or a name that cannot be loaded.
+        ValueError: a directory that holds no language model or only a part of its weights, or a name that cannot be
+            loaded.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     name = str(at_home(name_or_path))
-    with _loading(name):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    if not trust_remote_code:
-        _refuse_remote_code(config, name)
-    masked = predicts_masked_tokens(config)
+    config = _configuration(name, name, trust_remote_code=trust_remote_code)
+    kind = AutoModelForMaskedLM if predicts_masked_tokens(config) else AutoModelForCausalLM
     with _loading(name), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model: Any = (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_pretrained(
-            name, dtype=dtype, attn_implementation="eager", trust_remote_code=trust_remote_code
+        opened: Any = kind.from_pretrained(
+            name, dtype=dtype, attn_implementation="eager", trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )  # fmt: skip
+    model, told = opened
+    missing = sorted(told["missing_keys"])
+    inside = [key for key in missing if key.startswith(f"{model.base_model_prefix}.")]
+    if inside or (missing and model.base_model is model):
+        raise ValueError(
+            f"expected every parameter of {type(model).__name__} in {name!r}, got none for {len(missing)} of them, the "
+            f"first being {[*inside, *missing][0]}; pass the weights that belong to this configuration"
         )
-        return model.to(device).eval()
+    return (model.base_model if missing else model).eval()
+
+
+def _configuration(source: str, name: str, *, trust_remote_code: bool) -> Any:
+    """A model's configuration; refused where only code of its own could build it and that is not trusted."""
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+    with _loading(name):
+        told, _ = PretrainedConfig.get_config_dict(source)
+    own = {} if trust_remote_code else told.get("auto_map") or {}
+    if own and told.get("model_type") not in CONFIG_MAPPING:
+        raise _brings_code(name, own.get("AutoModelForCausalLM") or next(iter(own.values())))
+    with _loading(name):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    if "AutoModelForCausalLM" in own and type(config) not in AutoModelForCausalLM._model_mapping:
+        raise _brings_code(name, own["AutoModelForCausalLM"])
+    return config
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer's files."""
+    return any((folder / file).is_file() for file in _TOKENIZER_FILES)
+
+
+def _tokenizer(source: str, name: str, *, trust_remote_code: bool) -> Any:
+    """The tokenizer as TransformerLens sets it up, which puts its begin-of-sequence token first where it has one."""
+    from transformers import AutoTokenizer
+
+    with _loading(name):
+        try:
+            return AutoTokenizer.from_pretrained(source, add_bos_token=True, trust_remote_code=trust_remote_code)
+        except ValueError:  # without such a token
+            return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
 def predicts_masked_tokens(config: Any) -> bool:
@@ -235,20 +326,12 @@ def stand_in_tokenizer() -> Any:
     return tokenizer
 
 
-def _refuse_remote_code(config: Any, name: str) -> None:
-    """Refuse a model that only code of its own could build: transformers would ask on standard input whether to run it.
-
-    Raises:
-        ValueError: naming the code.
-    """
-    from transformers import AutoModelForCausalLM
-
-    own = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
-    if own is not None and type(config) not in AutoModelForCausalLM._model_mapping:
-        raise ValueError(
-            f"expected an architecture that transformers itself knows, got {name!r}, which brings code of its own "
-            f"({own}); pass open_model(…, trust_remote_code=True) if you have read that code and trust it"
-        )
+def _brings_code(name: str, own: str) -> ValueError:
+    """What is said of a model that only code of its own could build: transformers would ask whether to run it."""
+    return ValueError(
+        f"expected an architecture that transformers itself knows, got {name!r}, which brings code of its own ({own}); "
+        "pass tl_asymmetry.models.loading.open_model(…, trust_remote_code=True) if you have read that code and trust it"
+    )
 
 
 def _refuse_to_install(config: Any, name: str) -> None:

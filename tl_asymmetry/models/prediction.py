@@ -46,6 +46,11 @@ def prediction_subspace(
     return principal_subspace(prediction_gram(view, fold_norm, centered, d_vocab=d_vocab), name="prediction")
 
 
+def predictions_of(view: ModelView) -> dict[str, list[Subspace]]:
+    """The prediction subspace under its name, for every layer; nothing where the model predicts no tokens."""
+    return {"prediction": [prediction_subspace(view)] * view.n_layers} if view.has_unembedding else {}
+
+
 def check_d_vocab(view: ModelView, d_vocab: int | None) -> None:
     """Refuse more tokens than the model predicts, or none."""
     most = view.unembedding()[0].shape[1]

@@ -1,4 +1,5 @@
-"""What stands in a model that is not its own: hooks, modules around or in the place of its own, un-merged adapters."""
+"""What stands in a model that is not its own: hooks, modules around or in the place of its own, un-merged adapters,
+packed weights."""
 
 from __future__ import annotations
 
@@ -21,6 +22,23 @@ def refuse_unmerged(model: Any) -> None:
             f"expected a model whose adapters are merged into its weights, got PEFT's un-merged {found}; pass "
             "model.merge_and_unload(), or the adapter's folder as the aligned side"
         )
+
+
+def refuse_packed(model: Any) -> None:
+    """Refuse matrices that are packed to fewer than 8 bits an entry: no part of one can be told.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
+        entries = getattr(module, "in_features", 0) * getattr(module, "out_features", 0)
+        if weight is not None and not weight.is_floating_point() and weight.numel() != entries:
+            raise ValueError(
+                f"expected matrices with an entry for each pair of an input and an output, got {name} packed into "
+                f"{tuple(weight.shape)} {weight.dtype}; pass the model loaded without quantisation, or, for its "
+                "activations, in 8 bits"
+            )
 
 
 def foreign_hooks(model: nn.Module) -> list[str]:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +21,13 @@ from tl_asymmetry.geometry.precision import exact_products, product_dtype
 from tl_asymmetry.models.bridge import BridgeAdapter, Scaled
 from tl_asymmetry.models.encoders import encoder_adapter, is_encoder
 from tl_asymmetry.models.hooked import HookedAdapter
-from tl_asymmetry.models.huggingface import HuggingFaceAdapter, is_regular, is_transformers_model
-from tl_asymmetry.models.put_in import foreign_hooks, foreign_modules, refuse_unmerged
+from tl_asymmetry.models.huggingface import PLAIN, HuggingFaceAdapter, is_regular, is_transformers_model
+from tl_asymmetry.models.loading import opened_model
+from tl_asymmetry.models.put_in import foreign_hooks, foreign_modules, refuse_packed, refuse_unmerged
 from tl_asymmetry.models.readers.hub import public_name
 from tl_asymmetry.models.running import evaluation, hooked
 from tl_asymmetry.names import MATRICES, POINTS, kind_of
+from tl_asymmetry.notes import warn
 
 Reader = Callable[[Tensor], None]
 
@@ -81,8 +84,11 @@ class ModelView:
     added.
 
     Args:
-        model: a HookedTransformer (transformer-lens 3.x), a TransformerBridge (3.9 and later), or a `PreTrainedModel`
-            of transformers, decoder or encoder.
+        model: a HookedTransformer (transformer-lens 3.x), a TransformerBridge (3.9 and later), a `PreTrainedModel` of
+            transformers, decoder or encoder; or a folder or name on the Hub, which is opened in the dtype that it is
+            stored in (`loading.open_model`).
+        like: where `model` is opened here, open it as this one is: on its device, at least as wide, and as transformers
+            has it where this one is.
 
     Raises:
         ValueError: for anything else, encoder-decoders and models with un-merged adapters included.
@@ -141,8 +147,14 @@ class ModelView:
     notes: tuple[str, ...]
     """Plain sentences about what the reader of a result must know of this model."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, like: ModelView | None = None) -> None:
+        opening: tuple[str, ...] = ()
+        if isinstance(model, str | Path):
+            model, opening = _opened_like(model, like)
+            for note in opening:
+                warn(note)
         refuse_unmerged(model)
+        refuse_packed(model)
         try:
             self._read(model)
         except (AttributeError, TypeError) as error:  # of a module that lacks what the model's own has
@@ -152,6 +164,7 @@ class ModelView:
             raise ValueError(
                 f"expected the model's own modules, got {', '.join(found[:3])} ({error}); pass the model with its own"
             ) from error
+        self.notes = (*opening, *self.notes)
 
     def _read(self, model: Any) -> None:
         self.model = model
@@ -208,6 +221,8 @@ class ModelView:
                 "several residual streams side by side: resid_pre and resid_post show the one that attention and MLP "
                 "read; the logits come from the mean of all"
             )
+        if not self.has_unembedding:
+            notes.append("no unembedding: nothing is held against what the model predicts")
         if adapter.is_encoder:
             notes.append(
                 "post-norm encoder: W_Q, W_K and W_V read the stream itself, W_in what the block's first norm gives; a "
@@ -241,6 +256,11 @@ class ModelView:
     def has_masked_lm_head(self) -> bool:
         """Whether an encoder can predict masked tokens; False for a decoder."""
         return getattr(self._adapter, "has_masked_lm_head", False)
+
+    @property
+    def has_unembedding(self) -> bool:
+        """Whether it predicts tokens from its stream: an encoder of sentences may not."""
+        return self._adapter.has_unembedding
 
     @property
     def tied(self) -> bool:
@@ -659,6 +679,12 @@ class ModelView:
         there = (*self.matrices, *self.irregular)
         if matrix not in there:
             raise ValueError(f"expected a matrix among {', '.join(there)}, got {matrix!r}; pass one this model has")
+
+
+def _opened_like(name_or_path: str | Path, like: ModelView | None) -> tuple[Any, tuple[str, ...]]:
+    if like is None:
+        return opened_model(name_or_path)
+    return opened_model(name_or_path, at_least=like.dtype, device=like.device, wrap=like.kind != PLAIN)
 
 
 def _adapter_for(model: Any) -> HookedAdapter | BridgeAdapter | HuggingFaceAdapter:

@@ -164,16 +164,25 @@ def _from_files(name: str, files: TensorFiles, folder: Path, base: Any) -> Weigh
 
 
 def opened(model_aligned: Any, base: Weights | None, *, runs: bool) -> Weights:
-    """A model, aligned where there is a base: a view of a loaded one, or a source that reads it tensor by tensor."""
-    if not isinstance(model_aligned, str | Path | Mapping | WeightSource):
-        return ModelView(model_aligned)
-    if runs:
+    """A model, aligned where there is a base: a view of a loaded one, or a source that reads it tensor by tensor.
+
+    Args:
+        model_aligned: a model, or whatever `weights_from` reads.
+        base: the base, if this is not it.
+        runs: it will be run: a folder or name on the Hub is loaded, as the base is.
+
+    Raises:
+        ValueError: weights that no model can be made of, where one is to be run.
+    """
+    weights = isinstance(model_aligned, Mapping | WeightSource)
+    if runs and weights:
         raise ValueError(
-            'expected a loaded aligned model where its activations are wanted (activations="aligned" or "both", '
-            f"sensitivity=True), got weights ({type(model_aligned).__name__}); pass "
-            "TransformerBridge.boot_transformers(name_or_directory)"
+            "expected an aligned model that can be run, got weights alone "
+            f"({type(model_aligned).__name__}); pass a loaded model, a folder or a name on the Hub"
         )
-    return weights_from(model_aligned, base=base)
+    if weights or (isinstance(model_aligned, str | Path) and not runs):
+        return weights_from(model_aligned, base=base)
+    return ModelView(model_aligned, like=base if isinstance(base, ModelView) else None)
 
 
 def _found(source: str | Path, revision: str | None, subfolder: str | None, token: str | None) -> Path:

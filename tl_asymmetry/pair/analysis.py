@@ -16,7 +16,7 @@ from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.subspace import Subspace
 from tl_asymmetry.models.capture import capture
-from tl_asymmetry.models.prediction import prediction_subspace
+from tl_asymmetry.models.prediction import predictions_of
 from tl_asymmetry.models.processes import ALONE, Processes, present_processes, together
 from tl_asymmetry.models.readers.hub import public_name
 from tl_asymmetry.models.side_by_side import side_by_side
@@ -94,8 +94,9 @@ def analyze_pair(
     shared out, and every process returns the same result.
 
     Args:
-        model_base: a HookedTransformer or TransformerBridge with raw weights (`from_pretrained_no_processing`).
-        model_aligned: the same, or anything `weights_from` reads: a Hugging Face directory or hub name, a
+        model_base: a HookedTransformer or TransformerBridge with raw weights (`from_pretrained_no_processing`), a model
+            of transformers, or a folder or name on the Hub, which is loaded in the dtype that it is stored in.
+        model_aligned: the same, or anything `weights_from` reads, a tensor at a time: a folder or name on the Hub, a
             `.safetensors` file, shards, a LoRA adapter, a state dict of TransformerLens.
         texts: strings, or lists of chat messages, read with the base's tokenizer and cut into windows; without texts
             and tokens the package's calibration texts are used and the result says so.
@@ -179,8 +180,10 @@ def analyze_pair(
     processes.agree({"arguments": arguments, "weights": hashes, "tokens": sequences})
     grouped, intervals = grouped_sequences(sequences, settings, notes)
     with torch.no_grad():
-        given = {"prediction": [prediction_subspace(base)] * base.n_layers, **plan.given}
-        predictions = prediction_variants(base, aligned) if sensitivity and isinstance(aligned, ModelView) else {}
+        given = {**predictions_of(base), **plan.given}
+        predictions = {}
+        if sensitivity and isinstance(aligned, ModelView) and base.has_unembedding and aligned.has_unembedding:
+            predictions = prediction_variants(base, aligned)
 
     def of_pass(few: range) -> list[_Layer]:
         """Capture the moments of a few layers, and analyse these layers; the moments go when this returns."""
@@ -275,7 +278,7 @@ def analyze_pair(
             "processes": processes.count,
         },
         notes=notes.lines,
-        model_base=model_base,
+        model_base=base.model,
     )  # fmt: skip
 
 

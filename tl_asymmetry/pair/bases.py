@@ -116,6 +116,10 @@ class LayerBases:
         """Whether the subspace comes from activations, so that other texts would have given another one."""
         return name not in self._given
 
+    def has(self, name: str) -> bool:
+        """Whether there is a subspace of that name: a model that predicts nothing has no prediction directions."""
+        return name in self._given or any((name, self.layer) in group for group in self._groups)
+
     def subspace(self, name: str) -> Subspace:
         """The ordered basis of that name, float64 on CPU."""
         if name in self._given:

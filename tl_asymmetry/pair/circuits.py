@@ -101,7 +101,8 @@ def layer_circuits(
         ranks: ranks to read; those at which a subspace has no directions are left out.
     """
     frames = []
-    for circuit, (left, right), sides in _CIRCUITS:
+    for circuit, (left, right), both in _CIRCUITS:
+        sides = [side for side in both if bases.has(side[-1])]
         if left not in deltas or right not in deltas:
             continue
         changes = deltas[left].factors(), deltas[right].factors()

@@ -293,7 +293,8 @@ def _chosen_subspaces(view: ModelView, subspaces: Any) -> tuple[tuple[str, ...],
     """The names of what is measured, and those subspaces among them that were given, one for each layer."""
     if subspaces is None:
         return (), {}
-    available = [*(point for point in STREAM_SUBSPACES if view.has_point(point)), "prediction"]
+    available = [point for point in STREAM_SUBSPACES if view.has_point(point)]
+    available += ["prediction"] if view.has_unembedding else []
     everything = [*available, *READY]
     listed = [subspaces] if isinstance(subspaces, str | Mapping) else subspaces
     if not isinstance(listed, Iterable) or isinstance(listed, Tensor):
@@ -358,4 +359,4 @@ def _own_ranks(layers: Sequence[Subspace], asked: Sequence[int]) -> tuple[int, .
 
 
 def _default_targets(matrix: str, view: ModelView) -> tuple[str, ...]:
-    return view.residual_point(matrix), "prediction"
+    return view.residual_point(matrix), *(["prediction"] if view.has_unembedding else [])

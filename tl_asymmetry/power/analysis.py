@@ -20,7 +20,7 @@ from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.rounding import storage_dtype
 from tl_asymmetry.geometry.seeds import seeded
 from tl_asymmetry.geometry.subspace import Subspace
-from tl_asymmetry.models.prediction import prediction_subspace
+from tl_asymmetry.models.prediction import predictions_of
 from tl_asymmetry.models.processes import ALONE
 from tl_asymmetry.models.strangers import warn_of_strangers
 from tl_asymmetry.models.view import ModelView
@@ -75,7 +75,8 @@ def detection_power(
     other heads, or the layer as a whole, might add is not counted. The definitions are ours.
 
     Args:
-        model_base: a HookedTransformer or TransformerBridge with raw weights.
+        model_base: a HookedTransformer, TransformerBridge or transformers model with raw weights, or its folder or name
+            on the Hub.
         model_aligned: the same, or anything `weights_from` reads but an adapter.
         texts: strings or chats; the package's calibration texts without texts and tokens.
         tokens, mask: token ids instead of texts, and which of them count.
@@ -138,7 +139,7 @@ def detection_power(
     grouped, _ = grouped_sequences(pair.sequences, settings, notes)
     work = _Work(pair, plan, settings, shares, {m: _repeats(plants, heads) for m, heads in changed.items()})
     with torch.no_grad():
-        given = {"prediction": [prediction_subspace(base)] * base.n_layers, **plan.given}
+        given = {**predictions_of(base), **plan.given}
         for few in memory.passes:
             sources = captured(pair, grouped, plan, few, settings, ALONE, intervals=False)
             for layer in tqdm(few, desc="planting", unit="layer", disable=not progress):

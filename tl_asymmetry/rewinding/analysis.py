@@ -26,7 +26,6 @@ from tl_asymmetry.interventions.analysis import (
 )
 from tl_asymmetry.interventions.runs import MEASURED, EvaluationBatch, evaluation_batches, measure
 from tl_asymmetry.interventions.tables import outcomes_of
-from tl_asymmetry.models.loading import open_model
 from tl_asymmetry.models.texts import token_sequences
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import ATTENTION
@@ -82,8 +81,9 @@ def rewind_study(
     no test. Heads are compared with heads that changed as much (`matched_percentile`), which describes and gives no p.
 
     Args:
-        model_base: a HookedTransformer or TransformerBridge with raw weights.
-        model_aligned: the same, or a local Hugging Face directory or hub name.
+        model_base: a HookedTransformer, TransformerBridge or transformers model with raw weights, or its folder or name
+            on the Hub.
+        model_aligned: the same.
         texts: strings or chats on which predictions are compared; the package's calibration texts without texts and
             tokens.
         tokens, mask: token ids instead of texts, and which of them count.
@@ -129,9 +129,7 @@ def rewind_study(
     names = list(chosen_matrices(base, _attention(base) if matrices is None else matrices))
     sequences = token_sequences(base, texts, tokens, mask, max_tokens=max_tokens, notes=notes.add)
     sequences = predictable(sequences, notes)
-    if isinstance(model_aligned, str | Path):
-        model_aligned = open_model(model_aligned, device=base.device)
-    aligned = ModelView(model_aligned)
+    aligned = ModelView(model_aligned, like=base)
     hashes = check_models(base, aligned, sequences, notes)
     outputs = common_outputs(base, aligned)
     evaluated = evaluation_batches(sequences, None, batch_size)

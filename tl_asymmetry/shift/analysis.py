@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from tl_asymmetry._lazy import pd, special
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.interrupts import temporarily
-from tl_asymmetry.models.loading import open_model
 from tl_asymmetry.models.strangers import warn_of_strangers
 from tl_asymmetry.models.texts import batches
 from tl_asymmetry.models.view import ModelView
@@ -54,8 +52,9 @@ def activation_shift(
     random direction. The definitions are ours.
 
     Args:
-        model_base: a HookedTransformer or TransformerBridge with raw weights.
-        model_aligned: the same, or a local Hugging Face directory or hub name.
+        model_base: a HookedTransformer, TransformerBridge or transformers model with raw weights, or its folder or name
+            on the Hub.
+        model_aligned: the same.
         texts: strings or chats; the package's calibration texts without texts and tokens.
         tokens, mask: token ids instead of texts, and which of them count.
         exclude_first: leave the first position of each sequence out of the means.
@@ -80,11 +79,9 @@ def activation_shift(
         texts=texts, tokens=tokens, mask=mask, exclude_first=exclude_first, batch_size=batch_size,
         max_tokens=max_tokens, names=names, progress=progress,
     )  # fmt: skip
-    named, base = pair_names(names), ModelView(model_base)
-    if isinstance(model_aligned, str | Path):
-        model_aligned = open_model(model_aligned, device=base.device)
-    pair = open_pair(base.model, model_aligned, texts, tokens, mask, max_tokens=max_tokens, run_aligned=True)
-    base, aligned, notes = pair.base, ModelView(model_aligned), pair.notes
+    named = pair_names(names)
+    pair = open_pair(model_base, model_aligned, texts, tokens, mask, max_tokens=max_tokens, run_aligned=True)
+    (base, aligned), notes = pair.loaded, pair.notes
     hashes = pair.checked_hashes()
     warn_of_strangers(base, aligned, notes)
     read = _Reader(pair.sequences, batch_size, exclude_first, progress)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from tl_asymmetry.models.checks import check_pair
 from tl_asymmetry.models.strangers import strangers, unrelated
 from tl_asymmetry.models.texts import token_sequences
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.models.weights import Weights, WeightSource, weights_from
+from tl_asymmetry.models.weights import Weights, opened
 from tl_asymmetry.names import kind_of
 from tl_asymmetry.notes import Notes
 from tl_asymmetry.pair.plan import chosen_matrices, note_left_out
@@ -61,7 +60,8 @@ def analyze_stages(
     Args:
         stages: names and models in order of training, two to six: loaded models, or whatever `weights_from` reads,
             which is streamed one tensor at a time.
-        texts: with them (or tokens) the stages' predictions are compared too; all must be loaded models then.
+        texts: with them (or tokens) the stages' predictions are compared too; all must be models then, and those in
+            folders or on the Hub are loaded.
         tokens, mask: token ids instead of texts, and which of them count.
         matrices: which; default all that the models have.
         rank: how many leading directions are compared.
@@ -75,7 +75,7 @@ def analyze_stages(
 
     Raises:
         ValueError: fewer than two stages or more than six, models that cannot be compared, weights that are not raw or
-            not finite, texts where a stage is no loaded model.
+            not finite, texts where a stage is weights alone.
 
     Example:
         >>> there_and_back = analyze_stages({"base": base, "dpo": aligned, "back": base}, progress=False)
@@ -88,27 +88,21 @@ def analyze_stages(
         max_tokens=max_tokens, seed=seed, progress=progress,
     )  # fmt: skip
     notes = Notes()
-    opened = _opened(stages, notes)
-    first = next(iter(opened.values()))
+    read = texts is not None or tokens is not None
+    models = _opened(stages, notes, runs=read)
+    first = next(iter(models.values()))
     names = list(chosen_matrices(first, matrices))
     if not 1 <= rank < first.d_model:
         raise ValueError(f"expected a rank from 1 to {first.d_model - 1}, got {rank}; pass rank=4 for the usual one")
     note_left_out(first, notes)
-    read = texts is not None or tokens is not None
-    views = {name: weights for name, weights in opened.items() if isinstance(weights, ModelView)}
-    if read and len(views) < len(opened):
-        files = [name for name in opened if name not in views]
-        raise ValueError(
-            f"expected loaded models where predictions are compared, got weights for {', '.join(files)}; pass loaded "
-            "models, or no texts"
-        )
+    views = {name: weights for name, weights in models.items() if isinstance(weights, ModelView)}
     sequences = []
     if read and isinstance(first, ModelView):
         sequences = predictable(
             token_sequences(first, texts, tokens, mask, max_tokens=max_tokens, notes=notes.add), notes
         )
     hashes = {
-        name: checked_hash(weights, f"model of stage {name}", warn=notes.warn) for name, weights in opened.items()
+        name: checked_hash(weights, f"model of stage {name}", warn=notes.warn) for name, weights in models.items()
     }
     rows: list[dict[str, Any]] = []
     pairs: list[dict[str, Any]] = []
@@ -117,7 +111,7 @@ def analyze_stages(
     units = [(layer, matrix) for layer in range(first.n_layers) for matrix in names]
     for layer, matrix in tqdm(units, desc="stages", unit="matrix", disable=not progress):
         found = _Matrix(
-            list(opened), layer, matrix, [weights.weight(layer, matrix) for weights in opened.values()], seed
+            list(models), layer, matrix, [weights.weight(layer, matrix) for weights in models.values()], seed
         )
         rows += found.ledger_rows()
         pairs += found.pair_rows(rank)
@@ -138,8 +132,8 @@ def analyze_stages(
     config = {
         "arguments": arguments,
         "versions": versions(),
-        "stages": list(opened),
-        "models": {name: {"name": w.name, "weights_xxh3": hashes[name]} for name, w in opened.items()},
+        "stages": list(models),
+        "models": {name: {"name": w.name, "weights_xxh3": hashes[name]} for name, w in models.items()},
         "shape": {"n_layers": first.n_layers, "d_model": first.d_model},
         "matrices": names,
         "rank": rank,
@@ -234,18 +228,17 @@ class _Matrix:
         return {"layer": self.layer, "head": head if self.headed else None, "matrix": self.matrix, "pathway": side}
 
 
-def _opened(stages: Mapping[str, Any], notes: Notes) -> dict[str, Weights]:
+def _opened(stages: Mapping[str, Any], notes: Notes, *, runs: bool) -> dict[str, Weights]:
     if not isinstance(stages, Mapping) or not _FEWEST <= len(stages) <= _MOST:
         got = f"{len(stages)} stages" if isinstance(stages, Mapping) else type(stages).__name__
         raise ValueError(
             f"expected a mapping from names to models, {_FEWEST} to {_MOST} in order of training, got {got}; pass e.g. "
             '{"base": base, "sft": sft, "dpo": dpo}'
         )
-    opened: dict[str, Weights] = {}
+    found: dict[str, Weights] = {}
     for name, model in stages.items():
-        base = next(iter(opened.values())) if opened else None
-        files = isinstance(model, str | Path | Mapping | WeightSource)
-        weights: Weights = weights_from(model, base=base) if files else ModelView(model)
+        base = next(iter(found.values())) if found else None
+        weights = opened(model, base, runs=runs)
         if isinstance(base, ModelView):
             for warning in check_pair(base, weights):
                 notes.warn(f"{name}: {warning}")
@@ -254,8 +247,8 @@ def _opened(stages: Mapping[str, Any], notes: Notes) -> dict[str, Weights]:
                 f"expected checkpoints of one architecture, got {_shape(weights)} for {name} after {_shape(base)}; "
                 "pass stages of one run"
             )
-        opened[str(name)] = weights
-    return opened
+        found[str(name)] = weights
+    return found
 
 
 def _shape(weights: Weights) -> tuple[Any, ...]:

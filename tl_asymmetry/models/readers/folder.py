@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tl_asymmetry.models.loading import has_tokenizer
 from tl_asymmetry.models.readers.base import WeightSource
 from tl_asymmetry.models.readers.blueprint import Skeleton, blueprint_of, skeleton_of, untied
 from tl_asymmetry.models.readers.files import TensorFiles, in_short
@@ -143,7 +144,7 @@ def refuse_quantised(config: Any, name: str) -> None:
 
 def read_tokenizer(folder: Path) -> Any:
     """The tokenizer beside the weights, or None where there is none."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+    if not has_tokenizer(folder):
         return None
     from transformers import AutoTokenizer
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _WEIGHTS = ("*.safetensors", "*.bin")
-_WANTED = ("*.json", "*.safetensors", "tokenizer.model", "*.txt")
+_WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _PICKLED = ("pytorch_model*.bin", "adapter_model.bin")
 _FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".json")
 

@@ -76,7 +76,7 @@ def loaded_folder(name: str, folder: Path, base: Any = None) -> LoadedWeights:
     Raises:
         ValueError: a model that transformers cannot load.
     """
-    model = transformers_model(folder, dtype="auto")
+    model = transformers_model(folder)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # a few tokens in any type; the others know no float64
     plain = isinstance(base, ModelView) and base.kind == PLAIN
