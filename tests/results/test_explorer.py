@@ -23,6 +23,7 @@ from tl_asymmetry.explore.pack import Pack
 from tl_asymmetry.explore.page import SCRIPT
 from tl_asymmetry.geometry.spectrum import marchenko_pastur_edge
 from tl_asymmetry.pair.lookups import context_parts, context_words, find_directions
+from tl_asymmetry.plots.held import OWN
 from tl_asymmetry.results.nulls import NULLS
 
 KIND = tiny.KINDS[-1]
@@ -41,18 +42,36 @@ def analysed(name: str) -> PairAnalysis:
     return analyze_pair(*pair(name), texts, ranks=[1, 4], groups=3, progress=False)
 
 
+def printed(place: int, *, first: int, power: int, positive: int, **_: Any) -> float:
+    """The number that stands at a place among those of so many digits."""
+    if place < 2:
+        return (np.nan, 0.0)[place]
+    sign, (more, mantissa) = -1 if place - 2 >= positive else 1, divmod((place - 2) % positive, 9 * first)
+    return sign * float(f"{first + mantissa}e{power + more}")
+
+
+def as_printed(values: Any, digits: int = 3) -> list[str]:
+    return [f"{v:.{digits - 1}e}" for v in np.asarray(values, float).ravel()]
+
+
 def unpack(raw: bytes) -> dict[str, Any]:
     """Read a pack as the page does."""
     length = int.from_bytes(raw[:4], "little")
     header = json.loads(raw[4 : 4 + length])
-    arrays = [
-        np.frombuffer(raw, TYPES[a["kind"]], a["length"], 4 + length + a["at"]) for a in header["arrays"]
-    ]  # fmt: skip
+    arrays, at = [], 4 + length
+    for each in header.pop("arrays"):
+        size = np.dtype(TYPES[each["kind"]]).itemsize
+        planes = np.frombuffer(raw, np.uint8, size * each["length"], at).reshape(size, each["length"])
+        arrays.append(planes.T.copy().view(TYPES[each["kind"]]).ravel())
+        at += planes.size
+    assert at == len(raw)
 
     def fill(value: Any) -> Any:
         if isinstance(value, dict):
-            if "array" in value:
+            if isinstance(value.get("array"), int):
                 held = arrays[value["array"]]
+                if "first" in value:
+                    return np.array([printed(int(place), **value) for place in held])
                 return [value["words"][i] for i in held] if "words" in value else held
             return {k: fill(v) for k, v in value.items()}
         return [fill(v) for v in value] if isinstance(value, list) else value
@@ -61,8 +80,11 @@ def unpack(raw: bytes) -> dict[str, Any]:
 
 
 def held(path: Path) -> dict[str, Any]:
-    (packed,) = re.findall(r'<script type="application/gzip" id="explorer-data">([^<]*)</script>', path.read_text())
-    return unpack(gzip.decompress(base64.b64decode(packed)))
+    packed = re.findall(
+        r'<script type="application/gzip" id="explorer-(?:data|cards)">([^<]*)</script>', path.read_text()
+    )
+    data, cards = (unpack(gzip.decompress(base64.b64decode(each))) for each in packed)
+    return {**data, **cards}
 
 
 def test_a_pack_gives_back_what_went_in():
@@ -75,12 +97,30 @@ def test_a_pack_gives_back_what_went_in():
     }  # fmt: skip
     back = unpack(pack.block(parts))
     np.testing.assert_allclose(back["plain"], np.random.default_rng(0).normal(size=15), rtol=1e-7)
-    np.testing.assert_array_equal(back["tiny"], [1e-60, np.nan, 0.5])  # in float32 the first would be 0
-    np.testing.assert_array_equal(back["huge"], [1e60, np.inf])
+    np.testing.assert_allclose(back["tiny"], [1e-60, np.nan, 0.5], rtol=1e-7)  # in float32 the first would be 0
+    np.testing.assert_allclose(back["huge"], [1e60, np.inf], rtol=1e-7)
     assert [back[n].tolist() for n in ("small", "middle", "wide", "none")] == [[0, 3], [300], [70_000], []]
     assert [back[n].itemsize for n in ("small", "middle", "wide")] == [1, 2, 4]
     assert back["words"] == ["a", "b", "a", BAD]
     assert pack.block(parts) == pack.block(parts)
+
+
+def test_equal_arrays_are_held_once():
+    pack = Pack()
+    first, other = pack.numbers([1.5, np.nan]), pack.numbers([1.5, 2.5])
+    assert pack.numbers([[1.5], [np.nan]]) == first != other
+    assert len(unpack(pack.block({"all": first}))["all"]) == 2
+
+
+@pytest.mark.parametrize("digits", [2, 3])
+def test_what_is_shown_is_held_as_it_is_printed(digits):
+    rng = np.random.default_rng(digits)
+    values = rng.normal(size=400) * 10.0 ** rng.integers(-9, 9, size=400)
+    edges = [0.0, 1.0, 9.999, 0.9995, 99.95, 1e-9, -1e9, 1.005, 0.1, 1e22, np.nan]
+    for each in (values, np.abs(values), edges, [np.nan], [0.0], [1e-310, 2.0], [np.inf, -3.14159]):
+        pack = Pack()
+        back = unpack(pack.block({"all": pack.shown(each, digits)}))["all"]
+        assert as_printed(back, digits) == as_printed(each, digits)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -92,7 +132,7 @@ def test_every_number_of_the_table_is_in_the_page(name, tmp_path):
     for each in page["maps"]:
         rows = result.table[
             (result.table["matrix"] == each["matrix"]) & (result.table["subspace"] == each["subspace"])
-        ].sort_values(["layer", "head", "rank"])
+        ].sort_values(["rank", "layer", "head"])
         assert each["heads"] == (None if rows["head"].isna().all() else rows["head"].nunique())
         for column, values in each["columns"].items():
             if pd.api.types.is_numeric_dtype(rows[column].dtype):
@@ -106,7 +146,8 @@ def test_every_number_of_the_table_is_in_the_page(name, tmp_path):
         profile = result.energy_profile(each["matrix"], each["subspace"]).astype(float).cumsum(-1)
         assert k[0] == 1
         assert k[-1] == profile.shape[-1]
-        np.testing.assert_allclose(curve, profile[..., np.array(k) - 1].ravel(), rtol=1e-6)
+        relative = profile[..., np.array(k) - 1] * result.config["shape"]["d_model"] / k
+        assert as_printed(curve) == as_printed(relative)
     assert found == len(result.table)
     if name == "llama":  # two query heads share a key head
         keys = [m for m in page["maps"] if m["matrix"] == "W_K"]
@@ -117,19 +158,27 @@ def test_every_number_of_the_table_is_in_the_page(name, tmp_path):
 def test_every_number_of_the_nulls_is_in_the_page_and_their_words_are_the_registrys(tmp_path):
     result = analysed("llama")
     page = held(result.to_explorer(tmp_path / "explorer.html", directions=0))
+    d = result.config["shape"]["d_model"]
     assert [null["key"] for null in page["nulls"]] == ["isotropic", "adam", "sgd", "sign", "muon"]
     assert all(null["label"] == NULLS[null["key"]].label for null in page["nulls"])
     found = 0
     for each in page["maps"]:
         rows = result.nulls[
             (result.nulls["matrix"] == each["matrix"]) & (result.nulls["subspace"] == each["subspace"])
-        ].sort_values(["layer", "head", "rank"])
+        ].sort_values(["rank", "layer", "head"])
         assert list(each["nulls"]) == [null for null in NULLS if null in set(rows["null"])]
         for null, columns in each["nulls"].items():
             here = rows[rows["null"] == null]
-            for name in ("expected", "excess", "low", "high", "p", "q"):
-                np.testing.assert_allclose(columns[name], here[name], rtol=1e-6, err_msg=name)
             found += len(here)
+            if null == "isotropic":  # the table's own columns
+                for name, column in OWN[0][-1].items():
+                    np.testing.assert_allclose(each["columns"][column], here[name], rtol=1e-6, err_msg=name)
+                continue
+            for name in ("excess", "p", "q"):
+                np.testing.assert_allclose(columns[name], here[name], rtol=1e-6, err_msg=name)
+            for name in ("low", "high"):
+                assert as_printed(columns[name]) == as_printed(here[name])
+            assert as_printed(columns["expected"]) == as_printed(here["expected"] * d / here["rank"])
     assert found == len(result.nulls)
 
 
@@ -140,10 +189,13 @@ def test_spectra_and_their_edge(tmp_path):
     for matrix, samples in (("W_Q", d), ("W_in", max(d, wide))):
         spectrum = result.delta_spectrum(matrix)
         share = spectrum / spectrum.sum(-1, keepdims=True)
-        np.testing.assert_allclose(page["spectra"][matrix]["share"], share.ravel(), rtol=1e-6)
+        at = np.array(page["spectra"][matrix]["index"])
+        assert at[0] == 1
+        assert at[-1] == share.shape[-1]
+        assert as_printed(page["spectra"][matrix]["share"]) == as_printed(share[..., at - 1])
         edge = marchenko_pastur_edge(torch.from_numpy(share[1, 0]), samples)
         heads = spectrum.shape[1]
-        assert page["spectra"][matrix]["edge"][heads] == pytest.approx(edge, rel=1e-6)
+        assert as_printed(page["spectra"][matrix]["edge"][heads]) == as_printed(edge)
 
 
 @pytest.mark.parametrize("independent", [1, 2, 3])
@@ -212,6 +264,7 @@ def test_experts_stand_where_heads_do(tmp_path):
     experts = result.table["expert"].max() + 1
     assert maps["W_in"]["heads"] == experts
     rows = result.table.query("matrix == 'W_in' and subspace == @maps['W_in']['subspace']")
+    assert rows["rank"].nunique() == 1
     np.testing.assert_allclose(maps["W_in"]["columns"]["fraction"], rows["fraction"], rtol=1e-6)
 
 

@@ -16,14 +16,14 @@ from tl_asymmetry.pair.data import PairData
 from tl_asymmetry.pair.lookups import MatrixDirections, context_parts
 from tl_asymmetry.pair.tables import PAIR_COLUMNS
 from tl_asymmetry.plots import rows as pick
-from tl_asymmetry.plots.held import held_against
+from tl_asymmetry.plots.held import ISOTROPIC, Held, held_against
 from tl_asymmetry.plots.maps import VERDICTS
 from tl_asymmetry.results.nulls import described
 from tl_asymmetry.spectra.result import SpectralAnalysis
 
 KEYS = ("layer", "head", "matrix", "subspace", "rank", "pathway")
-CURVE_POINTS = 40
-"""Ranks at which a curve is drawn, log-spaced."""
+CURVE_POINTS, SPECTRUM_POINTS = 40, 64
+"""Ranks and indexes at which curves and spectra are drawn, log-spaced as their axes are."""
 FRAME_COLUMNS = (
     "layer", "head", "matrix", "rank", "on_principal", "on_principal_relative", "on_principal_q", "coupling",
     "intruders", "intruders_expected", "rotation_left", "rotation_left_expected", "rotation_right",
@@ -38,7 +38,10 @@ _CONTEXT_TOKENS, _TOKENS_AFTER = 12, 4
 
 
 def maps(result: PairData, pack: Pack) -> list[dict[str, Any]]:
-    """Each matrix against each subspace: all columns of the table and of its nulls, as arrays [layer, head, rank]."""
+    """Each matrix against each subspace: all columns of the table and of its nulls, as arrays [rank, layer, head].
+
+    Ranks come first, since what does not depend on them then repeats in long runs.
+    """
     table, ranks = result.table, result.config["ranks"]
     layers = pick.layers_of(table)
     helds = held_against(table, described(result.nulls))
@@ -47,21 +50,15 @@ def maps(result: PairData, pack: Pack) -> list[dict[str, Any]]:
         units = pick.units(rows)
         heads = pick.heads_of(rows.assign(head=units))
         shared, group = pick.kv_group(table, str(matrix), None)
-        order = pd.MultiIndex.from_product([layers, heads, ranks], names=["layer", "head", "rank"])
-        keyed = rows.assign(head=units.astype("float64").fillna(-1)).set_index(["layer", "head", "rank"])
-        at = pd.MultiIndex.from_arrays(
-            [
-                order.get_level_values(0),
-                [-1.0 if h is None or pd.isna(h) else float(h) for h in order.get_level_values(1)],
-                order.get_level_values(2),
-            ]
-        )
+        keyed = rows.assign(head=units.astype("float64").fillna(-1)).set_index(["rank", "layer", "head"])
+        places = [-1.0 if h is None or pd.isna(h) else float(h) for h in heads]
+        at = pd.MultiIndex.from_product([ranks, layers, places])
         full = keyed.reindex(at)
+        relative = result.config["shape"]["d_model"] / at.get_level_values(0).to_numpy(float)
         nulls = {}
         for held in (held.of(rows) for held in helds):
             if held.there:
-                laid_out = held.numbers.assign(relation=held.relation).set_axis(keyed.index).reindex(at)
-                nulls[held.key] = {name: pack.numbers(values) for name, values in laid_out.items()}
+                nulls[held.key] = _of_null(held, keyed.index, at, relative, pack)
         columns: dict[str, Any] = {}
         for name in (c for c in table.columns if c not in KEYS):
             column = full[name]
@@ -78,6 +75,23 @@ def maps(result: PairData, pack: Pack) -> list[dict[str, Any]]:
             }
         )  # fmt: skip
     return found
+
+
+def _of_null(held: Held, index: pd.Index, at: pd.Index, relative: np.ndarray, pack: Pack) -> dict[str, Any]:
+    """A null's numbers beside a map, `expected` over chance; of the isotropic one only what no column holds.
+
+    What is only shown is held as it is shown; by excess, p and q heads are searched, sorted and coloured.
+    """
+    relation = pack.numbers(held.relation.set_axis(index).reindex(at))
+    if held.key == ISOTROPIC:
+        return {"relation": relation}
+    laid_out = held.numbers.set_axis(index).reindex(at)
+    return {
+        "relation": relation,
+        **{name: pack.numbers(laid_out[name]) for name in ("excess", "p", "q")},
+        **{name: pack.shown(laid_out[name]) for name in ("low", "high")},
+        "expected": pack.shown(laid_out["expected"] * relative),
+    }
 
 
 def nulls(result: PairData) -> list[dict[str, str]]:
@@ -98,19 +112,19 @@ def usual_subspaces(result: PairData) -> dict[str, str]:
 
 
 def curves(result: PairData, pack: Pack) -> dict[str, dict[str, Any]]:
-    """Fraction against rank of every head, `"W_Q/attn_in": {k, fraction [layer, head, k]}`, at log-spaced ranks."""
-    found = {}
+    """Relative fraction against rank of every head, `"W_Q/attn_in": {k, relative [layer, head, k]}`."""
+    d, found = result.config["shape"]["d_model"], {}
     for name, profile in result.arrays.items():
         if not name.startswith("profile/"):
             continue
-        k = np.unique(np.geomspace(1, profile.shape[-1], CURVE_POINTS).round().astype(int))
-        fraction = np.cumsum(profile.numpy().astype(np.float64), axis=-1)[..., k - 1]
-        found[name.removeprefix("profile/")] = {"k": k.tolist(), "fraction": pack.numbers(fraction)}
+        k = _spaced(profile.shape[-1], CURVE_POINTS)
+        relative = np.cumsum(profile.numpy().astype(np.float64), axis=-1)[..., k - 1] * d / k
+        found[name.removeprefix("profile/")] = {"k": k.tolist(), "relative": pack.shown(relative)}
     return found
 
 
 def spectra(result: PairData, pack: Pack) -> dict[str, dict[str, Any]]:
-    """Shares of ‖ΔW‖² along each head's own directions, by matrix, with the edge that independent entries would have.
+    """Shares of ‖ΔW‖² along each head's own directions (indexes from 1), with the edge independent entries would have.
 
     The edge [ours] is the Marchenko–Pastur law's with the longer axis of ΔW as samples and the shorter one as
     variables, fitted to the median as in `marchenko_pastur_edge`. Descriptive: no trained delta has independent
@@ -122,14 +136,19 @@ def spectra(result: PairData, pack: Pack) -> dict[str, dict[str, Any]]:
             continue
         total = spectrum.sum(-1, keepdim=True)
         share = spectrum / total
-        matrix = name.removeprefix("spectrum/")
+        matrix, index = name.removeprefix("spectrum/"), _spaced(spectrum.shape[-1], SPECTRUM_POINTS)
         samples = max(result.config["shape"]["d_model"], result.arrays[f"partners/{matrix}"].shape[-1])
         found[matrix] = {
-            "length": spectrum.shape[-1],
-            "share": pack.numbers(share.numpy()),
-            "edge": pack.numbers(_edges(share, samples)),
+            "index": index.tolist(),
+            "share": pack.shown(share.numpy()[..., index - 1]),
+            "edge": pack.shown(_edges(share, samples)),
         }
     return found
+
+
+def _spaced(last: int, points: int) -> np.ndarray:
+    """Numbers from 1 to the last, all of them or about so many, log-spaced."""
+    return np.unique(np.geomspace(1, last, points).round().astype(int)) if last > points else np.arange(1, last + 1)
 
 
 def _edges(share: Tensor, samples: int) -> np.ndarray:
@@ -154,13 +173,13 @@ def directions(
     for matrix, d in found.items():
         by_matrix[matrix] = {
             "n": d.energy.shape[-1], "tokens": d.embedding.shape[-1], "contexts": d.contexts.shape[-1],
-            "energy": pack.numbers(d.energy.numpy()),
+            "energy": pack.shown(d.energy.numpy()),
             "embedding": pack.indexes(np.searchsorted(token_ids, d.embedding.numpy())),
-            "embedding_cosine": pack.numbers(d.embedding_cosine.numpy()),
+            "embedding_cosine": pack.shown(d.embedding_cosine.numpy()),
             "unembedding": pack.indexes(np.searchsorted(token_ids, d.unembedding.numpy())),
-            "unembedding_cosine": pack.numbers(d.unembedding_cosine.numpy()),
+            "unembedding_cosine": pack.shown(d.unembedding_cosine.numpy()),
             "context": pack.indexes(np.searchsorted(places, d.contexts.numpy())),
-            "projection": pack.numbers(d.projections.numpy()),
+            "projection": pack.shown(d.projections.numpy(), digits=2),
         }  # fmt: skip
     texts = context_parts(tokenizer, sequences, places.tolist(), _CONTEXT_TOKENS, _TOKENS_AFTER)
     return {"tokens": words, "contexts": texts, "matrices": by_matrix}

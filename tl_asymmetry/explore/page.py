@@ -41,8 +41,9 @@ def explorer(
     A click on a head of the map (or Enter on it) opens its rank curve against both nulls, the spectrum of its delta,
     its leading directions with the nearest tokens and the contexts that excite them, and its edits, rewinding,
     trajectory and place in the base weight's own frame if given. Heads and experts can be searched, sorted, filtered,
-    set side by side and downloaded as CSV; the page's address (`#L7H3/W_Q`, `#L7E12/W_in`) restores what is open and
-    chosen, and where the reader was.
+    set side by side and downloaded as CSV (every column, in single precision); curves, spectra and directions are held
+    in the digits that the page shows. The page's address (`#L7H3/W_Q`, `#L7E12/W_in`) restores what is open and chosen,
+    and where the reader was.
 
     Args:
         result: what `analyze_pair` returned.
@@ -82,11 +83,6 @@ def explorer(
         )
     view = None if model is None else ModelView(model)  # refused before any work
     file, pack, config = page_path(path), Pack(), result.config
-    attachments = [
-        contents.attached(name, source, config["shown_rank"], pack)
-        for name, source in (("Edits", edits), ("Rewinding", rewinding), ("Trajectory", trajectory))
-        if source is not None
-    ]
     header: dict[str, Any] = {
         "title": result._title(),
         "facts": result._facts(),
@@ -100,11 +96,18 @@ def explorer(
         "verdicts": contents.verdicts(),
         "maps": contents.maps(result, pack),
         "usual": contents.usual_subspaces(result),
-        "curves": contents.curves(result, pack),
-        "spectra": contents.spectra(result, pack),
-        "directions": _directions(result, view, directions, progress, pack),
-        "attached": attachments,
-        "frame": None if spectra is None else contents.frame(spectra, pack),
+    }
+    of_cards = Pack()
+    cards: dict[str, Any] = {
+        "attached": [
+            contents.attached(name, source, config["shown_rank"], of_cards)
+            for name, source in (("Edits", edits), ("Rewinding", rewinding), ("Trajectory", trajectory))
+            if source is not None
+        ],
+        "curves": contents.curves(result, of_cards),
+        "spectra": contents.spectra(result, of_cards),
+        "frame": None if spectra is None else contents.frame(spectra, of_cards),
+        "directions": _directions(result, view, directions, progress, of_cards),
     }
     own = files(__package__)
     title = f"Head explorer: {result._title()}"
@@ -112,6 +115,7 @@ def explorer(
     scripts = Html(
         page.page_settings()
         + page.packed(pack.block(header), "explorer-data")
+        + page.packed(of_cards.block(cards), "explorer-cards")
         + page.plotly_script()
         + page.script(_script())
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from jaxtyping import Float
@@ -79,6 +80,7 @@ def _shares(eigenvalues: Tensor) -> Tensor:
     return λ / λ.sum(-1, keepdim=True)
 
 
+@cache
 def _marchenko_pastur_median(gamma: float) -> float:
     """Median of the law's continuous part for unit variance."""
     a, b = (1 - math.sqrt(gamma)) ** 2, (1 + math.sqrt(gamma)) ** 2

@@ -185,5 +185,5 @@ def described(nulls: pd.DataFrame) -> pd.DataFrame:
             f"expected nulls among {', '.join(NULLS)}, got {', '.join(unknown)}; pass what analyze_pair returned"
         )
     ordered = nulls.sort_values("null", key=lambda keys: keys.map(list(NULLS).index), kind="stable")
-    words = {word: [getattr(NULLS[key], word) for key in ordered["null"]] for word in _WORDS}
+    words = {word: ordered["null"].map({key: getattr(NULLS[key], word) for key in NULLS}) for word in _WORDS}
     return ordered.assign(**words)

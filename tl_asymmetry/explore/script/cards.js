@@ -1,6 +1,12 @@
 // The open heads, side by side: numbers and what belongs to them.
 
-function drawCards() {
+async function drawCards() {
+  if (state.open.length && !reading) {
+    $("cards").textContent = "Reading …";
+  }
+  if (state.open.length) {
+    await readCards();
+  }
   const cards = state.open.map(card);
   $("cards").replaceChildren(...cards.map((c) => c.node));
   if (!cards.length) {
@@ -32,13 +38,13 @@ function card(item) {
   pin.addEventListener("click", () => {
     item.pinned = !item.pinned;
     say(title(item) + (item.pinned ? " pinned." : " no longer pinned."));
-    refresh(".card [aria-pressed]", state.open.indexOf(item));
+    reopened(".card [aria-pressed]", state.open.indexOf(item));
   });
   const close = element("button", {type: "button", "aria-label": "Close " + title(item)}, "Close");
   close.addEventListener("click", () => {
     state.open = state.open.filter((o) => o !== item);
     say(title(item) + " closed.");
-    refresh();
+    reopened();
     $("map").querySelector("td[tabindex='0']").focus();
   });
   const spaces = element("select", {id: id + "-space"});
@@ -50,7 +56,7 @@ function card(item) {
     if (!state.open.some((o) => same(o, there))) {
       item.subspace = spaces.value;
     }
-    refresh(".card select", state.open.indexOf(item));
+    reopened(".card select", state.open.indexOf(item));
   });
   const interval = Number.isNaN(get("ci_low"))
     ? "none" + (item.subspace === "prediction" ? " (weights only)" : "")
@@ -60,7 +66,7 @@ function card(item) {
     const of = (name) => held(map, n.key, name, layer, head, r);
     const parts = [];
     if (!Number.isNaN(of("expected"))) {
-      parts.push(number(inRelative(of("expected"), r)));
+      parts.push(number(of("expected")));
     }
     if (!Number.isNaN(of("excess")) || !Number.isNaN(of("low"))) {
       parts.push(

@@ -11,13 +11,13 @@ function curve(item) {
       low: at(map, "ci_low", layer, head, r),
       high: at(map, "ci_high", layer, head, r),
       q: at(map, "isotropic_q", layer, head, r),
-      expected: others.map((n) => inRelative(held(map, n.key, "expected", layer, head, r), r)),
+      expected: others.map((n) => held(map, n.key, "expected", layer, head, r)),
     }))
     .filter((p) => Number.isFinite(p.relative));
-  const profile = data.curves[item.matrix + "/" + item.subspace];
-  const line = profile
-    ? profile.k.map((k, n) => (profile.fraction[(layer * map.count + head) * profile.k.length + n] * data.d) / k)
-    : [];
+  const profile = data.curves[item.matrix + "/" + item.subspace],
+    count = profile ? profile.k.length : 0,
+    where = (layer * map.count + head) * count;
+  const line = profile ? Array.from(profile.relative.slice(where, where + count)) : [];
   const seen = points
     .flatMap((p) => [p.relative, p.low, p.high, ...p.expected])
     .concat(line)
@@ -134,8 +134,9 @@ function octaves(range) {
 function drawSpectrum(box, item) {
   const spectrum = data.spectra[item.matrix],
     map = mapOf(item.matrix, item.subspace);
-  const where = item.layer * map.count + item.head;
-  const y = Array.from(spectrum.share.slice(where * spectrum.length, (where + 1) * spectrum.length));
+  const where = item.layer * map.count + item.head,
+    x = spectrum.index;
+  const y = Array.from(spectrum.share.slice(where * x.length, (where + 1) * x.length));
   if (!y.some((v) => v > 0)) {
     box.textContent = "No spectrum: the delta is zero.";
     box.style.minHeight = 0;
@@ -144,8 +145,7 @@ function drawSpectrum(box, item) {
   const [blue, , green] = theme().template.layout.colorway,
     edge = spectrum.edge[where];
   // Beyond the delta's rank only rounding is left; it would stretch the axis.
-  const floor = y[0] * 1e-9,
-    x = y.map((_, i) => i + 1);
+  const floor = y[0] * 1e-9;
   const traces = [
     {
       x,
@@ -159,7 +159,7 @@ function drawSpectrum(box, item) {
   ];
   if (Number.isFinite(edge)) {
     traces.push({
-      x: [1, spectrum.length],
+      x: [1, x[x.length - 1]],
       y: [edge, edge],
       mode: "lines",
       line: {color: green, dash: "dash", width: 1.5},
@@ -174,7 +174,7 @@ function drawSpectrum(box, item) {
 }
 
 async function plot(box, traces, layout) {
-  await plotly;
+  await plotly();
   // Below the plot: 46 pixels for the axis title, then room for four lines of legend on a telephone.
   const own = {
     height: 320,

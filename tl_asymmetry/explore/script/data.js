@@ -16,17 +16,61 @@ const FIRST_ROWS = 200;
 async function read(element) {
   const buffer = await unpacked(element).arrayBuffer();
   const length = new DataView(buffer).getUint32(0, true);
-  const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)));
+  const arrays = [];
+  let from = 4 + length;
   const kinds = {f4: Float32Array, f8: Float64Array, u1: Uint8Array, u2: Uint16Array, u4: Uint32Array};
-  const arrays = header.arrays.map((a) => new kinds[a.kind](buffer, 4 + length + a.at, a.length));
-  return JSON.parse(JSON.stringify(header), (key, value) =>
-    value && typeof value === "object" && "array" in value
-      ? value.words
-        ? {words: value.words, at: arrays[value.array]}
-        : arrays[value.array]
-      : value,
-  );
+  const {arrays: layout, ...header} = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)));
+  for (const {kind, length: count} of layout) {
+    const numbers = new kinds[kind](count);
+    together(new Uint8Array(buffer, from, numbers.byteLength), numbers);
+    arrays.push(numbers);
+    from += numbers.byteLength;
+  }
+  return inPlace(header, arrays);
 }
+
+// All first bytes of an array come before all second ones.
+function together(bytes, numbers) {
+  const size = numbers.BYTES_PER_ELEMENT,
+    out = new Uint8Array(numbers.buffer);
+  for (let b = 0, i = 0; b < size; b += 1) {
+    for (let at = b; at < out.length; at += size, i += 1) {
+      out[at] = bytes[i];
+    }
+  }
+}
+
+// The header with its arrays where a number stands for one.
+function inPlace(value, arrays) {
+  if (Array.isArray(value)) {
+    return value.map((v) => inPlace(v, arrays));
+  }
+  if (value === null || typeof value !== "object") {
+    return value;
+  }
+  if (!Number.isInteger(value.array)) {
+    return Object.fromEntries(Object.entries(value).map(([name, v]) => [name, inPlace(v, arrays)]));
+  }
+  const held = arrays[value.array];
+  return value.words ? {words: value.words, at: held} : value.first ? printed(held, value) : held;
+}
+
+// Numbers of few decimal digits from their places: NaN, 0, the positive ones by size, the negative ones. `first` is the
+// least of so many digits, `power` the power of ten of the smallest number's last one.
+function printed(places, {first, power, positive}) {
+  return Float64Array.from(places, (place) => {
+    if (place < 2) {
+      return place ? 0 : NaN;
+    }
+    const i = (place - 2) % positive,
+      size = (first + (i % (9 * first))) * 10 ** (power + Math.floor(i / (9 * first)));
+    return place < 2 + positive ? size : -size;
+  });
+}
+
+// What only the cards of open heads show is read when the first one opens.
+let reading;
+const readCards = () => (reading ||= read($("explorer-cards")).then((found) => Object.assign(data, found)));
 
 const maps = data.maps.map((m, i) => ({...m, i, count: m.heads === null ? 1 : m.heads}));
 const mapOf = (matrix, subspace) => maps.find((m) => m.matrix === matrix && m.subspace === subspace);
@@ -37,16 +81,17 @@ function at(map, column, layer, head, rank) {
   if (!held) {
     return NaN;
   }
-  const where = (layer * map.count + head) * data.ranks.length + rank;
+  const where = (rank * data.layers + layer) * map.count + head;
   return held.words ? held.words[held.at[where]] : held[where];
 }
 
 const inRelative = (fraction, rank) => (fraction * data.d) / data.ranks[rank];
 
-// A number of a null (expected, excess, low, high, p, q, relation) of a map's head; NaN where it does not apply.
+// A number of a null (relation; but of the isotropic one, expected over chance, excess, low, high, p, q) of a map's head;
+// NaN where it does not apply.
 function held(map, key, name, layer, head, rank) {
   const null_ = map.nulls[key];
-  return null_ ? null_[name][(layer * map.count + head) * data.ranks.length + rank] : NaN;
+  return null_ ? null_[name][(rank * data.layers + layer) * map.count + head] : NaN;
 }
 
 const ISOTROPIC = "isotropic";

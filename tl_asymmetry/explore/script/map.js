@@ -72,9 +72,6 @@ function drawMap() {
       } else {
         found += 1;
       }
-      if (state.open.some((o) => o.matrix === map.matrix && o.layer === l && o.head === h)) {
-        cell.classList.add("open");
-      }
       row.append(cell);
     }
     body.append(row);
@@ -82,6 +79,7 @@ function drawMap() {
   const focused = $("map").contains(document.activeElement);
   table.append(element("thead", {}, top), body);
   $("map").replaceChildren(table);
+  markOpen();
   if (focused) {
     focusCell();
   }
@@ -130,6 +128,14 @@ function drawLegend(kind, limit, stops) {
     element("div", {className: "bar"}, ramp, ticks),
     element("span", {}, "one scale for all matrices at this rank"),
   );
+}
+
+// The frames of the cells whose heads are open.
+function markOpen() {
+  $("map").querySelectorAll("td.open").forEach((cell) => cell.classList.remove("open"));
+  state.open
+    .filter((o) => o.matrix === maps[state.map].matrix)
+    .forEach((o) => cellAt(o.layer, o.head).classList.add("open"));
 }
 
 function cellAt(layer, head) {

@@ -128,13 +128,13 @@ function setAddress() {
 
 const same = (a, b) => a.layer === b.layer && a.head === b.head && a.matrix === b.matrix && a.subspace === b.subspace;
 
-function openHead(item) {
+async function openHead(item) {
   if (state.open.some((o) => same(o, item))) {
     return say(title(item) + " is open already.");
   }
   state.open = state.open.filter((o) => o.pinned).concat([{...item, pinned: false}]);
   say(title(item) + " opened.");
-  refresh();
+  await reopened();
 }
 
 const title = (item) => headName(mapOf(item.matrix, item.subspace), item.layer, item.head) + " · " + item.matrix;

@@ -89,8 +89,8 @@ function drawTable() {
     .replaceChildren(
       ...rows.slice(0, state.rows).map((row) => {
         const button = element("button", {type: "button"}, headName(row.map, row.layer, row.head));
-        button.addEventListener("click", () => {
-          openHead({layer: row.layer, head: row.head, matrix: row.map.matrix, subspace: row.map.subspace});
+        button.addEventListener("click", async () => {
+          await openHead({layer: row.layer, head: row.head, matrix: row.map.matrix, subspace: row.map.subspace});
           focusCard();
         });
         return element(

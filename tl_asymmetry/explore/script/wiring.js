@@ -1,10 +1,17 @@
 // What happens when: controls, keys, address, theme.
 
-function refresh(selector, n) {
+async function refresh() {
   setAddress();
   drawMap();
-  drawCards();
   drawTable();
+  await drawCards();
+}
+
+// After a change of what is open alone: what the map and the table say is as before.
+async function reopened(selector, n) {
+  setAddress();
+  markOpen();
+  await drawCards();
   const node =
     selector && $("cards").children[n] && $("cards").children[n].querySelector(selector.replace(".card ", ""));
   if (node) {
@@ -12,7 +19,7 @@ function refresh(selector, n) {
   }
 }
 
-function follow() {
+async function follow() {
   const items = parse(location.hash),
     named = location.hash.replace(/^#/, "").split(";")[0];
   if (named && !items.length) {
@@ -35,7 +42,7 @@ function follow() {
     $(id).checked = only.includes(name);
   });
   tellRank();
-  refresh();
+  await refresh();
   scrollTo({top: scroll[0], behavior: "instant"});
   $("open").scrollTop = scroll[1];
 }
@@ -148,5 +155,10 @@ addEventListener("resize", () => {
   clearTimeout(resized);
   resized = setTimeout(drawMap, 150);
 });
-follow();
+await follow();
 document.documentElement.dataset.ready = "yes";
+// What the first card needs, while the reader looks at the map.
+(window.requestIdleCallback || setTimeout)(() => {
+  readCards();
+  plotly();
+});

@@ -15,6 +15,8 @@ const whole = new Promise((resolve) => {
   }
 });
 
+plotly();
+
 const idle = () => new Promise((resolve) => (window.requestIdleCallback || setTimeout)(resolve));
 
 async function held(id) {
@@ -153,7 +155,7 @@ async function draw(box) {
     const source = await held(`${plot.id}-data`);
     const packed = source.type === "application/gzip";
     const figure = packed ? await unpacked(source).json() : JSON.parse(source.textContent);
-    await plotly;
+    await plotly();
     await show(box, plot, figure);
     if (packed) {
       addHover(plot);

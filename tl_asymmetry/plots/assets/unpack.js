@@ -1,4 +1,4 @@
-// What every page begins with: packed script elements (gzip in base64) are read, and plotly.js, packed too, is started.
+// What every page begins with: packed script elements (gzip in base64) are read; plotly.js, packed too, starts when asked.
 
 function unpacked(element) {
   const binary = atob(element.textContent);
@@ -9,15 +9,17 @@ function unpacked(element) {
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip")));
 }
 
-// Resolves once `Plotly` is there; pages without figures carry none.
-const plotly = (async () => {
-  const packed = document.getElementById("plotly-code");
-  if (packed) {
-    const script = document.createElement("script");
-    script.textContent = await unpacked(packed).text();
-    document.head.append(script);
-  }
-})();
+// Starts plotly.js, once, and resolves when `Plotly` is there; pages without figures carry none.
+let starting;
+const plotly = () =>
+  (starting ||= (async () => {
+    const packed = document.getElementById("plotly-code");
+    if (packed) {
+      const script = document.createElement("script");
+      script.textContent = await unpacked(packed).text();
+      document.head.append(script);
+    }
+  })());
 
 function saveAs(blob, name) {
   const link = document.createElement("a");
