@@ -123,7 +123,7 @@ def write_wide(result: Any, path: Path) -> Path:
     from unittest.mock import patch
 
     from tl_asymmetry.explore import contents, page
-    from tl_asymmetry.pair.directions import MatrixDirections
+    from tl_asymmetry.pair.lookups import MatrixDirections
 
     layers, heads = WIDE
     generator = torch.Generator().manual_seed(3)

@@ -169,3 +169,21 @@ def test_the_page_of_models_is_what_was_measured() -> None:
     from benchmarks.architectures import PAGE, RESULTS, page
 
     assert PAGE.read_text() == page(json.loads(RESULTS.read_text()))
+
+
+def test_on_a_package_index_the_readme_leads_to_files_that_are_there(monkeypatch):
+    """There is no repository around it: links and pictures must be absolute."""
+    interface = types.SimpleNamespace(MetadataHookInterface=object)  # the build's, which tests run without
+    monkeypatch.setitem(sys.modules, "hatchling.metadata.plugin.interface", interface)
+    hook = runpy.run_path(str(ROOT / "hatch_build.py"))["ReadmeHook"]()
+    hook.root, metadata = str(ROOT), {"urls": {"Repository": "https://example.org/us"}}
+    hook.update(metadata)
+    assert metadata["readme"]["content-type"] == "text/markdown"
+    ours = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)", ours)
+    moved = re.findall(r"\]\(([^)\s]+)\)", metadata["readme"]["text"])
+    for link, there in zip(links, moved, strict=True):
+        kind = "raw" if link.startswith("docs/images/") else "blob"
+        assert there == (link if link.startswith("https:") else f"https://example.org/us/{kind}/main/{link}")
+        assert link.startswith("https:") or (ROOT / link).is_file()
+    assert re.sub(r"\]\([^)]*\)", "]()", ours) == re.sub(r"\]\([^)]*\)", "]()", metadata["readme"]["text"])
