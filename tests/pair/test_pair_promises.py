@@ -34,6 +34,7 @@ from tl_asymmetry.store import read_part, write_part
 TOKENS = tiny.tokens(9, 12)
 TEXTS = [" ".join(f"w{(7 * i + j * j) % 90}" for j in range(10 + i)) for i in range(6)]
 OPTIONS: dict[str, Any] = {"tokens": TOKENS, "ranks": [1, 4], "groups": 3, "progress": False}
+ONE_RANK = OPTIONS | {"ranks": [4]}  # where the subject is not the numbers
 BAD_NAME = '<img src=x onerror="alert(1)">'
 
 
@@ -115,7 +116,7 @@ def test_everything_is_left_as_it_was(kind: str, end: str) -> None:
             model(TOKENS)  # transformers itself leaves hooks (output capturing) on its first pass
         calls.clear()
         before = state(base, aligned)
-        options = OPTIONS | {"activations": "both", "batch_size": 2}
+        options = ONE_RANK | {"activations": "both", "batch_size": 2}
         if end == "success":
             analyze_pair(base, aligned, **options)
         else:
@@ -144,7 +145,7 @@ def test_what_was_put_into_a_model_is_named(kind: str) -> None:
     )
     inside = "Identity in the place of blocks.0.hook_resid_post"
     with pytest.warns(UserWarning, match=said), pytest.warns(UserWarning, match=inside):
-        result = analyze_pair(base, aligned, **OPTIONS)
+        result = analyze_pair(base, aligned, **ONE_RANK)
     assert sum("is analysed with what has been put into it" in note for note in result.notes) == 2
     with pytest.warns(UserWarning, match=said):
         centroids(base, tokens=TOKENS[:1])
@@ -152,7 +153,7 @@ def test_what_was_put_into_a_model_is_named(kind: str) -> None:
 
 @functools.cache
 def quiet(kind: str) -> PairAnalysis:
-    return analyze_pair(*pair(kind, "llama"), **OPTIONS)
+    return analyze_pair(*pair(kind, "llama"), **ONE_RANK)
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -163,15 +164,15 @@ def test_options_that_move_hooks_make_no_difference(kind: str, flag: str) -> Non
     if switch is None or (flag, kind) == ("use_attn_in", "hooked"):
         pytest.skip("no option of this model")
     switch(True)
-    identical_tables(quiet(kind), analyze_pair(base, pair(kind, "llama")[1], **OPTIONS))
+    identical_tables(quiet(kind), analyze_pair(base, pair(kind, "llama")[1], **ONE_RANK))
     assert getattr(base.cfg, flag) is True
 
 
 def test_training_mode_makes_no_difference() -> None:
     base, aligned = (tiny.bridge("gpt2", delta=δ) for δ in (0.0, 0.05))  # with dropout
-    quiet = analyze_pair(base, aligned, **OPTIONS)
+    quiet = analyze_pair(base, aligned, **ONE_RANK)
     base.train()
-    identical_tables(quiet, analyze_pair(base, aligned, **OPTIONS))
+    identical_tables(quiet, analyze_pair(base, aligned, **ONE_RANK))
 
 
 # --- determinism -----------------------------------------------------------------------------------------------------
@@ -397,13 +398,13 @@ def test_results_pickle_copy_and_compare(tmp_path: Path) -> None:
     import copy
     import pickle
 
-    result = analyze_pair(*pair(), **OPTIONS)
+    result = analyze_pair(*pair(), **ONE_RANK)
     for twin in (pickle.loads(pickle.dumps(result)), copy.copy(result), copy.deepcopy(result), PairAnalysis.load(
         result.save(tmp_path)
     )):  # fmt: skip
         assert twin == result
         pd.testing.assert_frame_equal(twin.table, result.table, check_exact=True)
-    assert result != analyze_pair(*pair(), **{**OPTIONS, "seed": 1})
+    assert result != analyze_pair(*pair(), **{**ONE_RANK, "seed": 1})
     assert result != "a result"
 
 
@@ -508,7 +509,7 @@ def test_directions_refusals(tmp_path: Path) -> None:
 
 def test_directions_do_not_keep_the_model_alive() -> None:
     base, aligned = tiny.bridge("gpt2"), tiny.bridge("gpt2", delta=0.05)
-    result = analyze_pair(base, aligned, **OPTIONS)
+    result = analyze_pair(base, aligned, **ONE_RANK)
     del base, aligned
     import gc
 
@@ -561,7 +562,7 @@ def test_the_summary() -> None:
 def test_names_are_escaped(tmp_path: Path) -> None:
     base, aligned = (tiny.bridge("gpt2", delta=δ) for δ in (0.0, 0.05))
     base.cfg.model_name = aligned.cfg.model_name = BAD_NAME
-    result = analyze_pair(base, aligned, **OPTIONS)
+    result = analyze_pair(base, aligned, **ONE_RANK)
     assert BAD_NAME in result.summary()
     assert BAD_NAME not in result._repr_html_()
     assert "&lt;img" in result._repr_html_()

@@ -27,7 +27,7 @@ from tl_asymmetry.settings import PairSettings
 from tl_asymmetry.store import StoreReader
 
 TOKENS = tiny.tokens(9, 12)
-OPTIONS: dict[str, Any] = {"tokens": TOKENS, "ranks": [1, 4], "groups": 3, "batch_size": 2, "progress": False}
+OPTIONS: dict[str, Any] = {"tokens": TOKENS, "ranks": [4], "groups": 3, "batch_size": 2, "progress": False}
 TABLES = PairAnalysis.TABLES
 
 
@@ -221,7 +221,7 @@ from tl_asymmetry.models.processes import started_processes
 warnings.simplefilter("ignore")
 base_directory, aligned_directory, out = sys.argv[1:]
 tokens = tiny.tokens(9, 12)
-options = dict(ranks=[1, 4], groups=3, batch_size=2, progress=False)
+options = dict(ranks=[4], groups=3, batch_size=2, progress=False)
 with started_processes() as processes:
     assert processes.count == 2
     base, aligned = (open_model(d, torch.float64, device="cpu") for d in (base_directory, aligned_directory))

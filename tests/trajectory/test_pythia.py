@@ -25,7 +25,7 @@ from tl_asymmetry.store import StoreReader
 from tl_asymmetry.trajectory.pythia import HuggingFaceHub, RemoteFile
 
 TOKENS = tiny.tokens(9, 12)
-OPTIONS: dict[str, Any] = {"tokens": TOKENS, "ranks": [1, 4], "groups": 3, "progress": False}
+OPTIONS: dict[str, Any] = {"progress": False, "tokens": TOKENS, "ranks": [4], "matrices": ["W_K", "W_O"], "groups": 3}
 STEPS = (0, 1, 1000)
 REPOSITORY = "EleutherAI/pythia-tiny"
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests import tiny
 from tests.trajectory.test_effective import BOTH, READING, agree, checkpoint, pretrained
-from tests.trajectory.test_recorder import OPTIONS, train
+from tests.trajectory.test_recorder import FEW, train
 from tl_asymmetry import analyze_trajectory
 from tl_asymmetry.trajectory.checkpoints import checkpoints_of
 
@@ -41,7 +41,7 @@ def test_a_lora_run_is_analysed_from_its_folder(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="expected a model that can be run, got weights alone .*; pass base= or a whole"
     ):
-        analyze_trajectory(tmp_path, **OPTIONS, subspaces_from="each", progress=False)
+        analyze_trajectory(tmp_path, **FEW, subspaces_from="each", progress=False)
 
 
 def test_files_are_what_loaded_models_are(tmp_path: Path) -> None:
@@ -58,11 +58,13 @@ def test_files_are_what_loaded_models_are(tmp_path: Path) -> None:
     assert len(list((tmp_path / "checkpoint-5").glob("*.safetensors"))) > 1
     models[10].save_pretrained(tmp_path / "checkpoint-10")
     file = tmp_path / "checkpoint-10" / "model.safetensors"
-    expected = analyze_trajectory({s: checkpoint(m) for s, m in models.items()}, **BOTH, progress=False)
+    expected = analyze_trajectory(
+        {s: checkpoint(m) for s, m in models.items()}, **FEW, reference="both", progress=False
+    )
     whole = {name: t.clone() for name, t in models[15].state_dict().items() if name != "lm_head.weight"}
     save_file(whole, tmp_path / "last.safetensors")
     run = {0: tmp_path / "checkpoint-0", 5: tmp_path / "checkpoint-5", 10: file, 15: tmp_path / "last.safetensors"}
-    result = analyze_trajectory(run, **BOTH, progress=False)
+    result = analyze_trajectory(run, **FEW, reference="both", progress=False)
     for name in ("table", "asymmetry", "curves"):
         pd.testing.assert_frame_equal(getattr(result, name), getattr(expected, name), check_exact=True)
     assert result.checkpoints["weights_xxh3"].equals(expected.checkpoints["weights_xxh3"])
@@ -76,10 +78,10 @@ def test_state_dicts_follow_a_first_whole_model() -> None:
     for step in (1, 2):
         tiny.perturb_(model, 0.01, step)
         run[step] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    result = analyze_trajectory(run, **OPTIONS, progress=False)
+    result = analyze_trajectory(run, **FEW, progress=False)
     assert result.steps == [1, 2]
     assert (result.table["delta_norm"] > 0).all()
-    last = analyze_trajectory({0: first, 2: model}, **OPTIONS, progress=False).table
+    last = analyze_trajectory({0: first, 2: model}, **FEW, progress=False).table
     there = result.table.query("step == 2").reset_index(drop=True)
     pd.testing.assert_frame_equal(there, last, check_exact=True)
 
