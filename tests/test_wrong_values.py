@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from tests import tiny
 from tl_asymmetry import demo, edits, geometry, grokking
 from tl_asymmetry.arguments import checked, plain_arguments
 from tl_asymmetry.models.readers.hub import at_home
-from tl_asymmetry.objectives import CrossEntropy
+from tl_asymmetry.objectives import CrossEntropy, Mix, Optimizer, PreferenceBatch, TokenBatch
 from tl_asymmetry.plots.layout import finish
 from tl_asymmetry.plots.spectrum import spectrum_figure
 from tl_asymmetry.plots.style import some_of
@@ -33,7 +34,7 @@ from tl_asymmetry.results.report import write_images
 
 pytestmark = pytest.mark.usefixtures("unchecked_types")
 
-ROOMS = ("", "coupling", "demo", "edits", "geometry", "grokking", "jacobians", "objectives")
+ROOMS = ("", "coupling", "demo", "edits", "geometry", "grokking", "jacobians", "objectives", "plots")
 
 WRONG: dict[str, Callable[[], Any]] = {
     "None": lambda: None,
@@ -60,6 +61,9 @@ RIGHT: dict[str, tuple[str, ...]] = {
     "str": ("a word",),
     "Path": (),
     "None": ("None",),
+    "Float": ("int8",),
+    "Float64": ("int8",),
+    "np.ndarray": (),
 }
 """Which of these are no wrong values after all, by what stands in the annotation; a NaN is a number, and refused by the
 functions that need one that is."""
@@ -104,7 +108,7 @@ def test_a_wrong_value_is_refused(name: str) -> None:
     call = CALLS[name]
     parameters = inspect.signature(call).parameters
     for argument in plain_arguments(call):
-        parts = str(parameters[argument].annotation).replace(" ", "").split("|")
+        parts = re.sub(r"\[[^]]*\]", "", str(parameters[argument].annotation)).replace(" ", "").split("|")
         right = {value for part in parts for value in RIGHT[part]}
         for wrong, made in WRONG.items():
             if wrong not in right:
@@ -327,3 +331,97 @@ def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert at_home("EleutherAI/pythia-14m") == "EleutherAI/pythia-14m"
     with pytest.raises(ValueError, match=f"expected the path of a file, got the folder {tmp_path}"):
         page_path("~")
+
+
+def test_an_empty_string_is_no_path(
+    analysed: tla.PairAnalysis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    calls: dict[str, list[Callable[[str], Any]]] = {
+        "path": [analysed.save, analysed.to_csv, analysed.to_html, analysed.to_explorer, tla.load],
+        "folder": [analysed.write_images],
+    }
+    for name, takers in calls.items():
+        for take in takers:
+            for wrong in ("", " ", "a\0b"):
+                with pytest.raises(ValueError, match=f"^expected {name} as a path, got .*; pass a path$"):
+                    take(wrong)
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_draws_than_memory_are_refused(model: Any, analysed: tla.PairAnalysis) -> None:
+    other = tiny.perturbed(model, 0.05)
+    options: dict[str, Any] = {"tokens": tiny.tokens(2, 6), "draws": 10**12}
+    calls: list[Callable[[], Any]] = [
+        lambda: tla.rank_one_study(model, other, progress=False, **options),
+        lambda: tla.centroids(model, noise=0.1, **options),
+        lambda: tla.analyze_tangents({0: model, 9: other}, progress=False, **options),
+        lambda: edits.matched_controls(tla.RankOneEdit(0, "W_O", 0, torch.ones(48), torch.ones(12)), "random", 10**12),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="expected draws from 1 to 100,000, got 1000000000000; pass draws="):
+            call()
+    with pytest.raises(ValueError, match="expected contexts of at least 1, got -3; pass contexts=5"):
+        analysed.directions("L0H0.W_Q", contexts=-3, model=model)
+
+
+def test_a_trajectory_takes_neither_a_model_as_gradients_nor_any_tokenizer(model: Any) -> None:
+    run = {0: model, 5: model}
+    for wrong in (model, 3, "gradient"):
+        with pytest.raises(ValueError, match="expected gradient as a function of a model, got .*; pass e.g."):
+            tla.analyze_trajectory(run, tokens=tiny.tokens(2, 6), gradient=wrong, progress=False)
+    for wrong in (3, "gpt2", object()):
+        with pytest.raises(ValueError, match="expected tokenizer as a tokenizer of transformers, got .*; pass AutoTok"):
+            tla.analyze_trajectory(run, tokens=tiny.tokens(2, 6), tokenizer=wrong, progress=False)
+
+
+def test_numbers_of_a_training_that_cannot_be_meant_are_refused() -> None:
+    tokens, yes = tiny.tokens(2, 4), torch.ones(2, 4, dtype=torch.bool)
+    infinite, nan = float("inf"), float("nan")
+    calls: list[tuple[Callable[[], Any], str]] = [
+        (lambda: grokking.Recipe(lr=nan), "expected lr > 0, got nan"),
+        (lambda: grokking.Recipe(clip=-1.0), "expected clip > 0, got -1.0"),
+        (lambda: grokking.Recipe(weight_decay=infinite), "expected weight_decay >= 0, got inf"),
+        (lambda: grokking.Recipe(betas=(0.9, 1.0)), r"expected two betas from 0 to below 1, got \(0.9, 1.0\)"),
+        (lambda: Optimizer(betas=None), "expected betas as a number, or several, got None"),  # type: ignore[arg-type]
+        (lambda: Optimizer(lr=infinite), "expected lr > 0"),
+        (lambda: grokking.GrokShape(n_heads=0), "expected n_heads from 1 to 100,000, got 0"),
+        (lambda: grokking.GrokShape(p=10**12), "expected p from 1 to 100,000, got 1000000000000"),
+        (lambda: grokking.ModularArithmetic(p=10**12), "expected p from 2 to 2,000, got 1000000000000"),
+        (lambda: grokking.ModularArithmetic([["add"]]), "expected ops as a string, or several"),  # type: ignore[arg-type]
+        (lambda: CrossEntropy(temperature=infinite), "expected temperature > 0, got inf"),
+        (lambda: Mix(3), "expected parts .weight, objective., got .*; pass e.g."),
+        (lambda: Mix((1.0, 3)), "expected parts .weight, objective., got .*; pass e.g."),
+        (lambda: TokenBatch(None, yes), "expected tokens and mask as tensors .*, got None and bool"),  # type: ignore[arg-type]
+        (lambda: TokenBatch(tokens * 0.5, yes), "expected tokens as whole numbers, got float32"),
+        (lambda: PreferenceBatch(TokenBatch(tokens, yes), 3), "expected chosen and rejected as TokenBatch, got 3"),  # type: ignore[arg-type]
+    ]
+    for call, words in calls:
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+def test_a_place_is_said_once(analysed: tla.PairAnalysis, model: Any) -> None:
+    for call in (
+        lambda: analysed.directions("L0H0.W_Q", head=3, model=model),
+        lambda: analysed.plot_rank_curve("L0H0.W_Q", head=3),
+    ):
+        with pytest.raises(
+            ValueError, match="expected a whole place or its parts, got 'L0H0.W_Q' and head=3; pass one"
+        ):
+            call()
+    row = analysed.table.iloc[0]  # its numbers are numpy's
+    analysed.plot_rank_curve(row["matrix"], row["layer"], row["head"])
+    assert len(analysed.directions(row["layer"], row["matrix"], row["head"], n=1, contexts=1, model=model)) == 2
+
+
+def test_figures_are_refused_before_their_tests(analysed: tla.PairAnalysis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tla.PairAnalysis, "stability", lambda self: pytest.fail("the tests were made"))
+    monkeypatch.setattr(tla.PairAnalysis, "sensitivity", lambda self: analysed.table)
+    for name, wrong in (("matrix", "W_X"), ("subspace", "attn"), ("rank", 3)):
+        with pytest.raises(ValueError, match=f"expected {name} to be one of .*, got {wrong!r}; pass {name}="):
+            analysed.plot_sensitivity(**{name: wrong})
+    with pytest.raises(ValueError, match="expected template with keys data and layout, got nonsense; pass None"):
+        analysed.plot_heads("W_Q", template={"nonsense": 1})
+    drawn = analysed.plot_heads(["W_Q", "W_K"], side_by_side=2)
+    assert analysed.plot_heads(["W_Q", "W_K"], side_by_side=10**12).to_json() == drawn.to_json()

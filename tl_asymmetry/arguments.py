@@ -1,14 +1,15 @@
 """Wrong numbers, flags, names and paths, refused before any work: what annotations promise, checked in one place.
 
 Annotations say what a plain argument has to be. `checked` reads them once and refuses everything else by the
-argument's name; ranges, and what depends on a model, a function checks itself, and so it does what may come in many
-forms (texts, lists, tensors, models).
+argument's name; ranges, shapes, and what depends on a model, a function checks itself, and so it does what may come in
+many forms (texts, lists, models).
 """
 
 from __future__ import annotations
 
 import inspect
 import os
+import re
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
@@ -20,14 +21,16 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 T = TypeVar("T", bound=Callable[..., Any])
 
 _SHOWN = 60
+_MOST_DRAWS = 100_000
+_REAL = re.compile(r"float|int\d", re.IGNORECASE)
 _MISSING = inspect.Parameter.empty
 
 
 def checked(thing: T) -> T:
     """A function whose plain arguments are held against its annotations; or a class with its constructor and methods.
 
-    Plain are whole numbers, numbers, flags, strings and paths, each or None where the annotation has it; an argument
-    with anything else in its annotation is left to the function.
+    Plain are whole numbers, numbers, flags, strings, paths and tensors of numbers, each or None where the annotation
+    has it; an argument with anything else in its annotation is left to the function.
 
     Raises:
         ValueError: at the call, naming the argument, what was expected, what was found and what to pass instead.
@@ -88,6 +91,16 @@ def listed(name: str, given: Any, kind: type[Any], *, instead: str) -> list[Any]
     if not isinstance(several, list) or not all(plain.allows(value) for value in several):
         raise ValueError(f"expected {name} as {plain.words}, or several, got {shown(given)}; pass {instead}")
     return several
+
+
+def check_draws(draws: int, *, usual: int = 20) -> None:
+    """Refuse a number of draws that is none, or more than anyone has memory for.
+
+    Raises:
+        ValueError: outside 1 to 100,000.
+    """
+    if not 1 <= draws <= _MOST_DRAWS:
+        raise ValueError(f"expected draws from 1 to {_MOST_DRAWS:,}, got {draws}; pass draws={usual}")
 
 
 def shown(value: object) -> str:
@@ -175,6 +188,8 @@ def _arguments(function: Any, owner: type | None) -> dict[str, _Argument]:
             except NameError:  # for type checkers only
                 continue
         kinds = [_kind(part) for part in _parts(annotation)]
+        if _PATH in kinds:  # a path may be a string, but not every string is one
+            kinds = [_PATH if kind is _PLAIN[str] else kind for kind in kinds]
         plain = [kind for kind in kinds if kind is not None]
         if plain and len(plain) == len(kinds):
             plain.sort(key=lambda kind: kind is _NONE)
@@ -190,15 +205,32 @@ def _kind(annotation: Any) -> _Kind | None:
     """What a part of an annotation allows; None for what is not plain."""
     if get_origin(annotation) is not None or not isinstance(annotation, type):  # list[int] is a type on Python 3.10
         return None
+    array = getattr(annotation, "array_type", None)  # of jaxtyping's classes
+    if array is not None:
+        return _of_numbers(array) if "float64" in getattr(annotation, "dtypes", ()) else None
     return _PATH if annotation is not object and issubclass(annotation, os.PathLike) else _PLAIN.get(annotation)
+
+
+def _of_numbers(array: type) -> _Kind:
+    """A tensor, or an array of numpy, of real numbers; its shape the function checks itself."""
+    words, like = {
+        "Tensor": ("a tensor of numbers", lambda value: isinstance(value, array)),
+        "ndarray": ("a numpy array of numbers", lambda value: hasattr(value, "__array__")),  # or a column of pandas
+    }[array.__name__]
+    return _Kind(words, lambda value: like(value) and bool(_REAL.search(str(getattr(value, "dtype", "")))), words)
 
 
 def _is_number(value: Any, kind: type) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
+def _is_path(value: Any) -> bool:
+    """A path, or a string that can be one: the empty one would be the current folder."""
+    return isinstance(value, os.PathLike) or (isinstance(value, str) and bool(value.strip()) and "\0" not in value)
+
+
 _NONE = _Kind("None", lambda value: value is None, "None")
-_PATH = _Kind("a path", lambda value: isinstance(value, os.PathLike), "a path")
+_PATH = _Kind("a path", lambda value: _is_path(value), "a path")
 _PLAIN: Mapping[type, _Kind] = {
     type(None): _NONE,
     int: _Kind(

@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from numbers import Integral
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -251,12 +252,23 @@ def place_of(place: PlaceLike) -> Place:
     elif isinstance(place, Sequence) and 2 <= len(place) <= 4:
         parts: list[Any] = list(place)
         if (
-            isinstance(parts[0], int)
+            isinstance(parts[0], Integral)
             and isinstance(parts[1], str)
-            and all(n is None or isinstance(n, int) for n in parts[2:])
+            and all(n is None or isinstance(n, Integral) for n in parts[2:])
         ):
-            return Place(*parts)
+            return Place(int(parts[0]), parts[1], *(None if n is None else int(n) for n in parts[2:]))
     raise ValueError(f'expected a place, got {place!r}; pass "L7H3.W_Q", "L7.W_in" or (layer, matrix, head)')
+
+
+def whole_place(place: PlaceLike, head: int | None) -> Place:
+    """A place that may be spelled whole, when no head is said beside it.
+
+    Raises:
+        ValueError: a place that is none; a spelled one with a head beside it.
+    """
+    if isinstance(place, str) and head is not None:
+        raise ValueError(f"expected a whole place or its parts, got {place!r} and head={head}; pass one of the two")
+    return place_of(place)
 
 
 def nearest(given: object, available: Collection[str]) -> str:

@@ -203,3 +203,11 @@ def test_one_model_twice_is_told():
         found = compare_deltas(base, {"x": a, "y": a}, matrices=["W_K"], progress=False)
     np.testing.assert_allclose(found.table["cosine"], 1)
     np.testing.assert_allclose(found.table["overlap_in"], 1, rtol=1e-6)
+
+
+def test_another_family_is_told():
+    """Llama and Mistral have one shape: what differs between their weights is not what training changed."""
+    folders = {"same": tiny.hf_directory("llama", delta=0.05), "other": tiny.hf_directory("mistral")}
+    with pytest.warns(UserWarning, match=r"two families, llama \(base\) and mistral \(other\): unless one is"):
+        found = compare_deltas(tiny.hf_directory("llama"), folders, matrices=["W_K"], progress=False)
+    assert sum("two families" in note for note in found.notes) == 1

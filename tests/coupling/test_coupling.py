@@ -204,7 +204,7 @@ def test_language_model(kind):
         ({"method": "guess"}, "expected method out of exact, finite_difference"),
         ({"windows": (0,)}, "expected windows >= 1, got 0"),
         ({"windows": ()}, "expected windows >= 1, got 0"),
-        ({"draws": 0}, "expected draws >= 1, got 0"),
+        ({"draws": 10**12}, "expected draws from 1 to 100,000, got 1000000000000; pass draws=20"),
         ({"rank": 0}, "expected rank >= 1, got 0"),
     ],
 )

@@ -142,6 +142,8 @@ def test_messages() -> None:
         Subspace(torch.eye(3)[:2])
     with pytest.raises(ValueError, match=r"expected 2 eigenvalues, got \(3,\)"):
         Subspace(plane.basis, torch.ones(3))
+    with pytest.raises(ValueError, match="expected eigenvalues that descend, .*; pass the columns in that order"):
+        Subspace(plane.basis, torch.tensor([1.0, 2.0]))
     for bad in (2 * plane.basis, plane.basis * torch.nan, plane.basis[:, [0, 0]]):
         with pytest.raises(ValueError, match=r"expected orthonormal columns, .*pass torch\.linalg\.qr\(basis\)\.Q"):
             Subspace(bad)

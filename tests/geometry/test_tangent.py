@@ -214,7 +214,7 @@ def test_size_depends_on_the_spectrum_alone():
         (dict(rank=0), "expected a rank from 1 to 9"),
         (dict(rank=10), "expected a rank from 1 to 9"),
         (dict(rank=6), r'expected a rank of at most 5 .* got 6; pass a smaller rank or control="haar"'),
-        (dict(rank=2, draws=0), "expected draws >= 1"),
+        (dict(rank=2, draws=0), "expected draws from 1 to 100,000"),
         (dict(rank=2, control="normal"), 'expected control "complement" or "haar"'),
     ],
 )

@@ -418,7 +418,7 @@ def test_bad_controls_are_refused():
     headless = RankOneEdit(0, "W_in", None, normal(24), normal(5))
     for arguments, message in [
         (dict(kind="orthogonal"), "expected a kind among undo_matched, random, .* got 'orthogonal'; pass one of these"),
-        (dict(kind="random", draws=0), "expected at least one draw, got 0"),
+        (dict(kind="random", draws=0), "expected draws from 1 to 100,000, got 0"),
         (dict(kind="undo_matched"), "expected the delta that 'undo_matched' controls undo as much of, got none"),
         (dict(kind="undo_matched", delta=normal(24, 6)), "expected an edit that takes out or puts in what the delta"),
         (dict(kind="undo_matched", delta=normal(6, 24)), "expected the delta of one head with d_model 24"),

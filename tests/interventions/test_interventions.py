@@ -560,7 +560,7 @@ def test_bad_arguments_are_refused_before_anything_runs(monkeypatch):
         (dict(controls=["placebo"]), "expected controls among undo_matched, random, .* got"),
         (dict(controls=["random", "random"]), "expected each of controls once"),
         (dict(interventions=[]), "expected interventions among removal, insertion, got"),
-        (dict(draws=0), "expected at least one draw of each control, got 0"),
+        (dict(draws=0), "expected draws from 1 to 100,000, got 0"),
         (dict(scales=[0.0]), "expected finite scales other than 0"),
         (dict(scales=[math.inf]), "expected finite scales other than 0"),
         (dict(outcomes=["loss"]), "expected outcomes among kl, ce, shift .those of the margin need preferences="),

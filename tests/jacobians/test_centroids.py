@@ -152,7 +152,7 @@ def test_the_model_comes_back_as_it_was(kind):
         ({"targets": torch.tensor([1])}, "expected targets as 1 token ids with kind='logit', got .* with kind='full'"),
         ({"kind": "logit", "targets": torch.tensor([1, 2])}, "expected targets as 1 token ids with kind='logit'"),
         ({"kind": "logit", "targets": torch.tensor([96])}, "expected targets from 0 to 95, got 96 to 96"),
-        ({"draws": 0}, "expected draws >= 1, got 0; pass draws=1"),
+        ({"draws": 0}, "expected draws from 1 to 100,000, got 0; pass draws=1"),
         ({"noise": -1.0}, "expected noise >= 0, got -1.0; pass noise=0.0"),
     ],
 )

@@ -149,7 +149,7 @@ def test_into_a_pair_analysis():
     found = pulled(base, tokens)
     options = dict(tokens=tokens, ranks=[4], groups=1, progress=False)
     for given in (found, found.subspaces):
-        result = analyze_pair(base, aligned, subspaces={"pullback": given}, **options)
+        result = analyze_pair(base, aligned, subspaces=[{"pullback": given}], **options)
         assert result.table["subspace"].unique().tolist() == ["pullback"]
         assert result.table["fraction"].between(0, 1).all()
     last = analyze_pair(base, aligned, subspaces=["prediction"], **options)

@@ -96,7 +96,7 @@ BAD = {
     "head": (dict(matrix="W_in"), r"expected head=None \(a matrix without heads\) for W_in, got 0; pass that"),
     "matrix vector": (dict(residual=torch.ones(2, 2)), r"expected residual as a vector, got shape \(2, 2\)"),
     "empty": (dict(other=torch.ones(0)), r"expected other as a vector, got shape \(0,\)"),
-    "list": (dict(other=[1.0, 2.0]), "expected other as a vector, got list; pass a one-dimensional tensor"),
+    "list": (dict(other=[1.0, 2.0]), r"expected other as a tensor of numbers, got \[1.0, 2.0\]; pass a tensor of"),
     "nan": (dict(residual=torch.tensor([1.0, float("nan")])), "expected a finite residual, got NaN or infinite"),
     "inf": (dict(other=torch.tensor([1.0, float("inf")])), "expected a finite other, got NaN or infinite"),
     "scale": (dict(scale=float("nan")), "expected a finite scale, got nan; pass a number"),

@@ -138,6 +138,19 @@ def test_what_may_be_the_texts_own_is_no_padding() -> None:
     assert read(without, tokens=[[1, 1, 3], [4, 5, 6]]) == [[1, 1, 3], [4, 5, 6]]
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_runs_of_another_token_at_row_ends_are_said(side: str) -> None:
+    """Padding by hand, with a token that the tokenizer does not pad with, is read: not without a word."""
+    rows = [[0, 3, 1, 1, 1, 1], [0, 3, 4, 5, 6, 7], [0, 1, 1, 1, 1, 1]]
+    given = rows if side == "right" else [row[::-1] for row in rows]
+    notes: list[str] = []
+    assert read(padded_by("w9"), tokens=torch.tensor(given), notes=notes.append) == given
+    said = "2 ends of rows of tokens are runs of token 1 ('</s>'), 9 tokens in all, which are read as they are: where"
+    assert sum(note.startswith(said) for note in notes) == 1
+    read(padded_by("w9"), tokens=torch.tensor(given)[:2], notes=notes.append)  # one row may end as it likes
+    assert sum(note.startswith(said) for note in notes) == 1
+
+
 def test_a_mask_may_leave_out_padding_alone() -> None:
     view = with_tokenizer(tiny.tokenizer())
     tokens, mask = torch.tensor([[0, 3, 4, 5], [2, 2, 0, 6]]), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]]).bool()

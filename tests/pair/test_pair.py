@@ -329,14 +329,16 @@ def test_given_subspaces() -> None:
     """Measured at their own size, and below it only where they have eigenvalues."""
     base, aligned = models("llama", tiny.KINDS[0])
     ordered, several = full_basis(), [random_subspace(D, 5, 2), random_subspace(D, 5, 3)]
-    result = run(base, aligned, ranks=[2, 7], subspaces={"ordered": ordered, "several": several})
-    assert "only own subspaces are measured: for the default ones beside them pass their names as well" in result.notes
+    result = run(base, aligned, ranks=[2, 7], subspaces=[{"ordered": ordered, "several": several}])
+    assert (
+        "only own subspaces are measured: for the default ones beside them pass the mapping by itself" in result.notes
+    )
     assert ranks_of(result) == {"ordered": [2, 7], "several": [5]}
     for name, bases, ranks in (
         ("ordered", [ordered.basis] * 2, [2, 7]), ("several", [space.basis for space in several], [5]),
     ):  # fmt: skip
         alone = run(
-            base, aligned, ranks=[2, 7], subspaces={name: ordered if name == "ordered" else several},
+            base, aligned, ranks=[2, 7], subspaces=[{name: ordered if name == "ordered" else several}],
             batch_size=8 if exact_under_padding("llama", tiny.KINDS[0]) else 1,
         )  # fmt: skip
         oracle = naive("llama", base, aligned, ranks, given={name: bases})
@@ -365,9 +367,37 @@ def test_own_directions_in_every_form_beside_the_built_in_ones() -> None:
     for first, second in (("line", "array"), ("matrix", "space"), ("list", "space"), ("layers", "space")):
         np.testing.assert_allclose(fractions[first], fractions[second], rtol=1e-10)
     assert (fractions["space"] > fractions["line"]).all()
-    shown = run(base, aligned, ranks=[1, 4], subspaces={"line": v})
-    assert shown.config["shown_rank"] == 1
-    assert "line" in shown.summary()
+
+
+def test_own_directions_come_beside_the_defaults_and_move_no_headline() -> None:
+    base, aligned = models("gpt2", tiny.KINDS[0])
+    Q = random_subspace(D, 5, 0).basis
+    own = {"line": Q[:, 0], "five": Q, "ordered": Subspace(Q, torch.arange(5.0, 0, -1))}
+    options: dict[str, Any] = {"ranks": [1, 3, 12], "matrices": ["W_Q", "W_O"]}
+    usual, beside = run(base, aligned, **options), run(base, aligned, subspaces=own, **options)
+    there = beside.table[~beside.table["subspace"].isin([*own])].reset_index(drop=True)
+    compared = ["fraction", "relative", "ci_low", "excess", "isotropic_p", "excess_p"]
+    pd.testing.assert_frame_equal(there[compared], usual.table[compared])
+    assert {name: ranks_of(beside)[name] for name in own} == {"line": [1], "five": [5], "ordered": [1, 3, 5]}
+    assert beside.config["shown_rank"] == usual.config["shown_rank"] == 3
+    table = beside._summary_table()
+    assert table[table["matrix"] == "W_Q"].set_index("subspace")["rank"].to_dict() == {
+        "attn_in": 3, "prediction": 3, "line": 1, "five": 5, "ordered": 3,
+    }  # fmt: skip
+    assert "rank" not in usual._summary_table()
+    assert beside._headline()[0].startswith("Reading, in the 3 leading directions of each matrix's own input")
+    pd.testing.assert_frame_equal(beside.top()[["place", "excess"]], usual.top()[["place", "excess"]])
+    for name, k in (("line", 1), ("five", 5), ("attn_in", 3)):
+        slider = beside.plot_heads("W_Q", subspace=name).layout.sliders
+        assert not slider or slider[0].steps[slider[0].active].label == str(k)
+        assert len(beside.plot_layers("W_Q", subspace=name).data)
+        assert len(beside.plot_heads(["W_Q"], subspace=name, side_by_side=2).data)
+    for name, ks in (("five", [5]), ("ordered", [1, 2, 3, 4, 5])):  # no curve through ranks that mean nothing
+        assert list(beside.plot_rank_curve("W_Q", 0, 1, subspace=name).data[-2].x) == ks
+    alone = run(base, aligned, subspaces=[{"line": Q[:, 0], "five": Q}], **options)
+    assert alone.config["shown_rank"] == 1
+    assert sorted(alone._summary_table()["rank"]) == [1, 1, 5, 5]
+    assert not any("leading" in line for line in alone._headline())
 
 
 @pytest.mark.usefixtures("unchecked_types")
@@ -381,6 +411,8 @@ def test_own_directions_that_are_none_are_refused() -> None:
         ),
         ({"prediction": v}, "got 'prediction', which is the name of a built-in one; pass another name"),
         ({3: v}, "got 3, which is none; pass another name"),
+        ({" ": v}, "got ' ', which is none; pass another name"),
+        ({"Attn_In ": v}, "got 'Attn_In ', which is the name of a built-in one; pass another name"),
         ({"mine": v[:5]}, r"expected 'mine' as directions \[48, k\] in columns, got \[5, 1\]; pass them so"),
         ({"mine": v * 0}, "expected 'mine' as directions independent of each other and not zero"),
         ({"mine": [v, 2 * v]}, "expected 'mine' as directions independent of each other and not zero"),

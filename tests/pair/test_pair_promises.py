@@ -357,7 +357,7 @@ def test_sensitivity_agrees_with_an_analysis_that_made_the_other_choice(options:
 def test_sensitivity_of_given_subspaces_says_why_there_is_none() -> None:
     from tl_asymmetry.geometry import random_subspace
 
-    result = analyze_pair(*pair(), **OPTIONS, sensitivity=True, subspaces={"mine": random_subspace(48, 8, 0)})
+    result = analyze_pair(*pair(), **OPTIONS, sensitivity=True, subspaces=[{"mine": random_subspace(48, 8, 0)}])
     with pytest.raises(ValueError, match="expected a subspace that can be chosen otherwise, got only given ones; pass"):
         result.sensitivity()
 

@@ -498,7 +498,7 @@ def test_models_come_back_as_they_were(kind, fails, monkeypatch, unchecked_types
         ({"gradients": ("weights",)}, "expected gradients among weight, activation"),
         ({"basis_from": 0.0}, "expected basis_from between 0 and 1"),
         ({"basis_from": 1.0}, "expected basis_from between 0 and 1"),
-        ({"draws": 0}, "expected draws >= 1"),
+        ({"draws": 0}, "expected draws from 1 to 100,000, got 0"),
         ({"control": "other"}, 'expected control "complement" or "haar"'),
         ({"batch_size": 0}, "expected batch_size >= 1"),
         ({"frequencies": torch.ones(3)}, f"expected frequencies as {tiny.D_VOCAB} finite counts"),

@@ -24,6 +24,7 @@ from tl_asymmetry.geometry.overlap import overlap_by_chance
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.rounding import rounding_noise
 from tl_asymmetry.models.checks import check_shapes
+from tl_asymmetry.models.configurations import strange_families
 from tl_asymmetry.models.readers.base import Weights
 from tl_asymmetry.models.strangers import cosines_with_base, strangers, unrelated
 from tl_asymmetry.models.weights import opened
@@ -82,7 +83,7 @@ def compare_deltas(
     arguments = described(models=list(models), matrices=matrices, rank=rank, seed=seed, progress=progress)
     notes = Notes()
     base = opened(model_base, None, runs=False)
-    shelf = _shelf(models, base)
+    shelf = _shelf(models, base, notes)
     chosen = chosen_matrices(base, matrices)
     shorter = min(min(base.weight(0, matrix).shape[-2:]) for matrix in chosen)
     if not 0 < rank < shorter:
@@ -139,7 +140,7 @@ class _Run:
     weights: Weights
 
 
-def _shelf(models: Mapping[str, Any], base: Weights) -> dict[str, _Run]:
+def _shelf(models: Mapping[str, Any], base: Weights, notes: Notes) -> dict[str, _Run]:
     """Every run under a name of its own, checked against the base."""
     if not isinstance(models, Mapping):
         raise ValueError(
@@ -152,6 +153,8 @@ def _shelf(models: Mapping[str, Any], base: Weights) -> dict[str, _Run]:
         for i, run in enumerate(runs):
             weights = opened(run, base, runs=False)
             check_shapes(base, weights)
+            for warning in strange_families(base, weights, name=str(arm)):
+                notes.warn(warning)
             shelf[str(arm) if len(runs) == 1 else f"{arm} [{i + 1}]"] = _Run(str(arm), weights)
     if len(shelf) < 2:
         raise ValueError(f"expected two models or more, got {len(shelf)}; pass several names, or several runs of one")

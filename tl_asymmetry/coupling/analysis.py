@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_asymmetry._lazy import pd
-from tl_asymmetry.arguments import checked, listed
+from tl_asymmetry.arguments import check_draws, checked, listed
 from tl_asymmetry.coupling.response import random_directions
 from tl_asymmetry.coupling.result import CouplingStudy
 from tl_asymmetry.coupling.trajectories import Trajectory, as_trajectory
@@ -171,8 +171,9 @@ def coupling_sensitivity(
         raise ValueError(f"expected estimator among {', '.join(ESTIMATORS)}, got {estimator!r}; pass one of these")
     if not all(0 < epsilon < 1 for epsilon in epsilons):
         raise ValueError(f"expected epsilons between 0 and 1, got {epsilons}; pass relative step sizes such as 0.005")
-    if window < 1 or draws < 1:
-        raise ValueError(f"expected window >= 1 and draws >= 1, got {window} and {draws}; pass window=20, draws=20")
+    if window < 1:
+        raise ValueError(f"expected window >= 1, got {window}; pass window=20")
+    check_draws(draws)
     index = trajectory.steps.index(step)
     streams = _streams(trajectory, [estimator], progress=False)
     rows = []
@@ -289,7 +290,8 @@ def _check(
     ):  # fmt: skip
         if not given or not set(given) <= set(allowed):
             raise ValueError(f"expected {what} out of {', '.join(allowed)}, got {list(given)}; pass some of these")
-    smallest = {"rank": rank, "draws": draws, "checkpoints": checkpoints, "windows": min(windows, default=0)}
+    check_draws(draws)
+    smallest = {"rank": rank, "checkpoints": checkpoints, "windows": min(windows, default=0)}
     for what, value in smallest.items():
         if value < 1:
             raise ValueError(f"expected {what} >= 1, got {value}; pass a positive number")

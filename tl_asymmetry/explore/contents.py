@@ -117,7 +117,9 @@ def curves(result: PairData, pack: Pack) -> dict[str, dict[str, Any]]:
     for name, profile in result.arrays.items():
         if not name.startswith("profile/"):
             continue
-        k = _spaced(profile.shape[-1], CURVE_POINTS)
+        _, _, subspace = name.split("/", 2)
+        size = profile.shape[-1]
+        k = _spaced(size, CURVE_POINTS) if result.is_ordered(subspace) else np.array([size])
         relative = np.cumsum(profile.numpy().astype(np.float64), axis=-1)[..., k - 1] * d / k
         found[name.removeprefix("profile/")] = {"k": k.tolist(), "relative": pack.shown(relative)}
     return found

@@ -260,6 +260,7 @@ def order_range(drawn: Float[Tensor, draw * item], level: float = 0.95) -> tuple
     return ordered[at - 1], ordered[n - at]
 
 
+@checked
 def adjusted_p(
     p: Float[np.ndarray, "*group test"],
     method: Literal["benjamini-hochberg", "benjamini-yekutieli"] = "benjamini-hochberg",
@@ -279,6 +280,7 @@ def adjusted_p(
     methods = ("benjamini-hochberg", "benjamini-yekutieli")
     if method not in methods:
         raise ValueError(f"expected a method of {list(methods)}, got {method!r}; pass one of them")
+    p = np.asarray(p, dtype=float)
     # Not scipy's: its statistics take a second to import, and know one row of tests at a time.
     order = np.argsort(p, axis=-1)  # NaNs last
     place = np.arange(1, p.shape[-1] + 1)

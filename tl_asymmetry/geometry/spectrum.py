@@ -12,6 +12,7 @@ from torch import Tensor
 from tl_asymmetry.arguments import checked
 
 
+@checked
 def effective_rank(eigenvalues: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
     """exp(entropy(λ / Σλ)): between 1 and d (Roy & Vetterli 2007, on eigenvalues). NaN for an all-zero spectrum.
 
@@ -23,16 +24,19 @@ def effective_rank(eigenvalues: Float[Tensor, "*batch d"]) -> Float[Tensor, "*ba
     return torch.exp(torch.special.entr(p).sum(-1))
 
 
+@checked
 def participation_ratio(eigenvalues: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
     """(Σλ)² / Σλ²: between 1 and d. NaN for an all-zero spectrum."""
     return 1 / _shares(eigenvalues).square().sum(-1)
 
 
+@checked
 def stable_rank(eigenvalues: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
     """Σλ / λ_max, for a matrix ‖W‖²_F / ‖W‖²_2 (Rudelson & Vershynin 2007). NaN for an all-zero spectrum."""
     return 1 / _shares(eigenvalues).amax(-1)
 
 
+@checked
 def isoscore(covariance: Float[Tensor, "*batch d d"]) -> Float[Tensor, "*batch"]:
     """Isotropy (PR − 1) / (d − 1) in [0, 1]: 0 for one direction, 1 for a sphere.
 

@@ -33,7 +33,8 @@ class Subspace:
         Subspace(random[0]: 2 of 8 dimensions, no eigenvalues)
 
     Raises:
-        ValueError: columns that are not orthonormal (to 1e-4), more columns than rows, or eigenvalues that do not fit.
+        ValueError: columns that are not orthonormal (to 1e-4), more columns than rows, or eigenvalues that do not fit
+            or do not descend.
     """
 
     basis: Float[Tensor, "d k"]
@@ -44,14 +45,20 @@ class Subspace:
     """How tables and plots call it."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.basis, Tensor) or self.basis.ndim != 2:
-            got = list(self.basis.shape) if isinstance(self.basis, Tensor) else type(self.basis).__name__
-            raise ValueError(f"expected a basis [d, k], got {got}; pass as_subspace(vector) for directions")
+        if self.basis.ndim != 2:
+            raise ValueError(
+                f"expected a basis [d, k], got {list(self.basis.shape)}; pass as_subspace(vector) for directions"
+            )
         d, k = self.basis.shape
         if k > d:
             raise ValueError(f"expected at most {d} columns in R^{d}, got {k}; pass the basis as [d, k]")
         if self.eigenvalues is not None and self.eigenvalues.shape != (k,):
             raise ValueError(f"expected {k} eigenvalues, got {tuple(self.eigenvalues.shape)}; pass one for each column")
+        if self.eigenvalues is not None and _ascends(self.eigenvalues):
+            raise ValueError(
+                "expected eigenvalues that descend, so that the first columns lead, got others; pass the columns in "
+                "that order, or eigenvalues=None"
+            )
         Q = self.basis.detach().double()
         # QᵀQ v = v for a random v: as sure as QᵀQ = I, at the cost of two matrix-vector products.
         v = torch.randn(k, dtype=Q.dtype, generator=torch.Generator().manual_seed(0), device="cpu").to(Q)
@@ -123,6 +130,12 @@ class Subspace:
             raise ValueError(f"expected two subspaces of R^{self.d}, got one of R^{other.d}; pass bases of one model")
         Q1 = self.basis.double()
         return torch.linalg.svdvals(Q1.mT @ other.basis.to(Q1))
+
+
+def _ascends(eigenvalues: Float[Tensor, " column"]) -> bool:
+    """Whether one is larger than the one before it, by more than rounding of the largest."""
+    λ = eigenvalues.detach()
+    return len(λ) > 1 and bool((λ.diff() > 1e-6 * λ.abs().amax()).any())
 
 
 @checked

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_asymmetry.arguments import check_draws
 from tl_asymmetry.names import SIGNIFICANT
 
 Control = Literal["complement", "haar"]
@@ -39,7 +40,7 @@ def control_subspaces(
         seed: equal seeds give equal draws.
 
     Raises:
-        ValueError: draws < 1, another kind, or a complement too small for a subspace of this rank.
+        ValueError: too few or many draws, another kind, or a complement too small for a subspace of this rank.
 
     Example:
         >>> Q = torch.eye(8)[:, :2].double()
@@ -62,12 +63,11 @@ def check_controls(d: int, rank: int, draws: int, control: str) -> None:
     """Refuse what has no control subspaces of equal rank.
 
     Raises:
-        ValueError: draws < 1, another kind, a rank outside 1 … d − 1, or above d/2 for "complement".
+        ValueError: too few or many draws, another kind, a rank outside 1 … d − 1, or above d/2 for "complement".
     """
     if control not in CONTROLS:
         raise ValueError(f'expected control "complement" or "haar", got {control!r}; pass one of the two')
-    if draws < 1:
-        raise ValueError(f"expected draws >= 1, got {draws}; pass draws=20")
+    check_draws(draws)
     if not 1 <= rank < d:
         raise ValueError(f"expected a rank from 1 to {d - 1} (d_model - 1), got {rank}; pass a smaller rank")
     if control == "complement" and 2 * rank > d:

@@ -89,7 +89,11 @@ class GradientCovariance(Result):
         Returns:
             Σ_t ‖δ_t‖² a_t a_tᵀ / n and Σ_t ‖δ_t‖ a_t / n, float64 on CPU; None for a write matrix, for one that was
             not captured, and for keys whose gradients cancel over every sequence (softmax ignores what they share).
+
+        Raises:
+            ValueError: no such layer.
         """
+        self._require_layer(layer)
         moments = self.arrays.get(f"weighted/{matrix}")
         return None if moments is None else (moments[layer], self.arrays[f"weighted_mean/{matrix}"][layer])
 
@@ -112,7 +116,11 @@ class GradientCovariance(Result):
 
         Returns:
             None for a write matrix, or when captured without `permutations`.
+
+        Raises:
+            ValueError: no such layer, or no tensor as a basis.
         """
+        self._require_layer(layer)
         name = f"permuted/{matrix}"
         if not kind_of(matrix).reads or name not in self.arrays:
             return None
@@ -321,6 +329,9 @@ class GradientCovariance(Result):
         matrices = self.config["matrices"]
         if matrix not in matrices:
             raise ValueError(f"expected a matrix among {', '.join(matrices)}, got {matrix!r}; pass one of these")
+        self._require_layer(layer)
+
+    def _require_layer(self, layer: int) -> None:
         layers = self.config["shape"]["n_layers"]
         if not 0 <= layer < layers:
             raise ValueError(f"expected a layer from 0 to {layers - 1}, got {layer}; pass one of these")

@@ -189,7 +189,12 @@ class GrokRun(Result):
         """Step of the `count`-th evaluation at which every operation has that test accuracy; None if there is none.
 
         `count=1` is the first such evaluation; the published "grok step" is the 20th, counted in all, not in a row.
+
+        Raises:
+            ValueError: a count below 1, an accuracy outside 0 to 1.
         """
+        if not 0 <= accuracy <= 1:
+            raise ValueError(f"expected an accuracy from 0 to 1, got {accuracy}; pass accuracy=0.98")
         if count < 1:
             raise ValueError(f"expected count >= 1, got {count}; pass count=1 for the first")
         lowest = self.table[self.table["step"] > 0].groupby("step")["test_accuracy"].min()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from tl_asymmetry.names import nearest
 from tl_asymmetry.results.provenance import versions
 from tl_asymmetry.store import PartStore
 from tl_asymmetry.training.projection import GradientProjection
+from tl_asymmetry.training.runs import check_betas
 
 KIND, _STATE = "grokking run", "state"
 _EVALUATED_AT_ONCE = 2048
@@ -58,6 +60,12 @@ class Recipe:
         for name in ("batch_size", "steps", "every", "stop_count"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} >= 1, got {getattr(self, name)}; pass a positive number")
+        for name in ("lr", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"expected {name} > 0, got {getattr(self, name)}; pass a positive number")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"expected weight_decay >= 0, got {self.weight_decay}; pass 1.0")
+        check_betas(self.betas)
         if not 0 < self.stop_accuracy <= 1:
             raise ValueError(f"expected stop_accuracy in (0, 1], got {self.stop_accuracy}; pass 0.98")
 

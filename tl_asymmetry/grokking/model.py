@@ -20,7 +20,7 @@ from tl_asymmetry.grokking.modular import ModularArithmetic
 from tl_asymmetry.models.loading import hooked_transformer, native_bridge
 from tl_asymmetry.names import nearest
 
-_EPS = 1e-5
+_EPS, _LARGEST = 1e-5, 100_000
 POSITIONS = 2
 """Tokens of an input: a and b."""
 
@@ -48,6 +48,9 @@ class GrokShape:
     """Hidden width of the MLP."""
 
     def __post_init__(self) -> None:
+        for name, size in asdict(self).items():
+            if not 1 <= size <= _LARGEST:
+                raise ValueError(f"expected {name} from 1 to {_LARGEST:,}, got {size}; pass e.g. {name}=2")
         if self.d_model % self.n_heads:
             raise ValueError(f"expected n_heads to divide d_model = {self.d_model}, got {self.n_heads}; pass 4 for 128")
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_asymmetry.arguments import checked
+from tl_asymmetry.arguments import checked, listed
 
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add": lambda a, b: a + b,
@@ -21,6 +21,8 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sq": lambda a, b: a * a + b * b,
 }
 """What each operation computes before it is taken modulo p."""
+
+_LARGEST = 2000  # all p² pairs are listed
 
 _NONZERO = frozenset({"mul"})
 """Operations whose operands are invertible residues: 1 … p − 1 under multiplication."""
@@ -55,10 +57,11 @@ class ModularArithmetic:
     """Of the split."""
 
     def __post_init__(self) -> None:
-        if not self.names or len(set(self.names)) != len(self.names) or not set(self.names) <= set(OPERATIONS):
+        names = listed("ops", self.ops, str, instead="ops='add'")
+        if not names or len(set(names)) != len(names) or not set(names) <= set(OPERATIONS):
             raise ValueError(f"expected operations among {', '.join(OPERATIONS)}, got {self.ops!r}; pass ops='add'")
-        if self.p < 2:
-            raise ValueError(f"expected p >= 2, got {self.p}; pass a modulus such as 97")
+        if not 2 <= self.p <= _LARGEST:
+            raise ValueError(f"expected p from 2 to {_LARGEST:,}, got {self.p}; pass a modulus such as 97")
         if _NONZERO & set(self.names) and not _is_prime(self.p):
             raise ValueError(
                 f"expected a prime p for 'mul', whose operands are invertible, got {self.p}; pass a prime such as 97"

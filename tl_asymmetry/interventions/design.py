@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from tl_asymmetry.arguments import checked, shown
+from tl_asymmetry.arguments import check_draws, checked, shown
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.precision import exact_products, product_dtype, with_fresh_settings
 from tl_asymmetry.geometry.seeds import seeded
@@ -304,8 +304,7 @@ def matched_controls(
     """
     if kind not in CONTROL_KINDS:
         raise ValueError(f"expected a kind among {', '.join(CONTROL_KINDS)}, got {kind!r}; pass one of these")
-    if draws < 1:
-        raise ValueError(f"expected at least one draw, got {draws}; pass draws=20 for the usual number")
+    check_draws(draws)
     generator = seeded("controls", seed, edit.layer, edit.matrix, edit.head, kind)
     edit = replace(edit.to("cpu"), residual=edit.residual.cpu().double())
     if kind == "permuted_heads":

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float64, Int
 from torch import Tensor
 
-from tl_asymmetry.arguments import checked, shown
+from tl_asymmetry.arguments import check_draws, checked, shown
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.seeds import seeded
 from tl_asymmetry.geometry.subspace import Subspace, ordered_eigh, principal_subspace
@@ -293,8 +293,7 @@ def check_choices(
     """Refuse what a study cannot do, before anything runs."""
     _check_names(controls, CONTROL_KINDS, "controls")
     _check_names(interventions, INTERVENTIONS, "interventions")
-    if draws < 1:
-        raise ValueError(f"expected at least one draw of each control, got {draws}; pass draws=20")
+    check_draws(draws)
     if not scales or not all(0 < abs(s) < float("inf") for s in scales):
         raise ValueError(f"expected finite scales other than 0, got {scales!r}; pass e.g. scales=[0.5, 1, 2]")
 

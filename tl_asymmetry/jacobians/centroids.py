@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_asymmetry.arguments import checked, shown
+from tl_asymmetry.arguments import check_draws, checked, shown
 from tl_asymmetry.geometry.precision import exact_products, with_fresh_settings
 from tl_asymmetry.models.block_jacobians import part_ends
 from tl_asymmetry.models.checks import check_unedited
@@ -163,8 +163,7 @@ def local_centroids(
         >>> local_centroids(lambda x: x @ W, torch.zeros(1, 2))
         tensor([[3., 7.]])
     """
-    if draws < 1:
-        raise ValueError(f"expected draws >= 1, got {draws}; pass draws=1 for the input itself")
+    check_draws(draws, usual=1)
     if not noise >= 0:
         raise ValueError(f"expected noise >= 0, got {noise}; pass noise=0.0 for the input itself")
     generator = torch.Generator().manual_seed(seed)

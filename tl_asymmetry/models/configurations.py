@@ -45,13 +45,13 @@ def differing_settings(base: Weights, aligned: Weights) -> list[str]:
     ]
 
 
-def strange_families(base: Weights, aligned: Weights) -> list[str]:
+def strange_families(base: Weights, aligned: Weights, *, name: str = "aligned") -> list[str]:
     """A warning where two models are of two families, which may have the same shapes; none where one does not tell."""
     ours, theirs = family_of(base), family_of(aligned)
     if None in (ours, theirs) or ours == theirs:
         return []
     return [
-        f"the two models are of two families, {ours} (base) and {theirs} (aligned): unless one is the other converted, "
+        f"the two models are of two families, {ours} (base) and {theirs} ({name}): unless one is the other converted, "
         "what differs between their weights is not what training changed"
     ]
 

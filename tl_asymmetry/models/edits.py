@@ -115,9 +115,10 @@ class RankOneEdit(HeadEdit):
         super().__post_init__()
         for name in ("residual", "other"):
             vector = getattr(self, name)
-            if not isinstance(vector, Tensor) or vector.ndim != 1 or vector.numel() == 0:
-                got = f"shape {tuple(vector.shape)}" if isinstance(vector, Tensor) else type(vector).__name__
-                raise ValueError(f"expected {name} as a vector, got {got}; pass a one-dimensional tensor")
+            if vector.ndim != 1 or vector.numel() == 0:
+                raise ValueError(
+                    f"expected {name} as a vector, got shape {tuple(vector.shape)}; pass a one-dimensional tensor"
+                )
             vector = vector.detach().to(torch.float64 if vector.dtype == torch.float64 else torch.float32, copy=True)
             if not bool(vector.isfinite().all()):
                 raise ValueError(f"expected a finite {name}, got NaN or infinite entries; pass a finite vector")

@@ -21,6 +21,9 @@ from tl_asymmetry.models.view import ModelView
 LONGEST_WINDOW = 1024
 """Texts are cut into windows of at most this many tokens, however long the model's context."""
 
+_LONG_RUN = 4
+"""From so many equal tokens on at the ends of several rows they may be padding that no tokenizer told of."""
+
 _CHARACTERS, _EDGE = 16, 64
 """Of a long text only so many characters for each token that is wanted are encoded; what so many tokens before a cut
 are does not depend on it."""
@@ -302,6 +305,7 @@ def _token_rows(view: ModelView, tokens: Any, mask: Any, notes: Callable[[str], 
     kept = _unmasked(rows, mask, attention) if mask is not None or attention is not None else None
     if kept is None:
         kept = _unpadded(rows, view, notes)
+        _note_runs(kept, view, notes)
     empty = [i for i, row in enumerate(kept) if len(row) == 0]
     if empty:
         raise ValueError(f"expected a token or more in every row, got padding alone in row {empty[0]}; leave it out")
@@ -404,6 +408,22 @@ def _unpadded(rows: Sequence[Tensor], view: ModelView, notes: Callable[[str], No
             f"({sum(trimmed)} tokens)"
         )
     return kept
+
+
+def _note_runs(rows: Sequence[Tensor], view: ModelView, notes: Callable[[str], None]) -> None:
+    """Say where rows end in one token again and again, which is read, since it is not what the tokenizer pads with."""
+    runs: dict[int, list[int]] = {}
+    for row in rows:
+        for end in (row, row.flip(0)):
+            if len(end) and (length := _run(end == end[0])) >= _LONG_RUN:
+                runs.setdefault(int(end[0]), []).append(length)
+    for token, lengths in runs.items():
+        if len(lengths) > 1:
+            word = "" if view.tokenizer is None else f" ({view.tokenizer.decode([token])!r})"
+            notes(
+                f"{len(lengths)} ends of rows of tokens are runs of token {token}{word}, {sum(lengths)} tokens in all, "
+                "which are read as they are: where that is padding, pass mask="
+            )
 
 
 def _run(is_pad: Bool[Tensor, " pos"]) -> int:

@@ -112,7 +112,8 @@ def analyze_pair(
             own directions (a `Subspace`, a vector, a matrix `[d_model, k]`, a list of vectors; or a list with a
             `Subspace` or matrix for each layer), which are measured at their own number, and below it only where they
             have eigenvalues. Every matrix is then held against each. Default: a read matrix against its own input, a
-            write matrix against the stream it writes into, all against "prediction".
+            write matrix against the stream it writes into, all against "prediction"; a mapping alone comes beside
+            these, in a list nothing else is measured.
         optimizer: the optimiser of the training in between, "sgd", "adam" or "muon": whose reference is tested.
         exclude_first: leave the first position of each sequence out, whose attention-sink activations would dominate.
         centered: principal directions of the covariance instead of the uncentred second moment.
@@ -396,13 +397,14 @@ def _low_rank(numbers: Measurements) -> dict[str, int]:
 
 
 def _note_existing(numbers: Measurements, plan: Plan, notes: Notes) -> int:
-    """Say at which ranks a subspace has no directions any more; the rank to show, which exists everywhere."""
+    """Say at which ranks a subspace has no directions any more; the rank to show, which exists where it is shown."""
     everywhere = set(plan.ranks)
     for name in plan.subspaces:
         exists = next(held.exists for (_, subspace), held in numbers.held.items() if subspace == name)
         exists = exists[exists.isfinite().all(1)] > 0  # of layers that have it
         ranks = numbers.layout.ranks[: exists.shape[1]]
-        everywhere &= {k for k, there in zip(ranks, exists.all(0).tolist(), strict=True) if there}
+        if name in plan.shown_first:
+            everywhere &= {k for k, there in zip(ranks, exists.all(0).tolist(), strict=True) if there}
         missing = [k for k, there in zip(ranks, exists.all(0).tolist(), strict=True) if not there]
         if missing:
             layers = int((~exists[:, ranks.index(missing[0])]).sum())

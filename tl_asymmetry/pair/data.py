@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from tl_asymmetry._lazy import pd
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.spectrum import marchenko_pastur_edge
-from tl_asymmetry.names import POINTS, Place, Side, kind_of, nearest, place_of
+from tl_asymmetry.names import POINTS, Place, Side, kind_of, nearest, whole_place
 from tl_asymmetry.pair.lookups import Lookups
 from tl_asymmetry.pair.sensitivity import sensitivity_table
 from tl_asymmetry.pair.stability import stability_table
@@ -101,6 +101,10 @@ class PairData(Result):
         """Variance along each ordered direction of a subspace, float64; NaN for a subspace without eigenvalues."""
         return self._array("eigenvalues", subspace)
 
+    def is_ordered(self, subspace: str) -> bool:
+        """Whether some of its directions lead the others; own ones without eigenvalues have a number and no order."""
+        return bool(np.isfinite(self.eigenvalues(subspace)).any())
+
     def delta_spectrum(self, matrix: str) -> Float[np.ndarray, "layer head r"]:
         """Eigenvalues of ΔW ΔWᵀ of each head, descending, float64."""
         return self._array("spectrum", matrix)
@@ -122,7 +126,9 @@ class PairData(Result):
             )
         places = self.table[["matrix", "layer", "head", "expert"]].drop_duplicates().groupby("matrix")
         there = {str(matrix): rows.drop(columns="matrix") for matrix, rows in places}
-        return sensitivity_table(self.arrays, self.config["ranks"], there)
+        found, measured = sensitivity_table(self.arrays, self.config["ranks"], there), self.config["measured"]
+        asked = [k in measured[name] for name, k in zip(found["subspace"], found["rank"], strict=True)]
+        return found[asked].reset_index(drop=True)
 
     @with_fresh_settings
     def stability(self) -> pd.DataFrame:
@@ -178,7 +184,7 @@ class PairData(Result):
         from tl_asymmetry.plots.style import some_of
 
         layout: Layout = {"title": title, "template": template, "width": width, "height": height}
-        shown = self.config["shown_rank"]
+        shown = self._shown_rank(subspace)
         if isinstance(matrix, str) and side_by_side is None:
             return heads_figure(
                 self.table, matrix, nulls=described(self.nulls), subspace=subspace, rank=rank, value=value,
@@ -225,7 +231,7 @@ class PairData(Result):
 
         return layers_figure(
             self.table, matrices=matrices, subspace=subspace, rank=rank,
-            default_rank=self.config["shown_rank"], d_model=self._d,
+            default_rank=self._shown_rank(subspace), d_model=self._d,
             title=title, template=template, width=width, height=height,
         )  # fmt: skip
 
@@ -257,7 +263,7 @@ class PairData(Result):
         from tl_asymmetry.plots.rows import default_subspace
 
         if layer is None:
-            layer, matrix, head, _ = place_of(matrix)
+            layer, matrix, head, _ = whole_place(matrix, head)
         self._require_matrix(matrix)
         space = default_subspace(self.table, matrix) if subspace is None else subspace
         nulls = described(self.nulls[self.nulls["matrix"] == matrix])
@@ -316,10 +322,15 @@ class PairData(Result):
             title, template, width, height: as in `plot_heads`.
 
         Raises:
-            ValueError: analysed without `sensitivity=True`.
+            ValueError: analysed without `sensitivity=True`; a matrix, subspace or rank that was not.
         """
         from tl_asymmetry.plots import stability_figure
+        from tl_asymmetry.plots.style import one_of
 
+        choices = self.sensitivity()
+        for name, given in (("matrix", matrix), ("subspace", subspace), ("rank", rank)):
+            if given is not None:  # before the tests, which take their time
+                one_of(name, given, choices[name].unique().tolist(), name)
         return stability_figure(
             self.stability(), matrix=matrix, subspace=subspace, rank=rank,
             default_rank=self.config["shown_rank"],
@@ -362,16 +373,22 @@ class PairData(Result):
             _of_layers(eigenvalues), name=subspace, ranks=self.config["ranks"], edge=edges, layer=layer, **layout
         )
 
+    def _shown_rank(self, subspace: str | None) -> int:
+        """The rank to show first of this subspace: own directions have their own number."""
+        shown: int = self.config["shown_rank"]
+        ranks = self.table.loc[self.table["subspace"] == subspace, "rank"]
+        return shown if ranks.empty else int(min(ranks, key=lambda k: (abs(k - shown), k)))
+
     def _curves(self, matrix: str, subspace: str, layer: int) -> pd.DataFrame | None:
         """Relative fractions of one layer's heads at every rank that can be told apart on a screen, with what each null
-        expects there; None for what has no profile."""
+        expects there; None for what has no profile. Directions in no order have one rank, their number."""
         name = f"{matrix}/{subspace}"
         profiles = self.arrays.get(f"profile/{name}")
         if profiles is None or not 0 <= layer < len(profiles):
             return None
         fraction = np.cumsum(profiles[layer].numpy().astype(np.float64), axis=-1)
         ks = np.unique(np.concatenate([np.arange(1, 65), np.geomspace(64, self._d, _CURVE_POINTS).round()]).astype(int))
-        ks = ks[ks <= fraction.shape[-1]]
+        ks = ks[ks <= fraction.shape[-1]] if self.is_ordered(subspace) else np.array([fraction.shape[-1]])
         whole = len(fraction) == 1 and kind_of(matrix, self._side(matrix)).heads is None
         heads: list[int | None] = [None] if whole else [*range(len(fraction))]
         expected = {
@@ -401,7 +418,7 @@ class PairData(Result):
 
     def _edges(self, subspace: str, eigenvalues: Float[np.ndarray, "layer k"]) -> dict[str, float] | None:
         """Marchenko–Pastur edge of each layer's captured activations; None for what is no moment of tokens."""
-        if subspace not in POINTS or isinstance(self.config["arguments"]["subspaces"], Mapping):
+        if subspace not in POINTS:
             return None
         tokens = self.config["tokens"]
         return {

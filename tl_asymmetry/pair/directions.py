@@ -72,6 +72,8 @@ def describe_directions(
     """One row per direction and sign of one head; see `PairAnalysis.directions`."""
     _check_matrix(arrays, place)
     check_count(arrays, [place.matrix], n, "n")
+    if contexts < 1:
+        raise ValueError(f"expected contexts of at least 1, got {contexts}; pass contexts=5")
     kept.require_base(view, config)
     _check_unit(view, arrays, place)
     sequences = arrays["tokens"].split(arrays["lengths"].tolist())

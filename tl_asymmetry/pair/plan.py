@@ -60,7 +60,12 @@ class Plan:
     beside: tuple[str, ...]
     """What is captured besides, so that W_K and W_V are held against all positions: see `capture.first_of`."""
     shown_rank: int
-    """The rank to show where only one can be: d//16, or the nearest that every subspace has."""
+    """The rank to show where only one can be: d//16, or the nearest that all of `shown_first` have."""
+
+    @property
+    def shown_first(self) -> list[str]:
+        """The subspaces whose ranks decide which one is shown: own ones only where there are no others."""
+        return _shown_first(self.subspaces, self.given)
 
     def described(self) -> dict[str, Any]:
         """For a result's config."""
@@ -156,15 +161,16 @@ def make_plan(
     if available is None:
         note_left_out(view, notes)
     names, given = _chosen_subspaces(view, subspaces)
-    if given and len(given) == len(names):
-        notes.add("only own subspaces are measured: for the default ones beside them pass their names as well")
-    targets = {m: _default_targets(m, view) if subspaces is None else names for m in chosen}
+    beside = isinstance(subspaces, Mapping)
+    if not beside and given and len(given) == len(names) and not given.keys() <= READY.keys():
+        notes.add("only own subspaces are measured: for the default ones beside them pass the mapping by itself")
+    targets = {m: (*_default_targets(m, view), *names) if beside or subspaces is None else names for m in chosen}
     used = tuple(dict.fromkeys(name for matrix in chosen for name in targets[matrix]))
     inputs = [kind_of(m).point for m in chosen if kind_of(m).reads]
     points = dict.fromkeys([*inputs, *(name for name in used if name in STREAM_SUBSPACES and name not in given)])
     measured = {name: _own_ranks(given[name], asked) if name in given else asked for name in used}
     ranks = tuple(sorted({k for own in measured.values() for k in own}))
-    everywhere = [k for k in ranks if all(k in own for own in measured.values())] or asked
+    everywhere = [k for k in ranks if all(k in measured[name] for name in _shown_first(used, given))] or ranks
     if points:
         check_token_count(counted_tokens(sequences, settings), asked)
     return Plan(
@@ -178,6 +184,10 @@ def make_plan(
         beside=_beside(view, chosen, settings),
         shown_rank=min(everywhere, key=lambda k: (abs(k - max(d // 16, 1)), k)),
     )
+
+
+def _shown_first(used: Sequence[str], given: Mapping[str, Any]) -> list[str]:
+    return [name for name in used if name not in given] or list(used)
 
 
 def _beside(view: ModelView, matrices: Sequence[str], settings: PairSettings) -> tuple[str, ...]:
@@ -325,10 +335,11 @@ def _chosen_subspaces(view: ModelView, subspaces: Any) -> tuple[tuple[str, ...],
 
 def _of_every_layer(name: Any, value: Any, view: ModelView) -> list[Subspace]:
     """Own directions, the same in every layer or one list, matrix or `Subspace` for each."""
-    if not isinstance(name, str) or name in (*STREAM_SUBSPACES, "prediction", *READY):
+    plain = name.strip().lower() if isinstance(name, str) else ""
+    if not plain or plain in (*STREAM_SUBSPACES, "prediction", *READY):
         raise ValueError(
             f"expected own subspaces under names of their own, got {name!r}, which is "
-            f"{'the name of a built-in one' if isinstance(name, str) else 'none'}; pass another name"
+            f"{'the name of a built-in one' if plain else 'none'}; pass another name"
         )
     by_layer = not isinstance(value, Subspace) and not hasattr(value, "ndim") and _is_by_layer(value)
     if by_layer and len(value) != view.n_layers:

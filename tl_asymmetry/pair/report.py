@@ -6,6 +6,7 @@ from tl_asymmetry._lazy import pd
 from tl_asymmetry.pair.data import PairData
 from tl_asymmetry.pair.summary import summary_table
 from tl_asymmetry.results.report import FigureSection, Report, TableSection
+from tl_asymmetry.results.top import at_rank
 
 _SHOWN = (
     "layer", "head", "expert", "matrix", "subspace", "rank", "relative", "ci_low", "ci_high", "isotropic_q", "excess",
@@ -43,7 +44,7 @@ def pair_report(result: PairData) -> Report:
 
 def _ordered(result: PairData) -> pd.DataFrame:
     """The rows in the order in which they are looked for."""
-    shown = result.table["rank"] == result.config["shown_rank"]
+    shown = result.table.index.isin(at_rank(result.table, result.config["shown_rank"]).index)
     ordered = result.table.assign(_shown=shown).sort_values(
         ["_shown", "excess", "relative"], ascending=False, kind="stable", ignore_index=True
     )

@@ -16,7 +16,7 @@ from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.padding import padded_stack
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.names import place_of
+from tl_asymmetry.names import whole_place
 from tl_asymmetry.pair.data import PairData
 from tl_asymmetry.pair.deltas import Delta, stacked
 from tl_asymmetry.pair.projections import Projection
@@ -75,7 +75,7 @@ class PairAnalysis(PairData):
                 "expected the base model to look tokens and contexts up in, but it is gone; pass model=base"
             )
         said: Any = layer if matrix is None else (layer, matrix, head)
-        place = place_of(said)
+        place = whole_place(said, head)
         return describe_directions(
             ModelView(model), self.arrays, self.config, place, n=n, contexts=contexts, kept=self._lookups
         )

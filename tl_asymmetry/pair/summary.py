@@ -14,6 +14,7 @@ from tl_asymmetry.pair.asymmetry import READ_ONLY, READ_SIDE, WRITE_SIDE
 from tl_asymmetry.pair.data import PairData
 from tl_asymmetry.pair.plan import SEQUENCES, TOKENS_PER_DIMENSION
 from tl_asymmetry.results.nulls import ISOTROPIC, NULLS
+from tl_asymmetry.results.top import at_rank
 
 _NAMED = 6
 _PLACE = ["matrix", "layer", "head", "expert"]
@@ -21,8 +22,11 @@ _ASKED = ("above", "below", "not told apart")
 
 
 def summary_table(result: PairData) -> pd.DataFrame:
-    """One row per matrix and subspace at the shown rank, over the heads that changed: medians, and what tests found."""
-    rows = result.table[result.table["rank"] == result.config["shown_rank"]]
+    """One row per matrix and subspace at the shown rank, over the heads that changed: medians, and what tests found.
+
+    Where own directions have another number, each row says of which rank it is.
+    """
+    rows = at_rank(result.table, result.config["shown_rank"])
     summary = []
     for (matrix, subspace), block in rows.groupby(["matrix", "subspace"], sort=False):
         changed = block[block["delta_norm"] > 0]
@@ -32,6 +36,7 @@ def summary_table(result: PairData) -> pd.DataFrame:
                 "matrix": matrix,
                 "pathway": block["pathway"].iloc[0],
                 "subspace": subspace,
+                **({"rank": block["rank"].iloc[0]} if rows["rank"].nunique() > 1 else {}),
                 "changed": f"{len(changed)}/{len(block)}",
                 "relative": changed["relative"].median(),
                 "min": changed["relative"].min(),
@@ -71,15 +76,15 @@ def against_gradients(result: PairData) -> list[str]:
 def headline(result: PairData) -> list[str]:
     """Sentences on what the tests found at the shown rank."""
     k = result.config["shown_rank"]
-    at_rank = result.table[result.table["rank"] == k]
-    changed = at_rank[at_rank["delta_norm"] > 0]
+    rows = at_rank(result.table, k)
+    changed = rows[rows["delta_norm"] > 0]
     if changed.empty:
         return ["No matrix differs between the two models: nothing to be located."]
     related = changed[~changed["matrix"].isin(result.config["unrelated"])]
     tested = [*_reading(result, related, k), *_writing(related, k)]
     return [
         *_strangers(result),
-        *_where(at_rank),
+        *_where(rows),
         *tested,
         *_asymmetry(result, k),
         *(_MEANT if tested else ()),
@@ -92,9 +97,9 @@ def _strangers(result: PairData) -> Iterator[str]:
         yield strangers(unlike)
 
 
-def _where(at_rank: pd.DataFrame) -> Iterator[str]:
+def _where(rows: pd.DataFrame) -> Iterator[str]:
     """Where a matrix changed in some of its heads: which ones; and which matrices did not change."""
-    places = at_rank.drop_duplicates(_PLACE)
+    places = rows.drop_duplicates(_PLACE)
     still = []
     for matrix, block in places.groupby("matrix", sort=False):
         changed = block["delta_norm"] > 0

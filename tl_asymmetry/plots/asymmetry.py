@@ -9,6 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
 from tl_asymmetry.plots.hover import head_name, interval
@@ -22,6 +23,7 @@ HOVER = (
 )
 
 
+@checked
 def asymmetry_figure(
     asymmetry: pd.DataFrame,
     *,

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.names import FOUND, ROUNDING_FLAGGED, SIGNIFICANT
 from tl_asymmetry.plots import maps, style
 from tl_asymmetry.plots import rows as pick
@@ -31,6 +32,7 @@ OVERLAP_HOVER = (
 )
 
 
+@checked
 def differences_figure(
     table: pd.DataFrame,
     matrix: str,
@@ -116,6 +118,7 @@ def differences_figure(
     )  # fmt: skip
 
 
+@checked
 def overlap_figure(
     overlap: pd.DataFrame,
     matrix: str,

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.names import FOUND, kind_of
 from tl_asymmetry.plots import style
 from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, menu, note
@@ -17,6 +18,7 @@ HOVER = (
 )
 
 
+@checked
 def grades_figure(
     table: pd.DataFrame,
     *,

@@ -6,6 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.plots import style
 from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, note, slider
 
@@ -18,6 +19,7 @@ ACCURACY = {"train_accuracy": ("train", "dot"), "test_accuracy": ("held out", "s
 LINES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 
+@checked
 def coupling_figure(
     means: pd.DataFrame,
     accuracy: pd.DataFrame,
@@ -118,6 +120,7 @@ def coupling_figure(
     return finish(figure, words, plot_height=460 if both else 330, **layout)
 
 
+@checked
 def windows_figure(
     peaks: pd.DataFrame,
     **layout: Unpack[Layout],
@@ -167,6 +170,7 @@ def windows_figure(
     return finish(figure, words, plot_height=330, **layout)
 
 
+@checked
 def accuracy_figure(
     table: pd.DataFrame,
     **layout: Unpack[Layout],
@@ -196,6 +200,7 @@ def accuracy_figure(
     return finish(figure, words, plot_height=300, **layout)
 
 
+@checked
 def arms_figure(
     table: pd.DataFrame,
     *,

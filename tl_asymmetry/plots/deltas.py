@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.plots import style
 from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, menu
 
@@ -16,6 +17,7 @@ _CELL_PX, _LEAST_PX = 34, 220
 _WRITTEN = 12
 
 
+@checked
 def deltas_figure(
     cosines: pd.DataFrame,
     overlaps: Mapping[str, pd.DataFrame] | None = None,

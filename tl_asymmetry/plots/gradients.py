@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.plots import style
 from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, menu, note
 
@@ -20,6 +21,7 @@ SIDES = {"gradient": "δ", "input": "a"}
 DASHES = ("solid", "dash", "dot", "dashdot")
 
 
+@checked
 def effective_rank_figure(
     tables: Mapping[str, pd.DataFrame] | pd.DataFrame,
     *,

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.names import ROUNDING_DOMINATED, ROUNDING_FLAGGED
 from tl_asymmetry.plots import maps, style
 from tl_asymmetry.plots import rows as pick
@@ -27,6 +28,7 @@ MOST_MARKS = 1_000_000
 """A limit no figure reaches: with one set, plotly draws only the marks inside the window."""
 
 
+@checked
 def head_maps_figure(
     table: pd.DataFrame,
     *,

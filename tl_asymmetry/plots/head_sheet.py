@@ -10,6 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.plots import maps, style
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots.held import held_against
@@ -20,6 +21,7 @@ _BETWEEN_PX = 52
 """Pixels between two rows of maps: the heads' numbers, and the next title."""
 
 
+@checked
 def head_sheet_figure(
     table: pd.DataFrame,
     *,
@@ -68,7 +70,7 @@ def head_sheet_figure(
         raise ValueError(
             f"expected a value that some matrix has, got {value!r}, which is NaN everywhere; pass value='relative'"
         )
-    layers = pick.layers_of(table)
+    layers, across = pick.layers_of(table), min(across, len(chosen))
     down = math.ceil(len(chosen) / across)
     figure = make_subplots(
         rows=down, cols=across, shared_yaxes=True, horizontal_spacing=0.03,

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.plots import maps, style
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots.held import ISOTROPIC, held_against
@@ -14,6 +15,7 @@ from tl_asymmetry.plots.hover import head_cells, head_fields, head_template, row
 from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, menu, note, rank_slider
 
 
+@checked
 def heads_figure(
     table: pd.DataFrame,
     matrix: str,

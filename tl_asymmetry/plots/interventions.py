@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
 from tl_asymmetry.plots.hover import head_name
@@ -35,6 +36,7 @@ CONTROL_COLOURS = dict(
 TARGET_COLOUR = "#c2602a"
 
 
+@checked
 def controls_figure(
     edits: pd.DataFrame,
     matrix: str | None = None,
@@ -126,6 +128,7 @@ def controls_figure(
     )
 
 
+@checked
 def effects_figure(
     table: pd.DataFrame,
     matrix: str | None = None,
@@ -200,6 +203,7 @@ def effects_figure(
     )
 
 
+@checked
 def doses_figure(
     edits: pd.DataFrame,
     *,

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.plots import style
 from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, rank_slider
 
@@ -18,6 +19,7 @@ _MOST_WRITTEN = 14
 """Up to so many subspaces, their overlaps are written into the cells."""
 
 
+@checked
 def singular_values_figure(
     values: Any,
     layers: Sequence[int],
@@ -75,6 +77,7 @@ def singular_values_figure(
     return finish(figure, words, plot_height=380, legend=len(layers) <= 12, **layout)
 
 
+@checked
 def gain_figure(
     table: pd.DataFrame,
     *,
@@ -137,6 +140,7 @@ def gain_figure(
     return finish(figure, words, plot_height=max(160, 26 * len(layers)), legend=False, right=90, **layout)
 
 
+@checked
 def overlap_figure(
     table: pd.DataFrame,
     *,

@@ -10,6 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.names import FOUND, SIGNIFICANT, MatrixKind, kind_of
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
@@ -22,6 +23,7 @@ HOVER = (
 )
 
 
+@checked
 def layers_figure(
     table: pd.DataFrame,
     *,

@@ -102,6 +102,8 @@ def finish(
         raise ValueError(f"expected template among {known}, got {template!r}; pass template='light'")
     if not (template is None or isinstance(template, str | Mapping | go.layout.Template)):
         raise ValueError(f"expected template as a name or a template of plotly, got {shown(template)}; pass None")
+    if isinstance(template, Mapping) and not template.keys() <= {"data", "layout"}:
+        raise ValueError(f"expected template with keys data and layout, got {', '.join(map(str, template))}; pass None")
     for side, pixels in (("width", width), ("height", height)):
         if pixels is not None and not _SMALLEST <= pixels <= _LARGEST:
             raise ValueError(f"expected {side} from {_SMALLEST} to {_LARGEST} pixels, got {pixels}; pass {side}=None")

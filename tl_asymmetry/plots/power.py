@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
 from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading
@@ -12,6 +13,7 @@ from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading
 _SYMBOLS = ("circle", "diamond", "square")
 
 
+@checked
 def power_figure(
     table: pd.DataFrame,
     *,

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.names import FOUND, SIGNIFICANT
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
@@ -21,6 +22,7 @@ MOST_NAMED = 12
 REFERENCE_DASHES = ("dash", "dashdot", "longdash", "longdashdot", "dot")
 
 
+@checked
 def rank_curve_figure(
     table: pd.DataFrame,
     matrix: str,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
 from tl_asymmetry.plots.hover import head_name
@@ -19,6 +20,7 @@ ORDERS = {
 DASHES = {"importance": "solid", "norm": "dash", "random": "solid", "matched": "dot"}
 
 
+@checked
 def rewind_curve_figure(
     curve: pd.DataFrame,
     **layout: Unpack[Layout],
@@ -68,6 +70,7 @@ def rewind_curve_figure(
     return finish(figure, words, plot_height=400, **layout)
 
 
+@checked
 def rewind_heads_figure(
     table: pd.DataFrame,
     **layout: Unpack[Layout],
@@ -120,6 +123,7 @@ def rewind_heads_figure(
     return finish(figure, words, plot_height=380, right=70, **layout)
 
 
+@checked
 def rewind_path_figure(
     path: pd.DataFrame,
     **layout: Unpack[Layout],

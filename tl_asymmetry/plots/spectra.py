@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.names import FOUND, SIGNIFICANT
 from tl_asymmetry.plots import maps, style
 from tl_asymmetry.plots import rows as pick
@@ -41,6 +42,7 @@ _HOVERED = (
 )  # fmt: skip
 
 
+@checked
 def spectra_figure(
     table: pd.DataFrame,
     matrix: str,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from tl_asymmetry.arguments import listed
+from tl_asymmetry.arguments import checked, listed
 from tl_asymmetry.plots import style
 from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, menu, note, slider
 
@@ -18,6 +18,7 @@ EVERY_INDEX = 64
 DASHES = ("solid", "dash", "dot", "dashdot")
 
 
+@checked
 def spectrum_figure(
     eigenvalues: Mapping[str, Any] | Any,
     *,

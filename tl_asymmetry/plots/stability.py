@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.names import FOUND
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
@@ -35,6 +36,7 @@ HOVER = (
 )
 
 
+@checked
 def stability_figure(
     stability: pd.DataFrame,
     *,

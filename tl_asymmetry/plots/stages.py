@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
 from tl_asymmetry.plots.hover import head_name
@@ -13,6 +14,7 @@ from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, menu, not
 FATES = {"kept": "kept by the whole way", "undone": "taken back later", "turned": "gone beside it later"}
 
 
+@checked
 def stage_flow_figure(
     pooled: pd.DataFrame,
     **layout: Unpack[Layout],
@@ -61,6 +63,7 @@ def stage_flow_figure(
     return finish(figure, words, plot_height=380, **layout)
 
 
+@checked
 def stage_cosines_figure(
     pairs: pd.DataFrame,
     **layout: Unpack[Layout],

@@ -10,6 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.names import BASIS_METHODS, SIGNIFICANT
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
@@ -34,6 +35,7 @@ STRATUM_HOVER = (
 )
 
 
+@checked
 def tangent_energy_figure(
     table: pd.DataFrame,
     *,
@@ -77,6 +79,7 @@ def tangent_energy_figure(
     )  # fmt: skip
 
 
+@checked
 def tangent_anisotropy_figure(
     table: pd.DataFrame,
     *,
@@ -112,6 +115,7 @@ def tangent_anisotropy_figure(
     )  # fmt: skip
 
 
+@checked
 def tangent_strata_figure(
     strata: pd.DataFrame,
     *,

@@ -11,6 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from tl_asymmetry.arguments import checked
 from tl_asymmetry.names import FOUND, ROUNDING_FLAGGED, SIGNIFICANT
 from tl_asymmetry.plots import maps, style
 from tl_asymmetry.plots import rows as pick
@@ -29,6 +30,7 @@ CURVE_HOVER = (
 )
 
 
+@checked
 def curves_figure(
     curves: pd.DataFrame,
     *,
@@ -141,6 +143,7 @@ def curves_figure(
     return finish(figure, words, plot_height=230 * len(sides) + 20, **layout)
 
 
+@checked
 def head_curves_figure(
     table: pd.DataFrame,
     matrix: str,
@@ -228,6 +231,7 @@ def head_curves_figure(
     return finish(figure, words, plot_height=330, **layout)
 
 
+@checked
 def animation_figure(
     table: pd.DataFrame,
     matrix: str,
@@ -353,6 +357,7 @@ def animation_figure(
     return finish(figure, titled(last), right=64, plot_height=maps.map_height(layers), **layout)
 
 
+@checked
 def emergence_figure(
     emergence: pd.DataFrame,
     matrix: str,

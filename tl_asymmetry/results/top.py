@@ -22,14 +22,29 @@ def labels_of(table: pd.DataFrame) -> list[str]:
     return [str(name) for name in takewhile(lambda c: not pd.api.types.is_float_dtype(table[c]), table.columns)]
 
 
+def at_rank(table: pd.DataFrame, rank: int) -> pd.DataFrame:
+    """The rows at a rank; of a subspace that was not measured there, those at the nearest rank that it has.
+
+    Example:
+        >>> table = pd.DataFrame({"subspace": ["attn_in", "attn_in", "refusal"], "rank": [4, 16, 1]})
+        >>> at_rank(table, 4)["rank"].tolist()
+        [4, 1]
+    """
+    ranks = {name: rows.unique() for name, rows in table.groupby("subspace", sort=False)["rank"]}
+    nearest_to = {name: min(own, key=lambda k: (abs(k - rank), k)) for name, own in ranks.items()}
+    return table[table["rank"] == table["subspace"].map(nearest_to)]
+
+
 def shown_rows(table: pd.DataFrame, config: Mapping[str, Any]) -> pd.DataFrame:
     """The rows at the rank that is shown, each matrix against the subspace that it is first held against.
 
     All rows of a matrix stay where it was not held against that one, and all ranks where none is shown.
     """
     rank = config.get("shown_rank")
-    if rank is not None and "rank" in table:
-        table = table[table["rank"] == (table["matrix"].map(rank) if isinstance(rank, Mapping) else rank)]
+    if isinstance(rank, Mapping):
+        table = table[table["rank"] == table["matrix"].map(rank)]
+    elif rank is not None and "rank" in table:
+        table = at_rank(table, rank) if "subspace" in table else table[table["rank"] == rank]
     if not {"matrix", "pathway", "subspace"} <= {*table.columns}:
         return table
     usual = [kind_of(str(m), side).subspace for m, side in zip(table["matrix"], table["pathway"], strict=True)]

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from tl_asymmetry.arguments import shown
+
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -24,6 +26,13 @@ class TokenBatch:
     whatever the mask says there: nothing comes before it."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.tokens, Tensor) or not isinstance(self.mask, Tensor):
+            raise ValueError(
+                f"expected tokens and mask as tensors [batch, pos], got {shown(self.tokens)} and {shown(self.mask)}; "
+                "pass torch.tensor(...)"
+            )
+        if self.tokens.dtype == torch.bool or self.tokens.is_floating_point() or self.tokens.is_complex():
+            raise ValueError(f"expected tokens as whole numbers, got {shown(self.tokens)}; pass token ids")
         if self.tokens.ndim != 2 or self.tokens.shape != self.mask.shape:
             raise ValueError(
                 f"expected tokens and mask of one shape [batch, pos], got {tuple(self.tokens.shape)} and "
@@ -70,6 +79,9 @@ class PreferenceBatch:
     """The other one."""
 
     def __post_init__(self) -> None:
+        for half in (self.chosen, self.rejected):
+            if not isinstance(half, TokenBatch):
+                raise ValueError(f"expected chosen and rejected as TokenBatch, got {shown(half)}; pass two of them")
         chosen, rejected = len(self.chosen.tokens), len(self.rejected.tokens)
         if chosen != rejected:
             raise ValueError(

@@ -16,7 +16,7 @@ Face model, whose output carries `.logits`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_asymmetry.arguments import checked
+from tl_asymmetry.arguments import checked, shown
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.training.batches import PreferenceBatch, TokenBatch
 
@@ -174,7 +174,7 @@ class CrossEntropy:
     """Share of the target's probability spread evenly over the vocabulary."""
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
+        if not 0 < self.temperature < float("inf"):
             raise ValueError(f"expected temperature > 0, got {self.temperature}; pass 1.0 for the plain loss")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(
@@ -234,7 +234,7 @@ class DPO:
     """How strongly: the inverse temperature of the implicit reward."""
 
     def __post_init__(self) -> None:
-        if not self.beta > 0:
+        if not 0 < self.beta < float("inf"):
             raise ValueError(f"expected beta > 0, got {self.beta}; pass 0.1 for the usual strength")
 
     def margins(self, model: LanguageModel, batch: PreferenceBatch) -> Float[Tensor, " pair"]:
@@ -301,7 +301,7 @@ class ORPO:
     the paper writes it."""
 
     def __post_init__(self) -> None:
-        if not self.beta > 0:
+        if not 0 < self.beta < float("inf"):
             raise ValueError(f"expected beta > 0, got {self.beta}; pass 0.1 for the usual strength")
 
     def __call__(self, model: LanguageModel, batch: PreferenceBatch) -> Float[Tensor, ""]:
@@ -377,7 +377,7 @@ class InfoNCE:
     """The block whose output is pooled, before any final norm; None for the last."""
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
+        if not 0 < self.temperature < float("inf"):
             raise ValueError(f"expected temperature > 0, got {self.temperature}; pass 0.1 for the usual sharpness")
 
     def __call__(self, model: LanguageModel, batch: TokenBatch) -> Float[Tensor, ""]:
@@ -451,6 +451,13 @@ def _crops(batch: TokenBatch) -> tuple[TokenBatch, TokenBatch]:
     return first, second
 
 
+def _is_part(given: Any) -> bool:
+    """Whether this is a weight and an objective."""
+    return (
+        isinstance(given, Sequence) and len(given) == 2 and isinstance(given[0], int | float) and is_objective(given[1])
+    )
+
+
 @dataclass(frozen=True)
 class Mix:
     """A weighted sum of objectives on one batch, e.g. `Mix((0.9, CrossEntropy()), (0.1, InfoNCE()))`.
@@ -473,11 +480,13 @@ class Mix:
     """Weights and objectives; all of one `batch_type`."""
 
     def __init__(self, *parts: Any) -> None:
-        pairs = parts[0] if len(parts) == 1 and not (len(parts[0]) == 2 and is_objective(parts[0][1])) else parts
+        pairs = parts[0] if len(parts) == 1 and not _is_part(parts[0]) else parts
+        if not isinstance(pairs, Iterable) or not all(map(_is_part, pairs := list(pairs))):
+            raise ValueError(f"expected parts (weight, objective), got {shown(parts)}; pass e.g. (0.9, CrossEntropy())")
         object.__setattr__(self, "parts", tuple((float(weight), objective) for weight, objective in pairs))
         if not self.parts:
             raise ValueError("expected at least one part, got none; pass (weight, objective) pairs")
-        if any(not weight > 0 for weight, _ in self.parts):
+        if any(not 0 < weight < float("inf") for weight, _ in self.parts):
             raise ValueError(
                 f"expected weights > 0, got {[weight for weight, _ in self.parts]}; leave a part of no weight out"
             )

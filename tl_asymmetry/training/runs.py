@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tl_asymmetry.arguments import checked
+from tl_asymmetry.arguments import checked, listed, shown
 from tl_asymmetry.interrupts import temporarily
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.training.batches import Batch
@@ -38,10 +39,22 @@ class Optimizer:
     """Largest norm of a step's gradient."""
 
     def __post_init__(self) -> None:
-        if not self.lr > 0 or self.warmup < 0 or self.weight_decay < 0 or not self.clip > 0:
+        if not 0 < self.lr < math.inf or self.warmup < 0 or not 0 <= self.weight_decay < math.inf or not self.clip > 0:
             raise ValueError(
                 f"expected lr > 0, warmup >= 0, weight_decay >= 0 and clip > 0, got {self}; pass such settings"
             )
+        check_betas(self.betas)
+
+
+def check_betas(betas: Any) -> None:
+    """Refuse what are no two decays of moments.
+
+    Raises:
+        ValueError: naming what to pass.
+    """
+    given = listed("betas", betas, float, instead="betas=(0.9, 0.95)")
+    if len(given) != 2 or not all(0 <= beta < 1 for beta in given):
+        raise ValueError(f"expected two betas from 0 to below 1, got {shown(betas)}; pass betas=(0.9, 0.95)")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 import xxhash
 from torch import nn
 
+from tl_asymmetry.arguments import shown
 from tl_asymmetry.geometry.memory import return_freed_memory
 from tl_asymmetry.models.loading import open_model
 from tl_asymmetry.models.readers.base import WeightSource
@@ -79,6 +80,11 @@ def checkpoints_of(source: Any, *, base: Any = None, tokenizer: Any = None) -> I
         raise ValueError(
             f"expected checkpoints as a list, got {type(source).__name__} {str(source)!r}; pass directories, "
             "pairs (step, model), or what pythia_checkpoints returns"
+        )
+    if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
+        raise ValueError(
+            f"expected tokenizer as a tokenizer of transformers, got {shown(tokenizer)}; pass "
+            "AutoTokenizer.from_pretrained(...), or leave it out"
         )
     several = not isinstance(source, Iterator)
     entries = iter(source.items() if isinstance(source, Mapping) else source)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import xxhash
-from torch import Tensor
+from torch import Tensor, nn
 
 from tl_asymmetry.models.capture import capture
 from tl_asymmetry.models.checks import finite_check
@@ -62,7 +62,7 @@ class TrajectorySettings:
                 raise ValueError(
                     f"expected {name} to be one of {', '.join(allowed)}, got {getattr(self, name)!r}; pass one of them"
                 )
-        if self.gradient is not None and not callable(self.gradient):
+        if self.gradient is not None and (not callable(self.gradient) or isinstance(self.gradient, nn.Module)):
             raise ValueError(
                 f"expected gradient as a function of a model, got {type(self.gradient).__name__}; pass e.g. "
                 "gradient=lambda model: gradient_covariance(model, objective, batches)"
