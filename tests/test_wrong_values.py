@@ -417,7 +417,6 @@ def test_a_place_is_said_once(analysed: tla.PairAnalysis, model: Any) -> None:
 
 def test_figures_are_refused_before_their_tests(analysed: tla.PairAnalysis, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tla.PairAnalysis, "stability", lambda self: pytest.fail("the tests were made"))
-    monkeypatch.setattr(tla.PairAnalysis, "sensitivity", lambda self: analysed.table)
     for name, wrong in (("matrix", "W_X"), ("subspace", "attn"), ("rank", 3)):
         with pytest.raises(ValueError, match=f"expected {name} to be one of .*, got {wrong!r}; pass {name}="):
             analysed.plot_sensitivity(**{name: wrong})

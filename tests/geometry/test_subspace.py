@@ -150,7 +150,9 @@ def test_messages() -> None:
     for k in (0, 3):
         with pytest.raises(ValueError, match=f"expected a rank from 1 to 2, got {k}"):
             plane.truncate(k)
-    with pytest.raises(ValueError, match="expected two subspaces of R\\^4, got one of R\\^5"):
+    with pytest.raises(
+        ValueError, match="expected directions in R\\^4, got a subspace of R\\^5; pass bases of this model"
+    ):
         plane.overlap(random_subspace(5, 2, seed=0))
     with pytest.raises(ValueError, match="expected a rank from 1 to 4, got 5"):
         random_subspace(4, 5, seed=0)

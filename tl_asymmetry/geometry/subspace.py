@@ -107,17 +107,26 @@ class Subspace:
         full = torch.linalg.qr(self.basis.double(), mode="complete").Q
         return Subspace(full[:, self.rank :].to(self.basis.dtype), None, f"complement of {self.name}".strip())
 
-    def overlap(self, other: Subspace) -> float:
-        """‖Q₁ᵀQ₂‖²_F / min(k₁, k₂): 1 if one contains the other, 0 if orthogonal, max(k₁, k₂)/d by chance."""
+    def overlap(self, other: Any) -> float:
+        """‖Q₁ᵀQ₂‖²_F / min(k₁, k₂): 1 if one contains the other, 0 if orthogonal, max(k₁, k₂)/d by chance.
+
+        Raises:
+            ValueError: neither a subspace nor directions of this space.
+        """
+        other = as_subspace(other, self.d)
         cosines = self._cosines(other)
         return cosines.square().sum().item() / min(self.rank, other.rank)
 
-    def principal_angles(self, other: Subspace) -> Float[Tensor, " angles"]:
+    def principal_angles(self, other: Any) -> Float[Tensor, " angles"]:
         """Angles in radians, ascending, min(k₁, k₂) of them, float64.
 
         Small angles from sines, large ones from cosines, so that both keep their digits (Björck & Golub 1973;
         Knyazev & Argentati 2002).
+
+        Raises:
+            ValueError: neither a subspace nor directions of this space.
         """
+        other = as_subspace(other, self.d)
         small, large = (self, other) if self.rank <= other.rank else (other, self)
         Q1 = large.basis.double()
         Q2 = small.basis.to(Q1)
@@ -126,8 +135,6 @@ class Subspace:
         return torch.where(cosines.square() > 0.5, torch.asin(sines), torch.acos(cosines))
 
     def _cosines(self, other: Subspace) -> Tensor:
-        if self.d != other.d:
-            raise ValueError(f"expected two subspaces of R^{self.d}, got one of R^{other.d}; pass bases of one model")
         Q1 = self.basis.double()
         return torch.linalg.svdvals(Q1.mT @ other.basis.to(Q1))
 

@@ -327,10 +327,9 @@ class PairData(Result):
         from tl_asymmetry.plots import stability_figure
         from tl_asymmetry.plots.style import one_of
 
-        choices = self.sensitivity()
         for name, given in (("matrix", matrix), ("subspace", subspace), ("rank", rank)):
             if given is not None:  # before the tests, which take their time
-                one_of(name, given, choices[name].unique().tolist(), name)
+                one_of(name, given, self.table[name].unique().tolist(), name)
         return stability_figure(
             self.stability(), matrix=matrix, subspace=subspace, rank=rank,
             default_rank=self.config["shown_rank"],
