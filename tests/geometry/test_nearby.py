@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from tl_asymmetry.geometry import nearby
-from tl_asymmetry.geometry.nearby import nearby_directions, worth_iterating
+from tl_asymmetry.geometry.nearby import nearby_directions, rounded_directions, worth_iterating
 from tl_asymmetry.geometry.subspace import Subspace, principal_subspace, random_subspace
 
 D, GROUPS, RANKS = 288, 4, [1, 4, 16, 40]
@@ -33,10 +35,11 @@ def scatters(exponent: float = 1.0) -> list[torch.Tensor]:
 
 def log_energies(change: torch.Tensor, Q: torch.Tensor) -> torch.Tensor:
     inside = (Q.mT @ change).square().sum(1).cumsum(0)
-    return inside[[k - 1 for k in RANKS]].log()
+    return inside[[k - 1 for k in [*RANKS, 72] if k <= Q.shape[1]]].log()
 
 
-def test_intervals_are_those_of_full_solves() -> None:
+def errors(k: int, quickly: Callable[[torch.Tensor, Subspace], torch.Tensor | None]) -> tuple[float, float]:
+    """Of the interval's half-width and of the replicates, as shares of the half-width; the largest of all."""
     groups = scatters()
     whole = principal_subspace(torch.stack(groups).sum(0))
     assert whole.eigenvalues is not None
@@ -47,15 +50,54 @@ def test_intervals_are_those_of_full_solves() -> None:
     ends: dict[str, list[torch.Tensor]] = {"quick": [], "full": []}
     for group in groups:
         rest = torch.stack(groups).sum(0) - group
-        quick = nearby_directions(rest, whole, RANKS)
+        quick = quickly(rest, whole)
         assert quick is not None
-        full = torch.linalg.eigh(rest)[1].flip(-1)[:, : max(RANKS)]
-        torch.testing.assert_close(quick.mT @ quick, torch.eye(max(RANKS), dtype=torch.float64), atol=1e-12, rtol=0)
+        quick = quick.double()
+        full = torch.linalg.eigh(rest)[1].flip(-1)[:, :k]
+        torch.testing.assert_close(quick.mT @ quick, torch.eye(k, dtype=torch.float64), atol=5e-6, rtol=0)
         for name, Q in (("quick", quick), ("full", full)):
             ends[name].append(torch.stack([log_energies(change, Q) for change in (other, drawn)]))
     half = {name: torch.stack(parts).std(0) * (GROUPS - 1) / GROUPS**0.5 * 3.182 for name, parts in ends.items()}
-    assert ((half["quick"] - half["full"]).abs() / half["full"]).max() < 1e-2
-    assert ((torch.stack(ends["quick"]) - torch.stack(ends["full"])).abs() / half["full"]).max() < 1e-2
+    of_replicates = (torch.stack(ends["quick"]) - torch.stack(ends["full"])).abs() / half["full"]
+    return float(((half["quick"] - half["full"]).abs() / half["full"]).max()), float(of_replicates.max())
+
+
+def test_intervals_are_those_of_full_solves() -> None:
+    assert max(errors(max(RANKS), lambda rest, whole: nearby_directions(rest, whole, RANKS))) < 1e-2
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 at this small width, and for fewer digits than it has: as many too few as a wide stream's are."""
+    monkeypatch.setattr(nearby, "_FLOAT32_WIDTH", D)
+    monkeypatch.setattr(nearby, "_FLOAT32_RANGE", 3e2)
+
+
+@pytest.mark.usefixtures("narrow")
+def test_float32_keeps_its_digits_once_the_largest_directions_are_out() -> None:
+    assert max(errors(72, lambda rest, whole: rounded_directions(rest, whole, 72))) < 1e-3
+    groups = scatters()
+    whole = principal_subspace(torch.stack(groups).sum(0))
+    found = rounded_directions(torch.stack(groups[1:]).sum(0), whole, 72)
+    assert found is not None
+    assert found.dtype == torch.float64  # what was taken out has its digits
+    exact = torch.linalg.eigh(torch.stack(groups[1:]).sum(0))[1][:, -1]
+    assert 1 - float(found[:, 0] @ exact) ** 2 < 1e-12
+
+
+@pytest.mark.usefixtures("narrow")
+def test_float32_is_refused_where_it_has_no_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = scatters()
+    whole, rest = principal_subspace(torch.stack(groups).sum(0)), torch.stack(groups[1:]).sum(0)
+    assert rounded_directions(rest, random_subspace(D, D, seed=0), 72) is None  # nothing is known of its spectrum
+    with monkeypatch.context() as patched:
+        patched.setattr(nearby, "_LEFT", 0.0)  # never converged
+        assert rounded_directions(rest, whole, 72) is None
+    with monkeypatch.context() as patched:
+        patched.setattr(nearby, "_LARGE_SHARE", 0.0)  # too many
+        assert rounded_directions(rest, whole, 72) is None
+    monkeypatch.setattr(nearby, "_FLOAT32_WIDTH", D + 1)  # no time is won
+    assert rounded_directions(rest, whole, 72) is None
 
 
 def test_what_does_not_converge_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

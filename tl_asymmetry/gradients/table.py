@@ -67,7 +67,7 @@ CROSS_COLUMNS = {
 """Columns of `GradientCovariance.gradients`."""
 
 _INTERVALS = ("effective_rank", "participation_ratio", "stable_rank", "top_energy", "prediction_energy")
-# As in `bases`: float32 replicates where the axis is wide, at half the time; there they show sampling error alone.
+# As in `geometry.nearby`: float32 replicates where the axis is wide, at half the time; they show sampling error alone.
 _FLOAT32_WIDTH = 512
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tl_asymmetry.geometry.matched import MatchedCovariance
 from tl_asymmetry.geometry.moments import StreamingMoments
-from tl_asymmetry.geometry.nearby import nearby_directions, worth_iterating
+from tl_asymmetry.geometry.nearby import nearby_directions, rounded_directions, worth_iterating
 from tl_asymmetry.geometry.references import (
     AdapterCovariance,
     CrossFit,
@@ -27,12 +27,6 @@ from tl_asymmetry.names import kind_of
 from tl_asymmetry.results.nulls import OF_INPUTS
 from tl_asymmetry.settings import GradientMoments, WeightedInputs
 
-# Replicates are solved in float32, at half the time, where that time counts: in models at least this wide …
-_FLOAT32_WIDTH = 512
-# … and where it does no harm. Above this ratio of the largest eigenvalue to the smallest one in use, float32 rounding
-# (ε λ_1) would no longer be small beside the sampling error (λ_k / √tokens) that a replicate is there to show:
-# intervals were 0.07 % off at 1e3, 4 % at 1e4.
-_FLOAT32_RANGE = 3e3
 _NOTHING_LEFT = 1e-6
 
 
@@ -142,14 +136,7 @@ class LayerBases:
         turns it.
         """
         whole, k = self.subspace(name), max(ranks)
-        eigenvalues = whole.eigenvalues
         nearby = not self._exact and worth_iterating(whole.d, k)
-        narrow = (
-            not self._exact
-            and eigenvalues is not None
-            and len(eigenvalues) >= _FLOAT32_WIDTH
-            and bool(eigenvalues[0] < _FLOAT32_RANGE * eigenvalues[k - 1])
-        )
         everything = self.total(name)
         n, mean, moment = everything.count, everything.mean, everything.second_moment
         sums = n * moment
@@ -162,8 +149,8 @@ class LayerBases:
             found = nearby_directions(rest, whole, ranks) if nearby else None
             if found is None:
                 nearby = False  # spectra of the others are as flat
-                found = leading_directions(rest.float() if narrow else rest, k)
-            yield found
+                found = None if self._exact else rounded_directions(rest, whole, k)
+            yield leading_directions(rest, k) if found is None else found
 
     def input_sums(self, reading: Reading) -> list[Float64[Tensor, "d d"]]:
         """Σ a aᵀ of a matrix's input over each group of sequences; NaN where nothing varies within sequences."""
