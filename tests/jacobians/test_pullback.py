@@ -64,6 +64,29 @@ def test_equals_jacrev_and_an_svd(architecture, kind):
     assert close(plain.mean(0), means["same"], tolerance)
 
 
+@pytest.mark.parametrize(("options", "steps"), [
+    ({}, -(-tiny.D_MODEL // 5)),  # chunks, of which each goes through the one block above
+    ({"method": "autograd"}, 2 * T * -(-tiny.D_MODEL // 5)),
+    ({"sources": "sum"}, 2 * -(-tiny.D_MODEL // 5)),
+])  # fmt: skip
+def test_the_bar_moves_with_every_chunk(options, steps, monkeypatch):
+    totals, moved = [], []
+
+    class Bar(pullback.tqdm):
+        def __init__(self, *args, **kwargs):
+            totals.append(kwargs["total"])
+            super().__init__(*args, **kwargs)
+
+        def update(self, n=1):
+            moved.append(n)
+            return super().update(n)
+
+    monkeypatch.setattr(pullback, "tqdm", Bar)
+    tokens = tiny.tokens(1 if not options else 2, T)
+    pulled(tiny.build("gpt2", KIND), tokens, chunk=5, **options)
+    assert (totals, sum(moved), len(moved)) == ([steps], steps, steps)
+
+
 def test_positions_sequences_and_chunks():
     model, tokens = tiny.build("neox", KIND, torch.float64), tiny.tokens(2, 6)
     for sources in ("same", "sum"):

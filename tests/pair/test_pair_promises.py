@@ -17,6 +17,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import tiny
 from tests.listing import check_listed
@@ -598,6 +599,7 @@ def test_the_functions_are_there_before_what_only_their_results_need() -> None:
 @pytest.mark.skipif(not tiny.HOOKED_AVAILABLE, reason="transformer-lens 4 has no HookedTransformer")
 @pytest.mark.parametrize("name", ["plain", "no_norm", "attn_only"])  # rotary positions are assigned by index
 def test_capture_runs_on_fake_cuda_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without reading a value (fake tensors have none), and with copies to the CPU only once a group is finished."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     model = tiny.toy(name, "hooked", seed=None)
@@ -612,12 +614,32 @@ def test_capture_runs_on_fake_cuda_tensors(name: str, monkeypatch: pytest.Monkey
         view = ModelView(model)
         assert view.device.type == "cuda"
         sites = [(point, layer) for point in POINTS if view.has_point(point) for layer in range(view.n_layers)]
-        moments = capture(view, [tokens.unbind()], sites, exclude_first=True, batch_size=2, progress=False).groups[0]
+        copies = []
+        for batch_size in (1, 2):
+            with CopiesToCpu() as counted:
+                captured = capture(
+                    view, [tokens.unbind()], sites, exclude_first=True, batch_size=batch_size, progress=False
+                )
+            copies.append(counted.count)
+        moments = captured.groups[0]
+        assert copies[0] == copies[1] <= 4 * len(sites)
         for (point, _), m in moments.items():
             assert m.second_moment.device.type == "cpu", point
             assert m.second_moment.shape == (m.d, m.d)
         assert view.weight(0, "W_Q").device.type == "cuda"
         assert view.unembedding()[0].device.type == "cuda"
+
+
+class CopiesToCpu(TorchDispatchMode):
+    """Counts tensors that leave the device, each of which waits for it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].is_cuda and made.device.type == "cpu":
+            self.count += 1
+        return made
 
 
 class IndexingWithoutDevice(torch.overrides.TorchFunctionMode):

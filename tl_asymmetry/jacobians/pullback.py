@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -147,9 +147,12 @@ def prediction_pullback(
         memory = {"chunk": at_once}
         pulled = dict.fromkeys(chosen, torch.zeros(len(rows), d, dtype=torch.float64))
         count = sum(map(len, asked))
-        with tqdm(sequences, desc="pullback", unit="seq", disable=not progress) as bar, exact_products(view.device):
-            for sequence, run in zip(bar, runs, strict=True):
-                mean = run.factored(sequence, at_once) if used == "einsum" else run.by_autograd(sequence, at_once)
+        steps = sum(run.steps(used, at_once) for run in runs)
+        bar = tqdm(total=steps, desc="pullback", unit="step", disable=not progress)
+        with bar, exact_products(view.device):
+            for sequence, run in zip(sequences, runs, strict=True):
+                way = run.factored if used == "einsum" else run.by_autograd
+                mean = way(sequence, at_once, advance=bar.update)
                 pulled = {layer: pulled[layer] + len(run.where) / count * mean[layer] for layer in chosen}
     subspaces = [_subspace(X.mT @ G @ X if rank is None else X.mT @ X, rank, layer) for layer, X in pulled.items()]
     arrays = {
@@ -287,7 +290,16 @@ class _Run:
         most = _CPU_ROWS if method == "autograd" and view.device.type == "cpu" else len(self.rows)
         return chunk or int(max(1, min(most, len(self.rows), budget // (size * each))))
 
-    def factored(self, tokens: Int[Tensor, " pos"], chunk: int) -> dict[int, Float[Tensor, "r d"]]:
+    def steps(self, method: str, chunk: int) -> int:
+        """How often `factored` or `by_autograd` calls `advance`: chunks of rows, times blocks or backward passes."""
+        chunks = -(-len(self.rows) // chunk)
+        if method == "einsum":
+            return chunks * (self.view.n_layers - 1 - min(self.layers))
+        return chunks * (1 if self.sources == "sum" else len(self.where))
+
+    def factored(
+        self, tokens: Int[Tensor, " pos"], chunk: int, *, advance: Callable[[int], object] = lambda _: None
+    ) -> dict[int, Float[Tensor, "r d"]]:
         """Mean over the positions of rows · Π J_m[t], m running down from the last block, in factors."""
         first, last = min(self.layers), self.view.n_layers - 1
         total = {layer: torch.zeros_like(self.rows, dtype=torch.float64, device="cpu") for layer in self.layers}
@@ -305,9 +317,12 @@ class _Run:
                     assert isinstance(block, TokenJacobian)
                     with torch.no_grad():
                         X = block.pull(X)
+                    advance(1)
         return total
 
-    def by_autograd(self, tokens: Int[Tensor, " pos"], chunk: int) -> dict[int, Float[Tensor, "r d"]]:
+    def by_autograd(
+        self, tokens: Int[Tensor, " pos"], chunk: int, *, advance: Callable[[int], object] = lambda _: None
+    ) -> dict[int, Float[Tensor, "r d"]]:
         """The same for any architecture, and summed over sources: backward passes from the final stream."""
         graph = stream_graph(self.view, tokens, self.layers)
         where = torch.tensor(self.where, device=graph.final.device)
@@ -322,4 +337,5 @@ class _Run:
                 for layer, grad in graph.pull(cotangents, chunk=chunk).items():
                     seen = grad[:, 0] if self.sources == "sum" else grad[:, 0, target]
                     total[layer][part] += seen.sum(1, dtype=torch.float64).cpu() / len(where)
+                advance(1)
         return total

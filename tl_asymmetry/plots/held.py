@@ -80,11 +80,12 @@ def held_against(table: pd.DataFrame, nulls: pd.DataFrame | None) -> list[Held]:
         ]
     else:
         pick.require(nulls, OF_NULLS, "results.nulls.described(PairAnalysis.nulls)")
-        at = _places(table)
+        nulls = nulls.reset_index(drop=True)
+        at, of = _places(table), _places(nulls)
         found = []
         for key, rows in nulls.groupby("null", sort=False):
             label, over, meaning, applies = (str(rows[w].iloc[0]) for w in ("label", "over", "meaning", "applies"))
-            numbers = rows[list(NUMBERS)].set_axis(_places(rows)).reindex(at).set_axis(table.index)
+            numbers = rows[list(NUMBERS)].set_axis(of[rows.index]).reindex(at).set_axis(table.index)
             found.append((str(key), label, over, meaning, applies, numbers.astype(float)))
     return [
         Held(key, label, over, meaning, applies, numbers, _relation(table, key, numbers))

@@ -139,7 +139,10 @@ def rank_curve_figure(
             )
         )  # fmt: skip
 
-    figure.add_hline(y=1, line={"color": style.GUIDE, "dash": "dash", "width": 1.5})
+    guide: dict[str, Any] = {"color": style.GUIDE, "dash": "dash", "width": 1.5}
+    figure.update_layout(  # not add_hline, which takes as long as all the traces
+        shapes=[{"type": "line", "x0": 0, "x1": 1, "xref": "x domain", "y0": 1, "y1": 1, "yref": "y", "line": guide}]
+    )
     figure.update_xaxes(
         title="rank k", type="log", tickmode="array", tickvals=ranks, ticktext=[str(k) for k in ranks],
         minor={"ticks": ""},
