@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from measure import Row, table
 
-from tl_asymmetry.geometry.nearby import nearby_directions, worth_iterating
+from tl_asymmetry.geometry.nearby import nearby_directions, rounded_directions, worth_iterating
 from tl_asymmetry.geometry.subspace import leading_directions, principal_subspace
 
 RESULTS = Path(__file__).parent / "results"

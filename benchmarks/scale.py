@@ -7,8 +7,8 @@
 Prints tables and writes benchmarks/results/scale-large-cpu.json and scale-growth-cpu.json. Every measurement runs in a
 process of its own. Memory is the peak resident set above what the loaded base holds, mapped pages of the shards
 included; "beyond the moments" is that less the moments of the layers of one pass. Growth of memory is that of what is
-held at once. Exponents are slopes of log(seconds) on log(size), medians of three rounds; a fixed cost makes them
-smaller than 1.
+held at once. Exponents are slopes of log(seconds) on log(size), processor seconds of one thread, medians of the rounds;
+a fixed cost makes them smaller than 1. The leading stage of a size is the one that `estimate_pair` gives most time.
 """
 
 from __future__ import annotations
@@ -43,8 +43,10 @@ SHARD = 500_000_000
 SEQUENCE = 128
 LARGE_TOKENS = 512
 RANKS = [1, 4, 16, 64, 128]
-GROWTH = {"layers": [4, 8, 16], "tokens": [2048, 4096, 8192, 16_384], "ranks": [1, 4, 16, 64],
-          "checkpoints": [2, 4, 8]}  # fmt: skip
+GROWTH = {"layers": [4, 8, 16], "width": [256, 512, 1024], "heads": [4, 8, 16, 32], "groups": [2, 4, 8, 16],
+          "tokens": [2048, 4096, 8192, 16_384], "ranks": [1, 4, 16, 64], "checkpoints": [2, 4, 8]}  # fmt: skip
+BOUNDED = {"layers": 1.1, "tokens": 1.1, "ranks": 1.1, "checkpoints": 1.1, "heads": 1.1, "groups": 1.1}
+"""What seconds must not grow faster with than in proportion; eigensolves grow as the cube of the width."""
 FLAT = ("tokens", "checkpoints")
 """What memory must not grow with."""
 
@@ -146,15 +148,20 @@ def measure_large(folder: Path, layers_per_pass: int) -> dict[str, Any]:
     }
 
 
-def measure_growth(folder: Path, what: str, size: int, measured: str) -> dict[str, Any]:
+def measure_growth(folder: Path, what: str, size: int, measured: str, rounds: int) -> dict[str, Any]:
     """Seconds of an analysis of medium width with one size changed, or the peak of what it holds."""
-    from tl_asymmetry import analyze_pair, analyze_trajectory
+    from tl_asymmetry import analyze_pair, analyze_trajectory, estimate_pair
     from tl_asymmetry.models.loading import open_model
 
+    torch.set_num_threads(1)
     base = open_model(folder / "base", device="cpu")
-    counts = {"tokens": size, "checkpoints": 1024}
+    counts = {"tokens": size, "checkpoints": 1024, "width": 2048}
     tokens = tokens_of(counts.get(what, 4096), MEDIUM["vocab_size"])
-    ranks = list(range(1, 1 + size)) if what == "ranks" else [1, 16, 64]
+    options: dict[str, Any] = {
+        "ranks": list(range(1, 1 + size)) if what == "ranks" else [1, 16, 64],
+        "groups": size if what == "groups" else 4,
+        "progress": False,
+    }
 
     def training() -> Iterator[tuple[int, Any]]:
         """A model that walks at random."""
@@ -167,16 +174,18 @@ def measure_growth(folder: Path, what: str, size: int, measured: str) -> dict[st
             yield step, model
 
     def run(sequences: torch.Tensor) -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         if what == "checkpoints":
-            analyze_trajectory(training(), tokens=sequences, ranks=ranks, groups=4, progress=False)
+            analyze_trajectory(training(), tokens=sequences, **options)
         else:
-            analyze_pair(base, folder / "aligned", tokens=sequences, ranks=ranks, groups=4, progress=False)
-        return time.perf_counter() - start
+            analyze_pair(base, folder / "aligned", tokens=sequences, **options)
+        return time.process_time() - start
 
     run(tokens[:8])
     if measured == "seconds":
-        return {measured: statistics.median(run(tokens) for _ in range(3))}
+        stages = estimate_pair(base, folder / "aligned", tokens=tokens, **options).table
+        leading = str(stages.loc[stages["seconds"].idxmax(), "stage"])
+        return {measured: statistics.median(run(tokens) for _ in range(rounds)), "leading": leading}
     map_blocks()
     reset, peak = memory_meter("cpu")
 
@@ -185,7 +194,7 @@ def measure_growth(folder: Path, what: str, size: int, measured: str) -> dict[st
         run(tokens)
         return peak() - before
 
-    return {measured: statistics.median(held() for _ in range(3))}
+    return {measured: statistics.median(held() for _ in range(rounds))}
 
 
 def measure_processes(folder: Path) -> dict[str, Any]:
@@ -206,32 +215,54 @@ def measure_processes(folder: Path) -> dict[str, Any]:
         return {"seconds": statistics.median(times[1:]), "rank": processes.rank}
 
 
-def measure_all_growth(folder: Path, chosen: list[str]) -> dict[str, Any]:
-    """Sizes, seconds, peaks and exponent for each of what was chosen; with "processes", seconds of one and of two."""
+def measure_all_growth(folder: Path, chosen: list[str], rounds: int) -> dict[str, Any]:
+    """Sizes, seconds, peaks, exponent and leading stages for each of what was chosen; with "processes", seconds of one
+    and of two."""
     kept: dict[str, Any] = {}
     for what in (name for name in GROWTH if name in chosen):
-        sizes, seconds, peaks = GROWTH[what], [], []
+        sizes, seconds, peaks, leading = GROWTH[what], [], [], []
         for size in sizes:
-            pair = _medium_pair(folder, size if what == "layers" else 8)
-            for found, measured in ((seconds, "seconds"), (peaks, "peak_bytes")):
-                answer = apart(__file__, "--only", "growth", str(pair), what, str(size), measured)
-                found.append((answer or {})[measured])
+            pair = str(_medium_pair(folder, what, size))
+            answer = apart(__file__, "--only", "growth", pair, what, str(size), "seconds", str(rounds)) or {}
+            seconds.append(answer["seconds"])
+            leading.append(answer["leading"])
+            if what in FLAT:
+                held = apart(__file__, "--only", "growth", pair, what, str(size), "peak_bytes", str(rounds)) or {}
+                peaks.append(held["peak_bytes"])
         exponent = float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
-        kept[what] = {"sizes": sizes, "seconds": seconds, "peak_bytes": peaks, "exponent": exponent}
+        kept[what] = {
+            "sizes": sizes, "seconds": seconds, "peak_bytes": peaks, "exponent": exponent, "leading": leading,
+        }  # fmt: skip
     if "processes" in chosen:
         launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
         kept["processes"] = {}
         for count in (1, 2):
             part = folder / f"processes{count}"
-            apart(*launcher, str(count), __file__, "--only", "processes", str(_medium_pair(folder, 8)), str(part))
+            apart(
+                *launcher,
+                str(count),
+                __file__,
+                "--only",
+                "processes",
+                str(_medium_pair(folder, "layers", 8)),
+                str(part),
+            )
             kept["processes"][str(count)] = json.loads(part.read_text())["seconds"]
     return kept
 
 
-def _medium_pair(folder: Path, layers: int) -> Path:
-    pair = folder / f"layers{layers}"
+def _medium_pair(folder: Path, what: str, size: int) -> Path:
+    """A pair of medium size, but for one of its sizes."""
+    shape = {**MEDIUM, "num_hidden_layers": size if what == "layers" else 8}
+    if what == "width":
+        heads = size // 32
+        shape |= {"hidden_size": size, "intermediate_size": 4 * size, "num_attention_heads": heads,
+                  "num_key_value_heads": heads // 2, "num_hidden_layers": 2}  # fmt: skip
+    elif what == "heads":
+        shape |= {"num_attention_heads": size, "num_key_value_heads": size // 2, "head_dim": 256 // size}
+    pair = folder / (f"{what}{size}" if what in ("layers", "width", "heads") else "layers8")
     if not pair.exists():
-        write_pair(pair, {**MEDIUM, "num_hidden_layers": layers})
+        write_pair(pair, shape)
     return pair
 
 
@@ -240,7 +271,10 @@ def growth_rows(growth: dict[str, Any]) -> list[Row]:
     rows: list[Row] = []
     for what in (name for name in GROWTH if name in growth):
         measured = growth[what]
-        rows.append((f"exponent of seconds in {what}", measured["exponent"], "<=", 1.1))
+        bound = BOUNDED.get(what)
+        leading = " → ".join(dict.fromkeys(measured.get("leading", ())))
+        name = f"exponent of seconds in {what}" + (f" (most: {leading})" if leading else "")
+        rows.append((name, measured["exponent"], "" if bound is None else "<=", bound))
         if what in FLAT:
             times = measured["sizes"][-1] // measured["sizes"][0]
             peaks = measured["peak_bytes"]
@@ -292,6 +326,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=LLAMA["num_hidden_layers"], help="of the large model")
     parser.add_argument("--large-only", action="store_true", help="leave growth out")
     parser.add_argument("--growth", nargs="+", choices=[*GROWTH, "processes"], help="measure growth of these alone")
+    parser.add_argument("--rounds", type=int, default=3, help="of each growth measurement")
     parser.add_argument("--only", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
@@ -299,7 +334,7 @@ def main() -> None:
         if what == "large":
             measured = measure_large(Path(folder), int(rest[0]))
         elif what == "growth":
-            measured = measure_growth(Path(folder), rest[0], int(rest[1]), rest[2])
+            measured = measure_growth(Path(folder), rest[0], int(rest[1]), rest[2], int(rest[3]))
         else:
             measured = measure_processes(Path(folder))
             if measured["rank"] == 0:
@@ -313,7 +348,7 @@ def main() -> None:
         if not options.large_only:
             held = RESULTS / "scale-growth-cpu.json"
             before = json.loads(held.read_text())["measured"] if options.growth and held.is_file() else {}
-            growth = before | measure_all_growth(folder, options.growth or [*GROWTH, "processes"])
+            growth = before | measure_all_growth(folder, options.growth or [*GROWTH, "processes"], options.rounds)
             report("growth", growth_rows(growth), MEDIUM, growth)
         if not options.small:
             if shutil.disk_usage(folder).free < 12e9:

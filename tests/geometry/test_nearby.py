@@ -69,7 +69,7 @@ def test_intervals_are_those_of_full_solves() -> None:
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """float32 at this small width, and for fewer digits than it has: as many too few as a wide stream's are."""
-    monkeypatch.setattr(nearby, "_FLOAT32_WIDTH", D)
+    monkeypatch.setattr(nearby, "FLOAT32_WIDTH", D)
     monkeypatch.setattr(nearby, "_FLOAT32_RANGE", 3e2)
 
 
@@ -96,7 +96,7 @@ def test_float32_is_refused_where_it_has_no_digits(monkeypatch: pytest.MonkeyPat
     with monkeypatch.context() as patched:
         patched.setattr(nearby, "_LARGE_SHARE", 0.0)  # too many
         assert rounded_directions(rest, whole, 72) is None
-    monkeypatch.setattr(nearby, "_FLOAT32_WIDTH", D + 1)  # no time is won
+    monkeypatch.setattr(nearby, "FLOAT32_WIDTH", D + 1)  # no time is won
     assert rounded_directions(rest, whole, 72) is None
 
 

@@ -26,9 +26,9 @@ CERTIFIED = 0.02
 # Products by which the largest eigenvalue beyond the block is found, and the risk of being further below it than said.
 _PRODUCTS, _RISK = 20, 1e-4
 _NO_TURN = 1e-12
-# A float32 eigensolve takes half the time, which counts from this width on …
-_FLOAT32_WIDTH = 512
-# … and does no harm while the largest eigenvalue is less than so many times the smallest one in use: else its rounding
+FLOAT32_WIDTH = 512
+"""From here on it counts that a float32 eigensolve takes half the time."""
+# It does no harm while the largest eigenvalue is less than so many times the smallest one in use: else its rounding
 # (ε λ_1) is no longer small beside the sampling error (λ_k / √tokens) that a replicate is there to show. Intervals were
 # 0.07 % off at 1e3, 4 % at 1e4.
 _FLOAT32_RANGE = 3e3
@@ -111,7 +111,7 @@ def rounded_directions(symmetric: Float64[Tensor, "d d"], neighbour: Subspace, k
         True
     """
     λ, d = neighbour.eigenvalues, len(symmetric)
-    if λ is None or d < _FLOAT32_WIDTH:
+    if λ is None or d < FLOAT32_WIDTH:
         return None
     large = int((λ >= _FLOAT32_RANGE * λ[k - 1]).sum())
     if not large:

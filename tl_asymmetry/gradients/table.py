@@ -13,6 +13,7 @@ from tl_asymmetry._lazy import pd
 from tl_asymmetry.geometry.fraction import gram_energy
 from tl_asymmetry.geometry.jackknife import MINIMUM_GROUPS, log_jackknife_interval
 from tl_asymmetry.geometry.moments import StreamingMoments
+from tl_asymmetry.geometry.nearby import FLOAT32_WIDTH
 from tl_asymmetry.geometry.side_moments import HeadMoments, SketchedMoments
 from tl_asymmetry.geometry.spectrum import effective_rank, marchenko_pastur_edge, participation_ratio, stable_rank
 from tl_asymmetry.gradients.capture import INPUT_AXIS, Captured, Moments
@@ -67,8 +68,6 @@ CROSS_COLUMNS = {
 """Columns of `GradientCovariance.gradients`."""
 
 _INTERVALS = ("effective_rank", "participation_ratio", "stable_rank", "top_energy", "prediction_energy")
-# As in `geometry.nearby`: float32 replicates where the axis is wide, at half the time; they show sampling error alone.
-_FLOAT32_WIDTH = 512
 
 
 @dataclass(frozen=True)
@@ -232,7 +231,7 @@ def _side(groups: Sequence[Moments | None], axis: str, P: Tensor | None, *, exac
     intervals = len(groups) >= MINIMUM_GROUPS and all(g is not None and g.count > 0 for g in groups)
     replicates: dict[str, list[Tensor]] = {}
     if intervals:
-        narrow = d >= _FLOAT32_WIDTH and not exact
+        narrow = d >= FLOAT32_WIDTH and not exact  # replicates show sampling error alone
         for group in groups:
             if group is None or isinstance(group, SketchedMoments):  # cannot happen: as the total
                 raise RuntimeError("a group without moments")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tl_asymmetry.models.configurations import strange_families
+from tl_asymmetry.models.put_in import refuse_elsewhere
 from tl_asymmetry.models.readers.base import Weights, WeightSource
 from tl_asymmetry.models.texts import vocabulary_fingerprint
 from tl_asymmetry.models.view import ModelView
@@ -215,7 +216,7 @@ def finite_check(weights: Weights, role: str = "model") -> Callable[[str, Tensor
     """
 
     def check(name: str, weight: Tensor) -> None:
-        _check_there(name, weight, f"the {role} ({weights.name!r})")
+        refuse_elsewhere(name, weight, f"the {role} ({weights.name!r})")
         rows = max(1, _PIECE * len(weight) // max(1, weight.numel())) if weight.ndim else 0
         pieces = weight.split(rows) if weight.ndim else [weight]
         if not weight.is_floating_point() or all(
@@ -231,20 +232,6 @@ def finite_check(weights: Weights, role: str = "model") -> Callable[[str, Tensor
             )
 
     return check
-
-
-def _check_there(name: str, weight: Tensor, where: str) -> None:
-    """Refuse what stands for a weight that is elsewhere: offloaded, or shared out over processes."""
-    if weight.is_meta:
-        raise ValueError(
-            f"expected weights in memory, got none for {name} of {where}: offloaded weights are there only while their "
-            'module runs; load it without offloading (device_map="auto" with memory for all of it, or device_map="cpu")'
-        )
-    if type(weight.data).__name__ == "DTensor":
-        raise ValueError(
-            f"expected whole weights, got this process's part of {name} of {where} (tensor parallelism, tp_plan); load "
-            "it with device_map instead, or run save_moments where it fits and pass moments="
-        )
 
 
 # --- pairs ----------------------------------------------------------------------------------------

@@ -1,12 +1,12 @@
 """What stands in a model that is not its own: hooks, modules around or in the place of its own, un-merged adapters,
-packed weights."""
+packed weights, what stands for weights that are elsewhere."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def refuse_unmerged(model: Any) -> None:
@@ -39,6 +39,24 @@ def refuse_packed(model: Any) -> None:
                 f"{tuple(weight.shape)} {weight.dtype}; pass the model loaded without quantisation, or, for its "
                 "activations, in 8 bits"
             )
+
+
+def refuse_elsewhere(name: str, weight: Tensor, where: str) -> None:
+    """Refuse what stands for a weight that is elsewhere: offloaded, or shared out over processes.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if weight.is_meta:
+        raise ValueError(
+            f"expected weights in memory, got none for {name} of {where}: offloaded weights are there only while their "
+            'module runs; load it without offloading (device_map="auto" with memory for all of it, or device_map="cpu")'
+        )
+    if type(weight.data).__name__ == "DTensor":
+        raise ValueError(
+            f"expected whole weights, got this process's part of {name} of {where} (tensor parallelism, tp_plan); load "
+            "it with device_map instead, or run save_moments where it fits and pass moments="
+        )
 
 
 def foreign_hooks(model: nn.Module) -> list[str]:

@@ -23,7 +23,7 @@ from tl_asymmetry.models.encoders import encoder_adapter, is_encoder
 from tl_asymmetry.models.hooked import HookedAdapter
 from tl_asymmetry.models.huggingface import PLAIN, HuggingFaceAdapter, is_regular, is_transformers_model
 from tl_asymmetry.models.loading import opened_model
-from tl_asymmetry.models.put_in import foreign_hooks, foreign_modules, refuse_packed, refuse_unmerged
+from tl_asymmetry.models.put_in import foreign_hooks, foreign_modules, refuse_elsewhere, refuse_packed, refuse_unmerged
 from tl_asymmetry.models.readers.hub import public_name
 from tl_asymmetry.models.running import evaluation, hooked
 from tl_asymmetry.names import MATRICES, POINTS, kind_of
@@ -695,6 +695,8 @@ def _adapter_for(model: Any) -> HookedAdapter | BridgeAdapter | HuggingFaceAdapt
     if any(base.__name__ == "HookedTransformer" for base in type(model).__mro__):
         return HookedAdapter(model)
     if is_transformers_model(model):
+        for name, weight in model.named_parameters():
+            refuse_elsewhere(name, weight, "the model")
         return HuggingFaceAdapter(model)
     raise ValueError(
         f"expected a HookedTransformer, a TransformerBridge or a model of transformers, got {type(model).__name__}; "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,7 +181,10 @@ def analyze_pair(
     processes.agree({"arguments": arguments, "weights": hashes, "tokens": sequences})
     grouped, intervals = grouped_sequences(sequences, settings, notes)
     with torch.no_grad():
-        given = {**predictions_of(base), **plan.given}
+        # Two passes over the vocabulary: of two processes each makes one.
+        passes: list[Callable[[], Any]] = [lambda: predictions_of(base), lambda: other_changes(base, aligned)]
+        prediction, changes = processes.gathered([make() for make in processes.share(passes)])
+        given = {**prediction, **plan.given}
         predictions = {}
         if sensitivity and isinstance(aligned, ModelView) and base.has_unembedding and aligned.has_unembedding:
             predictions = prediction_variants(base, aligned)
@@ -255,7 +258,7 @@ def analyze_pair(
         nulls=tables.nulls,
         tests=tables.tests,
         asymmetry=asymmetry_table(numbers),
-        other_changes=other_changes(base, aligned),
+        other_changes=changes,
         circuits=[layer.circuits for layer in layers],
         deltas=deltas,
         projections=projections,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tl_asymmetry._lazy import pd
 from tl_asymmetry.arguments import checked
-from tl_asymmetry.geometry.nearby import operations, worth_iterating
+from tl_asymmetry.geometry.nearby import FLOAT32_WIDTH, operations, worth_iterating
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.subspace import Subspace, ordered_eigh
 from tl_asymmetry.models.processes import ALONE, present_processes, together
@@ -129,7 +129,7 @@ def estimate_pair(
     noise = torch.randn(_PROBE, _PROBE, generator=torch.Generator().manual_seed(seed))
     flops = _rate(lambda x: x @ x, noise.to(base.device), 2.0 * _PROBE**3)
     probe = noise[:d, :d].double()
-    eigensolve = (d / len(probe)) ** 3 / _rate(lambda x: ordered_eigh(x @ x.mT), probe, 1.0)
+    eigensolve = (d / len(probe)) ** 3 / _rate(lambda x: ordered_eigh(x @ x.mT), probe, 1.0, tries=1)
     files = aligned.bytes if isinstance(aligned, WeightSource) else 0
     tensor = aligned.weight(0, plan.matrices[0]) if files and isinstance(aligned, WeightSource) else noise
     reading = 1.0
@@ -138,8 +138,11 @@ def estimate_pair(
             lambda x: aligned.weight(0, plan.matrices[0]), tensor, float(tensor.nbytes), clock=time.perf_counter
         )
 
-    quick = base.dtype != torch.float64 and worth_iterating(d, max(plan.ranks))
-    replicate = min(eigensolve, 2 * operations(d, max(plan.ranks)) / flops) if quick else eigensolve
+    replicate, k = eigensolve, max(plan.ranks)
+    if base.dtype != torch.float64 and d >= FLOAT32_WIDTH:
+        replicate = eigensolve / 2
+    if base.dtype != torch.float64 and worth_iterating(d, k):
+        replicate = min(replicate, 2 * operations(d, k) / flops)
     streams = [name for name in plan.subspaces if name in STREAM_SUBSPACES and name not in plan.given]
     replicates = load.groups if groups > 1 else 0
     variants = 12 if sensitivity else 0
@@ -180,15 +183,16 @@ def _rate(
     work: float,
     *,
     clock: Callable[[], float] | None = None,
+    tries: int = 5,
 ) -> float:
-    """Work per second of an operation: the best of five tries after a warm-up.
+    """Work per second of an operation: the best of some tries after a warm-up.
 
     Time is that of this thread by default, which others on the machine do not lengthen; on a GPU by the clock.
     """
     clock = clock or (time.perf_counter if x.is_cuda else time.thread_time)
     operation(x)
     best = float("inf")
-    for _ in range(5):
+    for _ in range(tries):
         start = clock()
         operation(x)
         if x.is_cuda:
