@@ -55,10 +55,10 @@ def write_pair(folder: Path, shape: dict[str, Any]) -> None:
     """Two model directories with random bf16 weights in shards, the aligned one a small step from the base."""
     from transformers import LlamaConfig
 
-    from tl_asymmetry.models.readers.blueprint import Blueprint
+    from tl_asymmetry.models.readers.blueprint import Skeleton
 
     config = LlamaConfig(**shape)
-    shapes = Blueprint(config).shapes
+    shapes = Skeleton(config).shapes
     shards: list[list[str]] = [[]]
     held = 0
     for parameter, size in shapes.items():

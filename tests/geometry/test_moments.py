@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.oracles import reference
+from tl_asymmetry.geometry import moments as moments_module
 from tl_asymmetry.geometry.moments import StreamingMoments
 
 READINGS = ("second_moment", "covariance")
@@ -258,6 +259,30 @@ def test_the_callers_precision_is_put_back_after_an_error() -> None:
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("d", [5, 300])  # in one block of rows, and in four
+def test_groups_about_one_point_are_added_up_as_they_are(d: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = rows((3, 40, d)) + 10.0
+    groups = [StreamingMoments(d)]
+    groups[0].update(x[0, :20])
+    groups += [groups[0].beside(), groups[0].beside().beside()]
+    groups[0].update(x[0, 20:])  # after they were made
+    for moments, of_group in zip(groups[1:], x[1:], strict=True):
+        assert moments.count == 0
+        for part in of_group.split(15):
+            moments.update(part)
+            assert moments.count > 0  # read between two batches
+    total = StreamingMoments(d)
+    with monkeypatch.context() as patched:
+        patched.setattr(moments_module._Sums, "moved", lambda *_: pytest.fail("moved"))
+        for moments in groups:
+            total.merge(moments)
+    everything = reference.float64(x).reshape(-1, d)
+    assert error(total.second_moment, reference.second_moment(everything)) < 1e-12
+    assert error(total.covariance, reference.covariance(everything)) < 1e-12
+    left = total.without(groups[1])
+    assert error(left.covariance, reference.covariance(reference.float64(x[[0, 2]]).reshape(-1, d))) < 1e-12
 
 
 def test_messages() -> None:

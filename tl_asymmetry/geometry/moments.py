@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -19,9 +19,10 @@ class StreamingMoments:
     """Mean, second moment and covariance of row vectors that arrive in batches.
 
     Rows are reduced as they come: a product in float32 (float64 for float64 rows), added up in float64 on the rows'
-    device. Memory is d(d+1)/2 float64 numbers (the packed upper triangle), whatever the number of rows. All rows are
-    taken relative to the mean of the first batch (Chan, Golub & LeVeque 1983), so that neither the covariance nor the
-    second moment loses digits to a large mean; the shift is undone in float64 on reading.
+    device. Memory is d(d+1)/2 float64 numbers (the packed upper triangle) whatever the number of rows, a quarter more
+    while they arrive. All rows are taken relative to the mean of the first batch (Chan, Golub & LeVeque 1983), so that
+    neither the covariance nor the second moment loses digits to a large mean; the shift is undone in float64 on
+    reading.
 
     Args:
         d: length of a row.
@@ -41,6 +42,7 @@ class StreamingMoments:
         self.d = d
         self.sequences = sequences
         self._sums: _Sums | None = None  # made by the first batch, on its device
+        self._shift: Tensor | None = None
 
     def update(self, x: Float[Tensor, "*batch d"], mask: Bool[Tensor, "*batch"] | None = None) -> None:
         """Take in the rows of `x` where `mask` is true (all rows without a mask).
@@ -56,8 +58,14 @@ class StreamingMoments:
             raise ValueError(f"expected [batch, pos, {self.d}] for per-sequence moments, got {tuple(x.shape)}")
         x = x.detach().to(product_dtype(x))
         if self._sums is None:
-            self._sums = _Sums.empty(x, sequences=self.sequences)
+            self._sums = _Sums.empty(x, sequences=self.sequences, shift=self._shift)
         self._sums.add(x, mask)
+
+    def beside(self) -> StreamingMoments:
+        """None of these rows yet, taken relative to the same point: moments of one are added without moving either."""
+        result = StreamingMoments(self.d, sequences=self.sequences)
+        result._shift = self._shift if self._sums is None else self._sums.shift
+        return result
 
     def merge(self, other: StreamingMoments) -> StreamingMoments:
         """Take in all that `other` has seen, and return self. `other` stays as it is; the order does not matter.
@@ -67,39 +75,43 @@ class StreamingMoments:
         """
         if (other.d, other.sequences) != (self.d, self.sequences):
             raise ValueError(f"expected moments like {self!r}, got {other!r}; pass moments of the same kind")
-        if other._sums is not None:
-            self._sums = other._sums.each(Tensor.clone) if self._sums is None else self._sums.plus(other._sums)
+        mine, theirs = self._packed(), other._packed()
+        if theirs is not None:
+            self._sums = theirs.each(Tensor.clone) if mine is None else mine.plus(theirs)
         return self
 
     def without(self, other: StreamingMoments) -> StreamingMoments:
         """The moments of all rows but those of `other`, which must have been merged into self before (jackknife)."""
         result = StreamingMoments(self.d, sequences=self.sequences)
-        sums = self._require_rows()
-        result._sums = sums.each(Tensor.clone) if other._sums is None else sums.plus(other._sums, sign=-1)
+        sums, theirs = self._require_rows(), other._packed()
+        result._sums = sums.each(Tensor.clone) if theirs is None else sums.plus(theirs, sign=-1)
         return result
 
     def pooled(self) -> StreamingMoments:
         """A copy that has forgotten which sequence a row came from."""
         result = StreamingMoments(self.d)
-        result._sums = None if self._sums is None else replace(self._sums.each(Tensor.clone), between=None)
+        sums = self._packed()
+        result._sums = None if sums is None else replace(sums.each(Tensor.clone), between=None)
         return result
 
     def about(self, shift: Float64[Tensor, " d"]) -> StreamingMoments:
         """The same moments kept as sums about another point: sums about one point can be added entry by entry."""
         result = StreamingMoments(self.d, sequences=self.sequences)
-        if self._sums is None:
+        sums = self._packed()
+        if sums is None:
             size = self.d * (self.d + 1) // 2
             gram, between = (torch.zeros(size, dtype=torch.float64, device=shift.device) for _ in range(2))
             zero = torch.zeros((), dtype=torch.float64, device=shift.device)
             result._sums = _Sums(shift, gram, torch.zeros_like(shift), zero, between if self.sequences else None)
         else:
-            result._sums = self._sums.moved(shift)
+            result._sums = sums.moved(shift)
         return result
 
     def cpu(self) -> StreamingMoments:
         """The same moments on CPU; those that are there already are shared, not copied."""
         result = StreamingMoments(self.d, sequences=self.sequences)
-        result._sums = None if self._sums is None else self._sums.each(Tensor.cpu)
+        sums = self._packed()
+        result._sums = None if sums is None else sums.each(Tensor.cpu)
         return result
 
     @property
@@ -152,7 +164,7 @@ class StreamingMoments:
     def state_dict(self) -> dict[str, Tensor]:
         """What `from_state` needs to make the same moments again: float64 tensors on CPU, their own copies."""
         sums = self._require_rows().each(Tensor.clone).each(Tensor.cpu)
-        return {name: value for name, value in vars(sums).items() if value is not None}
+        return {name: value for name, value in vars(sums).items() if isinstance(value, Tensor)}
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> StreamingMoments:
@@ -165,10 +177,17 @@ class StreamingMoments:
     def __repr__(self) -> str:
         return f"StreamingMoments(d={self.d}, sequences={self.sequences})"
 
-    def _require_rows(self) -> _Sums:
-        if self._sums is None:
-            raise ValueError("expected moments of at least one row, got none; call update first")
+    def _packed(self) -> _Sums | None:
+        """The sums, all of them in `gram`; None before the first batch."""
+        if self._sums is not None:
+            self._sums.pack()
         return self._sums
+
+    def _require_rows(self) -> _Sums:
+        sums = self._packed()
+        if sums is None:
+            raise ValueError("expected moments of at least one row, got none; call update first")
+        return sums
 
 
 @dataclass
@@ -185,18 +204,23 @@ class _Sums:
     """n, a scalar."""
     between: Tensor | None
     """Packed Σ_s n_s (x̄_s − c)(x̄_s − c)ᵀ over sequences s, if kept."""
+    fixed: bool = False
+    """Whether the shift was given."""
+    blocks: list[Tensor] = field(default_factory=list)
+    """What `gram` lacks yet, as blocks of rows from the diagonal on: packing takes as long as adding up a batch."""
 
     @classmethod
-    def empty(cls, x: Tensor, *, sequences: bool) -> _Sums:
-        """No rows yet, on the device of `x`; the first rows that count set the shift."""
-        d = x.shape[-1]
-        gram = torch.zeros(d * (d + 1) // 2, dtype=torch.float64, device=x.device)
+    def empty(cls, x: Tensor, *, sequences: bool, shift: Tensor | None = None) -> _Sums:
+        """No rows yet, on the device of `x`; without a shift the first rows that count set it."""
+        d, zero = x.shape[-1], torch.zeros((), dtype=torch.float64, device=x.device)
+        packed = d * (d + 1) // 2
         return cls(
-            shift=torch.zeros(d, dtype=torch.float64, device=x.device),
-            gram=gram,
-            total=torch.zeros(d, dtype=torch.float64, device=x.device),
-            count=torch.zeros((), dtype=torch.float64, device=x.device),
-            between=torch.zeros_like(gram) if sequences else None,
+            shift=zero.new_zeros(d) if shift is None else shift.to(x.device),
+            gram=zero.expand(packed),  # no memory before it is needed
+            total=zero.new_zeros(d),
+            count=zero.clone(),
+            between=zero.new_zeros(packed) if sequences else None,
+            fixed=shift is not None,
         )
 
     def add(self, x: Tensor, mask: Tensor | None) -> None:
@@ -204,13 +228,17 @@ class _Sums:
         if mask is not None:
             # where, not a product: a masked NaN must not survive. Not x[mask]: shapes stay static for fake tensors.
             x = torch.where(mask.unsqueeze(-1), x, torch.zeros((), dtype=x.dtype, device=x.device))
-        # Whether any row has counted so far only the device knows: where, not if.
-        self.shift = torch.where(self.count > 0, self.shift, _rough_mean(x, counts))
+        if not self.fixed:  # whether any row has counted so far only the device knows: where, not if
+            self.shift = torch.where(self.count > 0, self.shift, _rough_mean(x, counts))
         shift = self.shift.to(x.dtype)
         centred = x - shift if mask is None else torch.addcmul(x, counts.unsqueeze(-1).to(x.dtype), shift, value=-1)
         rows = centred.reshape(-1, x.shape[-1])
+        starts = _blocks(x.shape[-1])
+        if not self.blocks:
+            self.blocks = [self.gram.new_zeros(len(block), x.shape[-1] - block.start) for block in starts]
         with exact_products(x.device):
-            self.gram += _pack(_upper_gram(rows))
+            for block, sums in zip(starts, self.blocks, strict=True):
+                sums += rows[:, block.start : block.stop].mT @ rows[:, block.start :]
         self.count += counts.sum()
         if self.between is None:
             self.total += rows.sum(0)
@@ -219,6 +247,13 @@ class _Sums:
             means = totals / counts.sum(-1).reshape(-1, 1).clamp(min=1)
             self.between += _pack(means.mT @ totals)
             self.total += totals.sum(0)
+
+    def pack(self) -> None:
+        """Take what stands in blocks into `gram`."""
+        if self.blocks:
+            d = len(self.shift)
+            whole = torch.cat([torch.nn.functional.pad(block, (d - block.shape[1], 0)) for block in self.blocks])
+            self.gram, self.blocks = self.gram + _pack(whole), []
 
     def moved(self, shift: Tensor) -> _Sums:
         """The same rows relative to another shift, on its device: Σ (x − c + e)(x − c + e)ᵀ with e = c − shift."""
@@ -239,7 +274,7 @@ class _Sums:
 
     def plus(self, other: _Sums, sign: int = 1) -> _Sums:
         """Both sums' rows, relative to this shift; with sign −1 this one's rows without the other's."""
-        theirs = other.moved(self.shift)
+        theirs = other if self._is_about(other.shift) else other.moved(self.shift)
         return _Sums(
             shift=self.shift,
             gram=self.gram + sign * theirs.gram,
@@ -247,6 +282,11 @@ class _Sums:
             count=self.count + sign * theirs.count,
             between=None if self.between is None or theirs.between is None else self.between + sign * theirs.between,
         )
+
+    def _is_about(self, shift: Tensor) -> bool:
+        """Whether this is the shift, as far as can be told without waiting for a device."""
+        on_cpu = self.shift.device.type == shift.device.type == "cpu"
+        return shift is self.shift or (on_cpu and torch.equal(shift, self.shift))
 
     def each(self, change: Callable[[Tensor], Tensor]) -> _Sums:
         """The same sums with `change` applied to every tensor."""
@@ -268,17 +308,10 @@ def _counts(x: Tensor, mask: Tensor | None) -> Tensor:
     return mask.to(dtype=torch.float64, device=x.device)
 
 
-def _upper_gram(rows: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
-    """rowsᵀ rows, of which only the upper triangle is made, rows of blocks at a time; the rest is left as it comes."""
-    d = rows.shape[1]
-    # A GPU is faster with one product; a CPU is a third faster without the lower triangle.
-    if rows.device.type != "cpu" or d < 256:
-        return rows.mT @ rows
-    step = -(-d // 4)
-    gram = torch.empty(d, d, dtype=rows.dtype)
-    for i in range(0, d, step):
-        gram[i : i + step, i:] = rows[:, i : i + step].mT @ rows[:, i:]
-    return gram
+def _blocks(d: int) -> list[range]:
+    """Rows of a d × d matrix whose products are made at once, from the diagonal on: a third less than the whole."""
+    step = d if d < 256 else -(-d // 4)
+    return [range(i, min(i + step, d)) for i in range(0, d, step)]
 
 
 @lru_cache(maxsize=32)

@@ -137,6 +137,7 @@ class _Collector:
         self._products: dict[Outer, Tensor] = {}
         self._permuted: dict[Outer, Tensor] = {}
         self._weighted: dict[Outer, StreamingMoments] = {}
+        self._begun_before: dict[tuple[str, Outer | Input], StreamingMoments] = {}
         self._permutations, self._seed = permutations, seed
         # Σ_t δ_t = 0 over every sequence then: no δ is independent of the others, and ‖δ_t‖² is no weight.
         self._keys_cancel = view.key_shift_invariant
@@ -157,13 +158,15 @@ class _Collector:
         for group, rows in self._segments:
             held = self._part(group, index).gradients
             if site not in held:
-                held[site] = self._empty(kind_of(matrix).output_axis, δ)
+                held[site] = self._begun("gradient", site, kind_of(matrix).output_axis, δ)
             _update(held[site], δ[rows], counted[rows], narrow[rows])
         if kind_of(matrix).reads and not (matrix == "W_K" and self._keys_cancel):
             sized = a * δ.flatten(2).norm(dim=-1, keepdim=True)
             for group, rows in self._segments:
                 weighted = self._part(group, index).weighted
-                weighted.setdefault(site, StreamingMoments(a.shape[-1])).update(sized[rows], counted[rows])
+                if site not in weighted:
+                    weighted[site] = self._begun("weighted", site, "residual", a)  # type: ignore[assignment]
+                weighted[site].update(sized[rows], counted[rows])
         narrow_a = self._narrowed(a, INPUT_AXIS[kind_of(matrix).point])
         self._multiply(site, index, a, δ, narrow_a, narrow, counted)
         self._wait(index, (kind_of(matrix).point, layer), a, counted)
@@ -212,12 +215,16 @@ class _Collector:
         name = "" if self._names is None else self._names[index]
         return self._parts.setdefault((group, name), PartMoments())
 
-    def _empty(self, axis: str, x: Tensor) -> Moments:
+    def _begun(self, what: str, site: Outer | Input, axis: str, x: Tensor) -> Moments:
+        """Moments without rows; of one thing in all groups about one point, so that they are added up as they are."""
         if axis == "head":
             return HeadMoments(x.shape[-2], x.shape[-1])
         if axis == "mlp" and self._test is not None:
             return SketchedMoments(self._test)
-        return StreamingMoments(x.shape[-1])
+        earlier = self._begun_before.get((what, site))
+        moments = StreamingMoments(x.shape[-1]) if earlier is None else earlier.beside()
+        self._begun_before[what, site] = moments if earlier is None else earlier.beside()
+        return moments
 
     def _wait(self, index: int, site: Input, a: Tensor, counted: Tensor) -> None:
         """Take an input once the gradients of all matrices that read it are there, with the tokens of any of them."""
@@ -233,7 +240,7 @@ class _Collector:
         for group, rows in self._segments:
             held = self._part(group, index).inputs
             if site not in held:
-                held[site] = self._empty(axis, a)
+                held[site] = self._begun("input", site, axis, a)
             _update(held[site], a[rows], counted[rows], narrow[rows])
 
     # -- products of the two sides -------------------------------------------------------------------------------

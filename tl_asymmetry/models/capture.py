@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -158,10 +158,10 @@ def capture(
     counted, firsts = [], []
     with bar, torch.no_grad(), view.evaluating():
         for group in shares:
-            moments = {site: _empty(view, site) for site in sites}
-            first = {site: _empty(view, site) for site in sites} if first_positions else {}
+            moments = {site: _begun(view, site, counted) for site in sites}
+            first = {site: _begun(view, site, firsts) for site in sites} if first_positions else {}
             extra = {
-                (name, layer): _empty(view, (point, layer))
+                (name, layer): _begun(view, (point, layer), counted, (name, layer))
                 for point, layer in sites
                 for name in (first_of(point), means_of(point))
                 if name in beside
@@ -264,7 +264,12 @@ def copies_noted(sequences: Sequence[Tensor]) -> str | None:
     )
 
 
-def _empty(view: ModelView, site: Site) -> StreamingMoments:
+def _begun(
+    view: ModelView, site: Site, done: Sequence[Mapping[Site, StreamingMoments]], key: Site | None = None
+) -> StreamingMoments:
+    """Moments without rows; beside those of the groups that are done, so that all are added up as they are."""
+    if done:
+        return done[0][key or site].beside()
     widths = {"z": view.n_heads * view.d_head, "mlp_post": view.d_mlp or 0}
     return StreamingMoments(widths.get(site[0], view.d_model))
 

@@ -69,8 +69,9 @@ class Workload:
         return layers * self.groups * self.models * self._one_set()
 
     def capture_device(self, layers: int) -> int:
-        """One group's moments and one batch's activations, on the model's device; a Gram matrix at work."""
-        return layers * self._one_set() + 4 * self.rows * self.longest * self.width + 3 * 8 * self.d**2
+        """One group's moments, not packed yet, and one batch's activations, on the model's device; a Gram matrix at
+        work."""
+        return layers * self._one_set() * 5 // 4 + 4 * self.rows * self.longest * self.width + 3 * 8 * self.d**2
 
     def layers_host(self) -> int:
         """Deltas, bases and eigensolves of the layers at work side by side; one tensor read from files for each.
