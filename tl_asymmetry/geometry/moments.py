@@ -233,12 +233,14 @@ class _Sums:
         shift = self.shift.to(x.dtype)
         centred = x - shift if mask is None else torch.addcmul(x, counts.unsqueeze(-1).to(x.dtype), shift, value=-1)
         rows = centred.reshape(-1, x.shape[-1])
-        starts = _blocks(x.shape[-1])
+        blocks = _blocks(x.shape[-1])
         if not self.blocks:
-            self.blocks = [self.gram.new_zeros(len(block), x.shape[-1] - block.start) for block in starts]
+            self.blocks = [self.gram.new_zeros(height, width) for height, width in blocks]
         with exact_products(x.device):
-            for block, sums in zip(starts, self.blocks, strict=True):
-                sums += rows[:, block.start : block.stop].mT @ rows[:, block.start :]
+            for (height, width), sums in zip(blocks, self.blocks, strict=True):
+                # narrow, not brackets: runs on fake tensors
+                right = rows.narrow(1, x.shape[-1] - width, width)
+                sums += right.narrow(1, 0, height).mT @ right
         self.count += counts.sum()
         if self.between is None:
             self.total += rows.sum(0)
@@ -308,10 +310,10 @@ def _counts(x: Tensor, mask: Tensor | None) -> Tensor:
     return mask.to(dtype=torch.float64, device=x.device)
 
 
-def _blocks(d: int) -> list[range]:
-    """Rows of a d × d matrix whose products are made at once, from the diagonal on: a third less than the whole."""
+def _blocks(d: int) -> list[tuple[int, int]]:
+    """Heights and widths of blocks of rows of a d × d matrix, from the diagonal on: a third less than the whole."""
     step = d if d < 256 else -(-d // 4)
-    return [range(i, min(i + step, d)) for i in range(0, d, step)]
+    return [(min(step, d - i), d - i) for i in range(0, d, step)]
 
 
 @lru_cache(maxsize=32)
