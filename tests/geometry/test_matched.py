@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.oracles import reference
-from tl_asymmetry.geometry.matched import MatchedCovariance
+from tl_asymmetry.geometry.matched import MatchedCovariance, laws_at, matched_tails
 from tl_asymmetry.geometry.references import correlation
 from tl_asymmetry.geometry.saddlepoint import rotation_tails
 
@@ -94,6 +94,44 @@ def test_whitening_equals_plain_algebra() -> None:
         torch.testing.assert_close(grams[..., :R], truth, rtol=1e-8, atol=0)
         wide = torch.cat([change, torch.zeros(3, D, D, **double)], -1)  # more columns than rows
         torch.testing.assert_close(matched.whitened_spectra(wide)[i][..., :R], truth, rtol=1e-8, atol=0)
+
+
+def test_a_flat_covariance_leaves_the_isotropic_law() -> None:
+    """As Muon's of a wide matrix: beside the solved directions one value is left, and rounding makes no second one."""
+    d, k, n = 64, 4, 200
+    generator = torch.Generator().manual_seed(5)
+    matched = MatchedCovariance.of(torch.eye(d, **double), torch.randn(d, generator=generator, **double))
+    Q = torch.linalg.qr(torch.randn(d, k, generator=generator, **double)).Q
+    spectra = torch.rand(n, 16, generator=generator, **double).square()
+    f = k / d * (0.5 + 2 * torch.rand(n, generator=generator, **double))
+    (law, without) = laws_at(matched, Q, [k])
+    found, freed = matched_tails([(law[k], spectra, f), (without[k], spectra, f)])
+    copies = torch.tensor([[k, d - k]], **double).expand(n, -1)
+    torch.testing.assert_close(
+        found, rotation_tails(torch.stack([1 - f, -f], -1), copies, spectra, d), rtol=1e-7, atol=0
+    )
+    # One dimension less, of which Q holds nearly all that it did.
+    assert ((freed - found).abs() < 0.05).all()
+
+
+def test_many_tests_at_once_are_those_made_alone() -> None:
+    """Laws with and without the mean, of several ranks, heads and their pool: each as if it were the only one."""
+    C = covariance("massive")
+    generator = torch.Generator().manual_seed(3)
+    matched = MatchedCovariance.of(C, torch.randn(D, generator=generator, **double))
+    change = torch.randn(3, D, R, generator=generator, **double)
+    spectra = matched.whitened_spectra(change, pooled=True)
+    heads, (together, _) = matched.whitened_spectra(change), matched.whitened_spectra(change.mT.flatten(0, 1).T[None])
+    assert torch.equal(spectra[0][:3, :R], heads[0])
+    torch.testing.assert_close(spectra[0][3:], together, rtol=1e-9, atol=1e-9)
+    asked = [
+        (law, spectrum, f * law.expected * torch.ones(4, **double))
+        for laws, spectrum in zip(laws_at(matched, basis(C, "own"), [1, 8]), spectra, strict=True)
+        for law in laws.values()
+        for f in (0.5, 1.0, 1.6)
+    ]
+    for one, found in zip(asked, matched_tails(asked), strict=True):
+        torch.testing.assert_close(found, matched_tails([one])[0], rtol=1e-9, atol=0)
 
 
 def test_float32_inputs_give_the_same_p() -> None:

@@ -224,6 +224,15 @@ def test_a_delta_without_factors_has_no_tail(k: int) -> None:
     assert method.tolist() == ["none", "none"]
 
 
+def test_many_questions_are_answered_as_each_alone() -> None:
+    null = IsotropicNull(D, seed=0)
+    x = torch.tensor([0.02, 0.2], dtype=torch.float64)
+    asked = [(spectrum_of(name).expand(2, -1), k, x) for k in (1, 4) for name in ("one spike", "rank 1", "power law")]
+    for one, told in zip(asked, null.tails_of(asked), strict=True):
+        for together, alone in zip(told, null.tails(*one), strict=True):
+            np.testing.assert_array_equal(together, alone)
+
+
 def test_tail_depends_on_neither_scale_nor_company_nor_global_seed() -> None:
     null = IsotropicNull(D, seed=0)
     λ = torch.cat([spectrum_of("one spike"), spectrum_of("power law")])
@@ -294,6 +303,8 @@ def test_edges_of_the_tail() -> None:
     assert p.isfinite().all()
     assert 0 < p[0] < p[1] < 1e-4
     assert p[2] > 1 - 1e-4
+    nothing = torch.tensor([1e-30, 1e-55, 1e-99], dtype=torch.float64)
+    assert (fraction_tail_rank_one((λ[:2] / λ[:2].sum()).expand(3, -1), 3, nothing) > 1 - 1e-12).all()
 
 
 @pytest.mark.slow

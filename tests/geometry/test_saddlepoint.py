@@ -71,6 +71,32 @@ def test_both_tails_add_up_and_fall(r: int, k: int, x: float, seed: int) -> None
     assert above[0].item() + below[0].item() == pytest.approx(1, abs=0.05)
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(3, 12), st.integers(1, 12), st.floats(-4, 4), st.integers(0, 10_000))
+def test_agrees_with_every_term_written_out(d: int, r: int, shift: float, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    h = generator.standard_normal(d) * generator.random(d) ** 4 + 0.3 * shift
+    s = np.append(generator.gamma(0.5, size=min(r, d)), np.zeros(d - min(r, d)))
+    found = rotation_tails(*(torch.tensor(x).unsqueeze(0) for x in (h, np.ones(d), s[: min(r, d)])), d)[0].item()
+    if np.isnan(found) or abs(stats.norm.ppf(found)) < 0.1:  # near the middle both lose digits
+        return
+    assert found == pytest.approx(reference.rotation_tail(h, s), rel=1e-7, abs=1e-14)
+
+
+def test_items_of_different_sizes_and_dimensions_are_as_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    cases = []
+    for d, m, r in ((64, 5, 3), (63, 12, 40), (20, 20, 20), (64, 2, 64)):
+        h = torch.randn(1, m, generator=generator, dtype=torch.float64) - 1
+        copies = torch.cat([torch.ones(1, m - 1), torch.full((1, 1), float(d - m + 1))], 1)
+        cases.append((h, copies, torch.rand(1, r, generator=generator, dtype=torch.float64), d))
+    wide = [
+        torch.cat([torch.nn.functional.pad(case[i], (0, 64 - case[i].shape[1])) for case in cases]) for i in range(3)
+    ]
+    together = rotation_tails(*wide, torch.tensor([float(d) for *_, d in cases]))
+    torch.testing.assert_close(together, torch.cat([rotation_tails(*case) for case in cases], 1), rtol=1e-10, atol=0)
+
+
 def test_scale_company_and_dtype_do_not_matter() -> None:
     h = torch.tensor([[0.9, -0.1], [0.5, -0.2]], dtype=torch.float64)
     copies = torch.tensor([[4.0, 60.0], [8.0, 56.0]], dtype=torch.float64)

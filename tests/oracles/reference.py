@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import special
 
 Array = NDArray[np.float64]
 
@@ -114,6 +115,25 @@ def rotated_fractions(C: Array, s: Array, Q: Array, draws: int, seed: int) -> Ar
         W = root @ haar_basis(len(C), len(s), generator) @ np.diag(s)
         found.append(subspace_fraction(W, Q))
     return np.array(found)
+
+
+def rotation_tail(h: Array, s: Array) -> float:
+    """P(tr(H G S Gᵀ) ≥ 0) by Lugannani & Rice at the saddlepoint, every e_ij written out; h and s of length d."""
+    d = len(h)
+    e = np.outer(h - h.mean(), s - s.mean()).ravel() / np.sqrt((d - 1) * (d + 2))
+    e = e / np.sqrt(2 * (e**2).sum())
+    mean = h.sum() * s.sum() / d / np.sqrt(2 * ((h - h.mean()) ** 2).sum() * ((s - s.mean()) ** 2).sum()
+                                           / ((d - 1) * (d + 2)))  # fmt: skip
+    low, high = 0.5 / e.min(), 0.5 / e.max()
+    for _ in range(300):
+        t = (low + high) / 2
+        if mean + (e / (1 - 2 * t * e) - e).sum() < 0:
+            low = t
+        else:
+            high = t
+    K = t * mean - 0.5 * (np.log1p(-2 * t * e) + 2 * t * e).sum()
+    w, u = np.sign(t) * np.sqrt(-2 * K), t * np.sqrt((2 * (e / (1 - 2 * t * e)) ** 2).sum())
+    return float(special.ndtr(-w) + np.exp(-0.5 * w**2) / np.sqrt(2 * np.pi) * (1 / u - 1 / w))
 
 
 def cross_fitted(groups: list[Array], bases: list[Array], k: int, *, adam: bool) -> float:

@@ -5,7 +5,7 @@ import torch
 
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.models.readers.base import Factors
-from tl_asymmetry.pair import projections
+from tl_asymmetry.pair import reference_tests
 from tl_asymmetry.pair.bases import LayerBases
 from tl_asymmetry.pair.deltas import AnyDelta, measure_delta, measure_factors
 from tl_asymmetry.pair.projections import project
@@ -37,7 +37,7 @@ def bases(a: torch.Tensor, optimizer: str) -> LayerBases:
 
 def tails(held: LayerBases, delta: AnyDelta) -> np.ndarray:
     """P(fraction ≥) and P(fraction ≤) of every head."""
-    (found,) = project([delta], "attn_in", held, [K], intervals=False, gradient=None)
+    (found,) = project([delta], {delta.matrix: ["attn_in"]}, held, [K], intervals=False, gradient=None)
     return found.tails[:, :HEADS, 0].numpy()
 
 
@@ -50,7 +50,7 @@ def test_one_step_of_adam_is_not_less_than_trained(monkeypatch):
     _, below = tails(bases(a, "adam"), measure_delta("W_Q", W, W + 1e-2 * signs, seed=0))
     assert np.mean(below <= 0.05) <= 0.05
     # against the reference of many steps alone most of them would be less
-    monkeypatch.setattr(projections, "_some_below", lambda tails: False)
+    monkeypatch.setattr(reference_tests, "_some_below", lambda tails: False)
     _, alone = tails(bases(a, "adam"), measure_delta("W_Q", W, W + 1e-2 * signs, seed=0))
     assert np.mean(alone <= 0.05) > 0.3
     assert (below >= alone).all()
@@ -65,7 +65,7 @@ def test_an_adapter_has_a_sign_limit_too(monkeypatch):
     adapter = measure_factors("W_Q", torch.ones(HEADS, D, COLUMNS), Factors(A, B))
     found = {}
     for asked in (True, False):
-        monkeypatch.setattr(projections, "_some_below", lambda tails, asked=asked: asked)
+        monkeypatch.setattr(reference_tests, "_some_below", lambda tails, asked=asked: asked)
         found[asked] = tails(bases(a, "adam"), adapter)
     (above, below), (above_alone, below_alone) = found[True], found[False]
     np.testing.assert_array_equal(above, above_alone)

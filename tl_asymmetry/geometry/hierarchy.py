@@ -46,6 +46,17 @@ def simes(p: Float[np.ndarray, "*group test"]) -> Float[np.ndarray, "*group"]:
     return np.where(np.isfinite(found), np.minimum(found, 1), np.nan)
 
 
+def of_layers(
+    heads: Float[np.ndarray, "*layer head"], pooled: Float[np.ndarray, "*layer"]
+) -> Float[np.ndarray, "*layer"]:
+    """p of each layer: Simes over its heads or that of the heads pooled, the smaller one doubled."""
+    own = simes(heads)
+    together = np.where(np.isfinite(pooled), pooled, np.inf)
+    both = np.minimum(1, 2 * np.minimum(own, together))
+    several = np.isfinite(heads).sum(-1) > 1
+    return np.where(several & np.isfinite(pooled), both, own)
+
+
 def hierarchy(
     heads: Mapping[Family, Float[np.ndarray, "layer head"]],
     pooled: Mapping[Family, Float[np.ndarray, " layer"]],
@@ -63,13 +74,7 @@ def hierarchy(
         pooled: p of each layer's heads pooled into one delta; all NaN to leave it to the heads.
         level: at which the shares selected are taken; q below it means found.
     """
-    layer_p = {}
-    for family, p in heads.items():
-        own = simes(p)
-        together = np.where(np.isfinite(pooled[family]), pooled[family], np.inf)
-        several = np.isfinite(p).sum(-1) > 1
-        both = np.minimum(1, 2 * np.minimum(own, together))
-        layer_p[family] = np.where(several & np.isfinite(pooled[family]), both, own)
+    layer_p = {family: of_layers(p, pooled[family]) for family, p in heads.items()}
     families = list(heads)
     family_p = np.array([float(simes(layer_p[family])) for family in families])
     family_q = adjusted_p(family_p)

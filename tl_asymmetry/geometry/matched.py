@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,6 +20,8 @@ _FLOOR = 1e-6
 _UNREACHED = 1e-9
 # Leading directions of C, and columns of Q, in whose span H is solved; what is left goes into two values.
 _LEADING, _SOLVED = 16, 48
+# A share of a sum that its rounding may be.
+_DIGITS = 1e-13
 # Tails below this are found at the head's own fraction, the others to first order about the expected one.
 _SETTLED = 0.1
 
@@ -63,17 +66,36 @@ class MatchedCovariance:
         """The same where C is Adam's correlation matrix and gradients persist, as over one step: its sign limit."""
         return MatchedCovariance.of(sign_limit(self.matrix), self.mean)
 
-    def whitened_spectra(self, change: Float[Tensor, "head d other"]) -> list[Float64[Tensor, "head r"]]:
-        """Squared singular values of Y = C^{-1/2} ΔW of each head, descending, on CPU; then those without the mean."""
+    @cached_property
+    def whitened_mean(self) -> Float64[Tensor, " d"] | None:
+        """Unit direction of C^{-1/2}μ, along which the whitened delta of inputs without their mean has nothing."""
+        if self.mean is None:
+            return None
+        m = torch.linalg.solve_triangular(self.root, self.mean.unsqueeze(-1), upper=False).squeeze(-1)
+        return m / m.norm()
+
+    def whitened_spectra(
+        self, change: Float[Tensor, "head d other"], *, pooled: bool = False
+    ) -> list[Float64[Tensor, "item r"]]:
+        """Squared singular values of Y = C^{-1/2} ΔW of each head, descending, on CPU; then those without the mean.
+
+        `pooled`: several heads are followed by all of them as one delta, zeros behind the shorter spectra.
+        """
         heads, d, other = change.shape
-        columns = change.to(self.root).transpose(0, 1).reshape(d, heads * other)
-        Y = torch.linalg.solve_triangular(self.root, columns, upper=False).unflatten(1, (heads, other)).transpose(0, 1)
+        flat = torch.linalg.solve_triangular(
+            self.root, change.to(self.root).transpose(0, 1).reshape(d, heads * other), upper=False
+        )
+        own = self._spectra(flat.unflatten(1, (heads, other)).transpose(0, 1))
+        if not pooled or heads == 1:
+            return own
+        return [_one_below_another(both) for both in zip(own, self._spectra(flat.unsqueeze(0)), strict=True)]
+
+    def _spectra(self, Y: Float64[Tensor, "head d other"]) -> list[Tensor]:
+        d, other = Y.shape[1:]
         gram = Y.mT @ Y if other <= d else Y @ Y.mT
         spectra = [_eigenvalues(gram)]
-        if self.mean is not None:
+        if (m := self.whitened_mean) is not None:
             # (PCP)⁺ on the complement of μ is C⁻¹ less its part along C^{-1/2}μ.
-            m = torch.linalg.solve_triangular(self.root, self.mean.unsqueeze(-1), upper=False).squeeze(-1)
-            m = m / m.norm()
             if other <= d:
                 along = m @ Y
                 gram = gram - along.unsqueeze(-1) * along.unsqueeze(-2)
@@ -82,15 +104,17 @@ class MatchedCovariance:
             spectra.append(_eigenvalues(gram)[..., : d - 1])
         return spectra
 
-    def whitened_gram_spectra(self, gram: Float[Tensor, "head d d"]) -> list[Float64[Tensor, "head r"]]:
+    def whitened_gram_spectra(
+        self, gram: Float[Tensor, "head d d"], *, pooled: bool = False
+    ) -> list[Float64[Tensor, "item r"]]:
         """The same from ΔW ΔWᵀ, where ΔW itself is wider than high."""
         # Any factor of the Gram does: Y Yᵀ = L⁻¹ ΔW ΔWᵀ L⁻ᵀ.
         half = torch.linalg.solve_triangular(self.root, gram.to(self.root), upper=False)
         whitened = torch.linalg.solve_triangular(self.root, half.mT, upper=False)
+        if pooled and len(gram) > 1:
+            whitened = torch.cat([whitened, whitened.sum(0, keepdim=True)])
         spectra = [_eigenvalues(whitened)]
-        if self.mean is not None:
-            m = torch.linalg.solve_triangular(self.root, self.mean.unsqueeze(-1), upper=False).squeeze(-1)
-            m = m / m.norm()
+        if (m := self.whitened_mean) is not None:
             spectra.append(_eigenvalues(_without(_without(whitened, m).mT, m))[..., :-1])
         return spectra
 
@@ -112,11 +136,7 @@ class MatchedCovariance:
 
 @dataclass(frozen=True)
 class MatchedLaw:
-    """How a fraction falls in the leading k columns of Q where ΔW = C^{1/2} G √S Vᵀ, G Haar-random.
-
-    It reaches f where tr(H G S Gᵀ) ≥ 0, H = C^{1/2} (QQᵀ − fI) C^{1/2}. H is solved on the span of C^{1/2}Q and of C's
-    leading directions, and the rest becomes two values that keep tr Hⁿ exact for n ≤ 3: no eigensolve of d × d.
-    """
+    """How fractions fall in the leading columns of Q where ΔW = C^{1/2} G √S Vᵀ, G Haar-random."""
 
     d: int
     """Dimension."""
@@ -127,63 +147,119 @@ class MatchedLaw:
     products: Float64[Tensor, "3 n n"]
     """BᵀCB, BᵀC²B, BᵀC³B."""
 
-    def tails(
-        self, spectrum: Float[Tensor, "head r"], k: int, fraction: Float[Tensor, " head"]
-    ) -> Float64[Tensor, "2 head"]:
-        """P(fraction ≥) and P(fraction ≤ the observed one); NaN where nothing can vary. See `rotation_tails`.
-
-        Args:
-            spectrum: S, of the whitened deltas.
-            k: rank.
-            fraction: observed.
-        """
-        f = fraction.double().cpu()
-        p = self._tails(spectrum, k, f, exact=False)
-        near = (p < _SETTLED).any(0)
-        if bool(near.any()):
-            p[:, near] = self._tails(spectrum[near], k, f[near], exact=True)
-        return p
-
-    def expected(self, k: int) -> Float64[Tensor, ""]:
-        """The expected fraction in the leading k columns."""
-        span = slice(self.leading, self.leading + k)
-        return self.products[0, span, span].trace() / self.traces[0]
-
-    def spectrum(
-        self, k: int, fraction: Float64[Tensor, " head"], *, exact: bool = True
-    ) -> tuple[Float64[Tensor, "head n"], Float64[Tensor, "head n"]]:
-        """Eigenvalues of H and how often each counts; not `exact`: to first order about the expected fraction."""
-        f, m = fraction, self.leading
+    def at(self, k: int) -> LawAtRank:
+        """In the leading k."""
+        m = self.leading
         span = slice(0, m + min(k, _SOLVED))
         B1, B2 = self.products[:2, span, span]
         T1, T2, T3 = self.products[:, m : m + k, m : m + k]
-        c1, c2, c3 = self.traces
         # An orthonormal basis of the span of C^{1/2}B, and in it C^{1/2}QQᵀC^{1/2} and C.
         ν, V = torch.linalg.eigh(B1)
         reached = ν > _UNREACHED * ν[-1]
         frame = V[:, reached] / ν[reached].sqrt()
         inside = frame.mT @ self.products[0, span, m : m + k]
         inside, whole = inside @ inside.mT, frame.mT @ B2 @ frame
-        if exact:
-            θ = torch.linalg.eigvalsh(inside - f[:, None, None] * whole)
-        else:
-            expected = self.expected(k)
-            θ, V = torch.linalg.eigh(inside - expected * whole)
-            θ = θ - (f - expected).unsqueeze(-1) * ((whole @ V) * V).sum(0)
-        # Traces of ((QQᵀ − f) C)ⁿ, less what these eigenvalues account for.
+        c1, c2, c3 = self.traces
+        nothing = torch.zeros_like(c1)
         traces = (
-            T1.trace() - f * c1,
-            T1.square().sum() - 2 * f * T2.trace() + f**2 * c2,
-            ((T1 @ T1) * T1).sum() - 3 * f * (T1 * T2).sum() + 3 * f**2 * T3.trace() - f**3 * c3,
+            (T1.trace(), -c1, nothing, nothing),
+            (T1.square().sum(), -2 * T2.trace(), c2, nothing),
+            (((T1 @ T1) * T1).sum(), -3 * (T1 * T2).sum(), 3 * T3.trace(), -c3),
         )
-        left = [trace - θ.pow(n).sum(-1) for n, trace in enumerate(traces, 1)]
-        values, copies = _two_values(self.d - θ.shape[-1], *left)
-        return torch.cat([θ, values], -1), torch.cat([torch.ones_like(θ), copies], -1)
+        return LawAtRank(self.d, inside, whole, T1.trace() / c1, torch.stack([torch.stack(of) for of in traces]))
 
-    def _tails(self, spectrum: Tensor, k: int, f: Tensor, *, exact: bool) -> Tensor:
-        h, copies = self.spectrum(k, f.nan_to_num(), exact=exact)
-        p = rotation_tails(h, copies, spectrum, self.d)
-        return torch.where(f.isfinite(), p, torch.nan)
+    def tails(
+        self, spectrum: Float[Tensor, "head r"], k: int, fraction: Float[Tensor, " head"]
+    ) -> Float64[Tensor, "2 head"]:
+        """P(fraction ≥) and P(fraction ≤ the observed one), as `matched_tails`."""
+        return matched_tails([(self.at(k), spectrum, fraction)])[0]
+
+    def expected(self, k: int) -> Float64[Tensor, ""]:
+        """The expected fraction in the leading k columns."""
+        return self.at(k).expected
+
+
+@dataclass(frozen=True)
+class LawAtRank:
+    """How the fraction falls in k directions: it reaches f where tr(H G S Gᵀ) ≥ 0, H = C^{1/2} (QQᵀ − fI) C^{1/2}.
+
+    H is solved on the span of C^{1/2}Q and of C's leading directions, and the rest becomes two values that keep tr Hⁿ
+    exact for n ≤ 3: no eigensolve of d × d.
+    """
+
+    d: int
+    """Dimension."""
+    inside: Float64[Tensor, "n n"]
+    """C^{1/2}QQᵀC^{1/2} in an orthonormal basis of that span."""
+    whole: Float64[Tensor, "n n"]
+    """C in it."""
+    expected: Float64[Tensor, ""]
+    """The expected fraction."""
+    traces: Float64[Tensor, "3 4"]
+    """tr ((QQᵀ − f) C)ⁿ for n = 1, 2, 3: coefficients of 1, f, f², f³."""
+
+    @cached_property
+    def _about_expected(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues of H at the expected fraction, and how fast they fall with it."""
+        θ, V = torch.linalg.eigh(self.inside - self.expected * self.whole)
+        return θ, ((self.whole @ V) * V).sum(0)
+
+    def solved(self, fraction: Float64[Tensor, " item"], *, exact: bool) -> Float64[Tensor, "item n"]:
+        """Eigenvalues of H on the span; not `exact`: to first order about the expected fraction."""
+        if exact:
+            return torch.linalg.eigvalsh(self.inside - fraction[:, None, None] * self.whole)
+        at, slope = self._about_expected
+        return at - (fraction - self.expected).unsqueeze(-1) * slope
+
+
+def laws_at(
+    covariance: MatchedCovariance, basis: Float[Tensor, "d k"], ranks: Sequence[int]
+) -> list[dict[int, LawAtRank]]:
+    """The laws of fractions in the leading columns of a basis, by rank: as it is; then without the mean input."""
+    if not ranks:
+        return [{}] * (1 + (covariance.mean is not None))
+    return [{k: law.at(k) for k in ranks} for law in covariance.laws(basis[:, : max(ranks)])]
+
+
+Asked = tuple[LawAtRank, Float[Tensor, "_item _r"], Float[Tensor, " _item"]]
+"""A law, spectra of whitened deltas, and the fractions observed of them."""
+
+
+def matched_tails(asked: Sequence[Asked]) -> list[Float64[Tensor, "2 _item"]]:
+    """P(fraction ≥) and P(fraction ≤ the observed one) of each; NaN where nothing can vary. See `rotation_tails`.
+
+    All at once: what a call costs by itself is more than what a head adds to it.
+    """
+    asked = [(law, spectrum, fraction.double().cpu()) for law, spectrum, fraction in asked]
+    tails = _rotated(asked, exact=False)
+    near = [(p < _SETTLED).any(0) for p in tails]
+    again = [i for i, at in enumerate(near) if bool(at.any())]
+    settled = _rotated([(asked[i][0], asked[i][1][near[i]], asked[i][2][near[i]]) for i in again], exact=True)
+    for i, p in zip(again, settled, strict=True):
+        tails[i][:, near[i]] = p
+    return tails
+
+
+def _rotated(asked: Sequence[Asked], *, exact: bool) -> list[Tensor]:
+    if not asked:
+        return []
+    sizes = [len(f) for *_, f in asked]
+
+    def of_items(of_laws: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(of_laws)).repeat_interleave(torch.tensor(sizes), 0)
+
+    f = torch.cat([f for *_, f in asked])
+    θ = _one_below_another([law.solved(f.nan_to_num(), exact=exact) for law, _, f in asked])
+    d, solved = of_items([torch.tensor((law.d, len(law.whole)), dtype=torch.float64) for law, *_ in asked]).unbind(-1)
+    powers = f.nan_to_num().unsqueeze(-1) ** torch.arange(4)
+    # What the eigenvalues leave of the traces.
+    left = (of_items([law.traces for law, *_ in asked]) @ powers.unsqueeze(-1)).squeeze(-1)
+    left = left - torch.stack([θ.pow(n).sum(-1) for n in (1, 2, 3)], -1)
+    values, copies = _two_values(d - solved, left, θ)
+    once = (torch.arange(θ.shape[-1]) < solved.unsqueeze(-1)).double()
+    s = _one_below_another([s for _, s, _ in asked])
+    p = rotation_tails(torch.cat([values, θ], -1), torch.cat([copies, once], -1), s, d)
+    return list(torch.where(f.isfinite(), p, torch.nan).split(sizes, 1))
 
 
 def _law_without_first(products: list[Tensor], traces: Tensor, d: int, m: int) -> MatchedLaw:
@@ -224,18 +300,31 @@ def _eigenvalues(symmetric: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(symmetric).flip(-1).clamp(min=0).cpu()
 
 
-def _two_values(count: int, m1: Tensor, m2: Tensor, m3: Tensor) -> tuple[Tensor, Tensor]:
-    """Two values and their weights with these power sums: the Gauss quadrature of a measure of mass `count`."""
-    if count < 1:
-        return torch.zeros(len(m1), 2, dtype=m1.dtype), torch.zeros(len(m1), 2, dtype=m1.dtype)
-    mean = m1 / count
-    sd = (m2 / count - mean.square()).clamp(min=0).sqrt()
-    third = m3 / count - 3 * mean * sd.square() - mean.pow(3)
-    γ = torch.where(sd > 0, third / sd.pow(3).clamp(min=1e-300), 0.0)
+def _one_below_another(parts: Sequence[Float[Tensor, "_item _r"]]) -> Float[Tensor, "item r"]:
+    """Rows of different lengths, zeros behind the shorter ones."""
+    longest = max(part.shape[-1] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, longest - part.shape[-1])) for part in parts])
+
+
+def _two_values(count: Tensor, left: Tensor, solved: Tensor) -> tuple[Tensor, Tensor]:
+    """Two values and their weights with given power sums: the Gauss quadrature of a measure of mass `count`.
+
+    Args:
+        count: 0 where nothing is left.
+        left: sums of the first three powers, `[item, 3]`.
+        solved: the eigenvalues that they were taken from: what rounding leaves of these is nothing.
+    """
+    there = (count >= 1).unsqueeze(-1)
+    m1, m2, m3 = (left / count.unsqueeze(-1)).unbind(-1)
+    digit2, digit3 = (_DIGITS * solved.abs().pow(n).sum(-1) / count for n in (2, 3))
+    sd = torch.where((variance := m2 - m1.square()) > digit2, variance, 0.0).sqrt()
+    third = m3 - 3 * m1 * sd.square() - m1.pow(3)
+    γ = torch.where((sd > 0) & (third.abs() > digit3), third / sd.pow(3).clamp(min=1e-300), 0.0)
     root = (γ.square() / 4 + 1).sqrt()
     # From the larger of the two: the other is minus its inverse.
     large = γ / 2 + torch.where(γ < 0, -root, root)
     small = -1 / large
     share = 1 / (1 + large.square())
-    values = torch.stack([mean + sd * large, mean + sd * small], -1)
-    return values, count * torch.stack([share, 1 - share], -1)
+    values = torch.stack([m1 + sd * large, m1 + sd * small], -1)
+    copies = count.unsqueeze(-1) * torch.stack([share, 1 - share], -1)
+    return torch.where(there, values, 0.0), torch.where(there, copies, 0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Literal
 
@@ -29,6 +29,12 @@ PERMUTATIONS = 199
 _RANK_ONE = 1e-12
 _GAUSSIANS_PER_POOL = 20_000_000
 _BLOCK = 1024
+
+
+Asked = tuple[Float[Tensor, "_item _r"], int, Float[Tensor, " _item"]]
+"""Spectra of deltas, the rank of a subspace, and the fractions observed in it."""
+Told = tuple[Float[np.ndarray, " _item"], Float[np.ndarray, " _item"], np.ndarray]
+"""P(f ≥ fraction), P(f ≤ fraction), and how the first was found."""
 
 
 @checked
@@ -104,9 +110,7 @@ class IsotropicNull:
         above, _, method = self.tails(spectrum, k, fraction)
         return above, method
 
-    def tails(
-        self, spectrum: Float[Tensor, "item r"], k: int, fraction: Float[Tensor, " item"]
-    ) -> tuple[Float[np.ndarray, " item"], Float[np.ndarray, " item"], np.ndarray]:
+    def tails(self, spectrum: Float[Tensor, "item r"], k: int, fraction: Float[Tensor, " item"]) -> Told:
         """P(f ≥ fraction) and P(f ≤ fraction) for each item, and how the first was found.
 
         Args:
@@ -153,6 +157,19 @@ class IsotropicNull:
             above[by_draws], below[by_draws] = self._tails_by_draws(λ[by_draws], k, x[by_draws])
             method[by_draws.numpy()] = "draws"
         return above.numpy(), below.numpy(), method
+
+    def tails_of(self, asked: Sequence[Asked]) -> list[Told]:
+        """`tails` of each, those of one rank and one length of spectrum together: a call costs more than a head."""
+        alike: dict[tuple[int, int], list[int]] = {}
+        for i, (spectrum, k, _) in enumerate(asked):
+            alike.setdefault((k, spectrum.shape[-1]), []).append(i)
+        told: dict[int, Told] = {}
+        for (k, _), places in alike.items():
+            spectra, _, fractions = zip(*(asked[i] for i in places), strict=True)
+            answers = self.tails(torch.cat(spectra), k, torch.cat(fractions))
+            ends = np.cumsum([len(of) for of in fractions])[:-1]
+            told |= dict(zip(places, zip(*(np.split(x, ends) for x in answers), strict=True), strict=True))
+        return [told[i] for i in range(len(asked))]
 
     def _tails_by_draws(self, λ: Tensor, k: int, x: Tensor) -> Tensor:
         reached = torch.zeros(2, len(x), dtype=torch.float64)

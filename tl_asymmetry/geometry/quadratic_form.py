@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Nodes of the trapezoid rule at once, and numbers at once.
-_NODES, _GRID = 32, 1 << 20
+# Nodes of the trapezoid rule at once, and numbers at once: what stays in a core's own cache.
+_NODES, _GRID = 32, 1 << 16
 
 
 def fraction_tail_rank_one(
@@ -37,21 +37,20 @@ def fraction_tail_rank_one(
     # (Below 1e-100 the squares of `_tail` overflow, and p is 1.)
     inside = torch.where(possible, x.clamp(min=1e-100), (smallest + λ.amax(-1)) / 2)
     # Most terms equal −x: the integrand turns as exp(−i d x u) until it dies at u ~ 1/(x √d): small steps for large d.
-    p = _tail(λ - inside.unsqueeze(-1), -inside, d - λ.shape[-1], step=min(0.05, 1.3 / math.sqrt(d)))
+    step = min(0.05, 1.3 / math.sqrt(d))
+    a = torch.cat([λ, λ.new_zeros(len(λ), int(d > λ.shape[-1]))], -1) - inside.unsqueeze(-1)
+    m = torch.ones_like(a)
+    m[:, λ.shape[-1] :] = d - λ.shape[-1]
+    s = _saddlepoint(a, m)
+    at_once = max(1, _GRID // (_NODES * a.shape[-1]))
+    p = torch.cat([_tail(*part, step=step) for part in zip(*(x.split(at_once) for x in (a, m, s)), strict=True)])
     p = torch.where(possible, p, (x <= smallest).double())
     return torch.where(x.isnan() | λ.isnan().any(-1), math.nan, p)
 
 
-def _tail(a: Tensor, rest: Tensor, copies: int, *, step: float) -> Tensor:
-    """P(Σ a_i g_i² + rest · χ²_copies > 0) for rows of a `[item, r]` with entries of both signs."""
-    a = torch.cat([a, rest.unsqueeze(-1)], -1) if copies else a
-    m = torch.ones_like(a)
-    if copies:
-        m[:, -1] = copies
-    # The moment generating function of Y exists between these two.
-    upper = 1 / (2 * a.amax(-1))
-    lower = 1 / (2 * a.amin(-1))
-    s = _saddlepoint(a, m, lower, upper)
+def _tail(a: Tensor, m: Tensor, s: Tensor, *, step: float) -> Tensor:
+    """P(Σ a_i χ²_{m_i} > 0) for rows of a `[item, r]` with entries of both signs, from the saddlepoint of each."""
+    lower, upper = _poles(a)
     curvature = (2 * m * (a / (1 - 2 * a * s.unsqueeze(-1))).square()).sum(-1)
     width = curvature.rsqrt()
     # The pole at 0 must stay off the line: near the mean take a line to the right of it, which is as good.
@@ -64,9 +63,9 @@ def _tail(a: Tensor, rest: Tensor, copies: int, *, step: float) -> Tensor:
     positive = 1 - 2 * a * c.unsqueeze(-1)
     g = 2 * a / positive
     total = 0.5 * step * scale / c  # the node u = 0
-    last, at_once = int(14 / step), max(1, min(_NODES, _GRID // max(1, a.numel())))
-    for first in range(1, last, at_once):
-        angles = [node * step for node in range(first, min(first + at_once, last))]
+    last = int(14 / step)
+    for first in range(1, last, _NODES):
+        angles = [node * step for node in range(first, min(first + _NODES, last))]
         sinh, cosh = (torch.tensor([f(x) for x in angles], dtype=a.dtype).unsqueeze(-1) for f in (math.sinh, math.cosh))
         u = scale * sinh
         gu = g * u.unsqueeze(-1)
@@ -85,9 +84,14 @@ def _tail(a: Tensor, rest: Tensor, copies: int, *, step: float) -> Tensor:
     return torch.where(c > 0, integral, 1 + integral).clamp(0, 1)
 
 
-def _saddlepoint(a: Tensor, m: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+def _poles(a: Tensor) -> tuple[Tensor, Tensor]:
+    """The moment generating function of Y exists between these two."""
+    return 1 / (2 * a.amin(-1)), 1 / (2 * a.amax(-1))
+
+
+def _saddlepoint(a: Tensor, m: Tensor) -> Tensor:
     """Root of the increasing K'(s) = Σ m_i a_i / (1 − 2 a_i s), by bisection: safe next to both poles."""
-    low, high = lower, upper
+    low, high = _poles(a)
     for _ in range(60):
         s = (low + high) / 2
         slope = (m * a / (1 - 2 * a * s.unsqueeze(-1))).sum(-1)

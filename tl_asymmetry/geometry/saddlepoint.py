@@ -9,8 +9,10 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-# Numbers of an item's grid h × s at work at once, over all items of a piece.
-_GRID = 1 << 22
+# Numbers of the grids h × s at work at once: what stays in a core's own cache.
+_GRID = 1 << 16
+# Items whose numbers of values differ by less than this go together.
+_ALIKE = 8
 _STEPS = 100
 
 
@@ -18,7 +20,7 @@ def rotation_tails(
     h: Float[Tensor, "item m"],
     h_copies: Float[Tensor, "item m"],
     s: Float[Tensor, "item r"],
-    d: int,
+    d: int | Float[Tensor, " item"],
 ) -> Float64[Tensor, "2 item"]:
     """P(T ≥ 0) and P(T ≤ 0) for T = tr(H G S Gᵀ), G Haar-random in O(d): how often chance does so, however rarely.
 
@@ -31,7 +33,7 @@ def rotation_tails(
         h: eigenvalues of H, any scale.
         h_copies: how often each counts; d in all.
         s: eigenvalues of S, not negative, r ≤ d of them; the missing ones are 0.
-        d: dimension.
+        d: dimension, of all items or of each.
 
     Returns:
         Float64 on CPU; NaN where H or S is a multiple of the identity, or anything is NaN.
@@ -42,82 +44,125 @@ def rotation_tails(
         True
     """
     h, h_copies, s = (x.detach().cpu().double() for x in (h, h_copies, s))
-    # Zeros behind an item's last eigenvalue are missing ones: heads beside their pool are as short as if alone.
-    places = torch.arange(1, s.shape[-1] + 1)
-    lengths = torch.where(s != 0, places, 0).amax(-1) if s.numel() else torch.zeros(len(s), dtype=torch.long)
-    tails = torch.full((2, len(s)), torch.nan, dtype=torch.float64)
-    for length in lengths.unique().tolist():
-        at_once = max(1, _GRID // max(1, h.shape[-1] * (length + 1)))
-        for items in (lengths == length).nonzero().flatten().split(at_once):
-            tails[:, items] = _tails(h[items], h_copies[items], s[items, :length], d)
-    return tails
-
-
-def _tails(h: Tensor, h_copies: Tensor, s: Tensor, d: int) -> Tensor:
+    d = torch.as_tensor(d, dtype=torch.float64).expand(len(s))
+    # Behind an item's last value there is nothing: heads beside their pool are as short as if alone.
+    lengths = torch.stack([_length(h_copies), _length(s)], -1)
     total_h, total_s = (h * h_copies).sum(-1), s.sum(-1)
-    h = h - total_h.unsqueeze(-1) / d
-    s = torch.cat([s, s.new_zeros(len(s), 1)], -1) - total_s.unsqueeze(-1) / d
-    s_copies = torch.ones_like(s)
-    s_copies[:, -1] = d - (s.shape[-1] - 1)
-    spread = 2 * (h_copies * h.square()).sum(-1) * (s_copies * s.square()).sum(-1) / ((d - 1) * (d + 2))
+    h = h - (total_h / d).unsqueeze(-1)
+    # The missing eigenvalues of S, 0 each, come first.
+    s = torch.cat([s.new_zeros(len(s), 1), s], -1) - (total_s / d).unsqueeze(-1)
+    s_copies = (torch.arange(s.shape[-1]) <= lengths[:, 1:]).double()
+    s_copies[:, 0] = d - lengths[:, 1]
+    s = torch.where(s_copies > 0, s, 0.0)
+    freedom = (d - 1) * (d + 2)
+    spread = 2 * (h_copies * h.square()).sum(-1) * (s_copies * s.square()).sum(-1) / freedom
     # What rounding leaves of an identity has no spread.
     size = ((h.abs().amax(-1) + total_h.abs() / d) * total_s).square()
     defined = spread > 1e-24 * size
     # In standard deviations of T, so that one step of t suits all items.
-    unit = torch.where(defined, spread, 1.0).sqrt() * math.sqrt((d - 1) * (d + 2))
-    e = h.unsqueeze(-1) * s.unsqueeze(-2) / unit[:, None, None]
-    e = torch.where(defined[:, None, None], e, torch.ones_like(e) * 0.1)
-    copies = h_copies.unsqueeze(-1) * s_copies.unsqueeze(-2)
-    e, copies = e.flatten(1), copies.flatten(1)
-    mean = torch.where(defined, total_h * total_s / d / torch.where(defined, spread, 1.0).sqrt(), 0.0)
-    e = torch.where(copies > 0, e, 0.0)
-    t = _saddlepoint(e, copies, mean)
-    x = 2 * t.unsqueeze(-1) * e
-    K = t * mean - 0.5 * (copies * (torch.log1p(-x) + x)).sum(-1)
-    curvature = (2 * copies * (e / (1 - x)).square()).sum(-1)
-    skew = (8 * copies * e.pow(3)).sum(-1)
+    sd = spread.sqrt()
+    h = torch.where(h_copies > 0, h / (sd * freedom.sqrt()).unsqueeze(-1), 0.0)
+    mean = total_h * total_s / (d * sd)
+    t, K, curvature = torch.full((3, len(s)), torch.nan, dtype=torch.float64)
+    # Rounded up: a few zeros cost less than one more size.
+    sizes = (lengths + _ALIKE - 1) // _ALIKE * _ALIKE
+    for m, r in sizes[defined].unique(dim=0).tolist():
+        alike = (defined & (sizes[:, 0] == m) & (sizes[:, 1] == r)).nonzero().flatten()
+        for items in alike.split(max(1, _GRID // (m * (r + 1)))):
+            form = _Form(h[items, :m], h_copies[items, :m], s[items, : r + 1], s_copies[items, : r + 1], mean[items])
+            t[items] = form.saddlepoint()
+            K[items], curvature[items] = form.at(t[items])
+    skew = 8 * (h_copies * h.pow(3)).sum(-1) * (s_copies * s.pow(3)).sum(-1)
+    return torch.where(defined, _lugannani_rice(t, K, curvature, skew), torch.nan)
+
+
+def _length(x: Tensor) -> Tensor:
+    if x.numel() == 0:
+        return torch.zeros(len(x), dtype=torch.long)
+    return torch.where(x != 0, torch.arange(1, x.shape[-1] + 1), 0).amax(-1)
+
+
+class _Form:
+    """K(t) = t · mean − ½ Σ c_i c_j [log(1 − 2 t h_i s_j) + 2 t h_i s_j]: mean + Σ h_i s_j (g_ij² − 1), each so often.
+
+    Args:
+        h, h_copies: a row an item, all of one size.
+        s, s_copies: the same.
+        mean: of an item; all scaled so that the variance, K''(0), is 1.
+    """
+
+    def __init__(self, h: Tensor, h_copies: Tensor, s: Tensor, s_copies: Tensor, mean: Tensor) -> None:
+        self.h, self.s, self.mean = h, s, mean.numpy()
+        self.copies = h_copies, s_copies
+        self.weights = h_copies * h.square(), s_copies * s.square()
+
+    def saddlepoint(self) -> Tensor:
+        """Root of K'(t) = mean + 2 t Σ w_i w_j/(1 − 2 t h_i s_j), w = c x², increasing between its poles.
+
+        Far out the root lies close to a pole: each step takes K' for A + B/(pole − t), as in a secular equation.
+        """
+        low, high = (0.5 / end.numpy() for end in self._ends())
+        pole = np.where(self.mean < 0, high, low)
+        low, high = np.where(self.mean < 0, 0, low), np.where(self.mean < 0, high, 0)
+        with np.errstate(all="ignore"):
+            t = pole * self.mean / (self.mean - pole)  # the first step, from 0
+            at_work = np.arange(len(t))
+            for _ in range(_STEPS):
+                now, end = t[at_work], pole[at_work]
+                slope, curvature = (x.numpy() for x in self._derivatives(torch.from_numpy(now), at_work))
+                low[at_work] = np.where(slope < 0, now, low[at_work])
+                high[at_work] = np.where(slope < 0, high[at_work], now)
+                gap = end - now
+                B = curvature * (gap * gap)
+                step = end + B / (slope - B / gap)
+                settled = np.abs(step - now) <= 1e-7 * (1e-3 + np.abs(now))
+                lower, upper = low[at_work], high[at_work]
+                t[at_work] = np.where(settled | ((step > lower) & (step < upper)), step, (lower + upper) / 2)
+                # An item stays where it settled: its digits do not depend on how long others take.
+                at_work = at_work[~settled]
+                if not len(at_work):
+                    break
+        return torch.from_numpy(t)
+
+    def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """K and K''."""
+        x = self._grid(t, slice(None))
+        K = t * torch.from_numpy(self.mean) - 0.5 * _summed(*self.copies, torch.log1p(-x).add_(x))
+        return K, 2 * _summed(*self.weights, x.neg_().add_(1).reciprocal_().square_())
+
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest of h_i s_j."""
+        h, s = ((x.amin(-1), x.amax(-1)) for x in (self.h, self.s))
+        return torch.minimum(h[0] * s[1], h[1] * s[0]), torch.maximum(h[0] * s[0], h[1] * s[1])
+
+    def _grid(self, t: Tensor, items: np.ndarray | slice) -> Tensor:
+        """2 t h_i s_j."""
+        return (2 * t.unsqueeze(-1) * self.h[items]).unsqueeze(-1) * self.s[items].unsqueeze(-2)
+
+    def _derivatives(self, t: Tensor, items: np.ndarray) -> tuple[Tensor, Tensor]:
+        """K' and K''."""
+        w = self.weights[0][items], self.weights[1][items]
+        y = self._grid(t, items).neg_().add_(1).reciprocal_()
+        slope = torch.from_numpy(self.mean[items]) + 2 * t * _summed(*w, y)
+        return slope, 2 * _summed(*w, y.square_())
+
+
+def _summed(w_h: Tensor, w_s: Tensor, grid: Tensor) -> Tensor:
+    """Σ w_i w_j x_ij."""
+    return ((grid @ w_s.unsqueeze(-1)).squeeze(-1) * w_h).sum(-1)
+
+
+def _lugannani_rice(t: Tensor, K: Tensor, curvature: Tensor, skew: Tensor) -> Float64[Tensor, "2 item"]:
+    """Both tails from K and K'' at the saddlepoint, and K''' at 0, where K'' is 1."""
     w = torch.sign(t) * (-2 * K).clamp(min=0).sqrt()
     u = t * curvature.sqrt()
-    # 1/u − 1/w near t = 0 is −κ₃/6κ₂^{3/2} there: the two large terms would leave no digits.
+    # 1/u − 1/w near t = 0 is −κ₃/6 there: the two large terms would leave no digits.
     near = w.abs() < 1e-3
-    safe_u, safe_w = torch.where(near, 1.0, u), torch.where(near, 1.0, w)
-    difference = torch.where(near, -skew / 6 / (2 * copies * e.square()).sum(-1).pow(1.5), 1 / safe_u - 1 / safe_w)
+    difference = torch.where(near, -skew / 6, 1 / u - 1 / w)
     density = torch.exp(-0.5 * w.square()) / math.sqrt(2 * math.pi)
     # φ(w) · Mills ratio keeps its digits where 1 − Φ(w) underflows beside φ(w)(1/u − 1/w).
     mills = math.sqrt(math.pi / 2) * torch.special.erfcx(w.abs() / math.sqrt(2))
     far, near_side = density * mills, torch.special.ndtr(w.abs())
     above = torch.where(w >= 0, far, near_side) + density * difference
     below = torch.where(w >= 0, near_side, far) - density * difference
-    return torch.where(defined, torch.stack([above, below]).clamp(0, 1), torch.nan)
-
-
-def _saddlepoint(e: Tensor, copies: Tensor, mean: Tensor) -> Tensor:
-    """Root of K'(t) = mean + Σ copies · e (1/(1 − 2 t e) − 1), increasing between its poles.
-
-    Far out the root lies close to a pole: each step takes K' for A + B/(pole − t), as in a secular equation.
-    """
-    low, high = (0.5 / e.amin(-1).clamp(max=-1e-300)).numpy(), (0.5 / e.amax(-1).clamp(min=1e-300)).numpy()
-    level = mean.numpy()  # one number an item: numpy, whose operations on a few numbers cost a fifth of torch's
-    pole = np.where(level < 0, high, low)
-    t, done = np.zeros_like(level), np.zeros(len(level), dtype=bool)
-    weighted = copies.sqrt() * e
-    q = torch.empty_like(e)
-    with np.errstate(all="ignore"):
-        for _ in range(_STEPS):
-            # q = √copies · e/(1 − 2 t e): of it both derivatives are made, the grid is read and written in place.
-            torch.mul(e, torch.from_numpy(-2 * t).unsqueeze(-1), out=q).add_(1)
-            torch.div(weighted, q, out=q)
-            slope = level + 2 * t * torch.linalg.vecdot(weighted, q).numpy()
-            curvature = 2 * q.square_().sum(-1).numpy()
-            low, high = np.where(slope < 0, t, low), np.where(slope < 0, high, t)
-            gap = pole - t
-            B = curvature * (gap * gap)
-            step = pole + B / (slope - B / gap)
-            settled = np.abs(step - t) <= 1e-9 * (1e-3 + np.abs(t))
-            step = np.where(settled | ((step > low) & (step < high)), step, (low + high) / 2)
-            # An item stays where it settled: its digits do not depend on how long others take.
-            t = np.where(done, t, step)
-            done |= settled
-            if done.all():
-                break
-    return torch.from_numpy(t)
+    return torch.stack([above, below]).clamp(0, 1)

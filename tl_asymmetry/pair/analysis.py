@@ -207,16 +207,9 @@ def analyze_pair(
             here = [matrix for matrix in plan.matrices if base.has(layer, matrix)]
             weights = {matrix: base.weight(layer, matrix) for matrix in here}
             measured = {matrix: measure_change(base, aligned, layer, matrix, seed=seed) for matrix in here}
-            against = {name: [m for m in here if name in plan.targets[m]] for name in plan.subspaces}
-            projections = [
-                projection
-                for name, held in against.items()
-                if held
-                for projection in project(
-                    [measured[matrix] for matrix in held], name, bases, plan.ranks, intervals=intervals,
-                    gradient=gradient,
-                )
-            ]  # fmt: skip
+            projections = project(
+                list(measured.values()), plan.targets, bases, plan.ranks, intervals=intervals, gradient=gradient
+            )
             return _Layer(
                 deltas={matrix: delta.numbers for matrix, delta in measured.items()},
                 projections={(projection.matrix, projection.subspace): projection for projection in projections},

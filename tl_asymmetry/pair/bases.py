@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from tl_asymmetry.geometry.matched import MatchedCovariance
+from tl_asymmetry.geometry.matched import LawAtRank, MatchedCovariance, laws_at
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.nearby import nearby_directions, rounded_directions, worth_iterating
 from tl_asymmetry.geometry.references import (
@@ -103,6 +103,7 @@ class LayerBases:
         self._references: dict[tuple[Reading, str, int, int], References] = {}
         self._muon: dict[tuple[Reading, int], Tensor] = {}
         self._matched: dict[tuple[Reading, int, str], MatchedCovariance | None] = {}
+        self._laws: dict[tuple[int, str, tuple[int, ...]], list[dict[int, LawAtRank]]] = {}
         self._gradient = gradient
         self._weighted: dict[str, tuple[Tensor, Tensor] | None] = {}
 
@@ -281,6 +282,18 @@ class LayerBases:
             found = self.covariance(matrix, columns=columns)
             self._matched[key] = None if found is None else MatchedCovariance.of(*found)
         return self._matched[key]
+
+    def laws(self, covariance: MatchedCovariance, name: str, ranks: Sequence[int]) -> list[dict[int, LawAtRank]]:
+        """Of fractions in a subspace at those ranks that it has: under a covariance of `matched`; then without the
+        mean input. Made once for all deltas that share the covariance."""
+        key = id(covariance), name, tuple(ranks)
+        if key not in self._laws:
+            self._laws[key] = laws_at(covariance, self.subspace(name).basis, self.existing(name, ranks))
+        return self._laws[key]
+
+    def existing(self, name: str, ranks: Sequence[int]) -> list[int]:
+        """Those of some ranks that a subspace has."""
+        return [k for k in ranks if k <= self.subspace(name).existing]
 
     def adapter(self, matrix: str, adapter: Float[Tensor, "d r"], *, optimizer: str = "") -> AdapterCovariance | None:
         """The same for an adapter's change, in coordinates of what its A reads; under another optimizer if given."""

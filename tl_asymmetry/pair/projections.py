@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
 from tl_asymmetry.geometry.fraction import gram_energy
-from tl_asymmetry.geometry.matched import MatchedCovariance
 from tl_asymmetry.geometry.nulls import PERMUTATIONS, order_range
 from tl_asymmetry.geometry.references import expected_fraction, input_covariance
-from tl_asymmetry.names import SIGNIFICANT, kind_of
+from tl_asymmetry.names import kind_of
 from tl_asymmetry.pair.bases import LayerBases, crossed_replicates
-from tl_asymmetry.pair.deltas import AnyDelta, FactoredDelta, LiveDelta
+from tl_asymmetry.pair.deltas import AnyDelta, FactoredDelta
+from tl_asymmetry.pair.reference_tests import reference_tails
 from tl_asymmetry.settings import GradientMoments, PermutedGradients
 
 
@@ -59,6 +58,52 @@ class Projection:
 
 def project(
     deltas: Sequence[AnyDelta],
+    targets: Mapping[str, Sequence[str]],
+    bases: LayerBases,
+    ranks: Sequence[int],
+    *,
+    intervals: bool,
+    gradient: GradientMoments | None,
+) -> list[Projection]:
+    """Hold the matrices of one layer against their subspaces.
+
+    Args:
+        deltas: of this layer.
+        targets: for each matrix the names of the subspaces.
+        bases: of this layer.
+        ranks: ranks at which replicates are read and tests made.
+        intervals: make replicates.
+        gradient: covariances for write matrices' matched reference, and draws for read matrices.
+    """
+    names = dict.fromkeys(name for delta in deltas for name in targets[delta.matrix])
+    held = {name: [delta for delta in deltas if name in targets[delta.matrix]] for name in names}
+    projections = [
+        projection
+        for name, of in held.items()
+        for projection in _against(of, name, bases, ranks, intervals=intervals, gradient=gradient)
+    ]
+    reading = [delta for delta in deltas if kind_of(delta.matrix).reads]
+    twins = [delta.unshrunk for delta in reading if delta.unshrunk is not None]
+    tails = reference_tails([(delta, targets[delta.matrix]) for delta in [*reading, *twins]], bases, ranks)
+    of_delta = {delta.matrix: of for delta, of in zip(reading, tails, strict=False)}
+    of_twin = {twin.matrix: of for twin, of in zip(twins, tails[len(reading) :], strict=True)}
+    return [_tested(projection, of_delta, of_twin) for projection in projections]
+
+
+def _tested(
+    projection: Projection, of_delta: Mapping[str, Mapping[str, Tensor]], of_twin: Mapping[str, Mapping[str, Tensor]]
+) -> Projection:
+    """With its tails, and those of its twin without weight decay."""
+    matrix, name, twin = projection.matrix, projection.subspace, projection.unshrunk
+    if matrix not in of_delta:
+        return projection
+    if twin is not None:
+        twin = replace(twin, tails=of_twin[matrix][name])
+    return replace(projection, tails=of_delta[matrix][name], unshrunk=twin)
+
+
+def _against(
+    deltas: Sequence[AnyDelta],
     name: str,
     bases: LayerBases,
     ranks: Sequence[int],
@@ -66,16 +111,7 @@ def project(
     intervals: bool,
     gradient: GradientMoments | None,
 ) -> list[Projection]:
-    """Hold several matrices of one layer against one subspace; each replicate is made once for all of them.
-
-    Args:
-        deltas: of this layer.
-        name: the subspace.
-        bases: of this layer.
-        ranks: ranks at which replicates are read.
-        intervals: make replicates.
-        gradient: covariances for write matrices' matched reference, and draws for read matrices.
-    """
+    """Several matrices against one subspace; each replicate is made once for all of them."""
     subspace = bases.subspace(name)
     top = min(subspace.rank, max(ranks))
     replicates: dict[str, list[Tensor]] = {}
@@ -93,7 +129,6 @@ def project(
     eigenvalues = torch.full((subspace.rank,), torch.nan, dtype=torch.float64)
     if subspace.eigenvalues is not None:
         eigenvalues = subspace.eigenvalues.double().cpu()
-    existing = [k for k in ranks if k <= subspace.existing]
     projections = []
     for delta in deltas:
         energies = delta.energies(subspace.basis)
@@ -118,23 +153,23 @@ def project(
             if (C := weighted.get(delta.matrix)) is not None:
                 held = without[delta.matrix]
                 by_weight = expected_fraction(C, subspace.basis[:, :top]), torch.stack(held) if held else None
-            projection = _against_input(projection, delta, bases, subspace.basis[:, :top], existing, ranks, by_weight)
+            projection = _against_input(projection, delta, bases, subspace.basis[:, :top], by_weight)
         if delta.unshrunk is not None:
             twin = replace(projection, energies=delta.unshrunk.energies(subspace.basis))
-            if kind_of(delta.matrix).reads:
-                tails = reference_tails(delta.unshrunk, bases, subspace.basis[:, :top], existing, ranks)
-                twin = replace(twin, tails=tails)
             projection = replace(projection, unshrunk=twin)
         projections.append(projection)
     return projections
 
 
 def _against_input(
-    projection: Projection, delta: AnyDelta, bases: LayerBases, basis: Tensor, existing: Sequence[int],
-    ranks: Sequence[int], weighted: tuple[Tensor, Tensor | None] | None,
-) -> Projection:  # fmt: skip
-    """A read matrix's references, and the test against that of the chosen optimiser: on inputs weighted by gradients
-    where there are any, and an adapter's own where there is one.
+    projection: Projection,
+    delta: AnyDelta,
+    bases: LayerBases,
+    basis: Tensor,
+    weighted: tuple[Tensor, Tensor | None] | None,
+) -> Projection:
+    """A read matrix's references; that of the chosen optimiser on inputs weighted by gradients where there are any,
+    and an adapter's own where there is one.
 
     The weighted reference is not cross-fitted, which makes it too high rather than too low on the texts of the
     subspace; its replicates are those of the directions alone.
@@ -156,99 +191,7 @@ def _against_input(
         activation_reference=chosen,
         references=references,
         reference_replicates=replicates,
-        tails=reference_tails(delta, bases, basis, existing, ranks),
     )
-
-
-def reference_tails(
-    delta: AnyDelta, bases: LayerBases, basis: Tensor, existing: Sequence[int], ranks: Sequence[int]
-) -> Float64[Tensor, "2 item rank"]:
-    """P(fraction ≥) and P(fraction ≤) of every head and of the heads pooled: the larger of with and without the mean.
-
-    An adapter's change is tested within what its A reads, where it lies by construction. One step of Adam, or gradients
-    that persist, leave less than its reference, down to the sign limit: what is below the one must be below the other.
-    Storage noise lies elsewhere than inputs do: a fraction is above, or below, if it is so with and without that.
-    """
-    heads = len(delta.numbers.energy)
-    nothing = torch.full((2, heads + (heads > 1), len(ranks)), torch.nan, dtype=torch.float64)
-    limited = bases.optimizer == "adam"
-    if isinstance(delta, FactoredDelta):
-        # Without factors the adapter leaves the matrix alone: nothing to test.
-        own = bases.adapter(delta.matrix, delta.residual) if delta.residual.shape[1] else None
-        if own is None:
-            return nothing
-        frame = own.frame.to(delta.residual)
-        within = LiveDelta(delta.numbers, (frame.mT @ delta.residual) @ delta.other.mT, None)
-        basis = frame.mT @ basis.to(frame)
-        tails = _tails_under(MatchedCovariance.of(own.covariance, own.mean), within, basis, existing, nothing, ranks)
-        if limited and _some_below(tails):
-            own = bases.adapter(delta.matrix, delta.residual, optimizer="sign")
-            assert own is not None
-            limit = MatchedCovariance.of(own.covariance, own.mean)
-            tails[1] = torch.fmax(tails[1], _tails_under(limit, within, basis, existing, nothing, ranks)[1])
-        return tails
-    covariance = bases.matched(delta.matrix, columns=delta.numbers.columns)
-    if covariance is None:
-        return nothing
-    tails = _tails_under(covariance, delta, basis, existing, nothing, ranks)
-    if limited and _some_below(tails):
-        tails[1] = torch.fmax(tails[1], _tails_under(covariance.persistent, delta, basis, existing, nothing, ranks)[1])
-    return tails
-
-
-def _some_below(tails: Tensor) -> bool:
-    return bool((tails[1] <= SIGNIFICANT).any())
-
-
-def _tails_under(
-    covariance: MatchedCovariance,
-    delta: LiveDelta,
-    basis: Tensor,
-    existing: Sequence[int],
-    nothing: Float64[Tensor, "2 item rank"],
-    ranks: Sequence[int],
-) -> Float64[Tensor, "2 item rank"]:
-    tails, heads, total = nothing.clone(), len(delta.numbers.energy), delta.numbers.energy
-    if delta.gram is not None:
-        grams = delta.gram if heads == 1 else torch.cat([delta.gram, delta.gram.sum(0, keepdim=True)])
-        spectra = covariance.whitened_gram_spectra(grams)
-    else:
-        spectra = covariance.whitened_spectra(delta.flat.unflatten(1, (heads, -1)).transpose(0, 1))
-        if heads > 1:
-            spectra = [
-                _stacked_spectra(own, together)
-                for own, together in zip(spectra, covariance.whitened_spectra(delta.flat.unsqueeze(0)), strict=True)
-            ]
-    freed, freed_total = basis, total
-    # Energy of storage noise, by rows of ΔW; an adapter has none.
-    stored = (delta.numbers.rounding.nan_to_num() * total).unsqueeze(-1) * delta.numbers.noise_rows
-    noisy, stored_total = bool((stored > 0).any()), stored.sum(-1)
-    for spectrum, law in zip(spectra, covariance.laws(basis), strict=True):
-        sums = [delta.energies(freed).cumsum(-1), freed_total]
-        if noisy:
-            sums += [stored @ freed.to(stored).square().cumsum(-1), stored_total]
-        if heads > 1:
-            sums = [torch.cat([x, x.sum(0, keepdim=True)]) for x in sums]
-        for k in existing:
-            column, fraction = ranks.index(k), sums[0][:, k - 1] / sums[1]
-            told = [fraction]
-            if noisy:
-                # As if storage noise were what is expected.
-                told.append(fraction + (sums[3] * law.expected(k) - sums[2][:, k - 1]) / sums[1])
-            found = law.tails(spectrum.repeat(len(told), 1), k, torch.cat(told))
-            tails[..., column] = reduce(torch.fmax, found.tensor_split(len(told), 1), tails[..., column])
-        if covariance.mean is not None:
-            μ = covariance.mean.unsqueeze(-1).cpu()
-            freed, freed_total = basis.cpu() - μ @ (μ.mT @ basis.to(μ)), total - delta.energies(μ)[:, 0]
-            if noisy:
-                stored_total = stored @ (1 - μ[:, 0].to(stored).square())
-    return tails
-
-
-def _stacked_spectra(heads: Float64[Tensor, "head r"], together: Float64[Tensor, "1 s"]) -> Float64[Tensor, "item s"]:
-    wide = torch.zeros(len(heads), together.shape[1], dtype=heads.dtype)
-    wide[:, : heads.shape[1]] = heads
-    return torch.cat([wide, together])
 
 
 def _permuted(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from tl_asymmetry._lazy import pd
 from tl_asymmetry.geometry.jackknife import Interval, log_jackknife_interval
-from tl_asymmetry.geometry.nulls import IsotropicNull, isotropic_variance
+from tl_asymmetry.geometry.nulls import Asked, IsotropicNull, Told, isotropic_variance
 from tl_asymmetry.geometry.rounding import without_rounding
 from tl_asymmetry.geometry.spectrum import effective_rank
 from tl_asymmetry.names import ROUNDING_DOMINATED, ROUNDING_FLAGGED, SMALL_EIGENGAP, kind_of
@@ -88,13 +89,16 @@ def pair_tables(numbers: Measurements, *, optimizer: str, few: bool, seed: int) 
         few: whether there were too few tokens or sequences to trust intervals, or to tell less than training gives.
         seed: of the isotropic null's draws.
     """
-    null = IsotropicNull(numbers.layout.d, seed=seed)
     blocks = [
-        _Block(numbers, matrix, subspace, column, optimizer=optimizer, null=null, few=few)
+        _Block(numbers, matrix, subspace, column, optimizer=optimizer, few=few)
         for matrix, subspace in numbers.held
         for column, rank in enumerate(numbers.ranks_of(matrix, subspace))
         if rank in numbers.layout.measured[subspace] and bool(numbers.held[matrix, subspace].exists[:, column].any())
     ]
+    null = IsotropicNull(numbers.layout.d, seed=seed)
+    told = iter(null.tails_of([question for block in blocks for question in block.asked()]))
+    for block in blocks:
+        block.hear(told)
     runs = numbers.runs
     of_runs = [judge([block.tested(runs == run) for block in blocks]) for run in dict.fromkeys(runs.tolist())]
     columns = [block.columns(joined([judged[i] for judged, _ in of_runs])) for i, block in enumerate(blocks)]
@@ -118,6 +122,21 @@ def pair_tables(numbers: Measurements, *, optimizer: str, few: bool, seed: int) 
     )
 
 
+class _Version(NamedTuple):
+    """Of a matrix in one subspace at one rank, `[place, head]`: its change, with weight decay or without."""
+
+    inside: Tensor
+    """Energy in the subspace."""
+    energy: Tensor
+    """Of the whole."""
+    spectrum: Tensor
+    """Eigenvalues of ΔW ΔWᵀ."""
+    pooled: Tensor | None
+    """Of the heads together."""
+    tails: Tensor | None
+    """Under the chosen optimiser's reference."""
+
+
 class _Block:
     """One matrix, subspace and rank, `[place, head]`: its numbers, its evidence, then its rows."""
 
@@ -129,29 +148,32 @@ class _Block:
         column: int,
         *,
         optimizer: str,
-        null: IsotropicNull,
         few: bool,
     ) -> None:
         self.numbers, self.matrix, self.subspace, self.column = numbers, matrix, subspace, column
-        self.null, self.few = null, few
+        self.few = few
         self.d, self.k = numbers.layout.d, numbers.layout.ranks[column]
         self.delta, self.held = numbers.deltas[matrix], numbers.held[matrix, subspace]
         self.reference = "weighted" if "weighted" in self.held.expected else optimizer
         self.fraction = self.held.inside[..., column] / self.delta.energy
         self.heads = self.fraction.shape[1]
         self.exists = self.held.exists[:, column].numpy() > 0
-        delta = self.delta
-        self.evidence, self.method = self._evidence(
-            self.held.inside, delta.energy, delta.spectrum, delta.pooled_spectrum, self.held.tails
-        )
-        self.unshrunk = self.evidence
-        if delta.unshrunk_energy is not None and self.held.unshrunk_inside is not None:
-            self.unshrunk, _ = self._evidence(
-                self.held.unshrunk_inside, delta.unshrunk_energy, delta.unshrunk_spectrum,
-                delta.unshrunk_pooled_spectrum, self.held.unshrunk_tails,
-            )  # fmt: skip
 
     # -- evidence ------------------------------------------------------------------------------------------------
+
+    def asked(self) -> list[Asked]:
+        """What is asked of random subspaces: heads, and where there are several the heads pooled; ΔW, then ΔW − sW."""
+        asked: list[Asked] = []
+        for of in self._versions():
+            asked.append((of.spectrum.flatten(0, 1), self.k, (of.inside / of.energy).flatten()))
+            if of.pooled is not None:
+                asked.append((of.pooled, self.k, of.inside.sum(-1) / of.energy.sum(-1)))
+        return asked
+
+    def hear(self, told: Iterator[Told]) -> None:
+        """Take the answers, in the same order."""
+        found = [self._evidence(of, told) for of in self._versions()]
+        (self.evidence, self.method), (self.unshrunk, _) = found[0], found[-1]
 
     def tested(self, places: np.ndarray) -> Tested:
         """The evidence of one run of layers."""
@@ -161,24 +183,35 @@ class _Block:
             for evidence in (self.evidence, self.unshrunk)
         ))  # fmt: skip
 
-    def _evidence(
-        self, inside: Tensor, energy: Tensor, spectrum: Tensor | None, pooled: Tensor | None, tails: Tensor | None
-    ) -> tuple[dict[Question, Evidence], np.ndarray]:
+    def _versions(self) -> list[_Version]:
+        """ΔW, and ΔW − sW where weight decay can make a difference."""
+        delta, held = self.delta, self.held
+        assert delta.spectrum is not None
+        versions = [
+            _Version(held.inside[..., self.column], delta.energy, delta.spectrum, delta.pooled_spectrum, held.tails)
+        ]
+        if delta.unshrunk_energy is not None and held.unshrunk_inside is not None:
+            assert delta.unshrunk_spectrum is not None
+            versions.append(_Version(
+                held.unshrunk_inside[..., self.column], delta.unshrunk_energy, delta.unshrunk_spectrum,
+                delta.unshrunk_pooled_spectrum, held.unshrunk_tails,
+            ))  # fmt: skip
+        return versions
+
+    def _evidence(self, of: _Version, told: Iterator[Told]) -> tuple[dict[Question, Evidence], np.ndarray]:
         """p on both sides, against a random subspace and against the chosen optimiser's reference."""
-        assert spectrum is not None
-        inside = inside[..., self.column]
-        places, heads = energy.shape
+        places, heads = of.energy.shape
         missing = ~self.exists
-        *by_chance, method = self.null.tails(spectrum.flatten(0, 1), self.k, (inside / energy).flatten())
+        *by_chance, method = next(told)
         together: list[np.ndarray] = [np.full(places, np.nan)] * 2
-        if pooled is not None:
-            *together, _ = self.null.tails(pooled, self.k, inside.sum(-1) / energy.sum(-1))
+        if of.pooled is not None:
+            *together, _ = next(told)
         found = {}
         for i, side in enumerate(("above", "below")):
             of_heads = np.where(missing[:, None], np.nan, by_chance[i].reshape(places, heads))
             found[ISOTROPIC, side] = Evidence(of_heads, np.where(missing, np.nan, together[i]))
-            if tails is not None:
-                items = tails[:, i, :, self.column].numpy()
+            if of.tails is not None:
+                items = of.tails[:, i, :, self.column].numpy()
                 if side == "below" and (self.few or self.reference == "weighted"):
                     # In-sample the expected fraction is too high: above that is conservative, below it the reverse.
                     # And weights of all heads together make a head with other large gradients than its layer's seem

@@ -41,22 +41,22 @@ class ProbedTests:
 
     def of_tables(self) -> float:
         """Isotropic tails, tables and nulls: of all layers at once."""
-        total = 0.0
+        total, calls = 0.0, {}
         for _, heads, values, k in self._blocks():
             rows = heads * self._base.n_layers
-            call, head = self._isotropic(values, min(k, 2))
-            total += _BLOCK_SECONDS + rows * _ROW_SECONDS + _DELTAS * (call + rows * head)
-        return total
+            calls[values, k], head = self._isotropic(values, min(k, 2))
+            total += _BLOCK_SECONDS + rows * _ROW_SECONDS + _DELTAS * rows * head
+        return total + sum(calls.values())
 
     def of_layers(self) -> float:
         """Tails under the reference of a read matrix's own input: layer by layer."""
-        total = 0.0
+        total, calls = 0.0, {}
         for matrix, heads, values, k in self._blocks():
             if kind_of(matrix).reads:
-                call, head = self._matched(values, min(k, _SOLVED))
+                calls[values, min(k, _SOLVED)], head = self._matched(values, min(k, _SOLVED))
                 pooled = heads + (heads > 1)
-                total += self._base.n_layers * (_LAW_SECONDS + _DELTAS * _LAWS * (call + pooled * head))
-        return total
+                total += self._base.n_layers * (_LAW_SECONDS + _DELTAS * _LAWS * pooled * head)
+        return total + self._base.n_layers * sum(calls.values())
 
     def _blocks(self) -> list[tuple[str, int, int, int]]:
         """Matrix, heads, singular values of a head's delta, and rank, of everything that is tested."""

@@ -31,7 +31,7 @@ from tl_asymmetry.pair.bases import LayerBases
 from tl_asymmetry.pair.deltas import LiveDelta, measure_delta, residual_first
 from tl_asymmetry.pair.memory_plan import plan_memory
 from tl_asymmetry.pair.plan import Plan, check_asked, counted_tokens, grouped_sequences, make_plan
-from tl_asymmetry.pair.projections import reference_tails
+from tl_asymmetry.pair.reference_tests import reference_tails
 from tl_asymmetry.power.planting import by_chance, directions_within, lone_threshold, planted
 from tl_asymmetry.power.result import PowerAnalysis, power_tables
 from tl_asymmetry.results.nulls import ISOTROPIC
@@ -212,7 +212,7 @@ class _Work:
                 optimizer = self.settings.optimizer
                 at = self.p.setdefault((*key, optimizer), {})
                 made = self._made(change, W, trained, basis, whitened, root, (*key, bases.layer, optimizer))
-                p = np.stack([_against_reference(live, bases, basis) for live in made])
+                p = np.stack([_against_reference(live, bases, name, k) for live in made])
                 at[bases.layer] = self._folded(matrix, p)
 
     def _made(
@@ -257,11 +257,10 @@ def _against_chance(made: Iterator[LiveDelta], basis: Tensor, null: IsotropicNul
     return p.reshape(len(fractions) // 2, 2, -1).max(1)
 
 
-def _against_reference(live: LiveDelta, bases: LayerBases, basis: Tensor) -> Float[np.ndarray, " head"]:
+def _against_reference(live: LiveDelta, bases: LayerBases, name: str, k: int) -> Float[np.ndarray, " head"]:
     """The same against the chosen optimizer's reference."""
-    k, heads = basis.shape[1], len(live.numbers.energy)
-    both = [reference_tails(one, bases, basis, [k], [k])[0, :heads, 0] for one in (live, live.unshrunk or live)]
-    return torch.maximum(*both).numpy()
+    both = reference_tails([(one, [name]) for one in (live, live.unshrunk or live)], bases, [k])
+    return torch.maximum(*(tails[name][0, : len(live.numbers.energy), 0] for tails in both)).numpy()
 
 
 def _found(work: _Work, n_layers: int) -> dict[Key, tuple[np.ndarray, float]]:

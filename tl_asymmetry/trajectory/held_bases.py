@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_asymmetry.geometry.matched import MatchedCovariance
+from tl_asymmetry.geometry.matched import LawAtRank, MatchedCovariance
 from tl_asymmetry.geometry.subspace import Subspace
 from tl_asymmetry.names import kind_of
 from tl_asymmetry.pair.bases import REFERENCES, LayerBases, References, crossed_replicates
@@ -29,6 +29,7 @@ class HeldBases(LayerBases):
         self.optimizer = optimizer
         self.tensors = dict(tensors)
         self._whitening: dict[str, MatchedCovariance] = {}
+        self._laws: dict[tuple[int, str, tuple[int, ...]], list[dict[int, LawAtRank]]] = {}
 
     def is_captured(self, name: str) -> bool:
         """Whether there are replicates of it."""

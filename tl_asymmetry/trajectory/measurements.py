@@ -135,14 +135,9 @@ def measure(
         tensors: dict[str, Tensor] = {}
         for reference, earlier in references.items():
             deltas = {m: _change(earlier, view, layer, m, seed=measuring.seed) for m in plan.matrices}
-            projections = [
-                projection
-                for name in plan.subspaces
-                for projection in project(
-                    [delta for matrix, delta in deltas.items() if name in plan.targets[matrix]], name, held, plan.ranks,
-                    intervals=measuring.intervals, gradient=gradient,
-                )
-            ]  # fmt: skip
+            projections = project(
+                list(deltas.values()), plan.targets, held, plan.ranks, intervals=measuring.intervals, gradient=gradient
+            )
             numbers = {matrix: delta.numbers for matrix, delta in deltas.items()}
             tensors |= layer_tensors(numbers, projections, plan.ranks, delta=f"{reference}/")
         if gradient is not None:

@@ -1,0 +1,180 @@
+"""Is more of a change in a subspace than what training gives on these inputs: the tests of a layer, all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from tl_asymmetry.geometry.hierarchy import of_layers
+from tl_asymmetry.geometry.matched import Asked, MatchedCovariance, laws_at, matched_tails
+from tl_asymmetry.names import SIGNIFICANT
+from tl_asymmetry.pair.bases import LayerBases
+from tl_asymmetry.pair.deltas import AnyDelta, FactoredDelta, LiveDelta
+
+Tails = Float64[Tensor, "2 _item _rank"]
+"""P(fraction ≥) and P(fraction ≤) of every head, then of the heads pooled where there are several."""
+
+
+def reference_tails(
+    asked: Sequence[tuple[AnyDelta, Sequence[str]]], bases: LayerBases, ranks: Sequence[int]
+) -> list[dict[str, Tails]]:
+    """Tails under the chosen optimiser's reference: the larger of with and without the mean input.
+
+    An adapter's change is tested within what its A reads, where it lies by construction. One step of Adam, or gradients
+    that persist, leave less than its reference, down to the sign limit: what is below the one must be below the other,
+    which is asked only where the layer could be found to be below at all.
+    Storage noise lies elsewhere than inputs do: a fraction is above, or below, if it is so with and without that.
+
+    Args:
+        asked: deltas of read matrices, each with the subspaces that it is held against.
+        bases: of their layer.
+        ranks: at which; NaN at those that a subspace is too small for.
+
+    Returns:
+        For each delta, by subspace.
+    """
+    nothing = [_nothing(delta, ranks) for delta, _ in asked]
+    tails = [{name: none for name in names} for (_, names), none in zip(asked, nothing, strict=True)]
+    for trial, p in _answered(asked, bases, ranks, persistent=False):
+        known = tails[trial.delta]
+        known[trial.name] = _folded(known[trial.name], ranks.index(trial.rank), p)
+    if bases.optimizer != "adam":
+        return tails
+    below = [
+        (delta, [name for name in names if _some_below(known[name])])
+        for (delta, names), known in zip(asked, tails, strict=True)
+    ]
+    for trial, p in _answered(below, bases, ranks, persistent=True):
+        known = tails[trial.delta]
+        lower = _folded(known[trial.name], ranks.index(trial.rank), p)[1]
+        known[trial.name] = torch.stack([known[trial.name][0], lower])
+    return tails
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One delta in one subspace at one rank, with or without the mean input."""
+
+    delta: int
+    """Its place among those asked."""
+    name: str
+    """Of the subspace."""
+    rank: int
+    """k."""
+    asked: Asked
+    """All items; a second time with storage noise where there is some."""
+
+
+def _answered(
+    asked: Sequence[tuple[AnyDelta, Sequence[str]]], bases: LayerBases, ranks: Sequence[int], *, persistent: bool
+) -> Iterator[tuple[_Trial, Tensor]]:
+    trials = [
+        trial
+        for i, (delta, names) in enumerate(asked)
+        if names
+        for trial in _trials(i, delta, names, bases, ranks, persistent=persistent)
+    ]
+    return zip(trials, matched_tails([trial.asked for trial in trials]), strict=True)
+
+
+def _trials(
+    place: int, delta: AnyDelta, names: Sequence[str], bases: LayerBases, ranks: Sequence[int], *, persistent: bool
+) -> Iterator[_Trial]:
+    directions = {name: bases.subspace(name).basis[:, : max(ranks)] for name in names}
+    if isinstance(delta, FactoredDelta):
+        # Without factors the adapter leaves the matrix alone: nothing to test.
+        limit = "sign" if persistent else ""
+        own = bases.adapter(delta.matrix, delta.residual, optimizer=limit) if delta.residual.shape[1] else None
+        if own is None:
+            return
+        frame, covariance = own.frame.to(delta.residual), MatchedCovariance.of(own.covariance, own.mean)
+        delta = LiveDelta(delta.numbers, (frame.mT @ delta.residual) @ delta.other.mT, None)
+        directions = {name: frame.mT @ basis.to(frame) for name, basis in directions.items()}
+        laws = {name: laws_at(covariance, basis, bases.existing(name, ranks)) for name, basis in directions.items()}
+    else:
+        found = bases.matched(delta.matrix, columns=delta.numbers.columns)
+        if found is None:
+            return
+        covariance = found.persistent if persistent else found
+        laws = {name: bases.laws(covariance, name, ranks) for name in names}
+    spectra = _whitened_spectra(covariance, delta)
+    for name, basis in directions.items():
+        for of, spectrum, held in zip(laws[name], spectra, _held(delta, basis, covariance.mean), strict=True):
+            for k, law in of.items():
+                told = held.fractions(k, law.expected)
+                yield _Trial(place, name, k, (law, spectrum.repeat(len(told), 1), torch.cat(told)))
+
+
+def _whitened_spectra(covariance: MatchedCovariance, delta: LiveDelta) -> list[Float64[Tensor, "item r"]]:
+    if delta.gram is not None:
+        return covariance.whitened_gram_spectra(delta.gram, pooled=True)
+    heads = len(delta.numbers.energy)
+    return covariance.whitened_spectra(delta.flat.unflatten(1, (heads, -1)).transpose(0, 1), pooled=True)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What a subspace holds of a delta."""
+
+    inside: Float64[Tensor, "item k"]
+    """Energy in the leading 1 … k directions."""
+    energy: Float64[Tensor, " item"]
+    """Of the whole."""
+    stored: tuple[Float64[Tensor, "item k"], Float64[Tensor, " item"]] | None
+    """Both of storage noise; None where there is none."""
+
+    def fractions(self, k: int, expected: Float64[Tensor, ""]) -> list[Float64[Tensor, " item"]]:
+        """As it is, and as if storage noise were what is expected."""
+        fraction = self.inside[:, k - 1] / self.energy
+        if self.stored is None:
+            return [fraction]
+        inside, energy = self.stored
+        return [fraction, fraction + (energy * expected - inside[:, k - 1]) / self.energy]
+
+
+def _held(delta: LiveDelta, basis: Tensor, mean: Tensor | None) -> Iterator[_Held]:
+    """By the basis as it is; then by what it and the delta are without the mean input."""
+    total = delta.numbers.energy
+    noise = delta.numbers.rounding.nan_to_num() * total
+    rows = noise.unsqueeze(-1) * delta.numbers.noise_rows if bool((noise > 0).any()) else None
+
+    def with_pooled(*sums: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.cat([x, x.sum(0, keepdim=True)]) if len(total) > 1 else x for x in sums)
+
+    def held(basis: Tensor, energy: Tensor, kept: Tensor) -> _Held:
+        inside, whole = with_pooled(delta.energies(basis).cumsum(-1), energy)
+        if rows is None:
+            return _Held(inside, whole, None)
+        within, noisy = with_pooled(rows @ basis.to(rows).square().cumsum(-1), rows @ kept)
+        return _Held(inside, whole, (within, noisy))
+
+    yield held(basis, total, torch.ones(len(basis), dtype=torch.float64))
+    if mean is not None:
+        μ = mean.cpu()
+        freed = basis.cpu() - torch.outer(μ, μ @ basis.to(μ))
+        yield held(freed, total - delta.energies(μ.unsqueeze(-1))[:, 0], 1 - μ.square())
+
+
+def _nothing(delta: AnyDelta, ranks: Sequence[int]) -> Tails:
+    heads = len(delta.numbers.energy)
+    return torch.full((2, heads + (heads > 1), len(ranks)), torch.nan, dtype=torch.float64)
+
+
+def _folded(tails: Tails, column: int, p: Float64[Tensor, "2 _told"]) -> Tails:
+    """The larger of what was known at a rank and what is told now."""
+    folded = tails.clone()
+    folded[..., column] = reduce(torch.fmax, p.split(tails.shape[1], 1), tails[..., column])
+    return folded
+
+
+def _some_below(tails: Tails) -> bool:
+    """Whether the hierarchy could call something below: never where the layer's own p is larger than the level."""
+    p = tails[1].mT.numpy()
+    layer_p = of_layers(p, np.full(len(p), np.nan)) if p.shape[1] == 1 else of_layers(p[:, :-1], p[:, -1])
+    return bool((layer_p <= SIGNIFICANT).any())
