@@ -21,7 +21,7 @@ import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from benchmarks.chance_updates import SEQUENCE, Inputs, Law, planted
 from tl_asymmetry.geometry.fraction import projected_energy, subspace_fraction
 from tl_asymmetry.geometry.hierarchy import hierarchy
 from tl_asymmetry.geometry.jackknife import log_jackknife_interval
-from tl_asymmetry.geometry.matched import MatchedCovariance
+from tl_asymmetry.geometry.matched import MatchedCovariance, laws_at, matched_tails
 from tl_asymmetry.geometry.nulls import PERMUTATIONS, IsotropicNull, order_range
 from tl_asymmetry.geometry.references import (
     AdapterCovariance,
@@ -211,22 +211,21 @@ def _halves(
     assert mean is not None
     off = torch.eye(len(mean), dtype=torch.float64) - torch.outer(mean, mean)
     halves, ratio = [], torch.zeros(0)
-    for X, frame, kept, spectrum, law in zip(
+    for X, frame, kept, spectrum, laws in zip(
         (changes.double(), off @ changes.double()),
         (Q, off @ Q),
         (torch.ones_like(mean), off.diagonal()),
         covariance.whitened_spectra(changes),
-        covariance.laws(Q),
+        laws_at(covariance, Q, [k]),
         strict=True,
     ):
         inside, whole = projected_energy(X, frame)
-        fraction = inside.sum(-1) / whole
-        tails = law.tails(spectrum, k, fraction)
+        law, fraction = laws[k], inside.sum(-1) / whole
+        told = [fraction]
         if noise is not None:
-            even = fraction + (noise @ kept * law.expected(k) - noise @ frame.square().sum(-1)) / whole
-            tails = torch.maximum(tails, law.tails(spectrum, k, even))
-        halves.append(tails)
-        ratio = ratio if len(ratio) else fraction / law.expected(k)
+            told.append(fraction + (noise @ kept * law.expected - noise @ frame.square().sum(-1)) / whole)
+        halves.append(reduce(torch.maximum, matched_tails([(law, spectrum, f) for f in told])))
+        ratio = ratio if len(ratio) else fraction / law.expected
     return halves, ratio
 
 

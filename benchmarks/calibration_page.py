@@ -189,7 +189,7 @@ def _value(found: Any, level: str | None) -> str:
 def _plus_minus(one: Entry) -> str:
     if one["share"] is None:
         return ""
-    if one["share"] < 5e-4 and one["of"] >= 1e5:
+    if one["share"] < 5e-4 and one["of"] >= 5e4:
         return f"{1e4 * one['share']:.2f}e-4 ± {1e4 * one['error']:.2f}e-4"
     return f"{one['share']:.3f} ± {one['error']:.3f}"
 
