@@ -30,10 +30,10 @@ class TrajectoryRecorder:
 
     What is recorded of a step is what `analyze_trajectory` measures of a checkpoint: fractions, spectra, all that both
     nulls need, replicates for the intervals, and the gradients' matched reference if asked for. The nulls themselves
-    (20,000 draws in places) are not made while the model trains but by `result()`; what a recording costs is mostly
-    the tails of each head's test against its inputs, which need ΔW itself: 8 to 11 % of 100 training steps of the
-    demo, whose steps are cheap beside its heads, 18 % with both references; choose `every` by it. With a `store`, a
-    training that was killed goes on: make the recorder again with the step the model is at.
+    (20,000 draws in places) are not made while the model trains but by `result()`, all but each head's test against its
+    inputs, which needs ΔW itself. A recording costs 2 to 3 % of 100 training steps of the demo, whose steps are cheap
+    beside its heads, and 4 % with both references; choose `every` by it. With a `store`, a training that was killed
+    goes on: make the recorder again with the step the model is at.
 
     What is recorded is what the model computes with: base weights and what adapters, parametrisations and wrappers
     (PEFT before or after the recorder was made, DistributedDataParallel, torch.compile) make of them; of LoRA the
