@@ -1,26 +1,37 @@
 """Cost of `analyze_pair` at GPT-2-small shape: time against one bare forward pass, memory against the notebook way.
 
     python benchmarks/pair.py                  # prints the table, writes benchmarks/results/pair-<device>.json
+    python benchmarks/pair.py --parts times    # ten minutes on two busy cores; other parts stay as the JSON has them
+    python benchmarks/pair.py --parts times --layers 12
     python benchmarks/pair.py --device cuda
 
-Every measurement runs in a process of its own. Times are compared as ratios within one process, interleaved, medians
-over the rounds; memory is the peak resident set above what the two loaded models hold (allocated bytes on CUDA).
-Random weights: cost does not depend on what was learned. The last two columns of the table are the bound and whether
-it held.
+Every part runs in a process of its own. Times are ratios within one process, of processor seconds on a CPU, to which
+others on the machine add nothing, and with one thread for each product, so that the seconds of a stage are those of
+its own thread; of 3 of the 12 layers and a quarter of the vocabulary unless `--layers` says more: what both calls cost
+grows with the two, but for the prediction subspace and imports, which weigh four times as much. Memory is the peak
+resident set above what the two loaded models hold (allocated bytes on CUDA).
+
+Two pairs. `random`: random weights, activations and changes, all flat. `trained`: activations of which one direction
+holds some 0.96 of the energy and the others fall as a power, as in trained residual streams; changes of low rank.
+Neither holds weight decay: where that is more than 0.1 % of a change's energy, its tests are made twice.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import pkgutil
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from measure import Row, apart, memory_meter, table
@@ -28,29 +39,61 @@ from measure import Row, apart, memory_meter, table
 SHAPE = {"n_layers": 12, "d_model": 768, "n_heads": 12, "d_head": 64, "d_mlp": 3072, "d_vocab": 50_257, "n_ctx": 1024}
 SEQUENCE = 128
 BATCH = 8
-TOKENS, MANY_TOKENS = 8_192, 32_768
+FEW_TOKENS, TOKENS, MANY_TOKENS = 2_048, 8_192, 32_768
+BOUNDS = {TOKENS: {"no intervals": 1.25, "8 groups": 2.0}, FEW_TOKENS: {"8 groups": 2.0}}
+"""Of times, by tokens and call, over a bare forward pass."""
 RESULTS = Path(__file__).parent / "results"
+KINDS = ("random", "trained")
+PARTS = ("times", "memory", "moments")
 
 
-def load_pair(device: str) -> tuple[Any, Any]:
-    """Two HookedTransformers of GPT-2-small shape, the second a small random step from the first."""
+def load_pair(device: str, kind: str = "random", layers: int = SHAPE["n_layers"]) -> tuple[Any, Any]:
+    """Two HookedTransformers of GPT-2-small shape, or of some of its layers with as large a share of its vocabulary;
+    the second a small step from the first."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-    config = HookedTransformerConfig(**SHAPE, act_fn="gelu_new", normalization_type="LN", seed=0, device=device)
+    shape = {**SHAPE, "n_layers": layers, "d_vocab": vocabulary(layers)}
+    config = HookedTransformerConfig(**shape, act_fn="gelu_new", normalization_type="LN", seed=0, device=device)
     base = HookedTransformer(config)
     aligned = HookedTransformer(config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
+        if kind == "trained":
+            _spike(base, generator)
         for mine, theirs in zip(aligned.parameters(), base.parameters(), strict=True):
-            step = torch.randn(theirs.shape, generator=generator).to(theirs) * 1e-3
-            mine.copy_(theirs + step)
+            step = torch.randn(theirs.shape, generator=generator)
+            if kind == "trained" and theirs.ndim > 1:
+                step = _of_low_rank(theirs.shape, generator) + 0.1 * step
+            mine.copy_(theirs + 1e-3 * step.to(theirs))
     return base.eval(), aligned.eval()
 
 
-def tokens_of(count: int) -> torch.Tensor:
+def _spike(model: Any, generator: torch.Generator) -> None:
+    """Embeddings with one large direction that all positions share, and the others falling as a power."""
+    d = SHAPE["d_model"]
+    spectrum = torch.arange(1, d + 1) ** -0.5
+    frame = torch.linalg.qr(torch.randn(d, d, generator=generator)).Q
+    spread = torch.randn(model.W_E.shape, generator=generator) * spectrum @ frame
+    model.W_E.copy_(spread)
+    model.W_pos.copy_((24 * spectrum.square().sum()).sqrt() * frame[-1].expand_as(model.W_pos))
+
+
+def _of_low_rank(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Of rank 8, its entries of variance 1."""
+    *heads, rows, columns = shape
+    left, right = (torch.randn(*heads, n, 8, generator=generator) for n in (rows, columns))
+    return left @ right.mT / 8**0.5
+
+
+def vocabulary(layers: int) -> int:
+    """So that the unembedding's share of a forward pass is GPT-2's."""
+    return SHAPE["d_vocab"] * layers // SHAPE["n_layers"]
+
+
+def tokens_of(count: int, layers: int = SHAPE["n_layers"]) -> torch.Tensor:
     """Random token ids `[count / SEQUENCE, SEQUENCE]`."""
     generator = torch.Generator().manual_seed(2)
-    return torch.randint(SHAPE["d_vocab"], (count // SEQUENCE, SEQUENCE), generator=generator)
+    return torch.randint(vocabulary(layers), (count // SEQUENCE, SEQUENCE), generator=generator)
 
 
 def forward(model: Any, tokens: torch.Tensor, device: str) -> None:
@@ -98,28 +141,74 @@ def notebook(base: Any, aligned: Any, tokens: torch.Tensor, device: str) -> None
                     rows.append((layer, -1, matrix, ((basis.T @ change) ** 2).sum() / (change**2).sum() * d / rank))
 
 
-def measure_times(device: str, rounds: int) -> dict[str, Any]:
-    """Seconds of the bare pass and of the package, interleaved, and median ratios."""
-    base, aligned = load_pair(device)
-    tokens = tokens_of(TOKENS)
-    runs: dict[str, Callable[[], None]] = {
-        "forward": lambda: forward(base, tokens, device),
-        "no intervals": lambda: package(base, aligned, tokens, 1),
-        "8 groups": lambda: package(base, aligned, tokens, 8),
-    }
-    forward(base, tokens[:BATCH], device)
-    package(base, aligned, tokens[: 4 * BATCH], 4)
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    ratios = {
-        name: statistics.median(t / f for t, f in zip(times, seconds["forward"], strict=True))
-        for name, times in seconds.items()
-    }
-    return {"seconds": seconds, "ratio": ratios}
+STAGES = {
+    "forward passes with moments": ("tl_asymmetry.pair.analysis", "capture"),
+    "prediction subspace": ("tl_asymmetry.pair.analysis", "predictions_of"),
+    "changes": ("tl_asymmetry.pair.analysis", "measure_change"),
+    "fractions, references, replicates, tests": ("tl_asymmetry.pair.analysis", "project"),
+    "tests against training's reference": ("tl_asymmetry.pair.projections", "reference_tails"),
+    "circuits": ("tl_asymmetry.pair.analysis", "layer_circuits"),
+    "tables and tests against chance": ("tl_asymmetry.pair.analysis", "pair_tables"),
+    "tests against chance": ("tl_asymmetry.geometry.nulls.IsotropicNull", "tails_of"),
+    "other changes": ("tl_asymmetry.pair.analysis", "other_changes"),
+}
+"""Where an analysis spends its time; the third of the tests is part of the line before it, as is the last."""
+NULLS = ("tests against training's reference", "tests against chance")
+
+
+@contextmanager
+def staged() -> Iterator[dict[str, float]]:
+    """Processor seconds of each stage's own thread, while this is open."""
+    spent = dict.fromkeys(STAGES, 0.0)
+    with ExitStack() as stack:
+        for stage, (place, name) in STAGES.items():
+            stack.enter_context(patch(f"{place}.{name}", _timed(stage, pkgutil.resolve_name(f"{place}.{name}"), spent)))
+        yield spent
+
+
+def _timed(stage: str, function: Callable[..., Any], spent: dict[str, float]) -> Callable[..., Any]:
+    def run(*args: Any, **named: Any) -> Any:
+        start = time.thread_time()
+        try:
+            return function(*args, **named)
+        finally:
+            spent[stage] += time.thread_time() - start
+
+    return run
+
+
+def measure_times(device: str, kind: str, layers: int, rounds: int) -> dict[str, Any]:
+    """Seconds of the bare pass and of the package, interleaved, median ratios, and the stages of the whole call."""
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    if device == "cpu":
+        torch.set_num_threads(1)
+    base, aligned = load_pair(device, kind, layers)
+    forward(base, tokens_of(SEQUENCE * BATCH, layers), device)
+    package(base, aligned, tokens_of(SEQUENCE * BATCH, layers), 1)
+    found: dict[str, Any] = {"seconds": {}, "ratio": {}, "stages": {}}
+    for count, bounds in BOUNDS.items():
+        tokens = tokens_of(count, layers)
+        groups = {name: 1 if name == "no intervals" else 8 for name in bounds}
+        runs: dict[str, Callable[[], None]] = {
+            "forward": partial(forward, base, tokens, device),
+            **{name: partial(package, base, aligned, tokens, n) for name, n in groups.items()},
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(rounds):
+            for name, run in runs.items():
+                start = clock()
+                with staged() as spent:
+                    run()
+                seconds[name].append(clock() - start)
+                if name != "forward":
+                    found["stages"][f"{name}, {count} tokens"] = spent
+                sys.stderr.write(f"{kind}, {count} tokens, {name}: {seconds[name][-1]:.1f} s {spent}\n")
+        found["seconds"][str(count)] = seconds
+        found["ratio"][str(count)] = {
+            name: statistics.median(t / f for t, f in zip(times, seconds["forward"], strict=True))
+            for name, times in seconds.items()
+        }
+    return found
 
 
 def measure_memory(device: str, what: str, count: int) -> dict[str, Any]:
@@ -181,10 +270,12 @@ def measure_moments(device: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, print the table, write the JSON."""
+    """Measure, print the tables, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--layers", type=int, default=3, help="in the part `times`")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--only", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     device = options.device
@@ -192,7 +283,7 @@ def main() -> None:
         what, *rest = options.only
         try:
             measured = {
-                "times": lambda: measure_times(device, options.rounds),
+                "times": lambda: measure_times(device, rest[0], options.layers, options.rounds),
                 "memory": lambda: measure_memory(device, rest[0], int(rest[1])),
                 "moments": lambda: measure_moments(device),
             }[what]()
@@ -202,59 +293,90 @@ def main() -> None:
         sys.stdout.write("\n" + json.dumps(measured))
         return
 
-    common = ("--device", device, "--rounds", str(options.rounds), "--only")
-    times = apart(__file__, *common, "times")
-    memory = {
-        (what, count): apart(__file__, *common, "memory", what, str(count))
+    name = torch.cuda.get_device_name() if device != "cpu" else "CPU"
+    target = RESULTS / f"pair-{'cpu' if device == 'cpu' else name.lower().replace(' ', '-')}.json"
+    RESULTS.mkdir(exist_ok=True)
+    document: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
+    for part in options.parts:
+        sys.stdout.write(f"\n{part}\n")
+        common = ("--device", device, "--rounds", str(options.rounds), "--layers", str(options.layers))
+        rows, measured = _PARTS[part](partial(apart, __file__, *common))
+        document[part] = {
+            "device": name,
+            "machine": platform.machine(),
+            "versions": {package: version(package) for package in ("torch", "transformer-lens", "tl-asymmetry")},
+            "shape": SHAPE,
+            **({"layers": options.layers} if part == "times" else {}),
+            "rows": table(rows) if rows else [],
+            **measured,
+        }
+        target.write_text(json.dumps(document, indent=1) + "\n")  # each part as it comes
+    sys.stdout.write(f"written: {target.relative_to(Path.cwd()) if target.is_relative_to(Path.cwd()) else target}\n")
+
+
+Measured = tuple[list[Row], dict[str, Any]]
+
+
+def _times(run: Callable[..., Any]) -> Measured:
+    measured = {kind: run("--only", "times", kind) for kind in KINDS}
+    rows: list[Row] = []
+    for kind, times in measured.items():
+        for count, ratio in times["ratio"].items():
+            rows += [
+                (f"{kind}, {count} tokens, {name} / bare forward", ratio[name], "<=", bound)
+                for name, bound in BOUNDS[int(count)].items()
+            ]
+            spent = times["stages"][f"8 groups, {count} tokens"]
+            whole = statistics.median(times["seconds"][count]["8 groups"])
+            rows.append((f"{kind}, {count} tokens, nulls / call", sum(spent[n] for n in NULLS) / whole, "<=", 0.15))
+            rows.append((
+                f"{kind}, {count} tokens, bare forward, seconds", statistics.median(times["seconds"][count]["forward"]),
+                "", None,
+            ))  # fmt: skip
+    return rows, {"pairs": measured}
+
+
+def _memory(run: Callable[..., Any]) -> Measured:
+    measured = {
+        (what, count): run("--only", "memory", what, str(count))
         for what, count in (
             ("1", TOKENS), ("1", MANY_TOKENS), ("8", TOKENS), ("8", MANY_TOKENS), ("notebook", TOKENS)
         )
     }  # fmt: skip
-    moments = apart(__file__, *common, "moments")
 
-    def peak(what: str, count: int = TOKENS) -> float | None:
-        measured = memory[what, count]
-        return None if measured is None else measured["bytes"] / 1e9
+    def peak(what: str, count: int = TOKENS) -> float:
+        return measured[what, count]["bytes"] / 1e9
 
     rows: list[Row] = [
-        ("time / bare forward, no intervals", times["ratio"]["no intervals"], "<=", 1.25),
-        ("time / bare forward, 8 groups", times["ratio"]["8 groups"], "<=", 2.0),
-        ("bare forward, seconds", statistics.median(times["seconds"]["forward"]), "", None),
         ("peak GB, no intervals", peak("1"), "<=", 0.6),
         ("peak GB, 8 groups", peak("8"), "<=", 1.6),
         ("peak at 4 x tokens / peak, no intervals", peak("1", MANY_TOKENS) / peak("1"), "<=", 1.05),
         ("peak at 4 x tokens / peak, 8 groups", peak("8", MANY_TOKENS) / peak("8"), "<=", 1.05),
     ]
-    if memory["notebook", TOKENS] is not None:
+    if measured["notebook", TOKENS] is not None:
         rows += [
             ("peak GB, notebook", peak("notebook"), "", None),
             ("notebook peak / ours, no intervals", peak("notebook") / peak("1"), ">=", 5.0),
             ("notebook peak / ours, 8 groups", peak("notebook") / peak("8"), ">=", 5.0),
-            ("notebook, seconds", memory["notebook", TOKENS]["seconds"], "", None),
-            ("ours, no intervals, seconds", statistics.median(times["seconds"]["no intervals"]), "", None),
-            ("ours, 8 groups, seconds", statistics.median(times["seconds"]["8 groups"]), "", None),
+            ("notebook, seconds", measured["notebook", TOKENS]["seconds"], "", None),
+            ("ours, 8 groups, seconds", measured["8", TOKENS]["seconds"], "", None),
         ]
-    if moments is not None:
-        rows += [
-            ("moments time / concept-erasure", moments["ratio"], "<=", 1.3),
-            ("moments error / concept-erasure",
-             moments["relative_error"]["tl_asymmetry"] / moments["relative_error"]["concept_erasure"], "<=", 1.0),
-        ]  # fmt: skip
-    name = torch.cuda.get_device_name() if device != "cpu" else f"{torch.get_num_threads()}-core CPU"
-    document = {
-        "device": name,
-        "machine": platform.machine(),
-        "versions": {package: version(package) for package in ("torch", "transformer-lens", "tl-asymmetry")},
-        "shape": SHAPE,
-        "rows": table(rows),
-        "times": times,
-        "memory": [{"what": w, "tokens": c, **(m or {})} for (w, c), m in memory.items()],
-        "moments": moments,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / f"pair-{'cpu' if device == 'cpu' else name.lower().replace(' ', '-')}.json"
-    target.write_text(json.dumps(document, indent=1) + "\n")
-    sys.stdout.write(f"written: {target.relative_to(Path.cwd()) if target.is_relative_to(Path.cwd()) else target}\n")
+    return rows, {"runs": [{"what": what, "tokens": count, **(m or {})} for (what, count), m in measured.items()]}
+
+
+def _moments(run: Callable[..., Any]) -> Measured:
+    measured = run("--only", "moments")
+    if measured is None:
+        return [], {}
+    error = measured["relative_error"]["tl_asymmetry"] / measured["relative_error"]["concept_erasure"]
+    rows: list[Row] = [
+        ("moments time / concept-erasure", measured["ratio"], "<=", 1.3),
+        ("moments error / concept-erasure", error, "<=", 1.0),
+    ]
+    return rows, measured
+
+
+_PARTS = {"times": _times, "memory": _memory, "moments": _moments}
 
 
 if __name__ == "__main__":
