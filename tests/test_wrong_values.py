@@ -109,7 +109,7 @@ def test_a_wrong_value_is_refused(name: str) -> None:
     parameters = inspect.signature(call).parameters
     for argument in plain_arguments(call):
         parts = re.sub(r"\[[^]]*\]", "", str(parameters[argument].annotation)).replace(" ", "").split("|")
-        right = {value for part in parts for value in RIGHT[part]}
+        right = {value for part in parts for value in RIGHT.get(part, ())}
         for wrong, made in WRONG.items():
             if wrong not in right:
                 with pytest.raises(ValueError, match=rf"^expected {argument} as .*, got .*; pass "):
@@ -424,3 +424,64 @@ def test_figures_are_refused_before_their_tests(analysed: tla.PairAnalysis, monk
         analysed.plot_heads("W_Q", template={"nonsense": 1})
     drawn = analysed.plot_heads(["W_Q", "W_K"], side_by_side=2)
     assert analysed.plot_heads(["W_Q", "W_K"], side_by_side=10**12).to_json() == drawn.to_json()
+
+
+def test_objects_and_lists_of_the_rooms_are_refused_in_our_words(model: Any) -> None:
+    short = grokking.Recipe(steps=10, every=10)
+    rows = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    weight = torch.nn.Parameter(torch.ones(6))
+    other = tiny.perturbed(model, 0.05)
+
+    def study(**wrong: Any) -> None:
+        tla.rank_one_study(model, other, tokens=tiny.tokens(2, 6), progress=False, **wrong)
+
+    calls: list[tuple[Callable[[], Any], str]] = [
+        (lambda: geometry.RollingSVD(3, 1, dtype=torch.ones(2)), "expected dtype as a dtype, got float32"),  # type: ignore[arg-type]
+        (lambda: geometry.RollingSVD(10**12, 1), "expected a window of at most 20,000 rows, got 1000000000000"),
+        (
+            lambda: geometry.principal_subspace("C"),
+            "expected moments as a StreamingMoments or a tensor of numbers, got",
+        ),  # type: ignore[arg-type]
+        (lambda: geometry.principal_subspace(rows), r"expected a symmetric matrix \[d, d\], got \[6, 4\]"),
+        (
+            lambda: geometry.energy_profile(rows[0], rows),
+            r"expected delta as a tensor of numbers \[..., rows, columns\]",
+        ),
+        (lambda: geometry.random_subspace(10**12, 2, 0), "expected d from 1 to 1,000,000, got 1000000000000"),
+        (lambda: geometry.semi_nmf(rows, 2, seeds=["a"]), "expected seeds as a whole number, or several, got"),  # type: ignore[list-item]
+        (
+            lambda: geometry.capture_moments(model, 3, tokens=tiny.tokens()),
+            "expected hook_points as names or pairs, got",
+        ),  # type: ignore[arg-type]
+        (lambda: geometry.difference_of_means(model, 3, 4), "expected texts, or token ids, got 3; pass a list"),
+        (lambda: grokking.GrokTransformer(3), "expected shape as a GrokShape, got 3; pass"),  # type: ignore[arg-type]
+        (lambda: grokking.bridge_model(model), "expected model as a GrokTransformer, got a TransformerBridge; pass"),
+        (
+            lambda: grokking.train("add", p=5, recipe={}),
+            "expected recipe as a Recipe or None, got {}; pass a Recipe, or",
+        ),  # type: ignore[arg-type]
+        (
+            lambda: grokking.train("add", p=5, recipe=short, device="tpu9"),
+            "expected device as a device, got 'tpu9'; pass",
+        ),
+        (lambda: grokking.train("add", p=5, recipe=short, sizes=[1]), "expected sizes by name, got .1.; pass e.g."),  # type: ignore[arg-type]
+        (lambda: grokking.arms("add", recipe=short, which=3), "expected which as arms by name, got 3; pass a dict"),  # type: ignore[arg-type]
+        (
+            lambda: grokking.arms("add", recipe=short, seeds="a"),
+            "expected seeds as a whole number, or several, got 'a'",
+        ),  # type: ignore[arg-type]
+        (lambda: grokking.GradientProjection(3, [weight]), "expected optimizer as an Optimizer, got 3; pass"),  # type: ignore[arg-type]
+        (lambda: study(scales="a"), "expected scales as a number, or several, got 'a'; pass scales="),
+        (lambda: study(controls=3), "expected controls among undo_matched, .*, got 3; pass a list"),
+        (lambda: study(outcomes=3), "expected outcomes among .*, got 3; pass a list of those"),
+        (lambda: study(directions=3), "expected directions among .*, got 3; pass a list of those, or a mapping"),
+        (lambda: study(sites=3), "expected sites as places, got 3; pass"),
+        (lambda: tla.pythia_checkpoints("pythia-14m", "a"), "expected steps as a whole number, or several, got 'a'"),  # type: ignore[arg-type]
+        (
+            lambda: tla.layer_jacobians(model, tokens=tiny.tokens(1, 4), layers=True),
+            "expected a list of layers, got True",
+        ),
+    ]
+    for call, words in calls:
+        with pytest.raises(ValueError, match=words):
+            call()

@@ -22,6 +22,8 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 _SHOWN = 60
 _MOST_DRAWS = 100_000
+_KNOWN = ("torch", "tl_asymmetry.geometry", "tl_asymmetry.grokking")
+"""Where the classes come from whose objects are asked for by name; of all others the functions speak themselves."""
 _REAL = re.compile(r"float|int\d", re.IGNORECASE)
 _MISSING = inspect.Parameter.empty
 
@@ -29,8 +31,8 @@ _MISSING = inspect.Parameter.empty
 def checked(thing: T) -> T:
     """A function whose plain arguments are held against its annotations; or a class with its constructor and methods.
 
-    Plain are whole numbers, numbers, flags, strings, paths and tensors of numbers, each or None where the annotation
-    has it; an argument with anything else in its annotation is left to the function.
+    Plain are whole numbers, numbers, flags, strings, paths, devices, tensors of numbers and objects of a few classes,
+    each or None where the annotation has it; an argument with anything else in its annotation is left to the function.
 
     Raises:
         ValueError: at the call, naming the argument, what was expected, what was found and what to pass instead.
@@ -188,8 +190,9 @@ def _arguments(function: Any, owner: type | None) -> dict[str, _Argument]:
             except NameError:  # for type checkers only
                 continue
         kinds = [_kind(part) for part in _parts(annotation)]
-        if _PATH in kinds:  # a path may be a string, but not every string is one
-            kinds = [_PATH if kind is _PLAIN[str] else kind for kind in kinds]
+        for narrow in (_PATH, _DEVICE):  # either may be a string, but not every string is one
+            if narrow in kinds:
+                kinds = [narrow if kind is _PLAIN[str] else kind for kind in kinds]
         plain = [kind for kind in kinds if kind is not None]
         if plain and len(plain) == len(kinds):
             plain.sort(key=lambda kind: kind is _NONE)
@@ -207,17 +210,35 @@ def _kind(annotation: Any) -> _Kind | None:
         return None
     array = getattr(annotation, "array_type", None)  # of jaxtyping's classes
     if array is not None:
-        return _of_numbers(array) if "float64" in getattr(annotation, "dtypes", ()) else None
+        if "float64" not in getattr(annotation, "dtypes", ()):
+            return None
+        return _of_numbers(array, getattr(annotation, "dim_str", ""))
+    if annotation.__module__.startswith(_KNOWN) and annotation.__name__ not in ("Tensor", "Module"):
+        return _DEVICE if annotation.__name__ == "device" else _of_class(annotation)
     return _PATH if annotation is not object and issubclass(annotation, os.PathLike) else _PLAIN.get(annotation)
 
 
-def _of_numbers(array: type) -> _Kind:
-    """A tensor, or an array of numpy, of real numbers; its shape the function checks itself."""
+def _of_class(wanted: type) -> _Kind:
+    """An object of a class."""
+    words = f"{'an' if wanted.__name__[0] in 'AEIOU' else 'a'} {wanted.__name__}"
+    return _Kind(words, lambda value: isinstance(value, wanted), words)
+
+
+def _of_numbers(array: type, axes: str) -> _Kind:
+    """A tensor, or an array of numpy, of real numbers; of its shape so many axes at least as have a name of their own
+    behind others, the rest a function checks itself."""
+    named = axes.split()
+    least = sum(not axis.startswith(("*", "...")) for axis in named) if "*" in axes else 0
+    where = f" [{', '.join(['...', *(axis for axis in named if not axis.startswith('*'))])}]" if least else ""
     words, like = {
         "Tensor": ("a tensor of numbers", lambda value: isinstance(value, array)),
         "ndarray": ("a numpy array of numbers", lambda value: hasattr(value, "__array__")),  # or a column of pandas
     }[array.__name__]
-    return _Kind(words, lambda value: like(value) and bool(_REAL.search(str(getattr(value, "dtype", "")))), words)
+
+    def allows(value: Any) -> bool:
+        return like(value) and bool(_REAL.search(str(getattr(value, "dtype", "")))) and len(value.shape) >= least
+
+    return _Kind(words + where, allows, words + where)
 
 
 def _is_number(value: Any, kind: type) -> bool:
@@ -229,6 +250,16 @@ def _is_path(value: Any) -> bool:
     return isinstance(value, os.PathLike) or (isinstance(value, str) and bool(value.strip()) and "\0" not in value)
 
 
+def _is_device(value: Any) -> bool:
+    import torch
+
+    try:
+        return isinstance(value, str | torch.device) and torch.device(value).type != "meta"
+    except RuntimeError:
+        return False
+
+
+_DEVICE = _Kind("a device", _is_device, "'cpu'")
 _NONE = _Kind("None", lambda value: value is None, "None")
 _PATH = _Kind("a path", lambda value: _is_path(value), "a path")
 _PLAIN: Mapping[type, _Kind] = {

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from tl_asymmetry.arguments import checked
+from tl_asymmetry.arguments import checked, listed
 from tl_asymmetry.geometry.precision import exact_products, product_dtype, with_fresh_settings
 
 _SWEEPS = 3
@@ -78,19 +78,22 @@ def semi_nmf(
         >>> bool((fit.Z >= 0).all()), fit.relative_error < 1e-3
         (True, True)
     """
+    if A.ndim != 2:
+        raise ValueError(f"expected A as rows [sample, d], got {list(A.shape)}; pass a matrix")
     samples, d = A.shape
+    starts_at = listed("seeds", seeds, int, instead="seeds=(0,)")
     if not 1 <= rank <= min(samples, d):
         raise ValueError(f"expected a rank from 1 to {min(samples, d)}, got {rank}; pass a smaller rank or more rows")
-    if not len(seeds):
+    if not starts_at:
         raise ValueError("expected at least one seed, got none; pass seeds=(0,)")
-    if tol < 0 or max_iter < 1:
+    if not 0 <= tol < float("inf") or max_iter < 1:
         raise ValueError(f"expected tol >= 0 and max_iter >= 1, got {tol} and {max_iter}; pass tol=1e-5, max_iter=500")
     A = A.detach().to(product_dtype(A))
     energy = A.square().sum(dtype=torch.float64).item()
     if not 0 < energy < float("inf"):
         raise ValueError(f"expected finite rows that are not all zero, got ‖A‖² = {energy}; pass other rows")
     with exact_products(A.device):
-        starts = [_Start(A, rank, seed) for seed in seeds]
+        starts = [_Start(A, rank, seed) for seed in starts_at]
         for start in starts:
             start.descend(tol, max_iter)
     best = min(starts, key=lambda start: start.history[-1])

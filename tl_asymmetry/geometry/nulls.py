@@ -295,7 +295,7 @@ def adjusted_p(
         [0.02, 0.04, nan]
     """
     methods = ("benjamini-hochberg", "benjamini-yekutieli")
-    if method not in methods:
+    if not isinstance(method, str) or method not in methods:
         raise ValueError(f"expected a method of {list(methods)}, got {method!r}; pass one of them")
     p = np.asarray(p, dtype=float)
     # Not scipy's: its statistics take a second to import, and know one row of tests at a time.

@@ -15,6 +15,8 @@ from tl_asymmetry.geometry.subspace import ordered_eigh
 
 _COLUMNS = {"cpu": 1 << 14}
 """Columns of the ring widened to float64 at a time: 20 rows of them stay in a core's cache."""
+_LONGEST = 20_000
+"""Rows of a window: its Gram matrix is kept whole."""
 _COLUMNS_ELSEWHERE = 1 << 20
 """On a GPU, where each piece costs a launch."""
 
@@ -63,6 +65,8 @@ class RollingSVD:
             raise ValueError(f"expected rank >= 1, got {rank}; pass how many directions to keep")
         if window < rank:
             raise ValueError(f"expected window >= rank = {rank}, got {window}; pass a longer window or a smaller rank")
+        if window > _LONGEST:
+            raise ValueError(f"expected a window of at most {_LONGEST:,} rows, got {window}; pass a shorter one")
         if not dtype.is_floating_point:
             raise ValueError(f"expected a floating-point dtype, got {dtype}; pass torch.float32")
         self.window, self.rank, self.dtype = window, rank, dtype

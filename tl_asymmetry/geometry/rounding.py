@@ -21,7 +21,8 @@ _PIECE = 1 << 20
 _STORAGE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def storage_dtype(weight: Tensor) -> torch.dtype:
+@checked
+def storage_dtype(weight: Float[Tensor, "*axes"]) -> torch.dtype:
     """The coarsest of bf16, fp16 and fp32 that holds every entry exactly: what the tensor was stored in.
 
     A bf16 checkpoint loaded as float32 is still bf16. float64 where float32 is not enough.

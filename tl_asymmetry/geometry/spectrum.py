@@ -65,6 +65,8 @@ def marchenko_pastur_edge(eigenvalues: Float[Tensor, " d"], samples: int) -> flo
     Raises:
         ValueError: samples < 1, or no positive eigenvalue.
     """
+    if eigenvalues.ndim != 1 or not len(eigenvalues):
+        raise ValueError(f"expected eigenvalues [d], got {list(eigenvalues.shape)}; pass those of one moment")
     if samples < 1:
         raise ValueError(f"expected samples >= 1, got {samples}; pass the number of tokens behind the moment")
     # n samples have rank n: what float32 products leave beyond it is rounding, and would pull the median down.

@@ -15,7 +15,7 @@ from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.names import SMALLEST_EIGENVALUE
 
-_SMALLEST_ON_GPU, _LARGEST_TRIED = 256, 1024
+_SMALLEST_ON_GPU, _LARGEST_TRIED, _WIDEST = 256, 1024, 1_000_000
 # Of the mean square: what rounding float32 rows leaves of the variance of equal ones (4e-15 was seen).
 _ROUNDING = 1e-13
 
@@ -255,6 +255,8 @@ def principal_subspace(
     """
     floor = 0.0
     if isinstance(moments, Tensor):
+        if moments.ndim != 2 or moments.shape[0] != moments.shape[1] or not len(moments):
+            raise ValueError(f"expected a symmetric matrix [d, d], got {list(moments.shape)}; pass a second moment")
         if centered:
             raise ValueError("expected StreamingMoments with centered=True, got a matrix; pass the covariance itself")
         matrix = moments.double()
@@ -272,6 +274,8 @@ def random_subspace(d: int, k: int, seed: int) -> Subspace:
     Raises:
         ValueError: k outside 1 … d.
     """
+    if not 1 <= d <= _WIDEST:
+        raise ValueError(f"expected d from 1 to {_WIDEST:,}, got {d}; pass the width of a model")
     if not 1 <= k <= d:
         raise ValueError(f"expected a rank from 1 to {d}, got {k}; pass 1 <= k <= d")
     generator = torch.Generator().manual_seed(seed)

@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from tl_asymmetry._lazy import pd
-from tl_asymmetry.arguments import checked
+from tl_asymmetry.arguments import checked, listed, shown
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.grokking.loop import GrokLoop, Progress, Recipe
 from tl_asymmetry.grokking.model import GrokShape, GrokTransformer
@@ -278,6 +278,13 @@ def arms(
         20
     """
     chosen = PUBLISHED_ARMS if which is None else which
+    if not isinstance(chosen, Mapping) or not chosen:
+        raise ValueError(f"expected which as arms by name, got {shown(which)}; pass a dict, or leave it out")
+    if not isinstance(task, ModularArithmetic):
+        ModularArithmetic(task)  # which refuses what is no operation
+    seeds = listed("seeds", seeds, int, instead="seeds=(42,)")
+    if not seeds:
+        raise ValueError("expected seeds with a number or more, got none; pass seeds=(42,)")
     for arm, keywords_of in chosen.items():
         if keywords_of is not None and not isinstance(keywords_of, Mapping):
             raise ValueError(

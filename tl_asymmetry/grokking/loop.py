@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_asymmetry.arguments import checked
+from tl_asymmetry.arguments import checked, shown
 from tl_asymmetry.grokking.model import GrokTransformer, shape_of
 from tl_asymmetry.grokking.modular import ModularArithmetic, legacy_stream
 from tl_asymmetry.names import nearest
@@ -120,7 +120,7 @@ class GrokLoop:
     ) -> None:
         self.task, self.seed, self.recipe = task, seed, recipe
         self.keep_checkpoints = keep_checkpoints
-        self.model = GrokTransformer(shape_of(task, **(sizes or {})), seed=seed).to(device)
+        self.model = GrokTransformer(shape_of(task, {} if sizes is None else sizes), seed=seed).to(device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=recipe.lr,
@@ -130,6 +130,8 @@ class GrokLoop:
         )
         attention = list(self.model.attention_parameters().values())
         known = set(inspect.signature(GradientProjection).parameters) - {"optimizer", "parameters"}
+        if projection is not None and not isinstance(projection, Mapping):
+            raise ValueError(f"expected projection as keywords, got {shown(projection)}; pass a dict, or leave it out")
         if unknown := sorted(set(projection or {}) - known):
             raise ValueError(
                 f"expected projection with keywords among {', '.join(sorted(known))}, got {unknown[0]!r}; pass "

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_asymmetry.arguments import checked
+from tl_asymmetry.arguments import checked, shown
 from tl_asymmetry.grokking.modular import ModularArithmetic
 from tl_asymmetry.models.loading import hooked_transformer, native_bridge
 from tl_asymmetry.names import nearest
@@ -144,8 +144,10 @@ def published_weights(shape: GrokShape, seed: int) -> dict[str, Tensor]:
         return {name: value.detach().contiguous().clone() for name, value in weights.items()}
 
 
-def shape_of(task: ModularArithmetic, **sizes: int) -> GrokShape:
+def shape_of(task: ModularArithmetic, sizes: Mapping[str, int]) -> GrokShape:
     """The published sizes for a task; other sizes by name."""
+    if not isinstance(sizes, Mapping):
+        raise ValueError(f"expected sizes by name, got {shown(sizes)}; pass e.g. sizes={{'d_model': 64}}")
     known = [field.name for field in fields(GrokShape) if field.name not in ("p", "heads_out")]
     if unknown := sorted(sizes.keys() - set(known)):
         raise ValueError(
@@ -154,6 +156,7 @@ def shape_of(task: ModularArithmetic, **sizes: int) -> GrokShape:
     return GrokShape(p=task.p, heads_out=len(task.names), **sizes)
 
 
+@checked
 def hooked_model(model: GrokTransformer) -> Any:
     """The same function as a HookedTransformer (transformer-lens 3.x), float32, on CPU.
 
@@ -170,6 +173,7 @@ def hooked_model(model: GrokTransformer) -> Any:
     return hooked
 
 
+@checked
 def bridge_model(model: GrokTransformer) -> Any:
     """The same function as a native TransformerBridge, float32, on CPU; logits as in `hooked_model`."""
     bridge = native_bridge(_settings(model.shape))

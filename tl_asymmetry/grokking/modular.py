@@ -66,7 +66,7 @@ class ModularArithmetic:
             raise ValueError(
                 f"expected a prime p for 'mul', whose operands are invertible, got {self.p}; pass a prime such as 97"
             )
-        if not 0 < int(self.train_fraction * len(self._pairs)) < len(self._pairs):
+        if not 0 < self.train_fraction < 1 or not 0 < int(self.train_fraction * len(self._pairs)) < len(self._pairs):
             raise ValueError(
                 f"expected a train fraction that leaves pairs on both sides, got {self.train_fraction}; pass 0.5"
             )

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_asymmetry.arguments import checked
+from tl_asymmetry.arguments import checked, shown
 from tl_asymmetry.geometry.memory import free_memory
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.gradients.analysis import data_fingerprint
@@ -357,6 +357,8 @@ def chosen_outcomes(
     needs = {"ce": largest[:1], "margin": largest[1:], "margin_shift": largest[1:]}
     beyond = {name: of[0] for name, of in needs.items() if of and of[0] >= outputs}
     available = [name for name in OUTCOMES if preferences is not None or not name.startswith("margin")]
+    if outcomes is not None and not isinstance(outcomes, Sequence):
+        raise ValueError(f"expected outcomes among {', '.join(available)}, got {shown(outcomes)}; pass a list of those")
     asked = available if outcomes is None else outcomes
     unknown = [name for name in asked if name not in available]
     if isinstance(outcomes, str) or unknown or not asked:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float64, Int
 from torch import Tensor
 
-from tl_asymmetry.arguments import check_draws, checked, shown
+from tl_asymmetry.arguments import check_draws, checked, listed, shown
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.seeds import seeded
 from tl_asymmetry.geometry.subspace import Subspace, ordered_eigh, principal_subspace
@@ -226,6 +226,8 @@ def chosen_sites(
 
 def _places(sites: PlaceLike | Sequence[PlaceLike]) -> list[Place]:
     """Places from a list of them, or from a single one."""
+    if not isinstance(sites, Iterable):
+        raise ValueError(f'expected sites as places, got {shown(sites)}; pass "L7H3.W_Q", or a list of such')
     single = isinstance(sites, str) or (isinstance(sites, tuple) and sites and isinstance(sites[0], int))
     return [place_of(site) for site in ([sites] if single else sites)]
 
@@ -249,6 +251,9 @@ def given_directions(directions: Directions, view: ModelView, n: int) -> dict[st
         raise ValueError(f"expected n_directions of at least 1, got {n}; pass how many directions of each kind")
     if n > view.d_model:
         raise ValueError(f"expected n_directions up to {view.d_model} (d_model), got {n}; pass fewer")
+    if not isinstance(directions, Mapping | Sequence):
+        raise ValueError(f"expected directions among {', '.join(DIRECTIONS)}, got {shown(directions)}; pass a list of "
+                         "those, or a mapping from names to columns [d_model, n]")  # fmt: skip
     if not isinstance(directions, Mapping):
         unknown = [name for name in directions if name not in DIRECTIONS]
         if isinstance(directions, str) or unknown or not directions:
@@ -275,6 +280,8 @@ def given_directions(directions: Directions, view: ModelView, n: int) -> dict[st
 
 
 def _unit_columns(value: Subspace | Tensor, name: str, d: int) -> Tensor:
+    if not isinstance(value, Subspace | Tensor):
+        raise ValueError(f"expected directions [{d}, n] for {name!r}, got {shown(value)}; pass columns of R^{d}")
     columns = (value.basis if isinstance(value, Subspace) else value).detach().double().cpu()
     columns = columns.unsqueeze(-1) if columns.ndim == 1 else columns
     if columns.ndim != 2 or len(columns) != d or columns.shape[1] == 0:
@@ -294,13 +301,14 @@ def check_choices(
     _check_names(controls, CONTROL_KINDS, "controls")
     _check_names(interventions, INTERVENTIONS, "interventions")
     check_draws(draws)
+    scales = listed("scales", scales, float, instead="scales=[0.5, 1, 2]")
     if not scales or not all(0 < abs(s) < float("inf") for s in scales):
         raise ValueError(f"expected finite scales other than 0, got {scales!r}; pass e.g. scales=[0.5, 1, 2]")
 
 
 def _check_names(names: Sequence[str], known: Sequence[str], what: str) -> None:
-    if isinstance(names, str) or not names or any(name not in known for name in names):
-        raise ValueError(f"expected {what} among {', '.join(known)}, got {names!r}; pass a list of those")
+    if isinstance(names, str) or not isinstance(names, Sequence) or not names or any(n not in known for n in names):
+        raise ValueError(f"expected {what} among {', '.join(known)}, got {shown(names)}; pass a list of those")
     if len(set(names)) < len(names):
         raise ValueError(f"expected each of {what} once, got {names!r}; pass it without repeats")
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from operator import index
+from numbers import Integral
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_asymmetry.arguments import shown
 from tl_asymmetry.geometry.memory import free_memory
 from tl_asymmetry.geometry.precision import product_dtype
 from tl_asymmetry.geometry.token_jacobians import TokenJacobian
@@ -136,10 +137,14 @@ def chosen_positions(length: int, positions: int | Sequence[int] | None) -> tupl
 def _integers(given: Any, what: str) -> list[int]:
     """A whole number, or a list, range, array or vector of them, as a list."""
     values = given.tolist() if hasattr(given, "tolist") else given
-    values = [values] if hasattr(values, "__index__") else values
-    if not isinstance(values, Sequence) or not values or not all(hasattr(value, "__index__") for value in values):
-        raise ValueError(f"expected a list of {what}, got {given!r}; pass {what}=[0] or leave it out")
-    return [index(value) for value in values]
+    values = [values] if isinstance(values, Integral) else values
+    if not isinstance(values, Sequence) or not values or not all(map(_is_index, values)):
+        raise ValueError(f"expected a list of {what}, got {shown(given)}; pass {what}=[0] or leave it out")
+    return [int(value) for value in values]
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 # --- which way ---------------------------------------------------------------------------------------------------

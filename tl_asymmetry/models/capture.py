@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_asymmetry.arguments import checked
+from tl_asymmetry.arguments import checked, shown
 from tl_asymmetry.geometry.memory import return_freed_memory
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.precision import LARGEST_SQUARE, SMALLEST_SQUARE, with_fresh_settings
@@ -105,6 +105,8 @@ def capture_moments(
         22
     """
     view = ModelView(model)
+    if not isinstance(hook_points, Iterable):
+        raise ValueError(f'expected hook_points as names or pairs, got {shown(hook_points)}; pass "attn_in"')
     single = isinstance(hook_points, str) or (isinstance(hook_points, tuple) and isinstance(hook_points[-1], int))
     sites: list[Any] = [
         site

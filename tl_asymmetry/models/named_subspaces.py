@@ -6,7 +6,7 @@ most typical direction first; the definitions are ours, the names' owners stand 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from tl_asymmetry.arguments import checked
+from tl_asymmetry.arguments import checked, shown
 from tl_asymmetry.geometry.precision import exact_products, with_fresh_settings
 from tl_asymmetry.geometry.subspace import Subspace, ordered_eigh, principal_subspace
 from tl_asymmetry.models.capture import capture_moments
@@ -207,8 +207,12 @@ def difference_of_means(
 
 
 def _means(view: ModelView, given: Any, point: str, position: str, batch_size: int) -> Float64[Tensor, "layer d"]:
+    if not isinstance(given, Iterable) or isinstance(given, Mapping):
+        raise ValueError(f"expected texts, or token ids, got {shown(given)}; pass a list of strings")
     given = given if isinstance(given, Tensor | str) else list(given)
-    spoken = isinstance(given, str) or any(isinstance(part, str | Mapping) for first in given[:1] for part in first)
+    spoken = isinstance(given, str) or any(
+        isinstance(part, str | Mapping) for first in given[:1] if isinstance(first, Iterable) for part in first
+    )
     sequences = token_sequences(view, *((given, None) if spoken else (None, given)), notes=warn)
     sums = torch.zeros(view.n_layers, view.d_model, dtype=torch.float64)
     counted = 0

@@ -234,6 +234,8 @@ class DPO:
     """How strongly: the inverse temperature of the implicit reward."""
 
     def __post_init__(self) -> None:
+        if not callable(self.reference):
+            raise ValueError(f"expected reference as a model, got {shown(self.reference)}; pass one, not its name")
         if not 0 < self.beta < float("inf"):
             raise ValueError(f"expected beta > 0, got {self.beta}; pass 0.1 for the usual strength")
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_asymmetry.arguments import checked
+from tl_asymmetry.arguments import checked, shown
 from tl_asymmetry.geometry.rolling_svd import RollingSVD
 from tl_asymmetry.interrupts import temporarily
 
@@ -94,9 +94,11 @@ class GradientProjection(torch.optim.Optimizer):
         _one_of("space", space, SPACES)
         _one_of("buffer", buffer, ("projected", "raw"))
         _one_of("target", target, ("gradient", "update"))
+        if not isinstance(parameters, Iterable) or isinstance(parameters, Tensor | str):
+            raise ValueError(f"expected parameters as a list of tensors, got {shown(parameters)}; pass a list")
         self.parameters = list(parameters)
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        strangers = sum(id(p) not in owned for p in self.parameters)
+        strangers = sum(id(p) not in owned for p in self.parameters)  # whatever else stands in the list is none of them
         if strangers or not self.parameters:
             raise ValueError(
                 f"expected parameters that the optimiser owns, got {strangers or 'none'} of {len(self.parameters)} "

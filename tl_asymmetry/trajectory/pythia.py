@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from tqdm.auto import tqdm
 
-from tl_asymmetry.arguments import checked
+from tl_asymmetry.arguments import checked, listed
 from tl_asymmetry.models.loading import open_model
 from tl_asymmetry.models.processes import present_processes
 from tl_asymmetry.trajectory.checkpoints import Checkpoint, made_model
@@ -126,9 +126,9 @@ def pythia_checkpoints(
         >>> result = analyze_trajectory(checkpoints, texts, store="pythia-160m")  # doctest: +SKIP
     """
     repository = name if "/" in name else f"EleutherAI/{name}"
-    wanted = sorted({int(step) for step in steps})
+    wanted = sorted(set(listed("steps", steps, int, instead="steps=[0, 1000, 143000]")))
     if not wanted or wanted[0] < 0:
-        raise ValueError(f"expected steps from 0 on, got {list(steps)!r}; pass e.g. steps=[0, 1000, 143000]")
+        raise ValueError(f"expected steps from 0 on, got {wanted!r}; pass e.g. steps=[0, 1000, 143000]")
     hub = HuggingFaceHub() if hub is None else hub
     place = None if folder is None else Path(folder).expanduser()
     asked = tqdm(wanted, desc="revisions", disable=len(wanted) < 8)
