@@ -62,6 +62,16 @@ CONTRASTS = """() => {
 }"""
 """Contrast of every visible text with what lies behind it, and what WCAG AA asks."""
 
+LAID_OVER = """() => Array.from(document.querySelectorAll(".js-plotly-plot"))
+  .filter((plot) => plot.checkVisibility() && plot.querySelector(".legend"))
+  .filter((plot) => {
+    const top = plot.querySelector(".legend").getBoundingClientRect().top;
+    const titles = Array.from(plot.querySelectorAll("[class*=xtitle]"));
+    return titles.some((title) => title.getBoundingClientRect().bottom > top + 1);
+  })
+  .map((plot) => plot.id)"""
+"""Figures whose legend lies over the title of an axis."""
+
 REACHED = """() => {
   const controls = Array.from(document.querySelectorAll("a[href], button, select, input, summary, [tabindex='0']"))
     .filter((n) => n.checkVisibility() && !n.disabled);

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.browser.conftest import HOSTILE
-from tests.browser.measures import CONTRASTS, REACHED, SHOWN_MAP, until
+from tests.browser.measures import CONTRASTS, LAID_OVER, REACHED, SHOWN_MAP, until
 
 HEADS = "#figure-1"
 
@@ -99,6 +99,7 @@ def test_fits_a_telephone_and_can_be_read(visit, report_page, scheme):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     too_faint = [found for found in page.evaluate(CONTRASTS) if found["ratio"] < found["needed"]]
     assert not too_faint
+    assert page.evaluate(LAID_OVER) == []
 
 
 def test_keyboard_reaches_every_control(visit, report_page):

@@ -173,6 +173,15 @@ def test_dots_are_the_test_of_the_value_shown_above_and_below(table):
         assert [t.marker.line.color for t in shown] == light[::-1]
 
 
+def test_a_bar_of_words_has_room_only_while_it_is_shown(table):
+    table = judged(table)
+    for draw in (lambda **v: heads_figure(table, "W_Q", rank=4, **v), lambda **v: head_maps_figure(table, **v)):
+        number, word = draw(), draw(value="verdict")
+        assert (number.layout.margin.r, word.layout.margin.r) == (64, 190)
+        for button in number.layout.updatemenus[-1].buttons:
+            assert button.args[1]["margin.r"] == (190 if button.label == "verdict" else 64)
+
+
 def test_a_map_of_verdicts_writes_a_sign_into_every_cell(table):
     table = judged(table)
     rows = table.query("matrix == 'W_Q' and subspace == 'attn_in' and rank == 4").set_index(["layer", "head"])

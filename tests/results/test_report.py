@@ -338,13 +338,41 @@ def test_images_show_the_figure_without_its_controls(tmp_path, monkeypatch):
     assert not still.layout.updatemenus
     assert not still.layout.sliders
     assert len(whole.layout.updatemenus) == 1  # the figure itself is left alone
-    assert still.layout.height == whole.layout.height - sum(page.controls_height(whole))
     (narrow,) = write_images(Result("t", figures=[FigureSection("Heads", whole)]), tmp_path, width=300)
     assert written[-1].layout.title.text.count("<br>") > whole.layout.title.text.count("<br>")  # set for that width
     assert written[-1].layout.height > still.layout.height
     assert narrow.suffix == ".svg"
     plot = still.layout.height - still.layout.margin.t - still.layout.margin.b
     assert plot == whole.layout.height - whole.layout.margin.t - whole.layout.margin.b
+
+
+def test_an_image_has_the_size_that_is_asked_for_and_a_bitmap_as_many_pixels_as_wanted(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(page, "_kaleido_installed", lambda: True)
+    monkeypatch.setattr(go.Figure, "to_image", lambda self, **options: asked.append(options) or b"image")
+    shown = Result("t", figures=[FigureSection("Layers", layers_figure(synthetic.make_table()))])
+    for format in ("svg", "pdf", "png"):
+        write_images(shown, tmp_path, format=format, width="single", scale=3)
+    assert {options["format"]: options["scale"] for options in asked} == {"svg": 1, "pdf": 1, "png": 3}
+
+
+@pytest.mark.parametrize(("width", "rows"), [("single", 6), ("double", 2)])
+def test_an_images_legend_stands_under_the_axis_in_as_many_rows_as_it_needs(tmp_path, monkeypatch, width, rows):
+    written = []
+    monkeypatch.setattr(page, "_kaleido_installed", lambda: True)
+    monkeypatch.setattr(go.Figure, "to_image", lambda self, **options: written.append(self) or b"image")
+    table = synthetic.make_table().assign(rounding_share=0.0)
+    write_images(Result("t", figures=[FigureSection("Layers", layers_figure(table))]), tmp_path, width=width)
+    write_images(Result("t", figures=[FigureSection("Heads", heads_figure(table, "W_Q"))]), tmp_path, width=width)
+    layers, heads = written
+    names = [t.name for t in layers.data if t.visible is not False and t.showlegend is not False]
+    assert len(names) == 6
+    assert layers.layout.legend.xref == layers.layout.legend.yref == "container"
+    assert layers.layout.margin.b == 50 + 20 * rows + 8
+    marks = {t.name: t.showlegend for t in heads.data if t.meta == "mark"}
+    drawn = {t.name: any(x is not None for x in t.x) for t in heads.data if t.meta == "mark"}
+    assert marks == drawn  # what no cell has is not named
+    assert set(drawn.values()) == {True, False}
 
 
 @pytest.mark.parametrize(("width", "pixels"), [("single", 312), ("double", 648)])

@@ -148,7 +148,11 @@ def head_maps_figure(
         options: list[tuple[str, list[Any]]] = [
             (
                 style.text(v.label),
-                [{"visible": [key in of for of in owners]}, {"title.text": words(key)}, indexes],
+                [
+                    {"visible": [key in of for of in owners]},
+                    {"title.text": words(key), "margin.r": maps.bar_width(v)},
+                    indexes,
+                ],
             )
             for key, v in values.items()
         ]
@@ -182,7 +186,7 @@ def head_maps_figure(
         figure,
         words(value),
         plot_height=maps.map_height(layers),
-        right=maps.bar_width(values, shown),
+        right=maps.bar_width(values[value]),
         legend_px=maps.legend_height(kinds),
         **layout,
     )

@@ -125,7 +125,7 @@ def head_sheet_figure(
         figure,
         words,
         plot_height=down * maps.map_height(layers) + (down - 1) * _BETWEEN_PX + 20,
-        right=24 if there else maps.bar_width(values, [key]),
+        right=24 if there else maps.bar_width(shown),
         legend_px=maps.legend_height(kinds) + 20 * len(there),
         **layout,
     )

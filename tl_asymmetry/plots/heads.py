@@ -126,7 +126,10 @@ def heads_figure(
         options: list[tuple[str, list[Any]]] = [
             (
                 style.text(values[key].label),
-                [{"visible": [of is None or key in of for of in owners]}, {"title.text": words(key)}],
+                [
+                    {"visible": [of is None or key in of for of in owners]},
+                    {"title.text": words(key), "margin.r": maps.bar_width(values[key])},
+                ],
             )
             for key in shown
         ]
@@ -164,7 +167,7 @@ def heads_figure(
         figure,
         words(first),
         plot_height=maps.map_height(layers),
-        right=maps.bar_width(values, shown),
+        right=maps.bar_width(values[first]),
         legend_px=maps.legend_height(kinds),
         **layout,
     )

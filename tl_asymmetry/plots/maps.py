@@ -244,7 +244,9 @@ def marks(x: list[float], y: list[float], symbol: str, size: float, name: str, *
     }  # fmt: skip
     # A trace without a point has no legend entry, so an unused mark keeps one point that is not drawn.
     at: dict[str, list[Any]] = {"x": [*x] or [None], "y": [*y] or [None]}
-    return go.Scatter(**at, mode="markers", marker=marker, name=name, hoverinfo="skip", showlegend=True)
+    return go.Scatter(
+        **at, mode="markers", marker=marker, name=name, hoverinfo="skip", showlegend=True, meta="mark"
+    )  # fmt: skip
 
 
 def map_height(layers: Sequence[int]) -> int:
@@ -257,9 +259,9 @@ def legend_height(kinds: Sequence[Dots]) -> int:
     return LEGEND_PX + 20 * max(0, len({kind.relation for kind in kinds}) - 1)
 
 
-def bar_width(values: Mapping[str, Value], shown: Sequence[str]) -> int:
-    """Pixels kept on the right for the colour bar: verdicts are words."""
-    return 190 if any(values[key].kind == "verdict" for key in shown) else 64
+def bar_width(value: Value) -> int:
+    """Pixels kept on the right for a value's colour bar: verdicts are words."""
+    return 190 if value.kind == "verdict" else 64
 
 
 def head_axes(figure: Any, layers: Sequence[int], heads: Sequence[int | None], shared: bool) -> None:

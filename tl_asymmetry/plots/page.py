@@ -11,6 +11,7 @@ import base64
 import gzip
 import importlib.util
 import json
+import math
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -29,8 +30,11 @@ FORMATS = ("svg", "pdf", "png", "jpg", "jpeg", "webp")
 MOST_SCALE = 100
 COLUMNS = {"single": 312, "double": 648}
 """Pixels (96 to an inch) of one and of two columns of a paper: 3.25 and 6.75 inches."""
+VECTOR = ("svg", "pdf")
 _BARE_TOP = 12
 """Pixels above a plot without a title."""
+_AXIS, _ENTRY, _LETTER, _ITEM = 50, 20, 6.8, 46
+"""Pixels of an image: of an axis under its plot, of a legend's entry (height), of a letter in it, of its mark."""
 _FACTORY = ', () => {\n"use strict"'
 """How the function that holds plotly.js 4 begins."""
 _ASSETS = files("tl_asymmetry.plots") / "assets"
@@ -131,7 +135,7 @@ def write_image(
         path: the file.
         format: "svg", "pdf", "png", "jpg" or "webp".
         width: pixels; or a name of `COLUMNS`, where the title is left to the caption.
-        scale: pixels of a bitmap for each pixel of the figure.
+        scale: pixels of a bitmap for each pixel of the figure; what is made of lines has the figure's size.
         greyscale: colour maps from dark to light, so that they can be read without colours.
 
     Raises:
@@ -142,22 +146,49 @@ def write_image(
     still = go.Figure(figure)
     if greyscale:
         still.update_traces(colorscale=style.GREYSCALE, selector={"meta": "diverging"})
-    menu, slider = controls_height(figure)
-    top, bottom = (getattr(still.layout.margin, side) or 0 for side in ("t", "b"))
-    title, cut = still.layout.title.text, 0
-    if isinstance(width, str) and title:
-        still.layout.title.text, cut = None, top - menu - _BARE_TOP
-    elif isinstance(width, int) and title and _own(figure):
-        still.layout.title.text = layout.reset(title, width)
-        cut = layout.LINE_PX * (title.count("<br>") - still.layout.title.text.count("<br>"))
+    pixels = COLUMNS[width] if isinstance(width, str) else width
     still.layout.updatemenus = still.layout.sliders = ()
-    still.update_layout(
-        width=COLUMNS[width] if isinstance(width, str) else width,
-        height=(still.layout.height or 450) - menu - slider - cut,
-        margin={"t": top - menu - cut, "b": bottom - slider} if menu or slider or cut else {},
-    )
-    replace_file(path, still.to_image(format=format, scale=scale))
+    still.update_layout(width=pixels)
+    if _meta(figure):
+        _set_for(still, pixels, bare=isinstance(width, str))
+    replace_file(path, still.to_image(format=format, scale=1 if format in VECTOR else scale))
     return path
+
+
+def _set_for(still: go.Figure, pixels: int, *, bare: bool) -> None:
+    """Title, plot and legend of one of our figures for an image's width, the plot as high as it was; bare: no title."""
+    menu, _ = controls_height(still)
+    height, before = still.layout.height or 450, still.layout.margin
+    plot, top, title = height - before.t - before.b, before.t - menu, still.layout.title.text
+    if bare and title:
+        above = any(words.yanchor == "bottom" and (words.y or 0) > 0.99 for words in still.layout.annotations)
+        still.layout.title.text, top = None, _BARE_TOP + (layout.LINE_PX if above else 0)
+    elif title:
+        still.layout.title.text = layout.reset(title, pixels)
+        top -= layout.LINE_PX * (title.count("<br>") - still.layout.title.text.count("<br>"))
+    still.for_each_trace(lambda trace: trace.update(showlegend=False), lambda trace: not _marks_anything(trace))
+    words = [len(trace.name or "") for trace in still.data if _in_legend(trace)] if still.layout.showlegend else []
+    bottom = _AXIS
+    if words:
+        # Beside the plot plotly would make room for a legend wider than it, and leave the plot the rest.
+        entry = _LETTER * max(words)
+        bottom += _ENTRY * math.ceil(len(words) / max(1, int((pixels - 16) / (entry + _ITEM)))) + 8
+        still.update_traces(legendgroup="")
+        still.layout.legend.update(
+            xref="container", x=8 / pixels, xanchor="left", yref="container", y=4 / (top + plot + bottom),
+            yanchor="bottom", entrywidth=entry, entrywidthmode="pixels", tracegroupgap=0,
+        )  # fmt: skip
+    still.update_layout(height=top + plot + bottom, margin={"t": top, "b": bottom})
+
+
+def _in_legend(trace: Any) -> bool:
+    drawn = trace.visible is not False and trace.showlegend is not False
+    return drawn and (trace.type != "heatmap" or bool(trace.showlegend))
+
+
+def _marks_anything(trace: Any) -> bool:
+    """Whether a trace of marks over cells has any; a page keeps room for them, an image need not name them."""
+    return trace.meta != "mark" or any(x is not None for x in trace.x)
 
 
 def _kaleido_installed() -> bool:

@@ -227,7 +227,7 @@ class Result:
             folder: made if need be; images are named after their headings and numbered.
             format: "svg", "pdf", "png", "jpg" or "webp".
             width: pixels; or "single" or "double", a paper's columns, where the title is left to the caption.
-            scale: pixels of a bitmap for each of these.
+            scale: pixels of a bitmap for each of these; SVG and PDF have the width that is asked for.
             greyscale: maps from dark (below chance) to light (above it), which are read without colours as well; lines
                 and marks differ in form anyway.
 

@@ -65,20 +65,35 @@ const SMALL = "<span style='font-size:12px'>";
 function fitted(title, width) {
   const [head, ...small] = title.replaceAll("</b><br><b>", " ").split("<br>");
   const words = small.map((line) => line.replace(SMALL, "").replace("</span>", "")).join(" ");
-  const bold = wrap(head.replace("<b>", "").replace("</b>", ""), Math.max(30, (width - 16) / 8.3));
+  const bold = wrap(head.replace("<b>", "").replace("</b>", ""), Math.max(30, (width - 16) / 9));
   const lines = words ? wrap(words, Math.max(40, (width - 14) / 6.5)) : [];
   return [...bold.map((line) => `<b>${line}</b>`), ...lines.map((line) => `${SMALL}${line}</span>`)].join("<br>");
 }
 
 const linesOf = (title) => title.split("<br>").length;
 
-// The layout with its title on as few lines as the width allows; `most` is the longest title a control sets.
+// The letters of each entry in a figure's legend.
+const entriesOf = ({data, layout}) =>
+  data
+    .filter((t) => layout.showlegend && t.visible !== false && t.showlegend !== false && t.type !== "heatmap")
+    .map((t) => plain(t.name || "").length);
+
+// Pixels that a legend needs beyond those kept for it under the axis: where the page is narrow it has more rows, and
+// would be laid over the axis.
+function legendNeeds(own, width) {
+  const columns = Math.max(1, Math.floor((width - 56) / (6.8 * Math.max(0, ...own.entries) + 46)));
+  return Math.max(0, 20 * Math.ceil(own.entries.length / columns) - (own.bottom - 50));
+}
+
+// The layout with its title on as few lines as the width allows, and room for its legend.
 function fit(layout, own, width) {
-  const saved = own.lines - Math.max(...own.titles.map((title) => linesOf(fitted(title, width))));
+  const saved = own.lines - Math.max(...own.titles.map((title) => linesOf(fitted(title, width)))),
+    more = legendNeeds(own, width);
   return {
     "title.text": fitted(layout.title.text, width),
     "margin.t": own.top - saved * own.line,
-    height: own.height - saved * own.line,
+    "margin.b": own.bottom + more,
+    height: own.height - saved * own.line + more,
   };
 }
 
@@ -185,10 +200,13 @@ async function show(box, plot, figure) {
     layout.margin.b -= meta.slider;
     own = {titles: titlesOf(layout, figure.frames), lines: linesOf(layout.title.text), line: meta.line};
     own.top = layout.margin.t;
+    own.bottom = layout.margin.b;
+    own.entries = entriesOf(figure);
     own.height = layout.height;
     const fits = fit(layout, own, plot.clientWidth);
     layout.title.text = fits["title.text"];
     layout.margin.t = fits["margin.t"];
+    layout.margin.b = fits["margin.b"];
     layout.height = fits.height;
     for (const frame of figure.frames || []) {
       if (frame.layout && frame.layout.title) {
