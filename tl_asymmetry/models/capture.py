@@ -157,7 +157,8 @@ def capture(
     shown = progress and processes.is_first
     bar = tqdm(total=sum(map(len, shares)), desc="activations", unit="seq", disable=not shown)
     layers = 1 + max((layer for _, layer in sites), default=0)
-    counted, firsts = [], []
+    counted: list[dict[Site, StreamingMoments]] = []
+    firsts: list[dict[Site, StreamingMoments]] = []
     with bar, torch.no_grad(), view.evaluating():
         for group in shares:
             moments = {site: _begun(view, site, counted) for site in sites}
