@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.oracles import reference
+from tl_asymmetry.geometry import matched as matched_module
 from tl_asymmetry.geometry.matched import MatchedCovariance, laws_at, matched_tails
 from tl_asymmetry.geometry.references import correlation
 from tl_asymmetry.geometry.saddlepoint import rotation_tails
@@ -114,7 +115,8 @@ def test_a_flat_covariance_leaves_the_isotropic_law() -> None:
     assert ((freed - found).abs() < 0.05).all()
 
 
-def test_many_tests_at_once_are_those_made_alone() -> None:
+@pytest.mark.parametrize("numbers", [1, 150, 1 << 22])
+def test_many_tests_at_once_are_those_made_alone(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Laws with and without the mean, of several ranks, heads and their pool: each as if it were the only one."""
     C = covariance("massive")
     generator = torch.Generator().manual_seed(3)
@@ -130,6 +132,7 @@ def test_many_tests_at_once_are_those_made_alone() -> None:
         for law in laws.values()
         for f in (0.5, 1.0, 1.6)
     ]
+    monkeypatch.setattr(matched_module, "_NUMBERS", numbers)
     for one, found in zip(asked, matched_tails(asked), strict=True):
         torch.testing.assert_close(found, matched_tails([one])[0], rtol=1e-9, atol=0)
 

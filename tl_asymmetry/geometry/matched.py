@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from tl_asymmetry.geometry.memory import batches
 from tl_asymmetry.geometry.precision import exact_products
 from tl_asymmetry.geometry.references import sign_limit
 from tl_asymmetry.geometry.saddlepoint import rotation_tails
@@ -20,6 +21,8 @@ _FLOOR = 1e-6
 _UNREACHED = 1e-9
 # Leading directions of C, and columns of Q, in whose span H is solved; what is left goes into two values.
 _LEADING, _SOLVED = 16, 48
+# Numbers of spectra at once.
+_NUMBERS = 1 << 22
 # A share of a sum that its rounding may be.
 _DIGITS = 1e-13
 # Tails below this are found at the head's own fraction, the others to first order about the expected one.
@@ -228,8 +231,14 @@ Asked = tuple[LawAtRank, Float[Tensor, "_item _r"], Float[Tensor, " _item"]]
 def matched_tails(asked: Sequence[Asked]) -> list[Float64[Tensor, "2 _item"]]:
     """P(fraction ≥) and P(fraction ≤ the observed one) of each; NaN where nothing can vary. See `rotation_tails`.
 
-    All at once: what a call costs by itself is more than what a head adds to it.
+    As many at once as there is room for: what a call costs by itself is more than what a head adds to it.
     """
+    longest = max((spectrum.shape[-1] for _, spectrum, _ in asked), default=0)
+    sizes = [longest * len(fraction) for *_, fraction in asked]
+    return [tails for batch in batches(sizes, _NUMBERS) for tails in _tails([asked[i] for i in batch])]
+
+
+def _tails(asked: Sequence[Asked]) -> list[Tensor]:
     asked = [(law, spectrum, fraction.double().cpu()) for law, spectrum, fraction in asked]
     tails = _rotated(asked, exact=False)
     near = [(p < _SETTLED).any(0) for p in tails]

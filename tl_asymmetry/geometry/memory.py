@@ -1,10 +1,11 @@
-"""How much memory there is, and that what was freed is free for others too."""
+"""How much memory there is, that what was freed is free for others too, and work in pieces that fit."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -52,3 +53,22 @@ def _group_room() -> int | None:
         return None
     files = next((int(line.split()[1]) for line in cache.splitlines() if line.startswith("inactive_file ")), 0)
     return max(0, int(limit) - int(used) + files)
+
+
+def batches(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Neighbouring places whose sizes add up to no more than that, or single ones that are larger.
+
+    Example:
+        >>> list(batches([3, 2, 9, 1, 1], 5))
+        [[0, 1], [2], [3, 4]]
+    """
+    batch: list[int] = []
+    total = 0
+    for place, size in enumerate(sizes):
+        if batch and total + size > most:
+            yield batch
+            batch, total = [], 0
+        batch.append(place)
+        total += size
+    if batch:
+        yield batch

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tl_asymmetry._lazy import special
 from tl_asymmetry.arguments import checked
+from tl_asymmetry.geometry.memory import batches
 from tl_asymmetry.geometry.precision import exact_products, product_dtype
 from tl_asymmetry.geometry.quadratic_form import fraction_tail_rank_one
 from tl_asymmetry.geometry.saddlepoint import rotation_tails
@@ -29,6 +30,8 @@ PERMUTATIONS = 199
 _RANK_ONE = 1e-12
 _GAUSSIANS_PER_POOL = 20_000_000
 _BLOCK = 1024
+# Heads at once, and numbers of their spectra.
+_ITEMS, _NUMBERS = 4096, 1 << 22
 
 
 Asked = tuple[Float[Tensor, "_item _r"], int, Float[Tensor, " _item"]]
@@ -164,11 +167,15 @@ class IsotropicNull:
         for i, (spectrum, k, _) in enumerate(asked):
             alike.setdefault((k, spectrum.shape[-1]), []).append(i)
         told: dict[int, Told] = {}
-        for (k, _), places in alike.items():
-            spectra, _, fractions = zip(*(asked[i] for i in places), strict=True)
-            answers = self.tails(torch.cat(spectra), k, torch.cat(fractions))
-            ends = np.cumsum([len(of) for of in fractions])[:-1]
-            told |= dict(zip(places, zip(*(np.split(x, ends) for x in answers), strict=True), strict=True))
+        for (k, length), places in alike.items():
+            # As many as draws and spectra leave room for.
+            most = min(_ITEMS, _NUMBERS // max(1, length))
+            for batch in batches([len(asked[i][2]) for i in places], most):
+                here = [places[i] for i in batch]
+                spectra, _, fractions = zip(*(asked[i] for i in here), strict=True)
+                answers = self.tails(torch.cat(spectra), k, torch.cat(fractions))
+                ends = np.cumsum([len(of) for of in fractions])[:-1]
+                told |= dict(zip(here, zip(*(np.split(x, ends) for x in answers), strict=True), strict=True))
         return [told[i] for i in range(len(asked))]
 
     def _tails_by_draws(self, λ: Tensor, k: int, x: Tensor) -> Tensor:

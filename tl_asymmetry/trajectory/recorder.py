@@ -32,8 +32,8 @@ class TrajectoryRecorder:
     nulls need, replicates for the intervals, and the gradients' matched reference if asked for. The nulls themselves
     (20,000 draws in places) are not made while the model trains but by `result()`, all but each head's test against its
     inputs, which needs ΔW itself. A recording costs 2 to 3 % of 100 training steps of the demo, whose steps are cheap
-    beside its heads, and 4 % with both references; choose `every` by it. With a `store`, a training that was killed
-    goes on: make the recorder again with the step the model is at.
+    beside its heads, 4 % with both references, 9 % where texts are run at each; choose `every` by it. With a `store`, a
+    training that was killed goes on: make the recorder again with the step the model is at.
 
     What is recorded is what the model computes with: base weights and what adapters, parametrisations and wrappers
     (PEFT before or after the recorder was made, DistributedDataParallel, torch.compile) make of them; of LoRA the
