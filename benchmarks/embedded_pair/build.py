@@ -3,7 +3,8 @@
 One seed gives every file, bit for bit on one machine with the same versions. The base learns the stories by
 next-token cross-entropy. The aligned model starts from the base and is trained by DPO to prefer happy endings, on
 pairs sampled from the base. The control starts from the base too and gets as many steps of the same shape and
-learning rate, but plain cross-entropy on fresh stories: what any further training does.
+learning rate, but plain cross-entropy on fresh stories: what any further training does. A second chain goes from the
+base to SFT on instructions and from there to DPO, both kept as low-rank factors; `--stages` trains it alone.
 """
 
 from __future__ import annotations
@@ -30,12 +31,20 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from benchmarks.embedded_pair.encoding import encode_preferences, encode_stories, write_tokenizer
+from benchmarks.embedded_pair.instructions import (
+    INSTRUCTIONS,
+    add_factors,
+    factors_of,
+    instructed_batches,
+    judge_following,
+    nearness,
+)
 from benchmarks.embedded_pair.model import initial_tensors, model_config, tensors_from_gpt2
 from benchmarks.embedded_pair.preferences import attempts, ending_score, sample_preferences
 from benchmarks.embedded_pair.stories import held_out_texts, stories
 from tl_asymmetry import demo
 from tl_asymmetry.demo import Preference
-from tl_asymmetry.demo.models import Tensors, gpt2_model, read_tensors
+from tl_asymmetry.demo.models import Tensors, gpt2_model, read_config, read_tensors, with_factors
 from tl_asymmetry.demo.tokenizer import read_tokenizer
 from tl_asymmetry.geometry.seeds import seeded
 from tl_asymmetry.training.objectives import DPO, CrossEntropy, Objective, TokenBatch, sequence_log_probs
@@ -90,7 +99,25 @@ class Recipe:
     judged_per_prompt: int = 4
     """Continuations of each of them."""
     gradient_clip: float = 1.0
-    """Largest norm of a step's gradient, in all three trainings."""
+    """Largest norm of a step's gradient, in all trainings."""
+    factor_rank: int = 4
+    """Rank of the LoRA factors in which the two further stages are trained and kept."""
+    sft_steps: int = 400
+    """Steps of the second stage, SFT on instructions."""
+    sft_batch: int = 32
+    """Stories per step of it."""
+    sft_lr: float = 1e-2
+    """Its highest learning rate; over the last quarter it falls in a line to 0."""
+    asked_pairs: int = 256
+    """Pairs of the third stage, DPO on what was asked; gone through as often as the steps need."""
+    asked_steps: int = 48
+    """Its steps, of `asked_batch` pairs each."""
+    asked_batch: int = 16
+    """Pairs per step of it."""
+    asked_lr: float = 1e-3
+    """Its highest learning rate, which falls likewise."""
+    judged_openings: int = 768
+    """Held-out openings behind instructions, continued once by each stage."""
     kept_stories: int = 512
     """Held-out stories of each of `SEEDS` seeds that `demo_texts` gives out."""
     kept_pairs: int = 128
@@ -117,6 +144,19 @@ def build(out: Path, recipe: Recipe = Recipe(), *, progress: bool = True) -> dic
     out.mkdir(parents=True, exist_ok=True)
     with _reproducible(recipe.threads):
         return _Build(out, recipe, progress).run()
+
+
+def build_stages(out: Path, recipe: Recipe = Recipe(), *, progress: bool = True) -> dict[str, Any]:
+    """Train the two stages behind the base of an earlier build, and write them and the log with them.
+
+    Args:
+        out, recipe, progress: as in `build`; the folder is one that it has filled.
+
+    Returns:
+        What `log.json` holds now.
+    """
+    with _reproducible(recipe.threads):
+        return _Build(out, recipe, progress).add_stages()
 
 
 @contextmanager
@@ -150,6 +190,7 @@ class _Build:
         pairs = self._pairs(base, n=r.pairs, seed=r.seed, split="train")
         dpo, dpo_curve = self._train_dpo(base, pairs)
         control, control_curve = self._train_control(base)
+        stages = self.train_stages(base)
         self.write_texts(base)
         log = {
             "recipe": asdict(r),
@@ -162,11 +203,28 @@ class _Build:
                 name: self._judge_endings(model) for name, model in (("base", base), ("dpo", dpo), ("control", control))
             },
             "change": {name: self._relative_change(name) for name in ("dpo", "control")},
-            "curves": {"base": base_curve, "dpo": dpo_curve, "control": control_curve},
-            "sha256": {path.name: _sha256(path) for path in sorted(self.out.iterdir()) if path.name != "log.json"},
+            "following": stages["following"],
+            "curves": {"base": base_curve, "dpo": dpo_curve, "control": control_curve} | stages["curves"],
+            "sha256": self._hashes(),
         }
         _write_json(self.out / "log.json", log)
         return log
+
+    def add_stages(self) -> dict[str, Any]:
+        """The two further stages behind a base that is there, and the log with them."""
+        log: dict[str, Any] = json.loads((self.out / "log.json").read_text(encoding="utf-8"))
+        self.config = read_config(self.out)
+        self._read_texts()
+        self.models = {name: about for name, about in log["models"].items() if "after" not in about}
+        stages = self.train_stages(self._trainable(read_tensors(self.out / "base.safetensors")))
+        log |= {"recipe": asdict(self.recipe), "models": self.models, "following": stages["following"]}
+        log["curves"] |= stages["curves"]
+        log["sha256"] = self._hashes()
+        _write_json(self.out / "log.json", log)
+        return log
+
+    def _hashes(self) -> dict[str, str]:
+        return {path.name: _sha256(path) for path in sorted(self.out.iterdir()) if path.name != "log.json"}
 
     # ------------------------------------------------------------------------------------------ training
 
@@ -175,7 +233,11 @@ class _Build:
         texts = (story.text for story in islice(stories(seed=f"base:{r.seed}", split="train"), r.vocabulary_stories))
         self.config = model_config(write_tokenizer(path, texts))
         _write_json(self.out / "config.json", self.config)
-        self.tokenizer = read_tokenizer(path, self.config["n_ctx"])
+        self._read_texts()
+
+    def _read_texts(self) -> None:
+        r = self.recipe
+        self.tokenizer = read_tokenizer(self.out / "tokenizer.json", self.config["n_ctx"])
         self.held_out = encode_stories(self.tokenizer, held_out_texts(r.held_out_stories, seed=r.seed))
 
     def _train_base(self) -> tuple[GPT2LMHeadModel, list[float]]:
@@ -209,17 +271,8 @@ class _Build:
         r = self.recipe
         model = self._trainable(tensors_from_gpt2(self.config, base))
         base.requires_grad_(False)
-
-        def batches() -> Iterator[Any]:
-            rng = random.Random(f"order:{r.seed}")
-            while True:
-                order = list(pairs)
-                rng.shuffle(order)
-                for first in range(0, len(order) - r.tune_pairs + 1, r.tune_pairs):
-                    rows = order[first : first + r.tune_pairs]
-                    yield encode_preferences(self.tokenizer, rows, length=self.config["n_ctx"])
-
-        curve = self._tune(model, DPO(reference=base, beta=r.beta), batches(), name="dpo")
+        batches = self._pair_batches(pairs, r.tune_pairs)
+        curve = self._tune(model, DPO(reference=base, beta=r.beta), batches, name="dpo")
         self._keep("dpo", model, step=r.tune_steps, curve=curve)
         return model, curve
 
@@ -230,6 +283,67 @@ class _Build:
         curve = self._tune(model, CrossEntropy(), batches, name="control")
         self._keep("control", model, step=r.tune_steps, curve=curve)
         return model, curve
+
+    def train_stages(self, base: GPT2LMHeadModel) -> dict[str, Any]:
+        """SFT on instructions from the base, then DPO from what came of it; both as factors, and judged as stored."""
+        r = self.recipe
+        batches = instructed_batches(self.tokenizer, f"sft:{r.seed}", r.sft_batch)
+        sft, sft_curve = self._train_factors(
+            "sft", "base", base, CrossEntropy(), batches, steps=r.sft_steps, lr=r.sft_lr
+        )
+        sft.requires_grad_(False)
+        pairs = self._pairs(
+            sft, n=r.asked_pairs, seed=r.seed + 3, split="train", score=nearness,
+            instructions=tuple(INSTRUCTIONS.values()),
+        )  # fmt: skip
+        last, last_curve = self._train_factors(
+            "sft_dpo", "sft", sft, DPO(reference=sft, beta=r.beta), self._pair_batches(pairs, r.asked_batch),
+            steps=r.asked_steps, lr=r.asked_lr,
+        )  # fmt: skip
+        following = {name: self._judge_following(m) for name, m in (("base", base), ("sft", sft), ("sft_dpo", last))}
+        logger.info("following: %s", following)
+        return {"following": following, "curves": {"sft": sft_curve, "sft_dpo": last_curve}}
+
+    def _train_factors(
+        self,
+        name: str,
+        after: str,
+        start: GPT2LMHeadModel,
+        objective: Objective[Any],
+        batches: Iterator[Any],
+        *,
+        steps: int,
+        lr: float,
+    ) -> tuple[GPT2LMHeadModel, list[float]]:
+        """One stage in factors; the model that is given back is the one that the file gives."""
+        r = self.recipe
+        tensors = tensors_from_gpt2(self.config, start)
+        model = self._trainable(tensors)
+        model.set_attn_implementation("sdpa")  # the same function, a quarter faster
+        add_factors(model, r.factor_rank, seeded("factors", name, r.seed))
+        curve = self._train(
+            model, objective, batches, steps=steps, weight_decay=0.0, name=name,
+            lr=lambda step: lr * min(1.0, (step + 1) / r.tune_warmup, 4 * (1 - step / steps)),
+        )  # fmt: skip
+        path = self.out / f"{name}.safetensors"
+        path.write_bytes(save(factors_of(model, self.config), metadata={"format": "pt"}))
+        kept = self._trainable(with_factors(tensors, path))
+        self.models[name] = {
+            "file": path.name, "after": after, "step": steps, "held_out_loss": self._held_out_loss(kept),
+            "train_loss_last_tenth": _last_tenth(curve),
+        }  # fmt: skip
+        logger.info("%s: held-out loss %.4f nats per token", name, self.models[name]["held_out_loss"])
+        return kept, curve
+
+    def _pair_batches(self, pairs: Sequence[Preference], rows: int) -> Iterator[Any]:
+        """Shuffled batches of pairs, without end."""
+        rng = random.Random(f"order:{self.recipe.seed}")
+        while True:
+            order = list(pairs)
+            rng.shuffle(order)
+            for first in range(0, len(order) - rows + 1, rows):
+                batch = order[first : first + rows]
+                yield encode_preferences(self.tokenizer, batch, length=self.config["n_ctx"])
 
     def _tune(
         self, model: GPT2LMHeadModel, objective: Objective[Any], batches: Iterator[Any], *, name: str
@@ -285,9 +399,11 @@ class _Build:
         while True:
             yield encode_stories(self.tokenizer, [story.text for story in islice(stream, rows)], length=length)
 
-    def _pairs(self, base: GPT2LMHeadModel, *, n: int, seed: int, split: Any) -> list[Preference]:
+    def _pairs(self, model: GPT2LMHeadModel, *, n: int, seed: int, split: Any, **options: Any) -> list[Preference]:
         with tqdm(total=n, desc=f"{split} pairs", unit="pair", disable=not self.progress) as bar:
-            return sample_preferences(base, self.tokenizer, n=n, seed=seed, split=split, advance=bar.update)
+            return sample_preferences(
+                model, self.tokenizer, n=n, seed=seed, split=split, advance=bar.update, **options
+            )  # fmt: skip
 
     def write_texts(self, base: GPT2LMHeadModel) -> None:
         """The stories and pairs of the held-out split that the package carries, one a line, seed after seed."""
@@ -313,8 +429,7 @@ class _Build:
         self.models[name] = {"file": path.name, "step": step, "held_out_loss": self._held_out_loss(model)}
         if curve:
             # Of its own objective, so for DPO not comparable with the other two.
-            last = curve[-max(1, len(curve) // 10) :]
-            self.models[name]["train_loss_last_tenth"] = sum(last) / len(last)
+            self.models[name]["train_loss_last_tenth"] = _last_tenth(curve)
         logger.info("%s: held-out loss %.4f nats per token", name, self.models[name]["held_out_loss"])
 
     @torch.no_grad()
@@ -368,6 +483,11 @@ class _Build:
         logger.info("endings: %s", shares)
         return shares
 
+    def _judge_following(self, model: GPT2LMHeadModel) -> dict[str, float]:
+        """How often each kind of ending that is asked for comes, among continuations of the same held-out openings."""
+        r = self.recipe
+        return judge_following(model, self.tokenizer, seed=r.seed + 4, prompts=r.judged_openings)
+
     def _relative_change(self, name: str) -> dict[str, Any]:
         """||ΔW|| / ||W|| against the base: over all parameters, and per tensor."""
         base, tuned = (read_tensors(self.out / f"{which}.safetensors") for which in ("base", name))
@@ -381,6 +501,11 @@ class _Build:
             "relative_norm": total,
             "per_tensor": {key: math.sqrt(d / w) if w > 0 else None for key, (d, w) in squares.items()},
         }
+
+
+def _last_tenth(curve: Sequence[float]) -> float:
+    last = curve[-max(1, len(curve) // 10) :]
+    return sum(last) / len(last)
 
 
 def _sha256(path: Path) -> str:
@@ -400,10 +525,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks.embedded_pair.build", description="train the demonstration models"
     )
     parser.add_argument("--out", type=Path, default=Path(demo.__file__).parent / "data", help="folder for the files")
-    out = parser.parse_args(arguments).out
+    parser.add_argument(
+        "--stages", action="store_true", help="only the two stages behind the base that lies in the folder"
+    )
+    options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with logging_redirect_tqdm():
-        build(out)
+        (build_stages if options.stages else build)(options.out)
 
 
 if __name__ == "__main__":

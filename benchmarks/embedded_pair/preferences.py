@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 from typing import TYPE_CHECKING
 
 from benchmarks.embedded_pair.sampling import sample_continuations
@@ -64,6 +64,7 @@ def attempts(
     split: Split,
     per_prompt: int,
     prompts_per_batch: int = 256,
+    instructions: Sequence[str] = (),
     advance: Callable[[int], object] | None = None,
 ) -> Iterator[Attempt]:
     """Endless stream of openings with continuations sampled from `model` at temperature 1.
@@ -75,9 +76,12 @@ def attempts(
         split: which openings.
         per_prompt: continuations for each.
         prompts_per_batch: how many openings are sampled at once; changes the speed only.
+        instructions: sentences to put in front of the openings, one after the other and from the first again.
         advance: called with the number of continuations sampled after each batch.
     """
     openings = (story.setup for story in stories(seed=f"prompts:{seed}", split=split))
+    if instructions:
+        openings = (f"{said} {opening}" for said, opening in zip(cycle(instructions), openings, strict=False))
     forbidden = [i for i, special in enumerate(SPECIALS) if special != EOS]
     index = 0
     while True:
@@ -107,9 +111,11 @@ def sample_preferences(
     split: Split,
     per_prompt: int = 4,
     prompts_per_batch: int = 256,
+    instructions: Sequence[str] = (),
+    score: Callable[[str, str], int] = lambda prompt, text: ending_score(text),
     advance: Callable[[int], object] | None = None,
 ) -> list[Preference]:
-    """Pairs of continuations that differ in `ending_score`, one pair for each opening that has any.
+    """Pairs of continuations that differ in their score, one pair for each opening that has any.
 
     The pair is drawn evenly from those of the opening that differ, so near ties (happy against neutral) occur as
     well as opposites. The first pairs of a longer list are those of a shorter one.
@@ -122,15 +128,18 @@ def sample_preferences(
         split: which openings.
         per_prompt: continuations sampled for each opening.
         prompts_per_batch: openings sampled at once; changes the speed only.
+        instructions: as in `attempts`.
+        score: of a prompt and its continuation; the higher one is chosen. How happy it ends unless given.
         advance: called with 1 for each pair found.
     """
     rng = random.Random(f"pairs:{seed}")
     pairs: list[Preference] = []
     stream = attempts(
-        model, tokenizer, seed=seed, split=split, per_prompt=per_prompt, prompts_per_batch=prompts_per_batch
-    )
+        model, tokenizer, seed=seed, split=split, per_prompt=per_prompt, prompts_per_batch=prompts_per_batch,
+        instructions=instructions,
+    )  # fmt: skip
     for attempt in stream:
-        scored = [(ending_score(text), text) for text in attempt.continuations]
+        scored = [(score(attempt.prompt, text), text) for text in attempt.continuations]
         unequal = [(a[1], b[1]) for a in scored for b in scored if a[0] > b[0]]
         if not unequal:
             continue

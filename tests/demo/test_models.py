@@ -118,7 +118,24 @@ def test_a_missing_tensor_is_refused():
         lens_model(config, tensors, demo.demo_tokenizer(), kind="hooked")
 
 
+def test_the_chain_s_stages_change_matrices_of_the_blocks_by_factors():
+    names = ("base", "sft", "sft_dpo")
+    assert list(demo.demo_stages()) == list(names)
+    weights = [demo._tensors(name) for name in names]
+    for before, after in zip(weights, weights[1:], strict=False):
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        assert changed == {name for name in before if name.startswith("blocks") and ".W_" in name}
+        step = (after["blocks.2.mlp.W_in"] - before["blocks.2.mlp.W_in"]).double()
+        spectrum = torch.linalg.svdvals(step)
+        assert spectrum[4] < 1e-4 * spectrum[0]  # of rank 4, but for float32
+
+
 # ---------------------------------------------------------------------------------------- the log is true
+
+
+def test_both_stages_end_as_asked_more_often_than_the_base():
+    base, sft, last = (sum(demo.demo_log()["following"][name].values()) / 3 for name in ("base", "sft", "sft_dpo"))
+    assert base < 0.45 < 0.55 < min(sft, last)
 
 
 def test_the_log_names_every_file_with_its_hash():

@@ -6,15 +6,17 @@ import random
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from benchmarks.embedded_pair.build import Recipe, build
 from benchmarks.embedded_pair.encoding import encode_preferences, encode_stories
+from benchmarks.embedded_pair.instructions import add_factors, factors_of
 from benchmarks.embedded_pair.model import initial_tensors, model_config, tensors_from_gpt2
 from benchmarks.embedded_pair.preferences import ending_score, sample_preferences
 from benchmarks.embedded_pair.sampling import sample_continuations
 from benchmarks.embedded_pair.stories import held_out_texts
 from tl_asymmetry import demo
-from tl_asymmetry.demo.models import gpt2_model
+from tl_asymmetry.demo.models import gpt2_model, with_factors
 from tl_asymmetry.geometry.seeds import seeded
 from tl_asymmetry.training.objectives import DPO, CrossEntropy
 
@@ -35,6 +37,24 @@ def test_the_gpt2_layout_goes_there_and_back():
     back = tensors_from_gpt2(config, gpt2_model(config, tensors))
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+
+
+def test_factors_in_a_file_are_those_that_were_trained(tmp_path):
+    config = model_config(431)
+    tensors = initial_tensors(config, seeded("test"))
+    model = gpt2_model(config, tensors).double()
+    add_factors(model, 3, seeded("factors"))
+    generator = seeded("up")
+    with torch.no_grad():  # whole numbers of 1/256, which float16 keeps
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.copy_(torch.randint(-64, 64, parameter.shape, generator=generator) / 256)
+    save_file(factors_of(model, config), tmp_path / "stage.safetensors")
+    stage = with_factors(tensors, tmp_path / "stage.safetensors")
+    tokens = torch.arange(24).view(2, 12)
+    expected, found = (m(tokens).logits for m in (model, gpt2_model(config, stage).double()))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    changed = {name for name in tensors if not torch.equal(stage[name], tensors[name])}
+    assert changed == {name for name in tensors if ".W_" in name and name.startswith("blocks")}
 
 
 # ---------------------------------------------------------------------------------------- the log is true
@@ -115,6 +135,11 @@ TINY = Recipe(
     tune_steps=2,
     tune_pairs=2,
     tune_warmup=1,
+    sft_steps=2,
+    sft_batch=2,
+    asked_pairs=4,
+    asked_steps=2,
+    asked_batch=2,
     held_out_stories=8,
     kept_stories=2,
     kept_pairs=2,
@@ -128,7 +153,8 @@ def test_a_build_repeats_bit_for_bit_and_restores_the_settings(tmp_path, monkeyp
         "benchmarks.embedded_pair.build._Build._pairs",
         lambda self, base, n, **_: demo.demo_preferences(min(n, 4), seed=3),
     )
-    monkeypatch.setattr("benchmarks.embedded_pair.build._Build._judge_endings", lambda self, model: {})
+    for judge in ("_judge_endings", "_judge_following"):
+        monkeypatch.setattr(f"benchmarks.embedded_pair.build._Build.{judge}", lambda self, model: {})
     before = global_state()
     settings = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     logs = [build(tmp_path / name, TINY, progress=False) for name in "ab"]
@@ -139,6 +165,8 @@ def test_a_build_repeats_bit_for_bit_and_restores_the_settings(tmp_path, monkeyp
         "base.safetensors",
         "dpo.safetensors",
         "control.safetensors",
+        "sft.safetensors",
+        "sft_dpo.safetensors",
         "config.json",
         "tokenizer.json",
         "stories.txt",

@@ -1,15 +1,16 @@
 """A small, really trained pair of models, and texts to try everything on: no network, no download.
 
 The base is a GPT-2 of four layers that has learned short made-up stories. The aligned model was trained from it by
-DPO to prefer happy endings, the control by as many steps of plain cross-entropy; `demo_log()` says how well each one
-did. What made them, from one seed, is `benchmarks/embedded_pair` of the repository; here is what reads the files. The
-pair's vocabulary is its stories, so it is analyzed on `demo_texts`.
+DPO to prefer happy endings, the control by as many steps of plain cross-entropy; a second chain goes from the base to
+SFT on instructions and on to DPO. `demo_log()` says how well each one did. What made them, from one seed, is
+`benchmarks/embedded_pair` of the repository; here is what reads the files. The pair's vocabulary is its stories, so it
+is analyzed on `demo_texts`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
@@ -34,6 +35,7 @@ __all__ = [
     "demo_pair",
     "demo_preferences",
     "demo_run",
+    "demo_stages",
     "demo_texts",
     "demo_tokenizer",
 ]
@@ -102,7 +104,8 @@ def demo_model(name: str, kind: Kind = "auto", *, device: str | torch.device = "
     """One of the demonstration models by name: see `demo_names`.
 
     Args:
-        name: "base", "dpo", "control", or "step0" and so on for a checkpoint of the base.
+        name: "base", "dpo", "control", "step0" and so on for a checkpoint of the base, or "sft" and "sft_dpo" for the
+            stages of `demo_stages`.
         kind: as in `demo_pair`.
         device: where the model goes.
 
@@ -113,12 +116,12 @@ def demo_model(name: str, kind: Kind = "auto", *, device: str | torch.device = "
         >>> demo_model("step0", "bridge").cfg.d_model
         64
     """
-    from tl_asymmetry.demo.models import lens_model, read_config, read_tensors
+    from tl_asymmetry.demo.models import lens_model, read_config
 
-    path = _checkpoint(name)
+    tensors = _tensors(name)
     config = read_config(_data())
     config = {**config, "model_name": f"{config['model_name']}/{name}"}  # a result tells the two models of a pair apart
-    return lens_model(config, read_tensors(path), demo_tokenizer(), kind=kind, device=device)
+    return lens_model(config, tensors, demo_tokenizer(), kind=kind, device=device)
 
 
 @checked
@@ -137,10 +140,9 @@ def demo_gpt2(name: str) -> GPT2LMHeadModel:
         >>> demo_gpt2("base").config.n_layer
         4
     """
-    from tl_asymmetry.demo.models import gpt2_model, read_config, read_tensors
+    from tl_asymmetry.demo.models import gpt2_model, read_config
 
-    path = _checkpoint(name)
-    return gpt2_model(read_config(_data()), read_tensors(path))
+    return gpt2_model(read_config(_data()), _tensors(name))
 
 
 def demo_tokenizer() -> PreTrainedTokenizerFast:
@@ -160,8 +162,8 @@ def demo_names() -> list[str]:
     """The names `demo_model` knows, in the order they were trained.
 
     Example:
-        >>> demo_names()[0], demo_names()[-2:]
-        ('step0', ['dpo', 'control'])
+        >>> demo_names()[0], demo_names()[-4:]
+        ('step0', ['dpo', 'control', 'sft', 'sft_dpo'])
     """
     return list(demo_log()["models"])
 
@@ -178,6 +180,26 @@ def demo_checkpoints() -> dict[int, Path]:
     """
     models = demo_log()["models"]
     return {step: _data() / models[name]["file"] for step, name in _run().items()}
+
+
+def demo_stages(kind: Kind = "auto") -> dict[str, Any]:
+    """A chain of three stages as `analyze_stages` reads it: the base, SFT on instructions, and DPO after that.
+
+    An instruction asks for the end of a story ("We want a sad end."). The second stage learned stories behind them,
+    the third to prefer continuations that end as asked, which made hardly more of them do so:
+    `demo_log()["following"]` says how many. Both were trained in factors of rank 4 on every matrix of the blocks.
+
+    Args:
+        kind: as in `demo_pair`.
+
+    Raises:
+        ValueError: as `demo_pair`.
+
+    Example:
+        >>> list(demo_stages())
+        ['base', 'sft', 'sft_dpo']
+    """
+    return {name: demo_model(name, kind) for name in ("base", "sft", "sft_dpo")}
 
 
 def demo_run(kind: Kind = "auto") -> dict[int, Callable[[], Any]]:
@@ -244,6 +266,15 @@ def _run() -> dict[int, str]:
 
 def _data() -> Path:
     return Path(str(files("tl_asymmetry.demo") / "data"))
+
+
+def _tensors(name: str) -> Mapping[str, torch.Tensor]:
+    """The weights of a model: its file, or those of the stage before it and what its own file adds to them."""
+    from tl_asymmetry.demo.models import read_tensors, with_factors
+
+    path = _checkpoint(name)
+    after = demo_log()["models"][name].get("after")
+    return read_tensors(path) if after is None else with_factors(_tensors(after), path)
 
 
 def _checkpoint(name: str) -> Path:

@@ -1,8 +1,8 @@
 """The demonstration model in its three forms: named tensors, a GPT-2 of `transformers`, a model of TransformerLens.
 
-The files hold tensors under TransformerLens's names and orientation. `GPT2LMHeadModel` is what every version of
-TransformerLens can wrap; the two layouts differ by reshapes only, so nothing is rounded on the way. The unembedding
-has no bias in a GPT-2, hence `b_U` is zero.
+The files hold tensors under TransformerLens's names and orientation, or the two factors of what a stage adds to them.
+`GPT2LMHeadModel` is what every version of TransformerLens can wrap; the two layouts differ by reshapes only, so nothing
+is rounded on the way. The unembedding has no bias in a GPT-2, hence `b_U` is zero.
 """
 
 from __future__ import annotations
@@ -99,6 +99,16 @@ def read_config(folder: Path) -> dict[str, Any]:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of one checkpoint file, float32 on the CPU."""
     return {name: tensor.float() for name, tensor in load_file(path).items()}
+
+
+def with_factors(tensors: Tensors, path: Path) -> dict[str, Tensor]:
+    """The tensors after a stage that is kept as factors: each one plus `down @ up` of the file, where it has them."""
+    factors = read_tensors(path)
+    changed = {name.removesuffix(".down") for name in factors if name.endswith(".down")}
+    return {
+        name: tensor + factors[f"{name}.down"] @ factors[f"{name}.up"] if name in changed else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def lens_model(
