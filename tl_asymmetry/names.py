@@ -271,6 +271,17 @@ def whole_place(place: PlaceLike, head: int | None) -> Place:
     return place_of(place)
 
 
+def counted(number: int, noun: str) -> str:
+    """So many of something.
+
+    Example:
+        >>> counted(1, "site"), counted(2, "batch")
+        ('1 site', '2 batches')
+    """
+    ending = "" if number == 1 else "es" if noun.endswith("ch") else "s"
+    return f"{number} {noun}{ending}"
+
+
 def nearest(given: object, available: Collection[str]) -> str:
     """The valid name that a wrong one was meant for, as a message says it, or "one of these".
 

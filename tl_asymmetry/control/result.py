@@ -20,6 +20,7 @@ from tl_asymmetry.control.table import (
     run_table,
 )
 from tl_asymmetry.gradients.result import GradientCovariance
+from tl_asymmetry.names import counted
 from tl_asymmetry.pair.result import PairAnalysis
 from tl_asymmetry.results.report import Definition, FigureSection, Report, TableSection
 from tl_asymmetry.results.result import Result
@@ -245,7 +246,7 @@ class ControlStudy(Result):
     def _facts(self) -> str:
         config = self.config
         return (
-            f"{config['steps']} steps of {config['batch_size']} rows, {len(config['seeds'])} seeds; rank "
+            f"{config['steps']} steps of {config['batch_size']} rows, {counted(len(config['seeds']), 'seed')}; rank "
             f"{config['shown_rank']} shown, compared at equal {'norm' if config['match_norm'] else 'steps'}"
         )
 

@@ -17,7 +17,7 @@ from tl_asymmetry.geometry.fraction import energy_profile
 from tl_asymmetry.gradients.capture import Captured
 from tl_asymmetry.gradients.report import DEFINITIONS, headline, summary_table
 from tl_asymmetry.gradients.table import CROSS_COLUMNS, GRADIENT_COLUMNS, Side
-from tl_asymmetry.names import kind_of
+from tl_asymmetry.names import counted, kind_of
 from tl_asymmetry.results.report import FigureSection, Report, TableSection
 from tl_asymmetry.results.result import Result
 
@@ -209,7 +209,8 @@ class GradientCovariance(Result):
         shape = self.config["shape"]
         return (
             f"{shape['n_layers']} layers × {shape['n_heads']} heads, d_model {shape['d_model']}; "
-            f"{self.config['sequences']} sequences in {self.config['batches']} batches, {self.config['terms']} terms, "
+            f"{counted(self.config['sequences'], 'sequence')} in {counted(self.config['batches'], 'batch')}, "
+            f"{self.config['terms']} terms, "
             f"mean loss {self.config['loss']:.4g}"
         )
 

@@ -10,7 +10,7 @@ from tl_asymmetry._lazy import pd
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.interventions.design import EXCHANGEABLE
 from tl_asymmetry.interventions.tables import BASELINE_COLUMNS, BY_MAGNITUDE, CELL, OUTCOMES
-from tl_asymmetry.names import FOUND, SIGNIFICANT, nearest
+from tl_asymmetry.names import FOUND, SIGNIFICANT, counted, nearest
 from tl_asymmetry.results.report import CITATIONS, Definition, FigureSection, Report, TableSection
 from tl_asymmetry.results.result import Result
 from tl_asymmetry.results.top import in_order, top_rows
@@ -228,8 +228,8 @@ class RankOneStudy(Result):
         done = " and ".join(dict.fromkeys(self.edits["intervention"]))
         made = int((self.edits["norm"] > 0).sum())
         return (
-            f"{done} of {', '.join(config['directions'])} directions at {config['sites']} sites; {made} edits, "
-            f"{config['tokens']} tokens in {config['sequences']} sequences"
+            f"{done} of {', '.join(config['directions'])} directions at {counted(config['sites'], 'site')}; "
+            f"{counted(made, 'edit')}, {config['tokens']} tokens in {counted(config['sequences'], 'sequence')}"
         )
 
     def _summary_table(self) -> pd.DataFrame:

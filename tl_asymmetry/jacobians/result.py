@@ -14,6 +14,7 @@ from tl_asymmetry._lazy import pd
 from tl_asymmetry.arguments import checked, shown
 from tl_asymmetry.geometry.spectrum import effective_rank, participation_ratio, stable_rank
 from tl_asymmetry.geometry.subspace import Subspace
+from tl_asymmetry.names import counted
 from tl_asymmetry.results.report import Definition, FigureSection, Report, TableSection
 from tl_asymmetry.results.result import Result
 
@@ -212,7 +213,7 @@ class LayerJacobians(Result):
         config = self.config
         return (
             f"{PART[config['part']]}; {KIND[config['sources']]}; mean over {config['tokens']} tokens of "
-            f"{config['sequences']} sequences; by {config['method']}"
+            f"{counted(config['sequences'], 'sequence')}; by {config['method']}"
         )
 
     def _summary_table(self) -> pd.DataFrame:

@@ -167,7 +167,8 @@ def analyze_pair(
     plan = make_plan(base, settings, sequences, notes, available=matrices_of_both(base, aligned, notes))
     for name in unmatched_parameters(base, aligned):
         notes.add(f"{name} exists in one of the two models only and is left out")
-    notes.add(keys_reference_note(softmax_centres_keys=base.key_shift_invariant))
+    if "W_K" in plan.matrices:
+        notes.add(keys_reference_note(softmax_centres_keys=base.key_shift_invariant))
     processes = present_processes() if distributed else ALONE
     memory = plan_memory(base, plan, sequences, settings, processes)
     if saved is not None:

@@ -181,7 +181,10 @@ def _writing(changed: pd.DataFrame, k: int) -> Iterator[str]:
     ]
     if circular:
         listed = " and ".join(circular)
-        yield f"{listed} describe: that stream contains what these matrices write, whatever they learned."
+        yield (
+            f"{listed} {'describe' if len(circular) > 1 else 'describes'}: that stream contains what these matrices "
+            "write, whatever they learned."
+        )
 
 
 def _asymmetry(result: PairData, k: int) -> Iterator[str]:

@@ -59,6 +59,8 @@ class TrajectoryData(Result):
         Raises:
             ValueError: a level outside 0 … 1.
         """
+        from tl_asymmetry.results.tables import as_table
+
         if not 0 < level < 1:
             raise ValueError(f"expected a level between 0 and 1, got {level}; pass level=0.05")
         keys = [c for c in EMERGENCE_COLUMNS if c not in ("step", "significant", "checkpoints")]
@@ -77,7 +79,7 @@ class TrajectoryData(Result):
             ["reference", "matrix", "subspace", "layer", "head", "rank"],
             key=lambda c: c.map(order) if c.name == "matrix" else c, ignore_index=True,
         )  # fmt: skip
-        return found[list(EMERGENCE_COLUMNS)]
+        return as_table(found[list(EMERGENCE_COLUMNS)], ("step", "significant", "checkpoints"))
 
     def delta_spectrum(self, matrix: str, reference: str | None = None) -> Float[np.ndarray, "step layer head r"]:
         """Eigenvalues of ΔW ΔWᵀ of each head at each step of `table`, descending, float64.

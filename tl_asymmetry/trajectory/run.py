@@ -183,7 +183,8 @@ class TrajectoryRun:
             )
         for note in view.notes:
             notes.add(note)
-        notes.add(keys_reference_note(softmax_centres_keys=view.key_shift_invariant))
+        if "W_K" in plan.matrices:
+            notes.add(keys_reference_note(softmax_centres_keys=view.key_shift_invariant))
         self.about: dict[str, Any] = {
             "arguments": arguments,
             "versions": versions(),
