@@ -644,8 +644,9 @@ nothing is said of an architecture that is not listed. The record is put togethe
 Layers may differ. A matrix that some layers lack has rows where it is; a mixture has rows for each expert; linear
 maps without a name (those of linear attention, of state-space layers, a shared expert's gate) have rows under their
 module's path, where that says which of their sides is the stream's. Maps between two latent spaces (`kv_b_proj`,
-`dt_proj`) have no side on the stream: how far they moved is in `other_changes`. Gradients, trajectories, spectra,
-stages and interventions take the matrices that every layer has in one shape, and say which they leave out.
+`dt_proj`) have no side on the stream: how far they moved is in `other_changes`. `gradient_covariance` takes what
+`analyze_pair` takes (of experts the tokens that are routed to each); trajectories, spectra, stages and interventions
+take the matrices that every layer has in one shape, and say which they leave out.
 """
 
 

@@ -14,7 +14,6 @@ from tl_asymmetry import (
     analyze_spectra,
     analyze_stages,
     analyze_trajectory,
-    gradient_covariance,
     layer_jacobians,
     load,
     rank_one_study,
@@ -22,7 +21,6 @@ from tl_asymmetry import (
 )
 from tl_asymmetry.models.huggingface import HuggingFaceAdapter
 from tl_asymmetry.names import MATRICES, kind_of
-from tl_asymmetry.objectives import CrossEntropy
 
 RANK = 2
 NAMES = ("qwen2-moe", "qwen3.5", "gemma4", "deepseek-v3", "mixtral")
@@ -104,6 +102,18 @@ def test_read_fractions_are_the_naive_ones(name, analysed):
         assert row.fraction == pytest.approx(expected, rel=1e-8), (row.layer, row.matrix, unit)
 
 
+def test_a_dense_layer_beside_mixtures_is_tested_as_well(analysed):
+    """Its one matrix is where experts' first is, and its own pool."""
+    _, _, result = analysed("deepseek-v3")
+    table = result.table[(result.table["subspace"] == "mlp_in") & (result.table["matrix"] == "W_in")]
+    dense = table[table["expert"].isna()]
+    assert len(dense)
+    assert dense["excess_p"].notna().all()
+    assert table["excess_p"].between(0, 1).all()
+    assert any("latent attention" in note for note in result.notes)
+    assert not any("W_K rows" in note for note in result.notes)
+
+
 @pytest.mark.parametrize("name", ["qwen3.5", "qwen2-moe"])
 def test_a_result_with_gaps_is_told_drawn_saved_and_read(name, analysed, tmp_path):
     _, _, result = analysed(name)
@@ -181,7 +191,6 @@ def test_an_adapter_that_does_not_fit_is_refused(adapter_on_a_hybrid):
     "analysis",
     [lambda base, other: analyze_spectra(base, other, matrices=["W_Q"], progress=False),
      lambda base, other: analyze_trajectory({0: base, 1: other}, tokens=tokens(), matrices=["W_Q"], progress=False),
-     lambda base, other: gradient_covariance(base, CrossEntropy(), tokens(), matrices=["W_Q"], progress=False),
      lambda base, other: rank_one_study(base, other, tokens=tokens(), matrices=["W_Q"], progress=False),
      lambda base, other: analyze_stages({"a": base, "b": other}, matrices=["W_Q"])],
 )  # fmt: skip

@@ -575,7 +575,7 @@ def test_a_mixture_of_experts_has_rows_for_each_expert_and_its_router() -> None:
     of_experts = table[table["expert"].notna()]
     assert of_experts["matrix"].unique().tolist() == ["W_in", "W_gate", "W_out"]
     assert set(of_experts["expert"]) == {0, 1, 2}
-    assert "2 of 2 layers have W_in, one for each of 3 experts" in result.notes
+    assert "every layer has W_in, W_gate, W_out, one for each of 3 experts" in result.notes
     assert not result.other_changes["parameter"].str.contains("expert|router").any()
     assert len(result.asymmetry)
 

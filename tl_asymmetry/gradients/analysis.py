@@ -11,19 +11,19 @@ import xxhash
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.jackknife import MINIMUM_GROUPS
 from tl_asymmetry.geometry.precision import with_fresh_settings
-from tl_asymmetry.gradients.capture import capture_gradients, rows_of
+from tl_asymmetry.gradients.capture import Measured, capture_gradients, measured_at, rows_of
 from tl_asymmetry.gradients.result import GradientCovariance
 from tl_asymmetry.gradients.table import cross_table, gradient_table, layer_sides
-from tl_asymmetry.models.backward import check_differentiable
+from tl_asymmetry.models.backward import Outer, check_differentiable
 from tl_asymmetry.models.capture import copies_noted
 from tl_asymmetry.models.checks import check_finite, check_predicts_its_tokens, check_unedited
 from tl_asymmetry.models.prediction import prediction_subspace
 from tl_asymmetry.models.side_by_side import side_by_side
 from tl_asymmetry.models.texts import check_tokens
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.names import kind_of
+from tl_asymmetry.names import canonical, kind_of
 from tl_asymmetry.notes import Notes
-from tl_asymmetry.pair.plan import chosen_matrices, note_left_out
+from tl_asymmetry.pair.plan import chosen_matrices
 from tl_asymmetry.results.provenance import described, model_record, shape_record, versions, weights_hash
 from tl_asymmetry.training.batches import Batch, PreferenceBatch
 from tl_asymmetry.training.data import as_batches
@@ -68,16 +68,19 @@ def gradient_covariance(
     covariance); the definitions are ours, since the paper's are not public.
 
     Args:
-        model: a HookedTransformer or TransformerBridge; comes back as it was. Taken in evaluation mode.
+        model: a HookedTransformer, TransformerBridge or transformers model, or its folder or name on the Hub; comes
+            back as it was. Taken in evaluation mode.
         objective: what is differentiated: `CrossEntropy`, `DPO`, `ORPO`, `InfoNCE`, `Mix`, or any `Objective`. The loss
             is summed over its terms (tokens, pairs, sequences), so the result does not depend on how the data are
             batched, unless the objective's own value does (`objective.additive`).
         batches: `TokenBatch` or `PreferenceBatch` objects, or texts, chats, or rows of a dataset with trl's columns:
             see `training.data.as_batches`.
-        matrices: default all the model has of W_Q, W_K, W_V, W_O, W_in, W_gate, W_out.
+        matrices: default all whose product the model shows, layer by layer; of experts the moments are those of all of
+            a layer's together, and `gradients` has a row for each.
         halves: keep the moments of an objective's passes (chosen and rejected) apart as well.
-        full_mlp: also keep the d_mlp × d_mlp moments of δ of W_in and W_gate and of W_out's input. Otherwise that axis
-            has its trace, estimates of its norm and leading eigenvalues from a sketch, and no interval.
+        full_mlp: also keep the whole moments on d_mlp, of δ of W_in and W_gate and of W_out's input, and on any other
+            inner axis. Otherwise such an axis has its trace, estimates of its norm and leading eigenvalues from a
+            sketch, and no interval.
         permutations: draws of the read matrices' gradients with δ permuted over the tokens of each sequence, for the
             range of fractions that `analyze_pair` then shows; 199 or more for a 95 % range.
         groups: groups of sequences for the jackknife; 1 switches intervals off (less memory, less time).
@@ -123,9 +126,9 @@ def gradient_covariance(
     check_differentiable(view)
     if isinstance(objective, CrossEntropy | DPO | ORPO):
         check_predicts_its_tokens(view)
-    shown = [m for m in view.matrices if all(view.projection(layer, m) is not None for layer in range(view.n_layers))]
-    chosen = chosen_matrices(view, matrices if matrices is not None or not shown else shown)
-    note_left_out(view, notes)
+    chosen = chosen_matrices(view, matrices, canonical((*view.matrices, *view.irregular)))
+    measured = _measured(view, chosen, notes, asked=matrices is not None)
+    chosen = canonical([matrix for _, matrix in measured])
     held = as_batches(view, batches, objective.batch_type, batch_size=batch_size, note=notes.add, warn=notes.warn)
     for batch in held:
         for tokens in _tokens(batch):
@@ -147,23 +150,22 @@ def gradient_covariance(
         view.self_check(_tokens(held[0])[0][:1, :_SELF_CHECK_TOKENS])
 
     captured = capture_gradients(
-        view, objective, held, chosen,
+        view, objective, held, measured,
         groups=groups, halves=halves, full_mlp=full_mlp, permutations=permutations, seed=seed, progress=progress,
     )  # fmt: skip
-    prediction = prediction_subspace(view).basis
+    prediction = prediction_subspace(view).basis if view.has_unembedding else None
     exact = view.dtype == torch.float64
     layers = side_by_side(
-        lambda layer: layer_sides(captured, layer, chosen, prediction, exact=exact),
+        lambda layer: layer_sides(captured, layer, measured, prediction, exact=exact),
         view.n_layers, device=view.device, description="spectra", progress=progress,
     )  # fmt: skip
     unreached = sorted({matrix for sides in layers for (_, side, matrix), s in sides.items()
                         if side == "gradient" and s.tokens == 0})  # fmt: skip
     if unreached:
         notes.add(f"no gradient reaches {', '.join(unreached)} in some layers: their rows are NaN there")
-    heads = {matrix: view.heads(matrix) for matrix in chosen}
     return GradientCovariance.assemble(
-        table=gradient_table(layers, chosen, heads),
-        gradients=cross_table(captured, layers, chosen, heads),
+        table=gradient_table(layers, measured),
+        gradients=cross_table(captured, layers, measured),
         layers=layers,
         captured=captured,
         config={
@@ -173,6 +175,7 @@ def gradient_covariance(
             "shape": shape_record(view),
             "objective": objective_name(objective),
             "matrices": list(chosen),
+            "experts": sorted([layer, matrix] for (layer, matrix), how in measured.items() if how.experts is not None),
             "batches": len(held),
             "sequences": rows,
             "tokens": sum(int(batch.lengths.sum()) for batch in held),
@@ -182,6 +185,31 @@ def gradient_covariance(
         },
         notes=notes.lines,
     )
+
+
+def _measured(view: ModelView, chosen: Sequence[str], notes: Notes, *, asked: bool) -> dict[Outer, Measured]:
+    """Where a product of the chosen matrices can be seen, layer by layer.
+
+    Raises:
+        ValueError: a matrix that was asked for, of which the model shows no product; none at all.
+    """
+    found: dict[Outer, Measured] = {}
+    hidden: dict[str, None] = {}
+    for layer in range(view.n_layers):
+        for matrix in chosen:
+            if not view.has(layer, matrix):
+                continue
+            if view.unit(layer, matrix) == "expert" or view.projection(layer, matrix) is not None:
+                found[layer, matrix] = measured_at(view, layer, matrix)
+            else:
+                hidden[matrix] = None
+    if hidden and (asked or not found):
+        raise ValueError(
+            f"expected matrices whose products the model shows, got {', '.join(hidden)}; pass matrices without these"
+        )
+    if hidden:
+        notes.add(f"left out, since the model shows no product of theirs: {', '.join(hidden)}")
+    return found
 
 
 def _describe(
@@ -195,10 +223,13 @@ def _describe(
             f"{objective_name(objective)} depends on how the data are batched: the batches passed are part of what was "
             "measured"
         )
-    if not full_mlp and any(kind_of(matrix).part == "mlp" for matrix in matrices):
+    axes = {axis for matrix in matrices for axis in (kind_of(matrix).input_axis, kind_of(matrix).output_axis)}
+    wide = ["d_mlp" if axis == "mlp" else f"inner {axis}" for axis in sorted(axes - {"residual", "head"})]
+    if wide and not full_mlp:
         notes.add(
-            "on the d_mlp axis the trace is exact, norms and leading eigenvalues are estimated from a random sketch, "
-            "and there is no effective rank and no interval (full_mlp=True keeps the whole moments)"
+            f"on the {' and the '.join(wide)} axis the trace is exact, norms and leading eigenvalues are estimated "
+            "from a random sketch, and there is no effective rank and no interval (full_mlp=True keeps the whole "
+            "moments)"
         )
     if view.dtype == torch.float16:
         notes.warn("small gradients underflow to zero in float16; pass the model in float32 or bfloat16")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -19,7 +20,7 @@ from tl_asymmetry.geometry.side_moments import HeadMoments, SketchedMoments, ske
 from tl_asymmetry.models.backward import Outer, outer_products
 from tl_asymmetry.models.capture import group_numbers
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.names import MATRICES, kind_of
+from tl_asymmetry.names import kind_of
 from tl_asymmetry.training.batches import Batch, PreferenceBatch, TokenBatch
 from tl_asymmetry.training.objectives import Objective
 
@@ -29,8 +30,24 @@ Input = tuple[str, int]
 Part = tuple[int, str]
 """A group of sequences and the name of a forward pass ("" where passes are not told apart)."""
 
-INPUT_AXIS = {kind.point: kind.input_axis for kind in MATRICES.values()}
-"""On which axis the inputs at a point lie."""
+
+@dataclass(frozen=True)
+class Measured:
+    """How one matrix of one layer is measured."""
+
+    point: str
+    """Where its input is seen; of experts a name of their own, since each sees the tokens that are routed to it."""
+    heads: int | None
+    """Heads that it is split into."""
+    experts: int | None
+    """Experts that have one each."""
+
+
+def measured_at(view: ModelView, layer: int, matrix: str) -> Measured:
+    """How a matrix that a layer has is measured."""
+    unit, point = view.unit(layer, matrix), kind_of(matrix).point
+    count = len(view.weight(layer, matrix)) if unit else None
+    return Measured(f"{matrix} of experts", None, count) if unit == "expert" else Measured(point, count, None)
 
 
 @dataclass
@@ -60,9 +77,12 @@ class Captured:
     """Σ_t ‖a_t‖² ‖δ_t‖², of the same shape."""
     permuted: dict[Outer, Tensor]
     """Σ_t a_t δ_π(t)ᵀ of read matrices, `[draw, heads, d_model, other]` on CPU, π a permutation of the tokens of each
-    sequence; `other` is sketched where full moments of the d_mlp axis were not asked for."""
+    sequence; `other` is sketched where full moments of wide axes were not asked for. None of experts."""
     weighted: dict[Outer, StreamingMoments]
     """Of ‖δ_t‖ a_t of read matrices, all heads' δ together, over all groups and passes; on CPU."""
+    routed: dict[Outer, dict[str, Tensor]]
+    """Of each expert `[expert]`, float64 on CPU: "tokens" that it has a gradient at, and the sums over them of "inputs"
+    ‖a_t‖² and "gradients" ‖δ_t‖²."""
     losses: list[float]
     """The objective's value for each batch."""
     terms: int
@@ -73,7 +93,7 @@ def capture_gradients(
     view: ModelView,
     objective: Objective[Any],
     batches: Sequence[Batch],
-    matrices: Sequence[str],
+    measured: Mapping[Outer, Measured],
     *,
     groups: int,
     halves: bool,
@@ -90,8 +110,7 @@ def capture_gradients(
     Raises:
         ValueError: a loss or gradient that is not finite, naming the batch.
     """
-    sites = [(layer, matrix) for layer in range(view.n_layers) for matrix in matrices]
-    collector = _Collector(view, matrices, full_mlp=full_mlp, permutations=permutations, seed=seed)
+    collector = _Collector(view, measured, full_mlp=full_mlp, permutations=permutations, seed=seed)
     segments = _segments(batches, groups)
     lowest = [min(group for group, _ in segment) for segment in segments]
     still_open = [*accumulate(reversed(lowest), min)][::-1] + [groups]
@@ -100,7 +119,7 @@ def capture_gradients(
     with bar, view.evaluating():
         for number, batch in enumerate(batches):
             collector.begin(segments[number], first_row, objective.passes if halves else None)
-            with outer_products(view, sites, collector.read) as backward:
+            with outer_products(view, list(measured), collector.read, collector.read_expert) as backward:
                 loss = objective(view, batch.to(view.device))
                 value = float(loss.detach())
                 if not -torch.inf < value < torch.inf:
@@ -127,11 +146,13 @@ class _Collector:
     """Takes a and δ of one batch after the other; what `outer_products` reads into."""
 
     def __init__(
-        self, view: ModelView, matrices: Sequence[str], *, full_mlp: bool, permutations: int, seed: int
+        self, view: ModelView, measured: Mapping[Outer, Measured], *, full_mlp: bool, permutations: int, seed: int
     ) -> None:
-        sketched = not full_mlp and view.d_mlp is not None
-        self._test = sketch_matrix(view.d_mlp or 0, seed).to(view.device) if sketched else None
-        self._readers = {point: sum(kind_of(m).point == point for m in matrices) for point in INPUT_AXIS}
+        self._measured, self._full, self._device = measured, full_mlp, view.device
+        self._tests: dict[int, Tensor] = {}
+        self._readers = Counter((how.point, layer) for (layer, _), how in measured.items() if how.experts is None)
+        self._routed: dict[Outer, dict[str, Tensor]] = {}
+        self._experts: dict[Outer, Tensor] = {}
         self._parts: dict[Part, PartMoments] = {}
         self._cross: dict[Outer, Tensor] = {}
         self._products: dict[Outer, Tensor] = {}
@@ -146,7 +167,7 @@ class _Collector:
     def begin(self, segments: Sequence[tuple[int, Tensor]], first_row: int, names: Sequence[str] | None) -> None:
         """Announce a batch: which of its rows belong to which group, and what its passes are called."""
         self._segments, self._first_row, self._names = segments, first_row, names
-        self._waiting: dict[tuple[int, Input], tuple[Tensor, Tensor, int]] = {}
+        self._waiting: dict[tuple[int, Input], tuple[Tensor, Tensor, int, str]] = {}
         self._keys: dict[int, Tensor] = {}
 
     def read(self, index: int, site: Outer, a: Tensor, δ: Tensor) -> None:
@@ -157,26 +178,53 @@ class _Collector:
         narrow = self._narrowed(δ, kind_of(matrix).output_axis)
         for group, rows in self._segments:
             held = self._part(group, index).gradients
-            if site not in held:
-                held[site] = self._begun("gradient", site, kind_of(matrix).output_axis, δ)
-            _update(held[site], δ[rows], counted[rows], narrow[rows])
+            self._take(held, "gradient", site, kind_of(matrix).output_axis, δ[rows], counted[rows], narrow[rows])
         if kind_of(matrix).reads and not (matrix == "W_K" and self._keys_cancel):
             sized = a * δ.flatten(2).norm(dim=-1, keepdim=True)
             for group, rows in self._segments:
                 weighted = self._part(group, index).weighted
-                if site not in weighted:
-                    weighted[site] = self._begun("weighted", site, "residual", a)  # type: ignore[assignment]
-                weighted[site].update(sized[rows], counted[rows])
-        narrow_a = self._narrowed(a, INPUT_AXIS[kind_of(matrix).point])
+                self._take(weighted, "weighted", site, "residual", sized[rows], counted[rows], sized[rows])
+        narrow_a = self._narrowed(a, kind_of(matrix).input_axis)
         self._multiply(site, index, a, δ, narrow_a, narrow, counted)
-        self._wait(index, (kind_of(matrix).point, layer), a, counted)
+        self._wait(index, (kind_of(matrix).point, layer), a, counted, kind_of(matrix).input_axis)
+
+    def read_expert(self, index: int, site: Outer, expert: int, a: Tensor, δ: Tensor, row: Tensor) -> None:
+        """Reduce what one expert's matrix had of a batch: tokens `[token, …]`, and the batch's row of each."""
+        (layer, matrix), count = site, self._measured[site].experts or 0
+        a, δ = a.to(product_dtype(a)), δ.to(product_dtype(δ))
+        counted = (δ != 0).any(-1)
+        axes = kind_of(matrix).input_axis, kind_of(matrix).output_axis
+        narrow_a, narrow = self._narrowed(a, axes[0]), self._narrowed(δ, axes[1])
+        sized = a * δ.norm(dim=-1, keepdim=True)
+        for group, rows in self._segments:
+            mine = counted & torch.isin(row, rows.to(row.device))
+            part = self._part(group, index)
+            self._take(part.inputs, "input", (self._measured[site].point, layer), axes[0], a, mine, narrow_a)
+            self._take(part.gradients, "gradient", site, axes[1], δ, mine, narrow)
+            if kind_of(matrix).reads:
+                self._take(part.weighted, "weighted", site, "residual", sized, mine, sized)
+        squares = a.square().sum(-1, dtype=torch.float64), δ.square().sum(-1, dtype=torch.float64)
+        sums = {
+            "tokens": counted.sum(), "inputs": (squares[0] * counted).sum(), "gradients": squares[1].sum(),
+            "products": (squares[0] * squares[1]).sum(),
+        }  # fmt: skip
+        held_sums = self._routed.setdefault(
+            site, {name: torch.zeros(count, dtype=torch.float64, device=a.device) for name in sums}
+        )
+        for name, value in sums.items():
+            held_sums[name][expert] += value
+        product = _product(narrow_a.unsqueeze(0), narrow.unsqueeze(0))[0]
+        if site not in self._experts:
+            self._experts[site] = product.new_zeros(count, *product.shape)
+        self._experts[site][expert] += product
 
     def end(self, number: int) -> None:
         """Close a batch: take the inputs of which not every reader had a gradient, and see that all was finite."""
-        for (index, site), (a, counted, _) in self._waiting.items():
-            self._take_input(index, site, a, counted)
+        for (index, site), (a, counted, _, axis) in self._waiting.items():
+            self._take_input(index, site, a, counted, axis)
         self._waiting.clear()
-        if self._products and not bool(torch.stack([p.sum() for p in self._products.values()]).isfinite().all()):
+        products = [*self._products.values(), *(sums["products"] for sums in self._routed.values())]
+        if products and not bool(torch.stack([p.sum() for p in products]).isfinite().all()):
             raise ValueError(
                 f"expected finite gradients, got NaN or infinity for batch {number}; pass data without that batch, or "
                 "a model in a wider dtype"
@@ -195,16 +243,19 @@ class _Collector:
 
     def captured(self, passes: tuple[str, ...], losses: list[float], terms: int) -> Captured:
         """What is left of it all."""
-        columns = {site: self._columns(site[1]) for site in self._cross}
+        self._cross |= self._experts
+        self._products |= {site: sums.pop("products") for site, sums in self._routed.items()}
         return Captured(
             parts=self._parts,
             passes=passes,
             squared_norms={
-                site: cross.double().square().sum((-2, -1)).cpu() / columns[site] for site, cross in self._cross.items()
+                site: cross.double().square().sum((-2, -1)).cpu() / self._columns(site[1], cross)
+                for site, cross in self._cross.items()
             },
             products={site: products.cpu() for site, products in self._products.items()},
             permuted={site: drawn.cpu() for site, drawn in self._permuted.items()},
             weighted=self._weighted,
+            routed={site: {name: sum_.cpu() for name, sum_ in sums.items()} for site, sums in self._routed.items()},
             losses=losses,
             terms=terms,
         )
@@ -219,43 +270,59 @@ class _Collector:
         """Moments without rows; of one thing in all groups about one point, so that they are added up as they are."""
         if axis == "head":
             return HeadMoments(x.shape[-2], x.shape[-1])
-        if axis == "mlp" and self._test is not None:
-            return SketchedMoments(self._test)
+        if self._is_sketched(axis):
+            return SketchedMoments(self._test(x.shape[-1]))
         earlier = self._begun_before.get((what, site))
         moments = StreamingMoments(x.shape[-1]) if earlier is None else earlier.beside()
         self._begun_before[what, site] = moments if earlier is None else earlier.beside()
         return moments
 
-    def _wait(self, index: int, site: Input, a: Tensor, counted: Tensor) -> None:
+    def _wait(self, index: int, site: Input, a: Tensor, counted: Tensor, axis: str) -> None:
         """Take an input once the gradients of all matrices that read it are there, with the tokens of any of them."""
-        _, union, left = self._waiting.pop((index, site), (a, counted, self._readers[site[0]]))
+        _, union, left, _ = self._waiting.pop((index, site), (a, counted, self._readers[site], axis))
         if left > 1:
-            self._waiting[index, site] = (a, union | counted, left - 1)
+            self._waiting[index, site] = (a, union | counted, left - 1, axis)
         else:
-            self._take_input(index, site, a, union | counted)
+            self._take_input(index, site, a, union | counted, axis)
 
-    def _take_input(self, index: int, site: Input, a: Tensor, counted: Tensor) -> None:
-        axis = INPUT_AXIS[site[0]]
+    def _take_input(self, index: int, site: Input, a: Tensor, counted: Tensor, axis: str) -> None:
         narrow = self._narrowed(a, axis)
         for group, rows in self._segments:
             held = self._part(group, index).inputs
-            if site not in held:
-                held[site] = self._begun("input", site, axis, a)
-            _update(held[site], a[rows], counted[rows], narrow[rows])
+            self._take(held, "input", site, axis, a[rows], counted[rows], narrow[rows])
+
+    def _take(
+        self, held: dict[Any, Any], what: str, key: Any, axis: str, x: Tensor, counted: Tensor, narrow: Tensor
+    ) -> None:
+        if key not in held:
+            held[key] = self._begun(what, key, axis, x)
+        if isinstance(held[key], SketchedMoments):
+            held[key].update(x, counted, seen=narrow)
+        else:
+            held[key].update(x, counted)
 
     # -- products of the two sides -------------------------------------------------------------------------------
 
+    def _is_sketched(self, axis: str) -> bool:
+        """Whether an axis is neither the stream's nor a head's: there is no bound to its width."""
+        return not self._full and axis not in ("residual", "head")
+
+    def _test(self, width: int) -> Tensor:
+        if width not in self._tests:
+            self._tests[width] = sketch_matrix(width, self._seed).to(self._device)
+        return self._tests[width]
+
     def _narrowed(self, x: Tensor, axis: str) -> Tensor:
         """`x` times the test matrix on a sketched axis, else `x` itself."""
-        if axis != "mlp" or self._test is None:
+        if not self._is_sketched(axis):
             return x
         with exact_products(x.device):
-            return x @ self._test.to(x)
+            return x @ self._test(x.shape[-1]).to(x)
 
-    def _columns(self, matrix: str) -> int:
+    def _columns(self, matrix: str, cross: Tensor) -> int:
         """By how much the squared norm of a sketched cross moment is too large."""
-        axes = (kind_of(matrix).output_axis, INPUT_AXIS[kind_of(matrix).point])
-        return self._test.shape[1] if self._test is not None and "mlp" in axes else 1
+        axes = (kind_of(matrix).input_axis, cross.shape[-2]), (kind_of(matrix).output_axis, cross.shape[-1])
+        return next((columns for axis, columns in axes if self._is_sketched(axis)), 1)
 
     def _multiply(
         self, site: Outer, index: int, a: Tensor, δ: Tensor, narrow_a: Tensor, narrow: Tensor, counted: Tensor
@@ -292,13 +359,6 @@ class _Collector:
             sums[site] += value
         else:
             sums[site] = value
-
-
-def _update(moments: Moments, x: Tensor, counted: Tensor, narrow: Tensor) -> None:
-    if isinstance(moments, SketchedMoments):
-        moments.update(x, counted, seen=narrow)
-    else:
-        moments.update(x, counted)
 
 
 def _product(a: Tensor, δ: Tensor) -> Tensor:

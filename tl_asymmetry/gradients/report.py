@@ -11,7 +11,8 @@ DEFINITIONS = (
         "A weight gradient is a sum of outer products over tokens, ∂L/∂W = Σ a δᵀ: a is what the matrix multiplies, δ "
         "the gradient of the loss at its product. δ of W_Q, W_K and W_V is taken before any query-key norm and rotary "
         "positions, δ of W_O at the attention's output before any norm (the heads have it in common), δ of W_in and "
-        "W_gate at the pre-activation, δ of W_out at the MLP's output.",
+        "W_gate at the pre-activation, δ of W_out at the MLP's output. An expert has the tokens that are routed to it; "
+        "the weight that the router gave it there is part of δ.",
     ),
     Definition(
         "Second moments and their scale", "[choice]",
@@ -70,10 +71,15 @@ def headline(table: pd.DataFrame, gradients: pd.DataFrame) -> list[str]:
     written = rows[(rows["side"] == "gradient") & (rows["axis"] == "residual")]
     if len(written):
         share = (written["effective_rank"] / written["dimension"]).median()
+        predicting = (
+            f"; in the leading prediction directions they have {written['prediction_relative'].median():.2f} times the "
+            "energy of an isotropic gradient"
+            if written["prediction_relative"].notna().any()
+            else ""
+        )
         sentences.append(
             f"Gradients at what write matrices write: median effective rank {written['effective_rank'].median():.1f} "
-            f"({share:.0%} of the dimension); in the leading prediction directions they have "
-            f"{written['prediction_relative'].median():.2f} times the energy of an isotropic gradient."
+            f"({share:.0%} of the dimension){predicting}."
         )
     coherent = gradients["coherence"].median()
     sentences.append(

@@ -14,6 +14,7 @@ from torch import Tensor
 from tl_asymmetry._lazy import pd
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.fraction import energy_profile
+from tl_asymmetry.geometry.padding import padded_stack
 from tl_asymmetry.gradients.capture import Captured
 from tl_asymmetry.gradients.report import DEFINITIONS, headline, summary_table
 from tl_asymmetry.gradients.table import CROSS_COLUMNS, GRADIENT_COLUMNS, Side
@@ -60,8 +61,8 @@ class GradientCovariance(Result):
             ValueError: what was not captured, or a moment on the d_mlp axis without `full_mlp=True`.
         """
         self._require(layer, matrix)
-        point = kind_of(matrix).point
-        return self._moment(f"input/{point}", layer, matrix, head if point == "z" else None, half)
+        own = kind_of(matrix).input_axis == "head"
+        return self._moment("input", self._input(layer, matrix), layer, matrix, head if own else None, half)
 
     def gradient_moment(
         self, layer: int, matrix: str, head: int | None = None, *, half: str = "all"
@@ -81,7 +82,7 @@ class GradientCovariance(Result):
         """
         self._require(layer, matrix)
         own = kind_of(matrix).output_axis == "head"
-        return self._moment(f"gradient/{matrix}", layer, matrix, head if own else None, half)
+        return self._moment("gradient", matrix, layer, matrix, head if own else None, half)
 
     def weighted_input(self, layer: int, matrix: str) -> tuple[Float64[Tensor, "d d"], Float64[Tensor, " d"]] | None:
         """Second moment and mean of ‖δ_t‖ a_t, all heads' δ together: what a matrix learns from, token by token.
@@ -103,10 +104,10 @@ class GradientCovariance(Result):
         Raises:
             ValueError: what was not captured.
         """
-        self._require(0, matrix)
+        self._require(None, matrix)
         if side not in ("input", "gradient"):
             raise ValueError(f'expected side "input" or "gradient", got {side!r}; pass one of the two')
-        key = f"gradient/{matrix}" if side == "gradient" else f"input/{kind_of(matrix).point}"
+        key = f"gradient/{matrix}" if side == "gradient" else f"input/{self._input(None, matrix)}"
         return self._array("spectrum", half, key).numpy()
 
     def permuted_fractions(
@@ -274,22 +275,19 @@ class GradientCovariance(Result):
     ) -> GradientCovariance:
         """Put the parts together, stacked over layers."""
         arrays: dict[str, Tensor] = {}
-        for half, side, key in layers[0]:
-            held = [layer[half, side, key] for layer in layers]
-            reached = next((one for one in held if one.tokens), None)
-            if reached is None:
+        for half, side, key in dict.fromkeys(place for sides in layers for place in sides):
+            there = [sides.get((half, side, key)) for sides in layers]
+            held = [None if one is None or not one.tokens else one for one in there]
+            reached = [one for one in held if one is not None]
+            if not reached:
                 continue
-            arrays[f"spectrum/{half}/{side}/{key}"] = torch.stack(
-                [s.spectrum if s.tokens else torch.zeros_like(reached.spectrum) for s in held]
-            )
-            if reached.moment is not None:
-                missing = torch.full_like(reached.moment, torch.nan)
-                arrays[f"moment/{half}/{side}/{key}"] = torch.stack(
-                    [missing if s.moment is None else s.moment for s in held]
-                )
+            spectra = padded_stack([one and one.spectrum for one in held], beyond=0.0)
+            arrays[f"spectrum/{half}/{side}/{key}"] = spectra.nan_to_num()
+            if reached[0].moment is not None:
+                arrays[f"moment/{half}/{side}/{key}"] = padded_stack([s and s.moment for s in held])
         for matrix in dict.fromkeys(matrix for _, matrix in captured.permuted):
-            drawn = [captured.permuted[layer, matrix] for layer in range(len(layers))]
-            arrays[f"permuted/{matrix}"] = torch.stack(drawn, dim=1)
+            drawn = [captured.permuted.get((layer, matrix)) for layer in range(len(layers))]
+            arrays[f"permuted/{matrix}"] = padded_stack(drawn).transpose(0, 1)
         for matrix in dict.fromkeys(matrix for _, matrix in captured.weighted):
             reached_by = [captured.weighted.get((layer, matrix)) for layer in range(len(layers))]
             d = next(moments.d for moments in reached_by if moments is not None)
@@ -305,14 +303,19 @@ class GradientCovariance(Result):
 
     # -- looking up ----------------------------------------------------------------------------------------------
 
-    def _moment(self, key: str, layer: int, matrix: str, head: int | None, half: str) -> Tensor:
-        moments = self._array("moment", half, key)[layer]
+    def _moment(self, side: str, key: str, layer: int, matrix: str, head: int | None, half: str) -> Tensor:
+        moments = self._array("moment", half, f"{side}/{key}")[layer]
+        table = self.table
+        rows = table[(table["layer"] == layer) & (table["matrix"] == matrix) & (table["side"] == side)]
+        if rows.empty:
+            raise ValueError(f"expected a layer that has {matrix}, got {layer}; pass one that the table lists")
+        dimension, heads = int(rows["dimension"].max()), rows["head"].nunique()  # where layers differ, it is filled up
+        if dimension:
+            moments = moments[:, :dimension, :dimension]
         if len(moments) == 1:
             return moments[0]
-        if head is None or not 0 <= head < len(moments):
-            raise ValueError(
-                f"expected a head from 0 to {len(moments) - 1} for this side of {matrix}, got {head}; pass head="
-            )
+        if head is None or not 0 <= head < heads:
+            raise ValueError(f"expected a head from 0 to {heads - 1} for this side of {matrix}, got {head}; pass head=")
         return moments[head]
 
     def _array(self, kind: str, half: str, key: str) -> Tensor:
@@ -326,7 +329,13 @@ class GradientCovariance(Result):
             )
         return self.arrays[name]
 
-    def _require(self, layer: int, matrix: str) -> None:
+    def _input(self, layer: int | None, matrix: str) -> str:
+        """Under which name a matrix's inputs are kept in a layer; None: in the first that has it."""
+        found = self.table[self.table["matrix"] == matrix]["layer"]
+        layer = int(found.iloc[0]) if layer is None else layer
+        return f"{matrix} of experts" if [layer, matrix] in self.config["experts"] else kind_of(matrix).point
+
+    def _require(self, layer: int | None, matrix: str) -> None:
         matrices = self.config["matrices"]
         if matrix not in matrices:
             raise ValueError(f"expected a matrix among {', '.join(matrices)}, got {matrix!r}; pass one of these")
@@ -334,5 +343,5 @@ class GradientCovariance(Result):
 
     def _require_layer(self, layer: int) -> None:
         layers = self.config["shape"]["n_layers"]
-        if not 0 <= layer < layers:
+        if layer is not None and not 0 <= layer < layers:
             raise ValueError(f"expected a layer from 0 to {layers - 1}, got {layer}; pass one of these")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,17 +16,19 @@ from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.nearby import FLOAT32_WIDTH
 from tl_asymmetry.geometry.side_moments import HeadMoments, SketchedMoments
 from tl_asymmetry.geometry.spectrum import effective_rank, marchenko_pastur_edge, participation_ratio, stable_rank
-from tl_asymmetry.gradients.capture import INPUT_AXIS, Captured, Moments
+from tl_asymmetry.gradients.capture import Captured, Measured, Moments
+from tl_asymmetry.models.backward import Outer
 from tl_asymmetry.names import kind_of
 
 GRADIENT_COLUMNS = {
     "layer": "layer, from 0",
     "head": "head; the key-value head for W_K and W_V; NA for a matrix of the MLP",
-    "matrix": "W_Q … W_out",
+    "matrix": "W_Q … W_out, or the path of a further linear map; of a layer's experts together, each token as often as "
+    "it has experts",
     "pathway": '"read" (d_model is the input) or "write" (d_model is the output)',
     "side": '"input" (a, what the matrix multiplies) or "gradient" (δ, the loss\'s gradient at its product)',
     "half": '"all", or the forward pass ("chosen", "rejected") where these are told apart',
-    "axis": '"residual" (d_model), "head" (d_head) or "mlp" (d_mlp)',
+    "axis": '"residual" (d_model), "head" (d_head), "mlp" (d_mlp), or the part of the block whose inner axis it is',
     "shared": "whether all heads of the layer have this side in common, and so the same row",
     "dimension": "length of a or δ",
     "tokens": "n: gradient: tokens with δ ≠ 0; input: tokens at which a matrix that reads this input has δ ≠ 0",
@@ -56,10 +58,12 @@ GRADIENT_COLUMNS = {
 CROSS_COLUMNS = {
     "layer": "layer, from 0",
     "head": "as in the table",
-    "matrix": "W_Q … W_out",
+    "expert": "which expert; NA outside mixtures",
+    "matrix": "as in the table",
     "pathway": '"read" or "write"',
     "input_trace": "Σλ of the input side",
     "gradient_trace": "Σλ of the gradient side",
+    "tokens": "tokens at which this matrix has δ ≠ 0; of an expert those that are routed to it",
     "gradient_norm": "‖Σ_t a_t δ_tᵀ‖, the norm of the summed loss's gradient in this matrix (estimated from the "
     "sketch where a side lies on d_mlp, unless full moments were asked for)",
     "coherence": "‖Σ_t a_t δ_tᵀ‖² / Σ_t ‖a_t‖² ‖δ_t‖²: 1 if different tokens' outer products are orthogonal on "
@@ -75,7 +79,7 @@ class Side:
     """One side of one matrix in one layer, in one half of the passes; float64 on CPU."""
 
     axis: str
-    """"residual", "head" or "mlp"."""
+    """"residual", "head", or the part of the block whose inner axis it is, as "mlp"."""
     dimension: int
     """Length of the vectors."""
     tokens: int
@@ -89,28 +93,35 @@ class Side:
 
 
 def layer_sides(
-    captured: Captured, layer: int, matrices: Sequence[str], prediction: Float[Tensor, "d d"], *, exact: bool
+    captured: Captured,
+    layer: int,
+    measured: Mapping[Outer, Measured],
+    prediction: Float[Tensor, "d d"] | None,
+    *,
+    exact: bool,
 ) -> dict[tuple[str, str, str], Side]:
     """The sides of one layer, by (half, side, matrix or point): inputs by point, gradients by matrix.
 
     Args:
         captured: moments of all groups and passes.
         layer: which layer.
-        matrices: those that were captured.
-        prediction: prediction directions, all d of them.
+        measured: what was captured.
+        prediction: prediction directions, all d of them; None of a model that predicts nothing.
         exact: float64 in replicates on wide axes too.
     """
     halves = {"all": captured.passes or ("",)} | {name: (name,) for name in captured.passes}
     groups = sorted({group for group, _ in captured.parts})
     sides: dict[tuple[str, str, str], Side] = {}
+    here = {matrix: how for (at, matrix), how in measured.items() if at == layer}
+    points = {how.point: kind_of(matrix).input_axis for matrix, how in here.items()}
     for half, wanted in halves.items():
-        for point in dict.fromkeys(kind_of(matrix).point for matrix in matrices):
+        for point, axis in points.items():
             held = [
                 _merged(captured.parts[g, n].inputs.get((point, layer)) for n in wanted if (g, n) in captured.parts)
                 for g in groups
             ]
-            sides[half, "input", point] = _side(held, INPUT_AXIS[point], None, exact=exact)
-        for matrix in matrices:
+            sides[half, "input", point] = _side(held, axis, None, exact=exact)
+        for matrix in here:
             held = [
                 _merged(captured.parts[g, n].gradients.get((layer, matrix)) for n in wanted if (g, n) in captured.parts)
                 for g in groups
@@ -126,22 +137,22 @@ def shown_rank(dimension: int) -> int:
 
 
 def gradient_table(
-    layers: Sequence[dict[tuple[str, str, str], Side]], matrices: Sequence[str], heads: dict[str, int | None]
+    layers: Sequence[dict[tuple[str, str, str], Side]], measured: Mapping[Outer, Measured]
 ) -> pd.DataFrame:
     """All rows: layer × head × matrix × side, for all halves together and for each that is told apart."""
     rows = []
     for layer, sides in enumerate(layers):
         for half in dict.fromkeys(half for half, _, _ in sides):
-            for matrix in matrices:
-                for kind, key in (("input", kind_of(matrix).point), ("gradient", matrix)):
+            for matrix, how in ((matrix, how) for (at, matrix), how in measured.items() if at == layer):
+                for kind, key in (("input", how.point), ("gradient", matrix)):
                     side = sides[half, kind, key]
-                    shared = heads[matrix] is not None and side.axis == "residual"
-                    for head in range(heads[matrix] or 1):
+                    shared = how.heads is not None and side.axis == "residual"
+                    for head in range(how.heads or 1):
                         numbers = {n: float(v[head if len(v) > 1 else 0]) for n, v in side.numbers.items()}
                         rows.append(
                             {
                                 "layer": layer,
-                                "head": None if heads[matrix] is None else head,
+                                "head": None if how.heads is None else head,
                                 "matrix": matrix,
                                 "pathway": kind_of(matrix).side,
                                 "side": kind,
@@ -166,35 +177,39 @@ _WORDS = {"matrix", "pathway", "side", "half", "axis", "shared"}
 def cross_table(
     captured: Captured,
     layers: Sequence[dict[tuple[str, str, str], Side]],
-    matrices: Sequence[str],
-    heads: dict[str, int | None],
+    measured: Mapping[Outer, Measured],
 ) -> pd.DataFrame:
-    """One row per layer × head × matrix: how large the gradient itself is, beside its two sides."""
+    """One row per layer × head or expert × matrix: how large the gradient itself is, beside its two sides."""
     rows = []
-    for layer, sides in enumerate(layers):
-        for matrix in matrices:
-            traces = [
-                sides["all", kind, key].numbers["trace"]
-                for kind, key in (("input", kind_of(matrix).point), ("gradient", matrix))
-            ]
-            count = heads[matrix] or 1
-            nan = torch.full((count,), torch.nan, dtype=torch.float64)
-            squared = captured.squared_norms.get((layer, matrix), nan)
-            products = captured.products.get((layer, matrix), nan)
-            for head in range(count):
-                rows.append(
-                    {
-                        "layer": layer,
-                        "head": None if heads[matrix] is None else head,
-                        "matrix": matrix,
-                        "pathway": kind_of(matrix).side,
-                        "input_trace": float(traces[0][head if len(traces[0]) > 1 else 0]),
-                        "gradient_trace": float(traces[1][head if len(traces[1]) > 1 else 0]),
-                        "gradient_norm": float(squared[head]) ** 0.5,
-                        "coherence": float(squared[head] / products[head]),
-                    }
-                )
-    return pd.DataFrame(rows, columns=list(CROSS_COLUMNS)).astype({"layer": "Int64", "head": "Int64"})
+    for (layer, matrix), how in measured.items():
+        a, δ = layers[layer]["all", "input", how.point], layers[layer]["all", "gradient", matrix]
+        count = how.experts or how.heads or 1
+        nan = torch.full((count,), torch.nan, dtype=torch.float64)
+        squared = captured.squared_norms.get((layer, matrix), nan)
+        products = captured.products.get((layer, matrix), nan)
+        traces = {"input_trace": a.numbers["trace"], "gradient_trace": δ.numbers["trace"]}
+        tokens = torch.tensor([δ.tokens])
+        if how.experts is not None:
+            sums = captured.routed.get((layer, matrix), dict.fromkeys(("tokens", "inputs", "gradients"), 0 * nan))
+            tokens = sums["tokens"].nan_to_num()
+            traces = {"input_trace": sums["inputs"] / tokens, "gradient_trace": sums["gradients"] / tokens}
+        for unit in range(count):
+            rows.append(
+                {
+                    "layer": layer,
+                    "head": None if how.heads is None else unit,
+                    "expert": None if how.experts is None else unit,
+                    "matrix": matrix,
+                    "pathway": kind_of(matrix).side,
+                    **{name: float(each[unit if len(each) > 1 else 0]) for name, each in traces.items()},
+                    "tokens": int(tokens[unit if len(tokens) > 1 else 0]),
+                    "gradient_norm": float(squared[unit]) ** 0.5,
+                    "coherence": float(squared[unit] / products[unit]),
+                }
+            )
+    return pd.DataFrame(rows, columns=list(CROSS_COLUMNS)).astype(
+        dict.fromkeys(("layer", "head", "expert", "tokens"), "Int64")
+    )
 
 
 def _merged(parts: Iterable[Moments | None]) -> Moments | None:

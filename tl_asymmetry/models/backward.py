@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_asymmetry.models.graphs import frozen
+from tl_asymmetry.models.routed import RoutedReader, expert_products
 from tl_asymmetry.models.running import hooked
 from tl_asymmetry.models.view import ModelView, Projection, Reader, first_tensor
 from tl_asymmetry.names import kind_of
@@ -49,7 +50,9 @@ class Backward:
 
 
 @contextmanager
-def outer_products(view: ModelView, sites: Sequence[Outer], reader: OuterReader) -> Iterator[Backward]:
+def outer_products(
+    view: ModelView, sites: Sequence[Outer], reader: OuterReader, routed: RoutedReader | None = None
+) -> Iterator[Backward]:
     """Show a reader, for every weight matrix, its input a and its upstream gradient δ = ∂L/∂(a W + b).
 
     `∂L/∂W = Σ_t a_t δ_tᵀ` over the tokens of a pass, exactly. δ of W_Q, W_K, W_V is taken before any query-key norm and
@@ -68,12 +71,13 @@ def outer_products(view: ModelView, sites: Sequence[Outer], reader: OuterReader)
         view: the model, in the mode the caller wants.
         sites: layers and matrices.
         reader: see `OuterReader`; passes count from 0 within the context.
+        routed: the same of experts, which see the tokens that are routed to them: see `routed.RoutedReader`.
 
     Yields:
         A `Backward`, whose `run(loss)` does the backward pass.
 
     Raises:
-        ValueError: inference mode, or a matrix whose product the model does not expose.
+        ValueError: inference mode, or a matrix whose product the model does not expose; experts without `routed`.
 
     Example:
         >>> from tl_asymmetry.training.objectives import CrossEntropy, TokenBatch
@@ -89,13 +93,25 @@ def outer_products(view: ModelView, sites: Sequence[Outer], reader: OuterReader)
     check_differentiable(view)
     backward = Backward()
     inputs: dict[tuple[str, int], Tensor] = {}
+    of_experts = [(layer, matrix) for layer, matrix in sites if view.unit(layer, matrix) == "expert"]
+    if of_experts and routed is None:
+        raise ValueError(f"expected matrices that every token meets, got the experts' {of_experts[0][1]}; pass others")
+    whole = [site for site in sites if site not in of_experts]
     points: dict[tuple[str, int], Reader] = {
-        point: partial(_keep, inputs, point) for point in ((kind_of(matrix).point, layer) for layer, matrix in sites)
+        point: partial(_keep, inputs, point)
+        for point in ((kind_of(matrix).point, layer) for layer, matrix in whole)
+        if not view.inputs_at_products
     }
     products = [
-        (_projection(view, *site)[0], "output", partial(_watch, view, backward, inputs, site, reader)) for site in sites
+        (_projection(view, *site)[0], "output", partial(_watch, view, backward, inputs, site, reader)) for site in whole
     ]
-    with frozen(view), view.hooks(points), hooked([_start(view, backward), *products]), torch.enable_grad():
+    with (
+        frozen(view),
+        view.hooks(points),
+        hooked([_start(view, backward), *products]),
+        expert_products(view, of_experts, backward.starts, routed),
+        torch.enable_grad(),
+    ):
         yield backward
 
 
@@ -169,13 +185,19 @@ def _watch(
     if not (torch.is_grad_enabled() and y.requires_grad):
         return
     layer, matrix = site
-    a, index = inputs[kind_of(matrix).point, layer], backward.passes - 1
+    index, kind = backward.passes - 1, kind_of(matrix)
     part = _projection(view, layer, matrix)[1]
-    heads, width = view.heads(matrix) or 1, view.weight(layer, matrix).shape[-1]
+    shape = view.weight(layer, matrix).shape
+    heads, width = shape[0] if kind.heads else 1, shape[-1]
+    if view.inputs_at_products:  # a model may call what reads one input in any order
+        own = shape[:2] if kind.input_axis == "head" else shape[-2:-1]
+        a = args[0].detach().reshape(*backward.starts[index].shape[:2], *own)
+    else:
+        a = inputs[kind.point, layer]
 
     def show(δ: Tensor) -> None:
         δ = part(δ.detach())
-        if kind_of(matrix).output_axis == "head":
+        if kind.output_axis == "head":
             # a HookedTransformer may repeat key-value heads before the hook (ungroup_grouped_query_attention)
             δ = δ.reshape(*a.shape[:2], heads, -1, width).sum(3)
         else:

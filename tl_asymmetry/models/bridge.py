@@ -49,6 +49,8 @@ class BridgeAdapter:
     """Matrices that its blocks may have."""
     has_unembedding = True
     """Whether it predicts tokens from its stream."""
+    inputs_at_products = False
+    """Whether the module of a `projection` is called with the matrix's own input."""
     names_hooks = True
     """Whether its blocks have TransformerLens's hook points."""
 

@@ -26,6 +26,7 @@ class HookedAdapter:
     names = ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out", "W_router")
     """Matrices that its blocks may have."""
     has_unembedding = True
+    inputs_at_products = False
     names_hooks = True
     """Whether its blocks have TransformerLens's hook points."""
 

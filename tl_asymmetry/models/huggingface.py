@@ -69,6 +69,8 @@ class HuggingFaceAdapter:
     """
 
     tells_folded_norms = False
+    inputs_at_products = True
+    """Whether the module of a `projection` is called with the matrix's own input."""
     may_be_processed = False
     """Whether its weights may have gone through TransformerLens's processing."""
 

@@ -26,6 +26,7 @@ from tl_asymmetry.models.loading import opened_model
 from tl_asymmetry.models.put_in import foreign_hooks, foreign_modules, refuse_elsewhere, refuse_packed, refuse_unmerged
 from tl_asymmetry.models.readers.hub import public_name
 from tl_asymmetry.models.running import evaluation, hooked
+from tl_asymmetry.models.sites import Site
 from tl_asymmetry.names import MATRICES, POINTS, kind_of
 from tl_asymmetry.notes import warn
 
@@ -207,10 +208,7 @@ class ModelView:
 
     def _notes(self) -> tuple[str, ...]:
         adapter, notes = self._adapter, []
-        for matrix in self.irregular:
-            count = sum(self.has(layer, matrix) for layer in range(self.n_layers))
-            each = f", one for each of {self.experts(matrix)} experts" if self.experts(matrix) else ""
-            notes.append(f"{count} of {self.n_layers} layers have {matrix}{each}")
+        notes += self._irregularities()
         repeats = getattr(adapter, "repeats", 1)
         if repeats > 1:
             notes.append(
@@ -234,6 +232,25 @@ class ModelView:
                 "direction by direction, so write fractions describe the norm's input"
             )
         return tuple(notes)
+
+    def _irregularities(self) -> list[str]:
+        """Which layers have the matrices that are not the same everywhere, what is alike said once."""
+        alike: dict[tuple[int, str], list[str]] = {}
+        for matrix in self.irregular:
+            by_unit: dict[str | None, list[tuple[int, ...]]] = {}
+            for layer in range(self.n_layers):
+                if self.has(layer, matrix):
+                    by_unit.setdefault(self.unit(layer, matrix), []).append(self._shapes[matrix][layer])
+            for unit, shapes in by_unit.items():
+                experts = sorted({shape[0] for shape in shapes}) if unit == "expert" else []
+                each = f", one for each of {' or '.join(map(str, experts))} experts" if experts else ""
+                widths = "" if experts or len(set(shapes)) == 1 else ", not all of one shape"
+                alike.setdefault((len(shapes), each or widths), []).append(matrix)
+        return [
+            f"{f'{count} of {self.n_layers} layers' if count < self.n_layers else 'every layer'} "
+            f"{'have' if 1 < count < self.n_layers else 'has'} {', '.join(matrices)}{which}"
+            for (count, which), matrices in alike.items()
+        ]
 
     # -- where things are --------------------------------------------------------------------------
 
@@ -278,8 +295,8 @@ class ModelView:
     def experts(self, matrix: str) -> int | None:
         """Number of experts that have a matrix of their own, in the layer with the most; None where none has."""
         self._require_matrix(matrix)
-        counts = [shape[0] for shape in self._shapes[matrix] if shape is not None and len(shape) == 3]
-        return max(counts) if self._adapter.unit(matrix) == "expert" and counts else None
+        layers = [layer for layer in range(self.n_layers) if self.unit(layer, matrix) == "expert"]
+        return max((self._shapes[matrix][layer][0] for layer in layers), default=None)
 
     def unit(self, layer: int, matrix: str) -> str | None:
         """What a layer has several of in one matrix: "head", "expert", or None."""
@@ -541,12 +558,27 @@ class ModelView:
         module, side, _ = self._watch(point, layer, lambda x: None, {})
         return module, side
 
+    @property
+    def inputs_at_products(self) -> bool:
+        """Whether the module of a `projection` is called with the matrix's own input."""
+        return self._adapter.inputs_at_products
+
     def projection(self, layer: int, matrix: str) -> Projection | None:
         """The module whose (first) output holds `input @ matrix + bias`, and how to take it from there; None where the
         model hides that product."""
         self._require_layer(layer)
         self._require_matrix(matrix)
         return self._adapter.projection(layer, matrix)
+
+    def stacked(self, layer: int, matrix: str) -> Site:
+        """Where the model keeps the experts of a matrix, all of a layer in one parameter.
+
+        Raises:
+            ValueError: no such layer, or a matrix that is not split into experts there.
+        """
+        if self.unit(layer, matrix) != "expert":
+            raise ValueError(f"expected a matrix of experts, got {matrix!r} of layer {layer}; pass one of these")
+        return self._adapter.sites[layer][matrix]
 
     def all_modules(self) -> Iterator[nn.Module]:
         """Every module of the model, the wrapped Hugging Face model's included, each once."""

@@ -42,7 +42,7 @@ from tl_asymmetry.pair.plan import (
     matrices_of_both,
     too_few,
 )
-from tl_asymmetry.pair.projections import Projection, keys_reference_note, project
+from tl_asymmetry.pair.projections import Projection, notes_of_kinds, project
 from tl_asymmetry.pair.result import PairAnalysis
 from tl_asymmetry.pair.saved_moments import SavedMoments
 from tl_asymmetry.pair.sensitivity import SensitivityProfiles, prediction_variants, stacked_variants
@@ -167,8 +167,8 @@ def analyze_pair(
     plan = make_plan(base, settings, sequences, notes, available=matrices_of_both(base, aligned, notes))
     for name in unmatched_parameters(base, aligned):
         notes.add(f"{name} exists in one of the two models only and is left out")
-    if "W_K" in plan.matrices:
-        notes.add(keys_reference_note(softmax_centres_keys=base.key_shift_invariant))
+    for note in notes_of_kinds(base, plan.matrices):
+        notes.add(note)
     processes = present_processes() if distributed else ALONE
     memory = plan_memory(base, plan, sequences, settings, processes)
     if saved is not None:

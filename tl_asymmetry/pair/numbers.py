@@ -223,8 +223,9 @@ def _aligned(parts: Sequence[Tensor | None]) -> list[Tensor | None]:
     def widened(part: Tensor | None) -> Tensor | None:
         if part is None or part.shape[1] == most:
             return part
-        gap = part.new_full((2, most - part.shape[1], part.shape[2]), torch.nan)
-        return torch.cat([part[:, : max(part.shape[1] - 1, 1)], gap, part[:, -1:]], 1)[:, -most:]
+        heads = part[:, : max(part.shape[1] - 1, 1)]  # one alone is its own pool
+        gap = part.new_full((2, most - heads.shape[1] - 1, part.shape[2]), torch.nan)
+        return torch.cat([heads, gap, part[:, -1:]], 1)
 
     return [widened(part) for part in parts]
 

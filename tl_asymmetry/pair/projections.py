@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from tl_asymmetry.geometry.fraction import gram_energy
 from tl_asymmetry.geometry.nulls import PERMUTATIONS, order_range
 from tl_asymmetry.geometry.references import expected_fraction, input_covariance
+from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.names import kind_of
 from tl_asymmetry.pair.bases import LayerBases, crossed_replicates
 from tl_asymmetry.pair.deltas import AnyDelta, FactoredDelta
@@ -205,17 +206,29 @@ def _permuted(
     return torch.stack([drawn.double().cpu().mean(0), *order_range(drawn.double().cpu())])
 
 
-def keys_reference_note(*, softmax_centres_keys: bool) -> str:
-    """What the reader must know of the matched reference of W_K, which depends on the model's attention."""
-    if softmax_centres_keys:
-        return (
+def notes_of_kinds(base: ModelView, matrices: Sequence[str]) -> Iterator[str]:
+    """What the reader must know of some kinds of matrices: keys, experts, those that work on latents."""
+    if "W_K" in matrices and base.key_shift_invariant:
+        yield (
             "activation_matched on W_K rows uses the input's covariance within sequences, first positions included: "
             "softmax ignores what all keys of a sequence share"
         )
-    return (
-        "activation_matched on W_K rows uses the uncentred input of all positions: with rotary positions, a query-key "
-        "norm or a soft cap, softmax removes what all keys share only in part, so there it is an approximation"
-    )
+    elif "W_K" in matrices:
+        yield (
+            "activation_matched on W_K rows uses the uncentred input of all positions: with rotary positions, a "
+            "query-key norm or a soft cap, softmax removes what all keys share only in part, so there it is an "
+            "approximation"
+        )
+    if any(base.experts(matrix) for matrix in matrices):
+        yield (
+            "experts are held against what the whole layer reads; each learned from the tokens that were routed to it "
+            "alone, so what training gives it by chance is known approximately"
+        )
+    if "W_DKV" in matrices:
+        yield (
+            "latent attention: its maps from latents to queries, keys and values have no side on the stream and no "
+            "rows; their changes stand in other_changes"
+        )
 
 
 def _weighted_covariance(delta: AnyDelta, bases: LayerBases) -> Float64[Tensor, "d d"] | None:
@@ -226,11 +239,11 @@ def _weighted_covariance(delta: AnyDelta, bases: LayerBases) -> Float64[Tensor, 
 
 
 def _gradient_reference(gradient: GradientMoments, bases: LayerBases, delta: AnyDelta, basis: Tensor) -> Tensor:
-    """Of a write matrix: what the optimiser makes of Σ_δ, as `_against_input` of Σ_a."""
+    """Of a write matrix: what the optimiser makes of Σ_δ, as `_against_input` of Σ_a. Experts have one in common."""
     heads = len(delta.numbers.energy)
     rows = []
     for head in range(heads) if kind_of(delta.matrix).point == "z" else [None]:
         Σ = gradient.gradient_moment(bases.layer, delta.matrix, head)
         C = input_covariance(Σ, bases.optimizer, columns=delta.numbers.columns)
         rows.append(expected_fraction(C, basis))
-    return torch.stack(rows)
+    return torch.stack(rows).expand(heads, -1)

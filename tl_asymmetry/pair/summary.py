@@ -180,10 +180,11 @@ def _writing(changed: pd.DataFrame, k: int) -> Iterator[str]:
         if subspace == "resid_post" or (subspace == "resid_mid" and kind_of(matrix, "write").part == "attn")
     ]
     if circular:
-        listed = " and ".join(circular)
+        *most, last = circular
+        listed = f"{', '.join(most)} and {last}" if most else last
         yield (
-            f"{listed} {'describe' if len(circular) > 1 else 'describes'}: that stream contains what these matrices "
-            "write, whatever they learned."
+            f"{listed} describe{'' if most else 's'}: that stream contains what these matrices write, whatever they "
+            "learned."
         )
 
 
@@ -200,7 +201,8 @@ def _asymmetry(result: PairData, k: int) -> Iterator[str]:
         if (known["expected_from"] == READ_ONLY).all()
         else f"both sides' references give {expected:+.2f} by chance"
     )
-    layers = "layers" if len(known) == len(whole) else f"{len(known)} of {len(whole)} layers"
+    count = result.config["shape"]["n_layers"]
+    layers = "layers" if len(known) == count else f"{len(known)} of {count} layers"
     yield (
         f"Asymmetry: mean log2(read / write) over {layers} is {ratio:+.2f}; {source}, which leaves "
         f"{ratio - expected:+.2f}. No test stands behind these numbers."

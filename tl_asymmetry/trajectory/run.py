@@ -25,7 +25,7 @@ from tl_asymmetry.notes import Notes
 from tl_asymmetry.pair.bases import LayerBases
 from tl_asymmetry.pair.numbers import Layout
 from tl_asymmetry.pair.plan import counted_tokens, grouped_sequences, make_plan, too_few
-from tl_asymmetry.pair.projections import keys_reference_note
+from tl_asymmetry.pair.projections import notes_of_kinds
 from tl_asymmetry.results.provenance import described, model_record, shape_record, versions, weights_hash
 from tl_asymmetry.settings import GradientMoments, PairSettings, check_products, checked_hash
 from tl_asymmetry.store import DamagedFile, Parts, PartStore, StoreReader, open_store
@@ -181,10 +181,8 @@ class TrajectoryRun:
                 "subspaces come from each checkpoint itself: its activations have already seen the change that is "
                 "held against them, and a curve mixes the change of the delta with that of the subspace"
             )
-        for note in view.notes:
+        for note in (*view.notes, *notes_of_kinds(view, self.plan.matrices)):
             notes.add(note)
-        if "W_K" in plan.matrices:
-            notes.add(keys_reference_note(softmax_centres_keys=view.key_shift_invariant))
         self.about: dict[str, Any] = {
             "arguments": arguments,
             "versions": versions(),

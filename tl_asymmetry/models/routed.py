@@ -1,0 +1,163 @@
+"""The two sides of the gradients of experts: the tokens that the router gave to each, and what came back to them."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tl_asymmetry.interrupts import temporarily
+from tl_asymmetry.models.running import hooked
+from tl_asymmetry.models.sites import Site
+from tl_asymmetry.models.view import ModelView
+
+Outer = tuple[int, str]
+"""A layer and a matrix."""
+
+RoutedReader = Callable[[int, Outer, int, Tensor, Tensor, Tensor], None]
+"""Called with the number of the forward pass, the layer and matrix, the expert, a and δ `[token, …]` of the tokens of
+one batch that this expert was given, and the batch's row of each."""
+
+_PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "bmm")
+"""Names of the functions by which experts multiply."""
+
+
+@contextmanager
+def expert_products(
+    view: ModelView, sites: Sequence[Outer], starts: Sequence[Tensor], reader: RoutedReader | None
+) -> Iterator[None]:
+    """Show a reader what `backward.outer_products` shows of other matrices, for each expert that got a token.
+
+    A stack of experts is one module: which of its products is whose is told by the memory of the weight that is
+    multiplied, while transformers runs its experts one after the other. The routing is the model's own, and kept.
+
+    Args:
+        view: the model.
+        sites: layers and matrices of experts; none: nothing is done.
+        starts: the stream before the first block of every pass so far, whose `[batch, pos]` the tokens come in.
+        reader: see `RoutedReader`.
+
+    Raises:
+        ValueError: an expert that is given other tokens than the router chose for it.
+    """
+    if not sites or reader is None:
+        yield
+        return
+    stacks: dict[int, _Stack] = {}
+    for layer, matrix in sites:
+        site = view.stacked(layer, matrix)
+        parameter = getattr(site.module, site.parameter)
+        stack = stacks.setdefault(parameter.untyped_storage().data_ptr(), _Stack(layer, parameter))
+        stack.matrices[matrix] = site
+    routings = {id(site.module): _Routing() for stack in stacks.values() for site in stack.matrices.values()}
+    modules = {id(site.module): site.module for stack in stacks.values() for site in stack.matrices.values()}
+    for stack in stacks.values():
+        stack.routing = routings[id(next(iter(stack.matrices.values())).module)]
+    notes = [(module, "input", routings[key].note) for key, module in modules.items()]
+    with _one_after_the_other(list(modules.values())), hooked(notes), _Products(stacks, starts, reader):
+        yield
+
+
+class _Routing:
+    """What a module of experts was called with."""
+
+    hidden: Tensor
+    """Its tokens `[token, d_model]`."""
+    chosen: Tensor | None = None
+    """Experts of each token `[token, k]`; None where every expert is given every token, most of them as zeros."""
+
+    def note(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        self.hidden = tensors[0].detach().flatten(0, -2)
+        self.chosen = next((t for t in tensors[1:] if not t.is_floating_point()), None)
+
+    def tokens(self, expert: int) -> Tensor:
+        """Those of an expert, in the order in which it is given them."""
+        if self.chosen is None:
+            raise RuntimeError("no expert was chosen for any token")
+        return torch.where((self.chosen == expert).mT)[1]
+
+
+class _Stack:
+    """A parameter that holds a matrix, or two fused ones, of each expert."""
+
+    routing: _Routing
+
+    def __init__(self, layer: int, parameter: Tensor) -> None:
+        self.layer, self.parameter = layer, parameter
+        self.matrices: dict[str, Site] = {}
+
+    def expert(self, weight: Tensor) -> int:
+        return (weight.storage_offset() - self.parameter.storage_offset()) // self.parameter.stride(0)
+
+
+class _Products(TorchFunctionMode):
+    """Sees products with the weights of experts, and asks for their gradients."""
+
+    def __init__(self, stacks: dict[int, _Stack], starts: Sequence[Tensor], reader: RoutedReader) -> None:
+        super().__init__()
+        self._stacks, self._starts, self._reader = stacks, starts, reader
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        multiplies = getattr(func, "__name__", "") in _PRODUCTS and len(args) > 1 and isinstance(args[1], Tensor)
+        if multiplies and torch.is_grad_enabled() and result.requires_grad:
+            stack = self._stacks.get(args[1].untyped_storage().data_ptr())
+            if stack is not None:
+                self._seen(stack, args[0].detach(), args[1], result)
+        return result
+
+    def _seen(self, stack: _Stack, a: Tensor, weight: Tensor, product: Tensor) -> None:
+        index, length = len(self._starts) - 1, self._starts[-1].shape[1]
+
+        def show(expert: int, a: Tensor, tokens: Tensor, δ: Tensor) -> None:
+            for matrix, site in stack.matrices.items():
+                part = δ.detach() if site.side == "write" else site.split(δ.detach())
+                self._reader(index, (stack.layer, matrix), expert, a, part, tokens // length)
+
+        if weight.ndim == 3:  # Llama 4: every expert has a row for every token, zeros where it was not chosen
+
+            def show_all(δ: Tensor) -> None:
+                for expert in range(len(a)):
+                    (tokens,) = torch.where((a[expert] != 0).any(-1))
+                    if len(tokens):
+                        show(expert, a[expert][tokens], tokens, δ[expert][tokens])
+
+            product.register_hook(show_all)
+            return
+        expert = stack.expert(weight)
+        tokens = stack.routing.tokens(expert)
+        reads = any(site.side == "read" for site in stack.matrices.values())
+        if len(tokens) != len(a) or (reads and not torch.equal(stack.routing.hidden[tokens], a)):
+            raise ValueError(
+                f"expected expert {expert} of layer {stack.layer} to be given the {len(tokens)} tokens that the router "
+                f"chose for it, got {len(a)} others; pass matrices without {', '.join(stack.matrices)}"
+            )
+        product.register_hook(partial(show, expert, a, tokens))
+
+
+@contextmanager
+def _one_after_the_other(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """transformers' own loop over experts inside, in the place of kernels that multiply all of them at once."""
+    loops = {
+        module: types.MethodType(loop, module)
+        for module in modules
+        if (loop := getattr(type(module).forward, "__wrapped__", None)) is not None and "forward" not in vars(module)
+    }
+
+    def put_in() -> None:
+        for module, loop in loops.items():
+            module.forward = loop  # type: ignore[method-assign]
+
+    def take_out() -> None:
+        for module in loops:
+            vars(module).pop("forward", None)
+
+    with temporarily(put_in, take_out):
+        yield
