@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +99,9 @@ def opened_model(
     if wrap:
         _refuse_to_install(config, name)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    own = None
     if path is None or has_tokenizer(path):
-        tokenizer = _tokenizer(source, name, trust_remote_code=trust_remote_code)
+        own = _tokenizer(source, name, trust_remote_code=trust_remote_code)
 
     def loaded() -> Any:
         model = transformers_model(source, dtype, trust_remote_code=trust_remote_code)
@@ -111,22 +112,23 @@ def opened_model(
         return model
 
     def plain(model: Any) -> Any:
-        model.tokenizer = tokenizer
+        model.tokenizer = tokenizer if own is None else own
         return model
 
     model = loaded()
     if not wrap:
         return plain(model), ()
     tokens = torch.arange(_PROBE_TOKENS, device=device).unsqueeze(0) * 37 % model.get_input_embeddings().weight.shape[0]
-    with torch.no_grad():
+    expected = None  # of what is not run on tokens alone, which is refused where it is run
+    with torch.no_grad(), suppress(*_ANSWERS_OF_TRANSFORMER_LENS):
         expected = model(input_ids=tokens)[0]  # logits, or the last stream where nothing is predicted
     try:
-        bridge = bridge_around(model, name, tokenizer=tokenizer, device=device, dtype=model.dtype)
+        bridge = bridge_around(model, name, tokenizer=own, device=device, dtype=model.dtype)
     except NotWrappedError:
         return plain(loaded()), ()  # wrapping may have got some way
-    if tokenizer is None:  # no stand-in
-        bridge.tokenizer = None
-    difference = _difference(bridge, tokens, expected)
+    if own is None:  # no stand-in, and a given one as it is
+        bridge.tokenizer = tokenizer
+    difference = None if expected is None else _difference(bridge, tokens, expected)
     if difference is None:
         return bridge, ()
     del model, bridge
