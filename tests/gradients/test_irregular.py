@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from tests.models.test_sites import VOCABULARY, adapter_of
+from tests.pair.test_irregular import changed
 from tl_asymmetry import analyze_pair, gradient_covariance, load
 from tl_asymmetry.models.backward import outer_products
 from tl_asymmetry.models.view import ModelView
@@ -136,16 +137,8 @@ def test_heads_of_two_widths(measured):
 @pytest.mark.parametrize("name", ["qwen3.5", "gpt-oss"])
 def test_they_are_the_reference_of_a_pair(name, measured):
     base, _, found = measured(name)
-    aligned = adapter_of(name).inner
     options = {"tokens": tokens(), "ranks": [2], "groups": 1, "progress": False}
-    result = analyze_pair(base.inner, changed(aligned), gradient=found, **options)
+    result = analyze_pair(base.inner, changed(base.inner), gradient=found, **options)
     writes = result.table[result.table["pathway"] == "write"]
     assert writes["gradient_excess"].notna().all()
     assert "weighted" in set(result.nulls["null"])
-
-
-def changed(model):
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)).to(parameter)
-    return model

@@ -281,10 +281,12 @@ class GradientCovariance(Result):
             reached = [one for one in held if one is not None]
             if not reached:
                 continue
-            spectra = padded_stack([one and one.spectrum for one in held], beyond=0.0)
+            spectra = padded_stack([None if one is None else one.spectrum for one in held], beyond=0.0)
             arrays[f"spectrum/{half}/{side}/{key}"] = spectra.nan_to_num()
             if reached[0].moment is not None:
-                arrays[f"moment/{half}/{side}/{key}"] = padded_stack([s and s.moment for s in held])
+                arrays[f"moment/{half}/{side}/{key}"] = padded_stack(
+                    [None if one is None else one.moment for one in held]
+                )
         for matrix in dict.fromkeys(matrix for _, matrix in captured.permuted):
             drawn = [captured.permuted.get((layer, matrix)) for layer in range(len(layers))]
             arrays[f"permuted/{matrix}"] = padded_stack(drawn).transpose(0, 1)

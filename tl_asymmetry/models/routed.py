@@ -153,7 +153,7 @@ def _one_after_the_other(modules: Sequence[nn.Module]) -> Iterator[None]:
 
     def put_in() -> None:
         for module, loop in loops.items():
-            module.forward = loop  # type: ignore[method-assign]
+            module.forward = loop
 
     def take_out() -> None:
         for module in loops:

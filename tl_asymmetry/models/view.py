@@ -207,8 +207,7 @@ class ModelView:
         return f"ModelView({self.kind} {self.name!r}, {shape})"
 
     def _notes(self) -> tuple[str, ...]:
-        adapter, notes = self._adapter, []
-        notes += self._irregularities()
+        adapter, notes = self._adapter, self._irregularities()
         repeats = getattr(adapter, "repeats", 1)
         if repeats > 1:
             notes.append(
@@ -238,9 +237,9 @@ class ModelView:
         alike: dict[tuple[int, str], list[str]] = {}
         for matrix in self.irregular:
             by_unit: dict[str | None, list[tuple[int, ...]]] = {}
-            for layer in range(self.n_layers):
-                if self.has(layer, matrix):
-                    by_unit.setdefault(self.unit(layer, matrix), []).append(self._shapes[matrix][layer])
+            for layer, shape in enumerate(self._shapes[matrix]):
+                if shape is not None:
+                    by_unit.setdefault(self.unit(layer, matrix), []).append(shape)
             for unit, shapes in by_unit.items():
                 experts = sorted({shape[0] for shape in shapes}) if unit == "expert" else []
                 each = f", one for each of {' or '.join(map(str, experts))} experts" if experts else ""
@@ -295,8 +294,9 @@ class ModelView:
     def experts(self, matrix: str) -> int | None:
         """Number of experts that have a matrix of their own, in the layer with the most; None where none has."""
         self._require_matrix(matrix)
-        layers = [layer for layer in range(self.n_layers) if self.unit(layer, matrix) == "expert"]
-        return max((self._shapes[matrix][layer][0] for layer in layers), default=None)
+        shapes = enumerate(self._shapes[matrix])
+        counts = [shape[0] for layer, shape in shapes if shape is not None and self.unit(layer, matrix) == "expert"]
+        return max(counts, default=None)
 
     def unit(self, layer: int, matrix: str) -> str | None:
         """What a layer has several of in one matrix: "head", "expert", or None."""
@@ -576,9 +576,10 @@ class ModelView:
         Raises:
             ValueError: no such layer, or a matrix that is not split into experts there.
         """
-        if self.unit(layer, matrix) != "expert":
+        adapter = self._adapter
+        if self.unit(layer, matrix) != "expert" or not isinstance(adapter, HuggingFaceAdapter):
             raise ValueError(f"expected a matrix of experts, got {matrix!r} of layer {layer}; pass one of these")
-        return self._adapter.sites[layer][matrix]
+        return adapter.sites[layer][matrix]
 
     def all_modules(self) -> Iterator[nn.Module]:
         """Every module of the model, the wrapped Hugging Face model's included, each once."""
