@@ -145,10 +145,16 @@ class _Products(TorchFunctionMode):
 @contextmanager
 def _one_after_the_other(modules: Sequence[nn.Module]) -> Iterator[None]:
     """transformers' own loop over experts inside, in the place of kernels that multiply all of them at once."""
+    for module in modules:
+        if "forward" in vars(module):
+            raise ValueError(
+                f"expected experts with transformers' own forward, got another in {type(module).__name__} (a device "
+                "map's, for one); pass the model on one device, or matrices without the experts'"
+            )
     loops = {
         module: types.MethodType(loop, module)
         for module in modules
-        if (loop := getattr(type(module).forward, "__wrapped__", None)) is not None and "forward" not in vars(module)
+        if (loop := getattr(type(module).forward, "__wrapped__", None)) is not None
     }
 
     def put_in() -> None:
