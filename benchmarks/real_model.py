@@ -15,6 +15,7 @@ import argparse
 import copy
 import itertools
 import json
+import math
 import platform
 import random
 import sys
@@ -156,10 +157,15 @@ def of_pair(result: Any) -> dict[str, Any]:
         found[f"{pathway} {subspace}"] = {
             "rows": len(rows),
             "median relative": float(rows["relative"].median()),
-            "median excess": float(rows["excess"].median()),
+            "median excess": known(rows["excess"].median()),
+            "median gradient excess": known(rows["gradient_excess"].median()),
             "verdicts": {str(verdict): int(n) for verdict, n in rows["verdict"].value_counts().items()},
         }
     return found | {"median ‖ΔW‖/‖W‖": float(shown["delta_relative_norm"].median())}
+
+
+def known(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
 
 
 def size(result: Any) -> dict[str, Any]:

@@ -341,9 +341,10 @@ class GradientCovariance(Result):
         matrices = self.config["matrices"]
         if matrix not in matrices:
             raise ValueError(f"expected a matrix among {', '.join(matrices)}, got {matrix!r}; pass one of these")
-        self._require_layer(layer)
+        if layer is not None:
+            self._require_layer(layer)
 
     def _require_layer(self, layer: int) -> None:
         layers = self.config["shape"]["n_layers"]
-        if layer is not None and not 0 <= layer < layers:
+        if not 0 <= layer < layers:
             raise ValueError(f"expected a layer from 0 to {layers - 1}, got {layer}; pass one of these")
