@@ -204,7 +204,7 @@ class _Build:
             },
             "change": {name: self._relative_change(name) for name in ("dpo", "control")},
             "following": stages["following"],
-            "curves": {"base": base_curve, "dpo": dpo_curve, "control": control_curve} | stages["curves"],
+            "curves": _short({"base": base_curve, "dpo": dpo_curve, "control": control_curve}) | stages["curves"],
             "sha256": self._hashes(),
         }
         _write_json(self.out / "log.json", log)
@@ -302,7 +302,7 @@ class _Build:
         )  # fmt: skip
         following = {name: self._judge_following(m) for name, m in (("base", base), ("sft", sft), ("sft_dpo", last))}
         logger.info("following: %s", following)
-        return {"following": following, "curves": {"sft": sft_curve, "sft_dpo": last_curve}}
+        return {"following": following, "curves": _short({"sft": sft_curve, "sft_dpo": last_curve})}
 
     def _train_factors(
         self,
@@ -499,13 +499,18 @@ class _Build:
         logger.info("%s: relative change %.5f", name, total)
         return {
             "relative_norm": total,
-            "per_tensor": {key: math.sqrt(d / w) if w > 0 else None for key, (d, w) in squares.items()},
+            "per_tensor": {key: float(f"{math.sqrt(d / w):.4g}") if w > 0 else None for key, (d, w) in squares.items()},
         }
 
 
 def _last_tenth(curve: Sequence[float]) -> float:
     last = curve[-max(1, len(curve) // 10) :]
     return sum(last) / len(last)
+
+
+def _short(curves: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Losses to a thousandth of a nat: the log is in the wheel."""
+    return {name: [round(value, 3) for value in curve] for name, curve in curves.items()}
 
 
 def _sha256(path: Path) -> str:
