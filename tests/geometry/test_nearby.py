@@ -68,9 +68,8 @@ def test_intervals_are_those_of_full_solves() -> None:
 
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """float32 at this small width, and for fewer digits than it has: as many too few as a wide stream's are."""
+    """float32 at this small width."""
     monkeypatch.setattr(nearby, "FLOAT32_WIDTH", D)
-    monkeypatch.setattr(nearby, "_FLOAT32_RANGE", 3e2)
 
 
 @pytest.mark.usefixtures("narrow")

@@ -126,7 +126,7 @@ def check_differentiable(view: ModelView) -> None:
             "expected gradients to be possible, got a call inside torch.inference_mode(); leave that context (no_grad "
             "may stay)"
         )
-    for name, weight in view.named_weights():
+    for name, weight, _ in view.unscaled_weights():
         if weight.is_inference():
             raise ValueError(
                 f"expected a model that can be differentiated, got inference tensors ({name}); load the model outside "

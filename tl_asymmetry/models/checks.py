@@ -204,7 +204,7 @@ def check_finite(weights: Weights, role: str = "model") -> None:
         role: what to call it in the message, such as "base model".
     """
     check = finite_check(weights, role)
-    for name, weight in weights.named_weights():
+    for name, weight, _ in weights.unscaled_weights():
         check(name, weight)
 
 
