@@ -30,7 +30,7 @@ FLOAT32_WIDTH = 512
 """From here on it counts that a float32 eigensolve takes half the time."""
 # It does no harm while the largest eigenvalue is less than so many times the smallest one in use: else its rounding
 # (ε λ_1) is no longer small beside what a group of texts turns, the less so the closer eigenvalues lie at that end: an
-# interval's half-width was at most 0.02 % off at 100, 5 % at 930 (benchmarks/replicates.py).
+# interval's half-width was at most 0.02 % off at 100, 0.2 % at 200, 5 % at 930 (benchmarks/replicates.py).
 _FLOAT32_RANGE = 2e2
 # Larger ones are taken out first, if they are at most this share of the dimension, with so many columns more, until
 # what is left of them is this share of the smallest eigenvalue in use.
