@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import logging
+import lzma
 import math
 import platform
 import random
@@ -409,13 +410,16 @@ class _Build:
         """The stories and pairs of the held-out split that the package carries, one a line, seed after seed."""
         r = self.recipe
         told = [text for seed in range(demo.SEEDS) for text in held_out_texts(r.kept_stories, seed=seed)]
-        (self.out / "stories.txt").write_text("\n".join(told) + "\n", encoding="utf-8")
+        self._write_lines("stories.txt", told)
         pairs = [
             json.dumps(asdict(pair))
             for seed in range(demo.SEEDS)
             for pair in self._pairs(base, n=r.kept_pairs, seed=seed, split="held_out")
         ]
-        (self.out / "preferences.jsonl").write_text("\n".join(pairs) + "\n", encoding="utf-8")
+        self._write_lines("preferences.jsonl", pairs)
+
+    def _write_lines(self, name: str, lines: Sequence[str]) -> None:
+        (self.out / f"{name}.xz").write_bytes(lzma.compress(("\n".join(lines) + "\n").encode(), preset=9))
 
     # ------------------------------------------------------------------------------------- what came of it
 

@@ -169,8 +169,8 @@ def test_a_build_repeats_bit_for_bit_and_restores_the_settings(tmp_path, monkeyp
         "sft_dpo.safetensors",
         "config.json",
         "tokenizer.json",
-        "stories.txt",
-        "preferences.jsonl",
+        "stories.txt.xz",
+        "preferences.jsonl.xz",
         "log.json",
     }
     for path in (tmp_path / "a").iterdir():

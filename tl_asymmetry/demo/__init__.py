@@ -10,6 +10,7 @@ is analyzed on `demo_texts`.
 from __future__ import annotations
 
 import json
+import lzma
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -74,7 +75,7 @@ def demo_texts(n: int = 64, *, seed: int = 0) -> list[str]:
         >>> len(demo_texts(3, seed=1))
         3
     """
-    return _drawn((_data() / "stories.txt").read_text(encoding="utf-8").splitlines(), n, seed, least=0, what="stories")
+    return _drawn(_lines("stories.txt"), n, seed, least=0, what="stories")
 
 
 def demo_pair(kind: Kind = "auto", *, device: str | torch.device = "cpu") -> tuple[Any, Any]:
@@ -234,8 +235,8 @@ def demo_preferences(n: int = 64, *, seed: int = 0) -> list[Preference]:
         >>> pair.chosen != pair.rejected
         True
     """
-    lines = (_data() / "preferences.jsonl").read_text(encoding="utf-8").splitlines()
-    return [Preference(**json.loads(line)) for line in _drawn(lines, n, seed, least=1, what="pairs")]
+    lines = _drawn(_lines("preferences.jsonl"), n, seed, least=1, what="pairs")
+    return [Preference(**json.loads(line)) for line in lines]
 
 
 def demo_log() -> dict[str, Any]:
@@ -247,6 +248,11 @@ def demo_log() -> dict[str, Any]:
     """
     log: dict[str, Any] = json.loads((_data() / "log.json").read_text(encoding="utf-8"))
     return log
+
+
+def _lines(name: str) -> list[str]:
+    """Of a text that lies packed, a third smaller than a wheel's own compression makes it."""
+    return lzma.decompress((_data() / f"{name}.xz").read_bytes()).decode().splitlines()
 
 
 def _drawn(pool: Sequence[T], n: int, seed: int, *, least: int, what: str) -> list[T]:
