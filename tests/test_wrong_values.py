@@ -472,6 +472,15 @@ def test_objects_and_lists_of_the_rooms_are_refused_in_our_words(model: Any) -> 
         ),  # type: ignore[arg-type]
         (lambda: grokking.GradientProjection(3, [weight]), "expected optimizer as an Optimizer, got 3; pass"),  # type: ignore[arg-type]
         (lambda: study(scales="a"), "expected scales as a number, or several, got 'a'; pass scales="),
+        (lambda: edits.matched_controls(3, "random"), "expected edit as a RankOneEdit, got 3; pass"),  # type: ignore[arg-type]
+        (lambda: demo.demo_pair(device="tpu9"), "expected device as a device, got 'tpu9'; pass 'cpu'"),
+        (lambda: tla.compare_deltas(model, 3, progress=False), "expected a mapping from names to models, got int"),  # type: ignore[arg-type]
+        (lambda: tla.TangentProbe(total_steps=3, options=3), "expected options as TangentOptions, got 3; pass"),  # type: ignore[arg-type]
+        (lambda: tla.TrajectoryRecorder(model, 1, probes=3), "expected probes as functions .*, got 3"),  # type: ignore[arg-type]
+        (
+            lambda: tla.TrajectoryRecorder(model, 1, tokenizer=3),
+            "expected a tokenizer of transformers, got 3",
+        ),
         (lambda: study(controls=3), "expected controls among undo_matched, .*, got 3; pass a list"),
         (lambda: study(outcomes=3), "expected outcomes among .*, got 3; pass a list of those"),
         (lambda: study(directions=3), "expected directions among .*, got 3; pass a list of those, or a mapping"),

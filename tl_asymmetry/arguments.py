@@ -22,7 +22,7 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 _SHOWN = 60
 _MOST_DRAWS = 100_000
-_KNOWN = ("torch", "tl_asymmetry.geometry", "tl_asymmetry.grokking")
+_KNOWN = ("torch", "tl_asymmetry.geometry", "tl_asymmetry.grokking", "tl_asymmetry.models.edits")
 """Where the classes come from whose objects are asked for by name; of all others the functions speak themselves."""
 _REAL = re.compile(r"float|int\d", re.IGNORECASE)
 _MISSING = inspect.Parameter.empty
@@ -250,7 +250,8 @@ def _is_path(value: Any) -> bool:
     return isinstance(value, os.PathLike) or (isinstance(value, str) and bool(value.strip()) and "\0" not in value)
 
 
-def _is_device(value: Any) -> bool:
+def is_device(value: Any) -> bool:
+    """Whether models can be put there, as far as the name tells."""
     import torch
 
     try:
@@ -259,7 +260,7 @@ def _is_device(value: Any) -> bool:
         return False
 
 
-_DEVICE = _Kind("a device", _is_device, "'cpu'")
+_DEVICE = _Kind("a device", is_device, "'cpu'")
 _NONE = _Kind("None", lambda value: value is None, "None")
 _PATH = _Kind("a path", lambda value: _is_path(value), "a path")
 _PLAIN: Mapping[type, _Kind] = {

@@ -176,7 +176,7 @@ def test_bad_input_is_one_line(pair: list[str], tmp_path: Path, capsys: pytest.C
     assert "expected two models of one architecture" in bad(
         capsys, "analyze", pair[0], other, "--texts", str(texts), *out
     )
-    assert "No such file" in bad(capsys, "analyze", *pair, "--texts", str(tmp_path / "none.txt"), *out)
+    assert "expected a file of texts, got" in bad(capsys, "analyze", *pair, "--texts", str(tmp_path / "none.txt"), *out)
     texts.write_text("\n\n", encoding="utf-8")
     assert "expected at least one text, got none" in bad(capsys, "analyze", *pair, "--texts", str(texts), *out)
     texts.write_bytes(b"\xff\xfe caf\xe9")

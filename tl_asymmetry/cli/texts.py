@@ -19,9 +19,10 @@ def read_texts(path: Path) -> list[Any]:
     """The texts of a file, by the ending of its name.
 
     Raises:
-        ValueError: a file that is not what its ending says, naming the file and the line.
-        OSError: no such file.
+        ValueError: no such file, or one that is not what its ending says, naming the file and the line.
     """
+    if not path.is_file():
+        raise ValueError(f"expected a file of texts, got {str(path)!r}, where there is none; pass its path")
     try:
         text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of the first text
     except UnicodeDecodeError as error:

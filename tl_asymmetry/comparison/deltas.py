@@ -80,10 +80,10 @@ def compare_deltas(
         >>> result.cosines().round(1).loc["DPO", "control"].item()
         0.0
     """
-    arguments = described(models=list(models), matrices=matrices, rank=rank, seed=seed, progress=progress)
     notes = Notes()
     base = opened(model_base, None, runs=False)
     shelf = _shelf(models, base, notes)
+    arguments = described(models=list(models), matrices=matrices, rank=rank, seed=seed, progress=progress)
     chosen = chosen_matrices(base, matrices)
     shorter = min(min(base.weight(0, matrix).shape[-2:]) for matrix in chosen)
     if not 0 < rank < shorter:

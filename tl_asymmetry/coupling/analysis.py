@@ -169,6 +169,8 @@ def coupling_sensitivity(
         raise ValueError(f"expected a step with a checkpoint, got {step}; pass one such as {trajectory.steps[-1]}")
     if estimator not in ESTIMATORS:
         raise ValueError(f"expected estimator among {', '.join(ESTIMATORS)}, got {estimator!r}; pass one of these")
+    epsilons = listed("epsilons", epsilons, float, instead="epsilons=[0.005]")
+    seeds = listed("seeds", seeds, int, instead="seeds=[0]")
     if not all(0 < epsilon < 1 for epsilon in epsilons):
         raise ValueError(f"expected epsilons between 0 and 1, got {epsilons}; pass relative step sizes such as 0.005")
     if window < 1:

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_asymmetry._lazy import pd
-from tl_asymmetry.arguments import checked
+from tl_asymmetry.arguments import checked, shown
 from tl_asymmetry.coupling.response import CENTROIDS, CentroidProblem
 from tl_asymmetry.grokking import GrokRun
 from tl_asymmetry.grokking.model import GrokTransformer
@@ -152,6 +152,10 @@ class BlockTrajectory:
     def __init__(
         self, checkpoints: Mapping[int, Any], tokens: Int[Tensor, "batch pos"], *, layer: int, position: int = -1
     ) -> None:
+        if not isinstance(checkpoints, Mapping):
+            raise ValueError(f"expected checkpoints as models by step, got {shown(checkpoints)}; pass {{0: model, …}}")
+        if not isinstance(tokens, Tensor):
+            raise ValueError(f"expected tokens as a tensor [batch, pos], got {shown(tokens)}; pass token ids")
         if len(checkpoints) < 2:
             raise ValueError(f"expected two checkpoints or more, got {len(checkpoints)}; pass models by step")
         self.steps = sorted(checkpoints)

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tl_asymmetry.arguments import is_device, shown
 from tl_asymmetry.demo.tokenizer import BOS, EOS, SPECIALS
 from tl_asymmetry.models.loading import bridge_around, has_hooked_transformer, hooked_transformer
 
@@ -132,7 +133,9 @@ def lens_model(
     Raises:
         ValueError: for another kind, or "hooked" under TransformerLens 4.
     """
-    if kind not in ("auto", "hooked", "bridge"):
+    if not is_device(device):
+        raise ValueError(f"expected device as a device, got {shown(device)}; pass 'cpu'")
+    if not isinstance(kind, str) or kind not in ("auto", "hooked", "bridge"):
         raise ValueError(f"expected kind 'auto', 'hooked' or 'bridge', got {kind!r}; pass one of the three")
     if kind != "bridge" and has_hooked_transformer():
         return _hooked(config, tensors, tokenizer, device)

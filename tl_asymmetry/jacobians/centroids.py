@@ -164,6 +164,9 @@ def local_centroids(
         tensor([[3., 7.]])
     """
     check_draws(draws, usual=1)
+    for name, given in (("function", function), ("score", score)):
+        if not callable(given) and not (name == "score" and given is None):
+            raise ValueError(f"expected {name} as a function of a tensor, got {shown(given)}; pass one")
     if not noise >= 0:
         raise ValueError(f"expected noise >= 0, got {noise}; pass noise=0.0 for the input itself")
     generator = torch.Generator().manual_seed(seed)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_asymmetry.arguments import checked, listed
+from tl_asymmetry.arguments import checked, listed, shown
 from tl_asymmetry.geometry.memory import return_freed_memory
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.tangent import Control, check_controls
@@ -172,6 +172,8 @@ class TangentProbe:
             raise ValueError(
                 f"expected options or settings by name, got both ({', '.join(settings)}); pass one of them"
             )
+        if options is not None and not isinstance(options, TangentOptions):
+            raise ValueError(f"expected options as TangentOptions, got {shown(options)}; pass settings by name")
         self.options = options if options is not None else TangentOptions(**settings)
         self.options.check()
         if total_steps < 0:

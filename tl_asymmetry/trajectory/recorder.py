@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from tl_asymmetry.arguments import checked
+from tl_asymmetry.arguments import checked, shown
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.subspace import Subspace
 from tl_asymmetry.models.effective import EffectiveView, unwrapped
@@ -121,6 +121,10 @@ class TrajectoryRecorder:
             raise ValueError(f"expected on_error to be one of raise, warn, got {on_error!r}; pass one of them")
         if log is not None and not callable(log):
             raise ValueError(f"expected log as a function of a record, got {type(log).__name__}; pass e.g. wandb.log")
+        if isinstance(probes, str) or not isinstance(probes, Iterable) or not all(map(callable, probes := [*probes])):
+            raise ValueError(f"expected probes as functions of a step and a model, got {shown(probes)}; pass a list")
+        if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
+            raise ValueError(f"expected a tokenizer of transformers, got {shown(tokenizer)}; pass one, or leave it out")
         if tokenizer is None and tokens is None:
             tokenizer = _own_tokenizer(model)
         self.every, self._model, self._tokenizer, self._on_error = every, model, tokenizer, on_error
