@@ -110,6 +110,7 @@ def test_the_global_random_state_is_untouched():
 
 
 def test_shape():
-    assert shape_of(ModularArithmetic(("add", "sub"), p=11), d_model=64) == GrokShape(p=11, heads_out=2, d_model=64)
+    task = ModularArithmetic(("add", "sub"), p=11)
+    assert shape_of(task, {"d_model": 64}) == GrokShape(p=11, heads_out=2, d_model=64)
     with pytest.raises(ValueError, match="expected n_heads to divide d_model = 30, got 4"):
         GrokShape(d_model=30)
