@@ -7,8 +7,8 @@
 
 Every part runs in a process of its own. Times are ratios within one process, of processor seconds on a CPU, to which
 others on the machine add nothing, and with one thread for each product, so that the seconds of a stage are those of
-its own thread; of 3 of the 12 layers and a quarter of the vocabulary unless `--layers` says more: what both calls cost
-grows with the two, but for the prediction subspace and imports, which weigh four times as much. Memory is the peak
+its own thread; of one of the 12 layers and a twelfth of the vocabulary unless `--layers` says more: what both calls
+cost grows with the two, but for the prediction subspace, tables and imports, which weigh more. Memory is the peak
 resident set above what the two loaded models hold (allocated bytes on CUDA).
 
 Two pairs. `random`: random weights, activations and changes, all flat. `trained`: activations of which one direction
@@ -274,7 +274,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--layers", type=int, default=3, help="in the part `times`")
+    parser.add_argument("--layers", type=int, default=1, help="in the part `times`")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--only", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
