@@ -95,9 +95,10 @@ def estimate_pair(
 
     Operations are counted from shapes; their speed is measured on one product, one eigensolve, the tests themselves on
     a few heads and, for weights in files, one read. On a CPU that is processor time, which others on the machine do not
-    lengthen; reading and a GPU go by the clock. Measured on eight pairs in memory (the embedded one, GPT-2's shape with
-    widths 128 to 768, Llama's with 256 and 512; 2 to 4 layers, 431 to 50,257 tokens in the vocabulary): 0.82 to 1.64 of
-    the processor time taken (3 to 27 s). Not counted: draws where a law is in doubt, which depend on the deltas.
+    lengthen; reading and a GPU go by the clock. Measured on nine pairs in memory (the embedded one, GPT-2's shape with
+    widths 128 to 768, Llama's with 256 to 1,024; 2 to 4 layers, 431 to 50,257 tokens in the vocabulary): 0.63 (the
+    widest) to 1.64 of the processor time taken (3 to 47 s). Not counted: draws where a law is in doubt, which depend on
+    the deltas.
 
     Raises:
         ValueError: what `analyze_pair` would refuse about the pair's shapes, texts, tokens and ranks, and about the
