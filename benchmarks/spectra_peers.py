@@ -176,8 +176,8 @@ for name in pair[0]:
                      "rotation": float(1 - (O[:top, :top].astype(float) ** 2).sum() / top)}
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps({"version": version("diffract-core"), "seconds": time.perf_counter() - start,
-                  "processor_seconds": time.process_time() - processor, "peak_mib": (peak - before) / 1024,
-                  "numbers": numbers}))
+                  "processor_seconds": time.process_time() - processor, "numbers": numbers,
+                  "peak_mib": (peak - before) / 1024 or None}))  # None: loading had taken as much
 """
 
 CALLS = {"tl-asymmetry": _ours, "peft": _peft, "modeldelta": _modeldelta, "weightwatcher": _weightwatcher}
@@ -225,7 +225,7 @@ def main() -> None:
             about = found[peer]
             sys.stdout.write(
                 f"{peer:14} {about['version']:8} {about['processor_seconds']:7.2f} s of processor, "
-                f"{about['peak_mib']:6.0f} MiB, {len(about['numbers'])} matrices\n"
+                f"{about['peak_mib'] or float('nan'):6.0f} MiB, {len(about['numbers'])} matrices\n"
             )
             sys.stdout.flush()
     same = agreement(found)
