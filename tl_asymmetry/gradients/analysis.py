@@ -199,7 +199,8 @@ def _measured(view: ModelView, chosen: Sequence[str], notes: Notes, *, asked: bo
         for matrix in chosen:
             if not view.has(layer, matrix):
                 continue
-            if view.unit(layer, matrix) == "expert" or view.projection(layer, matrix) is not None:
+            of_experts = view.unit(layer, matrix) == "expert"
+            if (view.stacked(layer, matrix) if of_experts else view.projection(layer, matrix)) is not None:
                 found[layer, matrix] = measured_at(view, layer, matrix)
             else:
                 hidden[matrix] = None

@@ -52,6 +52,10 @@ def expert_products(
     stacks: dict[int, _Stack] = {}
     for layer, matrix in sites:
         site = view.stacked(layer, matrix)
+        if site is None:
+            raise ValueError(
+                f"expected experts in one parameter, got others for {matrix} of layer {layer}; pass others"
+            )
         parameter = getattr(site.module, site.parameter)
         stack = stacks.setdefault(parameter.untyped_storage().data_ptr(), _Stack(layer, parameter))
         stack.matrices[matrix] = site

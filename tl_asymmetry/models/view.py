@@ -570,15 +570,11 @@ class ModelView:
         self._require_matrix(matrix)
         return self._adapter.projection(layer, matrix)
 
-    def stacked(self, layer: int, matrix: str) -> Site:
-        """Where the model keeps the experts of a matrix, all of a layer in one parameter.
-
-        Raises:
-            ValueError: no such layer, or a matrix that is not split into experts there.
-        """
+    def stacked(self, layer: int, matrix: str) -> Site | None:
+        """Where the model keeps the experts of a matrix, all of a layer in one parameter; None where it does not."""
         adapter = self._adapter
         if self.unit(layer, matrix) != "expert" or not isinstance(adapter, HuggingFaceAdapter):
-            raise ValueError(f"expected a matrix of experts, got {matrix!r} of layer {layer}; pass one of these")
+            return None
         return adapter.sites[layer][matrix]
 
     def all_modules(self) -> Iterator[nn.Module]:
