@@ -54,7 +54,7 @@ def expert_products(
         site = view.stacked(layer, matrix)
         if site is None:
             raise ValueError(
-                f"expected experts in one parameter, got others for {matrix} of layer {layer}; pass others"
+                f"expected experts in one parameter, got others for {matrix} of layer {layer}; leave it out"
             )
         parameter = getattr(site.module, site.parameter)
         stack = stacks.setdefault(parameter.untyped_storage().data_ptr(), _Stack(layer, parameter))
