@@ -88,6 +88,17 @@ def test_marchenko_pastur_edge(γ: float, dtype: torch.dtype) -> None:
     assert marchenko_pastur_edge(spiked, samples) == pytest.approx(edge, rel=0.05)
 
 
+def test_rounding_in_the_place_of_missing_directions_is_no_bulk() -> None:
+    """Rows given four times have a quarter of the rank that their number allows."""
+    rows = gaussian(60, 120).repeat(4, 1)
+    edges = []
+    for dtype in (torch.float64, torch.float32):
+        moments = StreamingMoments(120)
+        moments.update(rows.to(dtype))
+        edges.append(marchenko_pastur_edge(torch.linalg.eigvalsh(moments.second_moment), len(rows)))
+    assert edges[1] == pytest.approx(edges[0], rel=1e-5)
+
+
 def test_messages() -> None:
     with pytest.raises(ValueError, match="expected samples >= 1, got 0; pass the number of tokens behind the moment"):
         marchenko_pastur_edge(torch.ones(3), 0)

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_asymmetry.arguments import checked
+from tl_asymmetry.geometry.subspace import existing_directions
 
 
 @checked
@@ -69,10 +70,9 @@ def marchenko_pastur_edge(eigenvalues: Float[Tensor, " d"], samples: int) -> flo
         raise ValueError(f"expected eigenvalues [d], got {list(eigenvalues.shape)}; pass those of one moment")
     if samples < 1:
         raise ValueError(f"expected samples >= 1, got {samples}; pass the number of tokens behind the moment")
-    # n samples have rank n: what float32 products leave beyond it is rounding, and would pull the median down.
-    possible = eigenvalues.sort(descending=True).values[:samples]
-    positive = possible[possible > eigenvalues.abs().max() * 1e-12]
-    if len(positive) == 0:
+    # n samples have rank n, copies among them less: what float32 leaves beyond it would pull the median down.
+    positive = eigenvalues.sort(descending=True).values[: min(samples, existing_directions(eigenvalues))]
+    if not bool(eigenvalues.max() > 0):
         raise ValueError("expected at least one positive eigenvalue, got none; pass a second moment's eigenvalues")
     gamma = len(eigenvalues) / samples
     # quantile: of an even number, `median` takes the lower of the two in the middle
