@@ -125,7 +125,7 @@ def test_the_interval_delta_is_the_pair_of_neighbours() -> None:
     checkpoints, result = run(), analysed()
     given = {"first inputs": first_subspaces("attn_in"), "first outlet": prediction_subspace(checkpoints[0])}
     for before, step in ((0, 10), (10, 30), (30, 100)):
-        pair = analyze_pair(checkpoints[before], checkpoints[step], **OPTIONS, subspaces=given)
+        pair = analyze_pair(checkpoints[before], checkpoints[step], **OPTIONS, subspaces=[given])
         ours = rows(result, "table", step, "previous")
         theirs = pair.table[pair.table["matrix"].isin(["W_Q", "W_K", "W_V"])].reset_index(drop=True)
         theirs["subspace"] = theirs["subspace"].replace({"first inputs": "attn_in", "first outlet": "prediction"})
@@ -154,7 +154,7 @@ def test_subspaces_from_each_checkpoint() -> None:
         measured = [column for column in pair if not column.endswith("_q") and column not in VERDICTS]
         close(ours[captured], pair[captured], measured)  # the other families are others
         weights = {"outlet": prediction_subspace(checkpoints[step])}
-        by_weights = analyze_pair(checkpoints[0], checkpoints[step], **OPTIONS, subspaces=weights).table
+        by_weights = analyze_pair(checkpoints[0], checkpoints[step], **OPTIONS, subspaces=[weights]).table
         columns = ["layer", "head", "matrix", "rank", "fraction", "isotropic_p", "eigengap"]
         close(ours[~captured].reset_index(drop=True), by_weights, columns)
     assert any("already seen the change" in note for note in result.notes)
@@ -170,12 +170,12 @@ def test_subspaces_from_one_model() -> None:
     close(rows(result, "table", 100, "first")[captured], pair[captured], measured)
     moments = capture_moments(last, "attn_in", tokens=TOKENS, progress=False)
     given = {"last inputs": [principal_subspace(moments["attn_in", layer]) for layer in range(tiny.N_LAYERS)]}
-    first = analyze_pair(checkpoints[0], checkpoints[10], **OPTIONS, subspaces=given, matrices=["W_Q"]).table
+    first = analyze_pair(checkpoints[0], checkpoints[10], **OPTIONS, subspaces=[given], matrices=["W_Q"]).table
     ours = rows(result, "table", 10, "first")
     ours = ours[(ours["matrix"] == "W_Q") & (ours["subspace"] == "attn_in")].reset_index(drop=True)
     close(ours, first, ["layer", "head", "rank", "fraction", "isotropic_p", "eigengap"])
     assert set(result.config["subspaces_from"]) == {"weights_xxh3"}
-    given_directly = analyze_trajectory(checkpoints, **OPTIONS, subspaces=given, matrices=["W_Q"])
+    given_directly = analyze_trajectory(checkpoints, **OPTIONS, subspaces=[given], matrices=["W_Q"])
     close(rows(given_directly, "table", 10, "first"), first, ["layer", "head", "rank", "fraction", "isotropic_p"])
     other = tiny.build("llama", tiny.KINDS[0])
     with pytest.raises(ValueError, match="expected subspaces_from as a model like the checkpoints, got"):
