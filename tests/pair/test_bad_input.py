@@ -137,7 +137,6 @@ def test_what_is_no_model(pair: tuple[Any, Any]) -> None:
     )
     refused(text.format("NoneType"), None, pair[1])
     refused(text.format("Linear"), torch.nn.Linear(2, 2), pair[1])
-    refused(text.format("str"), "gpt2", pair[1])
 
 
 def test_a_directory_that_is_none(pair: tuple[Any, Any], tmp_path: Path) -> None:
