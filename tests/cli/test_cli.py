@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
-from tl_asymmetry import PairAnalysis, TangentAnalysis, TrajectoryAnalysis, load
+from tl_asymmetry import PairAnalysis, TangentAnalysis, TrajectoryAnalysis, analyze_pair, load
 from tl_asymmetry.cli import main
 from tl_asymmetry.cli.options import as_model, as_path
 from tl_asymmetry.cli.texts import read_texts
@@ -239,7 +239,7 @@ def checkpoints(tmp_path: Path) -> list[str]:
 def test_trajectory_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders, texts, out = checkpoints(tmp_path), tmp_path / "texts.txt", tmp_path / "out"
     texts.write_text("\n\n".join(PASSAGES), encoding="utf-8")
-    options = ["--texts", str(texts), "--out", str(out), "--ranks", "1", "4", "--groups", "3", "--reference", "both"]
+    options = ["--texts", str(texts), "--out", str(out), "--ranks", "4", "--groups", "3", "--reference", "both"]
     assert main(["trajectory", *folders, *options]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("TrajectoryAnalysis: ")
@@ -279,15 +279,12 @@ def test_the_demo_tangents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         assert "expected checkpoint directories or --demo" in bad(capsys, "tangents", *arguments)
 
 
-def test_compare_and_report(pair: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    texts = tmp_path / "texts.txt"
-    texts.write_text("\n\n".join(PASSAGES), encoding="utf-8")
-    folders = []
-    for delta in (0.05, 0.02, 0.03):
-        folders.append(str(tmp_path / str(delta)))
-        aligned = str(tiny.hf_directory("gpt2", delta=delta))
-        options = ["--texts", str(texts), "--ranks", "1", "4", "--groups", "3", "--out", folders[-1]]
-        assert main(["analyze", pair[0], aligned, *options]) == 0
+def test_compare_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = tiny.bridge("gpt2")
+    folders = [str(tmp_path / name) for name in "abc"]
+    for folder, delta in zip(folders, (0.05, 0.02, 0.03), strict=True):
+        result = analyze_pair(base, tiny.bridge("gpt2", delta=delta), PASSAGES, ranks=[4], groups=3, progress=False)
+        result.save(folder)
     out = str(tmp_path / "out")
     assert main(["compare", *folders[:2], "--names", "one", "two", "--out", out]) == 0
     assert "Comparison: one against two" in capsys.readouterr().out
