@@ -534,15 +534,16 @@ def test_estimate() -> None:
     )
     assert 0.02 * 14 < few < more / 2, "every matrix, subspace and rank has its tests and its rows"
     assert "PairEstimate: about" in repr(estimate)
+    assert "No such call was timed" not in repr(estimate)
     moments = {
         name: estimate_pair(*pair(), tokens=TOKENS, **options).table.set_index("stage").loc["moments", "bytes"]
         for name, options in {"8": {}, "1": {"groups": 1}, "both": {"activations": "both"}}.items()
     }
     assert moments["both"] == 2 * moments["8"] == 16 * moments["1"]
     directory = tiny.hf_directory("gpt2", delta=0.05)
-    assert estimate_pair(pair()[0], directory, tokens=TOKENS).tokens == estimate_pair(
-        pair()[0], str(directory), tokens=TOKENS
-    ).tokens  # fmt: skip
+    of_files = [estimate_pair(pair()[0], form(directory), tokens=TOKENS) for form in (Path, str)]
+    assert of_files[0].tokens == of_files[1].tokens
+    assert "No such call was timed (weights in files): the seconds may be off" in repr(of_files[0])
 
 
 def test_the_summary() -> None:

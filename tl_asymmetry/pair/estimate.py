@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from tl_asymmetry.geometry.nearby import FLOAT32_WIDTH, operations, worth_iterat
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.subspace import Subspace, ordered_eigh
 from tl_asymmetry.models.processes import ALONE, present_processes, together
+from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.models.weights import WeightSource
 from tl_asymmetry.pair.memory_plan import plan_memory
 from tl_asymmetry.pair.plan import STREAM_SUBSPACES, check_asked, make_plan
@@ -24,6 +25,8 @@ from tl_asymmetry.pair.testing_time import ProbedTests
 from tl_asymmetry.settings import GradientMoments, PairSettings, open_pair
 
 _PROBE = 512
+MEASURED_WIDTH = 1024
+"""Of the widest pair whose call was timed beside its estimate."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -45,6 +48,9 @@ class PairEstimate:
     """Layers whose moments are held at once, chosen by the memory that is free now."""
     passes: int
     """Runs over the texts that makes."""
+    unlike: tuple[str, ...] = ()
+    """What sets this pair apart from all those whose calls were timed: its seconds may be off by more than a factor of
+    two."""
 
     @property
     def seconds(self) -> float:
@@ -55,10 +61,15 @@ class PairEstimate:
         shown = self.table.assign(MB=self.table["bytes"] / 1e6, device_MB=self.table["device_bytes"] / 1e6)
         shown = shown.drop(columns=["bytes", "device_bytes"] + ([] if self.device_bytes else ["device_MB"]))
         device = f" and {self.device_bytes / 1e6:.0f} MB on its device" if self.device_bytes else ""
+        unknown = (
+            f"No such call was timed ({', '.join(self.unlike)}): the seconds may be off by more than a factor of two\n"
+            if self.unlike
+            else ""
+        )
         return (
             f"PairEstimate: about {self.seconds:.0f} s and {self.peak_bytes / 1e6:.0f} MB{device} beside the models, "
             f"{self.disk_bytes / 1e6:.0f} MB on disk, {self.tokens} tokens in {self.passes} "
-            f"{'pass' if self.passes == 1 else 'passes'} of {self.layers_per_pass} layers\n"
+            f"{'pass' if self.passes == 1 else 'passes'} of {self.layers_per_pass} layers\n{unknown}"
             + shown.to_string(index=False, float_format="{:.3g}".format)
         )
 
@@ -97,8 +108,8 @@ def estimate_pair(
     a few heads and, for weights in files, one read. On a CPU that is processor time, which others on the machine do not
     lengthen; reading and a GPU go by the clock. Measured on nine pairs in memory (the embedded one, GPT-2's shape with
     widths 128 to 768, Llama's with 256 to 1,024; 2 to 4 layers, 431 to 50,257 tokens in the vocabulary): 0.63 (the
-    widest) to 1.64 of the processor time taken (3 to 47 s). Not counted: draws where a law is in doubt, which depend on
-    the deltas.
+    widest) to 1.64 of the processor time taken (3 to 47 s); what sets a pair apart from these is said. Not counted:
+    draws where a law is in doubt, which depend on the deltas.
 
     Raises:
         ValueError: what `analyze_pair` would refuse about the pair's shapes, texts, tokens and ranks, and about the
@@ -176,7 +187,17 @@ def estimate_pair(
         disk_bytes=files + load.result(),
         layers_per_pass=held,
         passes=len(memory.passes),
+        unlike=tuple(_unlike(base, files)),
     )
+
+
+def _unlike(base: ModelView, files: int) -> Iterator[str]:
+    if base.d_model > MEASURED_WIDTH:
+        yield f"d_model {base.d_model:,} is above {MEASURED_WIDTH:,}"
+    if files:
+        yield "weights in files"
+    if base.device.type != "cpu":
+        yield f"a model on {base.device.type}"
 
 
 def _rate(
