@@ -38,9 +38,9 @@ def test_verdicts_have_signs_and_a_legend_of_those_that_occur():
     table = make_table()
     table["verdict"] = np.where(table["layer"] == 0, "beyond", "as trained")
     figure = head_sheet_figure(table, rank=4)
-    assert {sign for panel in cells(figure) for row in panel.text for sign in row} == {"▲", "○"}
-    legend = [t.name for t in figure.data if t.type == "scatter" and t.name.split(" ")[0] in ("▲", "○", "△", "●")]
-    assert legend == ["▲ beyond", "○ as trained"]
+    assert {sign for panel in cells(figure) for row in panel.text for sign in row} == {"▲", "≈"}
+    legend = [t.name for t in figure.data if t.type == "scatter" and t.name.split(" ")[0] in ("▲", "≈", "△", "●")]
+    assert legend == ["▲ beyond", "≈ as trained"]
     assert not any(panel.showscale for panel in cells(figure))
     hover = next(t for t in figure.data if t.name == "hover")
     assert hover.customdata[0][1].endswith("H1: beyond")

@@ -21,7 +21,7 @@ VERDICTS = {
     "beyond": ("▲", "#8f4304"),
     "more than its inputs give": ("△", "#a55fb0"),
     "concentrated": ("●", "#d9812c"),
-    "as trained": ("○", "#f0c48c"),
+    "as trained": ("≈", "#f0c48c"),
     "less than trained": ("▽", "#b4d2e8"),
     "depleted": ("▼", "#1b4f8a"),
     "no evidence": ("·", "#d8d6cf"),
