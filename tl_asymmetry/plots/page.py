@@ -122,7 +122,7 @@ def require_image(format: str, width: int | str, scale: float) -> None:
     if not 0 < scale <= MOST_SCALE:
         raise ValueError(f"expected scale above 0 and up to {MOST_SCALE}, got {scale}; pass scale=2")
     if not _kaleido_installed():
-        raise ImportError("expected kaleido to be installed; pip install 'tl-asymmetry[report]'")
+        raise ImportError("expected kaleido to be installed; pip install kaleido")
 
 
 def write_image(

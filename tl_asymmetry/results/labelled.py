@@ -22,7 +22,7 @@ def require_xarray() -> None:
     try:
         import xarray  # noqa: F401 - pandas' to_xarray needs it
     except ImportError as error:
-        raise ImportError("expected xarray to be installed; pip install 'tl-asymmetry[xarray]'") from error
+        raise ImportError("expected xarray to be installed; pip install xarray") from error
 
 
 def labelled(table: pd.DataFrame) -> Any:

@@ -104,7 +104,7 @@ def headline(rows: pd.DataFrame, unlike: Sequence[str]) -> list[str]:
         sentences.append(
             f"{matrix}: {off.min():.1%} to {off.max():.1%} of the change is off the {int(block['rank'].iloc[0])} "
             f"leading directions of both sides, of one at random orientation {chance:.1%}; {above} of {len(tested)} "
-            f"hold more on them than that ({FOUND})."
+            f"{'holds' if above == 1 else 'hold'} more on them than that ({FOUND})."
         )
     if rows["on_principal_q"].notna().any():
         sentences.append(
