@@ -171,6 +171,21 @@ def test_the_page_of_models_is_what_was_measured() -> None:
     assert PAGE.read_text() == page(json.loads(RESULTS.read_text()))
 
 
+def test_what_is_said_of_a_real_model_was_measured() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "real_model.json").read_text(encoding="utf-8"))
+    page = " ".join((ROOT / "docs" / "reading.md").read_text(encoding="utf-8").split())
+    relative, excess = [], []
+    for name in ("analyze_pair, DPO", "analyze_pair, control"):
+        own = [record[name][f"read {point}"] for point in ("attn_in", "mlp_in")]
+        assert sum(rows["rows"] for rows in own) == sum(rows["verdicts"]["as trained"] for rows in own) == 144
+        relative.append({f"{rows['median relative']:.1f}" for rows in own})
+        excess.append([f"{rows['median excess']:.2f}" for rows in own])
+    assert relative == [{"2.5"}, {"3.3"}]
+    assert "medians of `relative` 2.5 and 3.3" in page
+    assert excess == [["0.91", "0.91"], ["1.02", "1.08"]]
+    assert "medians of `excess` 0.91, held against inputs weighted by gradients, and 1.02 to 1.08" in page
+
+
 def test_on_a_package_index_the_readme_leads_to_files_that_are_there(monkeypatch):
     """There is no repository around it: links and pictures must be absolute."""
     interface = types.SimpleNamespace(MetadataHookInterface=object)  # the build's, which tests run without

@@ -16,18 +16,19 @@ _DECORATORS = tuple(str(Path(str(module.__file__)).parent) + os.sep for module i
 
 
 class Notes:
-    """Collects what the reader of a result must know; what degrades the answer is a warning as well."""
+    """Collects what the reader of a result must know, each line once; what degrades the answer is a warning as well."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
 
     def add(self, line: str) -> None:
         """A fact worth knowing: a line of the result."""
-        self.lines.append(line)
+        if line not in self.lines:  # often true of both models
+            self.lines.append(line)
 
     def warn(self, line: str) -> None:
         """What degrades the answer: a line and a `UserWarning` at the caller's own line."""
-        self.lines.append(line)
+        self.add(line)
         warn(line)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from tests import tiny
 from tl_asymmetry import analyze_pair, gradient_covariance
+from tl_asymmetry.notes import Notes
 from tl_asymmetry.training.batches import TokenBatch
 from tl_asymmetry.training.objectives import CrossEntropy
 
@@ -29,3 +30,10 @@ def test_a_warning_points_at_the_callers_line() -> None:
     with pytest.warns(UserWarning, match="intervals need at least 3") as caught:
         gradient_covariance(model, CrossEntropy(), [batch], progress=False)
     assert blamed(caught) == {"gradient_covariance(model, CrossEntropy(), [batch], progress=False)"}
+
+
+def test_what_holds_of_both_models_is_said_once() -> None:
+    notes = Notes()
+    for line in ("W_O is followed by a norm", "of one alone", "W_O is followed by a norm"):
+        notes.add(line)
+    assert notes.lines == ["W_O is followed by a norm", "of one alone"]

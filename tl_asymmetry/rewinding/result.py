@@ -9,6 +9,7 @@ import numpy as np
 
 from tl_asymmetry._lazy import pd
 from tl_asymmetry.arguments import checked
+from tl_asymmetry.names import counted
 from tl_asymmetry.results.report import Definition, FigureSection, Report, TableSection
 from tl_asymmetry.results.result import Result
 from tl_asymmetry.results.top import in_order
@@ -130,7 +131,7 @@ class RewindStudy(Result):
         config = self.config
         return (
             f"{config['units']} units of {', '.join(config['matrices'])}; {config['tokens']} tokens in "
-            f"{config['sequences']} sequences; {config['baseline']['kl_other']:.3g} nats apart"
+            f"{counted(config['sequences'], 'sequence')}; {config['baseline']['kl_other']:.3g} nats apart"
         )
 
     def _most(self) -> pd.DataFrame:
