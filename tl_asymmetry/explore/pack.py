@@ -43,9 +43,8 @@ class Pack:
         first = 10 ** (digits - 1)
         known = size > 0
         printed = np.array([float(f"{v:.{digits - 1}e}") for v in size[known].tolist()])
-        exponent = np.floor(np.log10(printed) + 1e-9).astype(
-            int
-        )  # no number of so few digits is that near the next power
+        # No number of so few digits is that near the next power of ten.
+        exponent = np.floor(np.log10(printed) + 1e-9).astype(int)
         mantissa = np.rint(printed / 10.0**exponent * first).astype(int)
         lowest = int(exponent.min(initial=0))
         positive = 9 * first * (int(exponent.max(initial=0)) - lowest + 1)

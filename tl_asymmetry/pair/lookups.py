@@ -166,6 +166,11 @@ def _probes(arrays: Mapping[str, Tensor], matrix: str) -> Float[Tensor, "layer h
 
 
 def check_count(arrays: Mapping[str, Tensor], matrices: Sequence[str], n: int, argument: str) -> None:
+    """Check that so many directions of each head were kept.
+
+    Raises:
+        ValueError: fewer than one, or more, under the argument's name.
+    """
     kept = min(arrays[f"directions/{m}"].shape[2] for m in matrices)
     if not 1 <= n <= kept:
         raise ValueError(f"expected {argument} from 1 to {kept}, got {n}; pass a number in between")

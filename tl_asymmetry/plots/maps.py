@@ -244,9 +244,7 @@ def marks(x: list[float], y: list[float], symbol: str, size: float, name: str, *
     }  # fmt: skip
     # A trace without a point has no legend entry, so an unused mark keeps one point that is not drawn.
     at: dict[str, list[Any]] = {"x": [*x] or [None], "y": [*y] or [None]}
-    return go.Scatter(
-        **at, mode="markers", marker=marker, name=name, hoverinfo="skip", showlegend=True, meta="mark"
-    )  # fmt: skip
+    return go.Scatter(**at, mode="markers", marker=marker, name=name, hoverinfo="skip", showlegend=True, meta="mark")
 
 
 def map_height(layers: Sequence[int]) -> int:
