@@ -21,6 +21,7 @@ import os
 import platform
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -260,7 +261,9 @@ def main() -> None:
             rows.append({"page": name, "measure": f"{moment}, s", "value": value, "bound": SECONDS})
     for row in rows:
         row["held"] = None if row["bound"] is None else row["value"] <= row["bound"]
-        print(f"{row['page']:16} {row['measure']:30} {row['value']:8.2f}  {row['bound'] or '':>5} {row['held']}")  # noqa: T201
+        sys.stdout.write(
+            f"{row['page']:16} {row['measure']:30} {row['value']:8.2f}  {row['bound'] or '':>5} {row['held']}\n"
+        )
     RESULTS.mkdir(exist_ok=True)
     document = {
         "rows": rows, "shape": {"layers": LAYERS, "heads": HEADS, "d_model": D_MODEL, "tokens": TOKENS},

@@ -174,6 +174,8 @@ def test_unknown_names_are_not_taken(model: Any) -> None:
         grokking.arms("add", recipe=recipe, which={"mine": 3})  # type: ignore[dict-item]
     with pytest.raises(ValueError, match="expected kind among auto, hooked, bridge, got 'y'; pass one of these"):
         demo.demo_run("y")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected kind among auto, hooked, bridge, got .*; pass one of these"):
+        demo.demo_run(np.array(["a", "b"]))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

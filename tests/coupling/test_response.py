@@ -268,6 +268,8 @@ def test_bfloat16_models_are_measured():
         ({"targets": TARGETS, "layer": 0}, "expected a layer for the centroid 'attention' and none for others"),
         ({"centroid": "attention", "layer": 0}, "expected a HookedTransformer or TransformerBridge for the centroid"),
         ({"targets": TARGETS, "batch_size": 0}, "expected inputs and batch_size >= 1"),
+        ({"targets": TARGETS.double()}, r"expected targets as whole numbers \[batch\], got float64 \[25\]"),
+        ({"targets": [1, 2]}, r"expected targets as whole numbers \[batch\], got \[1, 2\]; pass a tensor of indexes"),
         ({"targets": TARGETS, "method": "guess"}, "expected method to be one of exact, finite_difference"),
         ({"targets": TARGETS, "method": "finite_difference", "epsilon": 0.0}, "expected epsilon > 0, got 0.0"),
     ],
@@ -275,6 +277,14 @@ def test_bfloat16_models_are_measured():
 def test_bad_input(unchecked_types, keywords, message):
     with pytest.raises(ValueError, match=message):
         centroid_response(small(), PAIRS, torch.ones(1, SIZE).double(), **keywords)
+
+
+def test_what_are_no_inputs_or_directions(unchecked_types):
+    for inputs in (3, [[1, 2]], PAIRS.double(), PAIRS[0]):
+        with pytest.raises(ValueError, match=r"expected inputs as whole numbers \[batch, pos\], got"):
+            centroid_response(small(), inputs, torch.ones(1, SIZE).double(), targets=TARGETS)
+    with pytest.raises(ValueError, match=r"expected directions as rows \[n, parameters\], got float64"):
+        centroid_response(small(), PAIRS, torch.ones(SIZE).double(), targets=TARGETS)
 
 
 def test_a_direction_of_another_length():

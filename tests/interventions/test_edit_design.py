@@ -12,6 +12,7 @@ from scipy import optimize, stats
 from tests import tiny
 from tl_asymmetry import ModelView
 from tl_asymmetry.edits import (
+    EditPlanner,
     RankOneEdit,
     apply_edits,
     closed_form_edit,
@@ -201,6 +202,14 @@ def test_bad_directions_are_refused():
         with pytest.raises(ValueError, match=message):
             removal_edit(0, args[0], 0, *args[1:])
     view = ModelView(tiny.build("gpt2", tiny.KINDS[0]))
+    numbers = {"n_directions": 1, "draws": 2, "seed": 0}
+    for pair, controls, message in (
+        ((view.model, view), ["random"], "expected base as a ModelView, got a .*; pass ModelView"),
+        ((view, 3), ["random"], "expected aligned as a ModelView, got 3; pass ModelView"),
+        ((view, view), 3, "expected controls among .*, got 3; pass a list of those"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            EditPlanner(*pair, {}, ["delta"], controls=controls, **numbers)
     with pytest.raises(ValueError, match="expected a head from 0 to 3 for W_Q, got 4"):
         head_delta(view, view, 0, "W_Q", 4)
     with pytest.raises(ValueError, match=r"expected head=None \(a matrix of the MLP\) for W_in, got 0"):

@@ -162,6 +162,17 @@ def test_bad_input(options, message):
         centroids(tiny.build("gpt2", KIND), tokens=tiny.tokens(1, T), **options)
 
 
+def test_what_is_no_score():
+    x = torch.ones(2, 3)
+    with pytest.raises(
+        ValueError, match="expected a function whose output is a tensor, got a tuple of 2; pass score= as well"
+    ):
+        local_centroids(lambda x: (x, x), x)
+    for wrong in (lambda out: out, lambda out: 3.0):
+        with pytest.raises(ValueError, match="expected one number as the score, got .*; pass score= with a sum"):
+            local_centroids(lambda x: x, x, score=wrong)
+
+
 def test_bad_values():
     model = tiny.build("gpt2", KIND)
     with pytest.raises(ValueError, match=r"expected values .* got torch.float32 \[1, 3, 5\]"):

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_asymmetry.arguments import checked
+from tl_asymmetry.arguments import checked, shown
 from tl_asymmetry.geometry.lanczos import largest_eigenvalue
 from tl_asymmetry.geometry.precision import exact_products, with_fresh_settings
 from tl_asymmetry.grokking.model import GrokTransformer
@@ -91,6 +91,8 @@ def centroid_response(
     problem = CentroidProblem(
         model, inputs, targets=targets, centroid=centroid, layer=layer, position=position, batch_size=batch_size
     )
+    if directions.ndim != 2:
+        raise ValueError(f"expected directions as rows [n, parameters], got {shown(directions)}; pass a matrix")
     if method not in METHODS:
         raise ValueError(f"expected method to be one of {', '.join(METHODS)}, got {method!r}; pass method='exact'")
     if method == "exact":
@@ -104,6 +106,14 @@ class _Graph:
 
     f: Tensor
     x: Tensor
+
+
+def _check_ids(name: str, given: Any, *axes: str) -> None:
+    whole = isinstance(given, Tensor) and not (given.is_floating_point() or given.is_complex())
+    if not whole or given.ndim != len(axes):
+        raise ValueError(
+            f"expected {name} as whole numbers [{', '.join(axes)}], got {shown(given)}; pass a tensor of indexes"
+        )
 
 
 class CentroidProblem:
@@ -123,6 +133,9 @@ class CentroidProblem:
         position: int | None = None,
         batch_size: int = 1024,
     ) -> None:
+        _check_ids("inputs", inputs, "batch", "pos")
+        if targets is not None:
+            _check_ids("targets", targets, "batch")
         if centroid not in CENTROIDS:
             raise ValueError(f"expected centroid to be one of {', '.join(CENTROIDS)}, got {centroid!r}; pass 'logit'")
         if centroid == "logit" and (targets is None or len(targets) != len(inputs)):

@@ -214,7 +214,7 @@ def demo_run(kind: Kind = "auto") -> dict[int, Callable[[], Any]]:
         >>> list(run), run[50]().cfg.d_model
         ([0, 50, 150, 400, 1000], 64)
     """
-    if kind not in ("auto", "hooked", "bridge"):
+    if not isinstance(kind, str) or kind not in ("auto", "hooked", "bridge"):
         raise ValueError(f"expected kind among auto, hooked, bridge, got {shown(kind)}; pass one of these")
     return {step: partial(demo_model, name, kind) for step, name in _run().items()}
 

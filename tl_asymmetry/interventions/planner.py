@@ -70,12 +70,15 @@ class EditPlanner:
     """Makes the cells of a site, with what they need of moments and subspaces computed once.
 
     Args:
-        base, aligned: the pair.
+        base, aligned: views of the pair.
         moments: second moments of the base's activations by hook point and layer, see `study_moments`.
         directions, n_directions: as in `rank_one_study`.
         controls: kinds.
         draws: controls of each kind.
         seed: of the controls.
+
+    Raises:
+        ValueError: what are no views, directions or kinds of controls.
     """
 
     @checked
@@ -91,6 +94,10 @@ class EditPlanner:
         draws: int,
         seed: int,
     ) -> None:
+        for role, view in (("base", base), ("aligned", aligned)):
+            if not isinstance(view, ModelView):
+                raise ValueError(f"expected {role} as a ModelView, got {shown(view)}; pass ModelView(model)")
+        _check_names(controls, CONTROL_KINDS, "controls")
         self.base, self.aligned = base, aligned
         self._moments = moments
         self._given = given_directions(directions, base, n_directions)

@@ -156,7 +156,7 @@ def local_centroids(
         noise, draws, seed, create_graph: as in `centroids`.
 
     Raises:
-        ValueError: draws < 1, or negative noise.
+        ValueError: draws < 1, negative noise, or a score that is no single number.
 
     Example:
         >>> W = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
@@ -178,7 +178,11 @@ def local_centroids(
                 x += noise * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
             x.requires_grad_()
             out = function(x)
+            if score is None and not isinstance(out, Tensor):
+                raise ValueError(f"expected a function whose output is a tensor, got {shown(out)}; pass score= as well")
             value = out.sum() if score is None else score(out)
+            if not isinstance(value, Tensor) or value.ndim:
+                raise ValueError(f"expected one number as the score, got {shown(value)}; pass score= with a sum")
             (grad,) = torch.autograd.grad(value, x, create_graph=create_graph)
             total = grad if total is None else total + grad
     assert total is not None
