@@ -150,7 +150,7 @@ def write_wide(result: Any, path: Path) -> Path:
         return result.to_explorer(path, progress=False)
 
 
-def measure(browser: Any, path: Path, ready: str, press: str, answered: str) -> dict[str, float]:
+def measure(browser: Any, path: Path, ready: str, look: str, press: str, answered: str) -> dict[str, float]:
     """Seconds from navigation to the moments a reader notices."""
     page = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
     inspector = page.context.new_cdp_session(page)
@@ -166,6 +166,7 @@ def measure(browser: Any, path: Path, ready: str, press: str, answered: str) -> 
     until(page, ready)
     drawn = time.perf_counter() - begin
     spent = processor()
+    page.evaluate(look)
     page.wait_for_timeout(2000)  # a reader looks first, and the page goes on reading
     before, begin = processor(), time.perf_counter()
     page.evaluate(press)
@@ -200,18 +201,20 @@ def until(page: Any, condition: str) -> None:
 PAGES = {
     "empty": (
         "document.querySelector('#figure-0 .js-plotly-plot .main-svg') !== null",
+        "document.querySelector('#figure-0').scrollIntoView()",
         "document.querySelector('#figure-0 button').focus()",
         "document.activeElement.textContent === 'Save as PNG'",
     ),
     "report": (
         "document.querySelector('#figure-0 .js-plotly-plot .hm') !== null",
-        """document.querySelector('#figure-0').scrollIntoView();
-           const menu = document.querySelector('#figure-0 select'); menu.value = 3;
+        "document.querySelector('#figure-1').scrollIntoView()",
+        """const menu = document.querySelector('#figure-1 select'); menu.value = 3;
            menu.dispatchEvent(new Event('change'))""",
-        "document.querySelector('#figure-0 .plot')._fullLayout.xaxis.title.text.includes('W_K')",
+        "document.querySelector('#figure-1 .plot')._fullLayout.xaxis.title.text.includes('W_K')",
     ),
     "explorer": (
         "document.documentElement.dataset.ready === 'yes'",
+        "document.querySelector('#map').scrollIntoView()",
         "document.querySelector('#map td').click()",
         "document.querySelectorAll('.card .main-svg').length >= 2",
     ),
@@ -248,8 +251,8 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         rounds: dict[str, list[dict[str, float]]] = {name: [] for name in PAGES}
         for _ in range(options.rounds):
-            for name, (ready, press, answered) in PAGES.items():
-                rounds[name].append(measure(browser, paths[name], ready, press, answered))
+            for name, (ready, *acts) in PAGES.items():
+                rounds[name].append(measure(browser, paths[name], ready, *acts))
         chromium_version = browser.version
         browser.close()
     for name in PAGES:

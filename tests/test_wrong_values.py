@@ -275,7 +275,8 @@ def test_gain_takes_subspaces_alone() -> None:
 def test_a_control_study_is_refused_before_it_trains(model: Any) -> None:
     def study(**wrong: Any) -> None:
         graded = {"hard": CrossEntropy(), "soft": CrossEntropy(temperature=2)}
-        tla.contrastive_control(model, graded, [tiny.tokens(6, 10)], 10**9, progress=False, **wrong)  # type: ignore[arg-type]
+        given: dict[str, Any] = {"objectives": graded, "data": [tiny.tokens(6, 10)], "steps": 10**9, **wrong}
+        tla.contrastive_control(model, progress=False, **given)
 
     for wrong, words in (
         ({"seeds": "a"}, "expected seeds as a whole number, or several, got 'a'; pass seeds="),
@@ -286,6 +287,7 @@ def test_a_control_study_is_refused_before_it_trains(model: Any) -> None:
         ),
         ({"grades": [1.0]}, "expected a grade for each of 2 objectives, got 1; pass one for each"),
         ({"optimizer": "adam"}, r"expected optimizer as an Optimizer, got 'adam'; pass Optimizer\("),
+        ({"objectives": 3}, "expected objectives as a list, got 3; pass .sharp, ..., soft."),
         ({"ranks": 0.5}, "expected ranks from 1 to 47 .*, got 0.5; pass such ranks"),
         ({"ranks": [48]}, "expected ranks from 1 to 47 .*, got 48; pass such ranks"),
     ):

@@ -231,9 +231,11 @@ class _Kept:
 def _named(objectives: Mapping[str, Objective[Any]] | Sequence[Objective[Any]]) -> dict[str, Objective[Any]]:
     if isinstance(objectives, Mapping):
         named = {str(name): objective for name, objective in objectives.items()}
+    elif not isinstance(objectives, Sequence):
+        raise ValueError(f"expected objectives as a list, got {shown(objectives)}; pass [sharp, ..., soft]")
     else:
         named = {objective_name(objective): objective for objective in objectives}
-        if len(named) < len(list(objectives)):
+        if len(named) < len(objectives):
             raise ValueError(
                 "expected objectives that differ in their settings, got equal ones; pass a mapping from names"
             )
