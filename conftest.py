@@ -1,5 +1,6 @@
 """Examples in docstrings may use what a user would have at hand; each name is made when an example first says it."""
 
+import gc
 import re
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,18 @@ CHECKED = not jaxtyping.config.jaxtyping_disable  # JAXTYPING_DISABLE=1 switches
 def pytest_runtest_setup(item):
     here = any(item.path.is_relative_to(room) for room in KERNELS)
     jaxtyping.config.update("jaxtyping_disable", not (CHECKED and here))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection():
+    """What is imported lives to the end: the collector need not walk through it again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -81,9 +94,10 @@ NAMES = ("base", "model", "aligned", "view", "result", "comparison", "trajectory
 
 
 @pytest.fixture(autouse=True)
-def examples(request, doctest_namespace, monkeypatch, tmp_path):
+def examples(request):
     """Give every doctest what it names, in a folder of its own."""
     if isinstance(request.node, pytest.DoctestItem):
-        monkeypatch.chdir(tmp_path)
+        folder, namespace = (request.getfixturevalue(name) for name in ("tmp_path", "doctest_namespace"))
+        request.getfixturevalue("monkeypatch").chdir(folder)
         spoken = " ".join(example.source for example in request.node.dtest.examples)
-        doctest_namespace.update({name: _at_hand(name) for name in NAMES if re.search(rf"\b{name}\b", spoken)})
+        namespace.update({name: _at_hand(name) for name in NAMES if re.search(rf"\b{name}\b", spoken)})

@@ -56,6 +56,16 @@ def test_agrees_with_draws(k: int) -> None:
         assert found / p == pytest.approx(1, abs=0.1 + 4 / np.sqrt(p * len(fractions)))
 
 
+def test_no_step_at_the_expected_fraction() -> None:
+    """There both terms of the formula are infinite and their difference, which depends on the skewness, is not."""
+    d, k = 64, 4
+    λ = (torch.arange(1.0, 9).double() ** -1).unsqueeze(0)
+    at = torch.tensor([-0.01, 0.0, 0.01], dtype=torch.float64) * 0.02 + k / d
+    p = isotropic_tail(λ / λ.sum(), d, k, at)
+    assert p[1].item() == pytest.approx((p[0] + p[2]).item() / 2, abs=1e-4)
+    assert abs(p[1].item() - 0.5) > 0.01  # a skewed law
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 10), st.floats(0.02, 0.9), st.integers(0, 1000))
 def test_both_tails_add_up_and_fall(r: int, k: int, x: float, seed: int) -> None:

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from scipy import linalg, stats
 
 from tl_asymmetry.geometry.moments import StreamingMoments
-from tl_asymmetry.geometry.subspace import Subspace, ordered_eigh, principal_subspace, random_subspace
+from tl_asymmetry.geometry.subspace import (
+    Subspace,
+    leading_directions,
+    ordered_eigh,
+    principal_subspace,
+    random_subspace,
+)
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -91,6 +97,13 @@ def test_ordered_eigh(shape: tuple[int, ...]) -> None:
     np.testing.assert_allclose(λ, np.linalg.eigvalsh(M.numpy())[..., ::-1], rtol=1e-10)
     torch.testing.assert_close(Q @ torch.diag_embed(λ) @ Q.mT, M, rtol=1e-10, atol=1e-10)
     assert bool((Q.gather(-2, Q.abs().argmax(-2, keepdim=True)) > 0).all())
+
+
+def test_leading_directions_come_in_the_same_order() -> None:
+    X = torch.randn(40, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    _, Q = ordered_eigh(X.mT @ X)
+    cosines = leading_directions(X.mT @ X, 4).mT @ Q[:, :4]
+    torch.testing.assert_close(cosines.abs(), torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-10)
 
 
 def test_ordered_eigh_has_one_answer() -> None:

@@ -32,19 +32,34 @@ def base_view(architecture: str) -> ModelView:
     return ModelView(tiny.bridge(architecture))
 
 
-def shown(architecture: str, written: corpus.Written) -> ModelView:
-    """TransformerLens's view of a transformers model that has these very weights."""
+def untrained(architecture: str, tied: bool | None) -> tuple[Any, dict[str, Any]]:
+    """A transformers model, and its parameters by their names."""
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(tiny.CONFIGS[architecture]())
-    if written.tied is not None:
-        config.tie_word_embeddings = written.tied
+    if tied is not None:
+        config.tie_word_embeddings = tied
     with torch.random.fork_rng():
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    missing, unexpected = model.load_state_dict(written.truth, strict=False)
-    assert not unexpected
-    assert all(name.startswith(("lm_head", "embed_out")) for name in missing)
-    return ModelView(bridge_around(model, "truth"))
+    return model, dict(model.named_parameters(remove_duplicate=False))
+
+
+@functools.cache
+def live_view(architecture: str, tied: bool | None) -> tuple[ModelView, dict[str, Any]]:
+    model, parameters = untrained(architecture, tied)
+    return ModelView(bridge_around(model, "truth")), parameters
+
+
+def shown(architecture: str, written: corpus.Written) -> ModelView:
+    """TransformerLens's view of a transformers model that has these very weights."""
+    split = architecture == "neox"  # query, key and value become copies, which do not follow: a view for every case
+    seen, parameters = (untrained if split else live_view)(architecture, written.tied)
+    assert written.truth.keys() <= parameters.keys()
+    assert all(name.startswith(("lm_head", "embed_out")) for name in parameters.keys() - written.truth.keys())
+    with torch.no_grad():
+        for name, tensor in written.truth.items():
+            parameters[name].copy_(tensor)
+    return ModelView(bridge_around(seen, "truth")) if split else seen
 
 
 def read(written: corpus.Written, architecture: str, base: Any = None) -> Any:

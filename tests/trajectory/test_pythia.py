@@ -35,6 +35,11 @@ def directories() -> dict[int, Path]:
     return {step: tiny.hf_directory("neox", delta=0.03 * i) for i, step in enumerate(STEPS)}
 
 
+@functools.cache
+def expected() -> pd.DataFrame:
+    return analyze_trajectory(directories(), **OPTIONS).table
+
+
 def commit_of(step: int) -> str:
     return hashlib.sha1(f"step{step}".encode()).hexdigest()
 
@@ -70,14 +75,13 @@ class FalseHub:
 
 
 def test_they_are_fetched_one_at_a_time_and_removed(tmp_path: Path) -> None:
-    expected = analyze_trajectory(directories(), **OPTIONS)
     hub = FalseHub(directories())
     checkpoints = pythia_checkpoints("pythia-tiny", [1000, 0, 1], hub=hub, folder=tmp_path / "files")
     assert not hub.fetched  # nothing before its turn
     assert [c.step for c in checkpoints] == [0, 1, 1000]
     options = OPTIONS | {"store": tmp_path / "run", "reference": "first"}
     result = analyze_trajectory(checkpoints, **options)
-    pd.testing.assert_frame_equal(result.table, expected.table, check_exact=True)
+    pd.testing.assert_frame_equal(result.table, expected(), check_exact=True)
     assert result.checkpoints["name"].tolist() == [f"{REPOSITORY} step{step}" for step in STEPS]
     assert set(hub.on_disk) == {1}
     assert not list((tmp_path / "files").iterdir())
@@ -88,7 +92,7 @@ def test_they_are_fetched_one_at_a_time_and_removed(tmp_path: Path) -> None:
     hub.fetched.clear()
     again = analyze_trajectory(pythia_checkpoints("pythia-tiny", STEPS, hub=hub), **options)
     assert {commit for commit, _ in hub.fetched} == {commit_of(0)}
-    pd.testing.assert_frame_equal(again.table, expected.table, check_exact=True)
+    pd.testing.assert_frame_equal(again.table, expected(), check_exact=True)
     # kept files are not fetched again
     hub.fetched.clear()
     for _ in range(2):
@@ -260,7 +264,7 @@ def test_a_killed_download_goes_on(tmp_path: Path) -> None:
     result = sweep(hub)
     assert (commit_of(1), "model.safetensors") in hub.fetched  # half a file is not taken for a whole one
     assert (commit_of(1), "config.json") not in hub.fetched  # a whole one is
-    pd.testing.assert_frame_equal(result.table, analyze_trajectory(directories(), **OPTIONS).table, check_exact=True)
+    pd.testing.assert_frame_equal(result.table, expected(), check_exact=True)
     assert StoreReader(tmp_path / "run").steps == [1, 1000]
     assert not list((tmp_path / "files").iterdir())
 
@@ -349,5 +353,5 @@ def test_the_real_client_against_a_local_hub(tmp_path: Path, endpoint: str) -> N
         pythia_checkpoints("pythia-tiny", [9], hub=hub)
     checkpoints = pythia_checkpoints("pythia-tiny", STEPS, hub=hub, folder=tmp_path / "files")
     result = analyze_trajectory(checkpoints, **OPTIONS)
-    pd.testing.assert_frame_equal(result.table, analyze_trajectory(directories(), **OPTIONS).table, check_exact=True)
+    pd.testing.assert_frame_equal(result.table, expected(), check_exact=True)
     assert not list((tmp_path / "files").iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import random
 from pathlib import Path
@@ -130,29 +131,33 @@ def test_training_does_not_notice(kind: str, tmp_path: Path) -> None:
     assert states[0] == states[1]
 
 
+def recorded(store: Path | None, kept: dict[int, Any]) -> TrajectoryAnalysis:
+    model = tiny.bridge("gpt2").eval()
+    with TrajectoryRecorder(model, 2, store, **FEW, reference="both") as recorder:
+
+        def after(step: int) -> None:
+            kept[step] = weights(model)
+            recorder.step(step)
+
+        sgd(model, 0, 6, after)
+        return recorder.result()
+
+
+@functools.cache
+def undisturbed() -> tuple[TrajectoryAnalysis, dict[int, Any]]:
+    kept: dict[int, Any] = {}
+    return recorded(None, kept), kept
+
+
 @pytest.mark.parametrize("at", [3, 8, 11, 15, 20, 25])
 def test_a_killed_training_goes_on(at: int, tmp_path: Path) -> None:
     """SIGKILL while it records; then the training, resumed from its own checkpoint, ends with the same table."""
-    folder, kept = tmp_path / "run", {}
-
-    def whole(store: Path | None) -> TrajectoryAnalysis:
-        model = tiny.bridge("gpt2").eval()
-        with TrajectoryRecorder(model, 2, store, **FEW, reference="both") as recorder:
-
-            def after(step: int) -> None:
-                if store is None:
-                    kept[step] = weights(model)
-                recorder.step(step)
-
-            sgd(model, 0, 6, after)
-            return recorder.result()
-
-    expected = whole(None)
+    folder, (expected, kept) = tmp_path / "run", undisturbed()
     child = os.fork()
     if child == 0:
         try:
             Fatal(at).install()
-            whole(folder)
+            recorded(folder, {})
         finally:
             os._exit(1)
     died = os.WIFSIGNALED(os.waitpid(child, 0)[1])
