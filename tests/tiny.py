@@ -268,11 +268,20 @@ def hooked(
     `processing` switches on flags of `load_and_process_state_dict` (`fold_ln=True`, ...); all are off by
     default.
     """
-    from transformer_lens import HookedTransformer, loading_from_pretrained
+    from transformer_lens import HookedTransformer
+
+    cfg, state = copy.deepcopy(_hooked_state(architecture, dtype, seed, delta))
+    model = HookedTransformer(cfg, tokenizer=tokenizer(), move_to_device=False)
+    model.load_and_process_state_dict(state, **dict.fromkeys(PROCESSING_FLAGS, False) | processing)
+    return model.to(dtype)
+
+
+@functools.cache
+def _hooked_state(architecture: str, dtype: torch.dtype, seed: int, delta: float) -> tuple[Any, dict[str, Any]]:
+    from transformer_lens import loading_from_pretrained
     from transformers import AutoModelForCausalLM
 
     directory = str(hf_directory(architecture, seed, delta))
-    flags = dict.fromkeys(PROCESSING_FLAGS, False) | processing
     if architecture in ("phi", "gemma1", "gemma2", "gemma3"):
         # TransformerLens reads no local configuration of these
         cfg = _hooked_config(architecture, dtype)
@@ -281,9 +290,7 @@ def hooked(
     cfg.n_ctx = N_CTX  # TransformerLens reads 2048 for some whatever the directory says
     hf_model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
     state = loading_from_pretrained.get_pretrained_state_dict(directory, cfg, hf_model, dtype=dtype)
-    model = HookedTransformer(cfg, tokenizer=tokenizer(), move_to_device=False)
-    model.load_and_process_state_dict(state, **flags)
-    return model.to(dtype)
+    return cfg, {name: tensor.detach() for name, tensor in state.items()}
 
 
 def _hooked_config(architecture: str, dtype: torch.dtype) -> Any:

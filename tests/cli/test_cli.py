@@ -17,6 +17,9 @@ from tl_asymmetry.cli import main
 from tl_asymmetry.cli.options import as_model, as_path
 from tl_asymmetry.cli.texts import read_texts
 from tl_asymmetry.demo import demo_texts
+from tl_asymmetry.results.pages import page_path
+from tl_asymmetry.results.report import Report, write_report
+from tl_asymmetry.results.result import Result
 
 COMMANDS = (
     "demo", "analyze", "stages", "trajectory", "compare", "spectra", "deltas", "tangents", "grok", "report",
@@ -27,6 +30,16 @@ PASSAGES = [" ".join(f"w{(5 * i + j * j) % 90}" for j in range(12 + i)) for i in
 @pytest.fixture(name="pair")
 def pair_fixture() -> list[str]:
     return [str(tiny.hf_directory("gpt2")), str(tiny.hf_directory("gpt2", delta=0.05))]
+
+
+@pytest.fixture
+def plain_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages without figures, which each kind of result has a test of: drawing them takes longer than the command."""
+
+    def to_html(self: Result, path: str | Path) -> Path:
+        return write_report(page_path(path), Report(title=self._title()))
+
+    monkeypatch.setattr(Result, "to_html", to_html)
 
 
 def bad(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -66,25 +79,24 @@ def test_analyze_and_report(pair: list[str], tmp_path: Path, capsys: pytest.Capt
     entries = [PASSAGES[0], *({"text": p} for p in PASSAGES[1:])]
     lines.write_text("\n".join(map(json.dumps, entries)) + "\n\n", encoding="utf-8")
     options = ["--ranks", "1", "4", "--groups", "4", "--batch-size", "3", "--seed", "2"]
-    results = []
-    for number, path in enumerate((text, lines)):
-        out = tmp_path / str(number)
-        assert main(["analyze", *pair, "--texts", str(path), "--out", str(out), *options]) == 0
-        assert capsys.readouterr().out.splitlines()[-1] == f"open the report: {out / 'report.html'}"
-        results.append(PairAnalysis.load(out))
-    assert results[0].table.equals(results[1].table)
-    arguments = results[0].config["arguments"]
+    assert read_texts(text) == read_texts(lines) == PASSAGES
+    out = tmp_path / "out"
+    assert main(["analyze", *pair, "--texts", str(lines), "--out", str(out), *options]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"open the report: {out / 'report.html'}"
+    result = PairAnalysis.load(out)
+    arguments = result.config["arguments"]
     assert (arguments["ranks"], arguments["groups"], arguments["batch_size"], arguments["seed"]) == ([1, 4], 4, 3, 2)
-    assert results[0].config["sequences"] == len(PASSAGES)
+    assert result.config["sequences"] == len(PASSAGES)
 
-    page = tmp_path / "0" / "report.html"
+    page = out / "report.html"
     before = page.read_bytes()
     page.unlink()
-    assert main(["report", str(tmp_path / "0")]) == 0
+    assert main(["report", str(out)]) == 0
     assert capsys.readouterr().out == f"open the report: {page}\n"
     assert abs(len(page.read_bytes()) - len(before)) < 200
 
 
+@pytest.mark.usefixtures("plain_pages")
 def test_analyze_without_texts_uses_the_calibration_texts(
     pair: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,6 +155,7 @@ def test_a_terminal_s_encoding_is_no_reason_to_fail(tmp_path: Path) -> None:
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
+@pytest.mark.usefixtures("plain_pages")
 def test_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [f"{name}={tiny.hf_directory('gpt2', delta=delta)}" for name, delta in (("base", 0.0), ("sft", 0.05))]
     out = tmp_path / "out"
@@ -153,6 +166,7 @@ def test_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "each name once" in bad(capsys, "stages", folders[0], folders[0])
 
 
+@pytest.mark.usefixtures("plain_pages")
 def test_deltas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A name given twice is two runs of one training."""
     base, *tuned = (str(tiny.hf_directory("gpt2", delta=delta)) for delta in (0.0, 0.05, 0.1, 0.2))
@@ -236,7 +250,9 @@ def checkpoints(tmp_path: Path) -> list[str]:
     return folders
 
 
-def test_trajectory_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_trajectory_and_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
     folders, texts, out = checkpoints(tmp_path), tmp_path / "texts.txt", tmp_path / "out"
     texts.write_text("\n\n".join(PASSAGES), encoding="utf-8")
     options = ["--texts", str(texts), "--out", str(out), "--ranks", "4", "--groups", "3", "--reference", "both"]
@@ -249,6 +265,7 @@ def test_trajectory_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert TrajectoryAnalysis.from_store(out / "store").table.equals(first.table)
     before = {path: path.stat().st_mtime_ns for path in (out / "store" / "parts").iterdir()}
     assert len(before) == 2
+    request.getfixturevalue("plain_pages")
     assert main(["trajectory", *folders, *options]) == 0  # nothing is measured twice
     assert {path: path.stat().st_mtime_ns for path in (out / "store" / "parts").iterdir()} == before
     assert TrajectoryAnalysis.load(out).table.equals(first.table)
@@ -260,12 +277,15 @@ def test_trajectory_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "got others: seed (0 there, 3 here)" in line
 
 
+@pytest.mark.usefixtures("plain_pages")
 def test_the_demo_trajectory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["trajectory", "--demo", "--out", str(tmp_path), "--groups", "1", "--ranks", "4"]) == 0
+    options = ["--groups", "1", "--ranks", "4", "--max-tokens", "1000"]
+    assert main(["trajectory", "--demo", "--out", str(tmp_path), *options]) == 0
     assert "steps 0 to 1000" in capsys.readouterr().out
     assert TrajectoryAnalysis.load(tmp_path).steps == [50, 150, 400, 1000]
 
 
+@pytest.mark.usefixtures("plain_pages")
 def test_the_demo_tangents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("\n\n".join(demo_texts(12)), encoding="utf-8")
@@ -279,6 +299,7 @@ def test_the_demo_tangents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         assert "expected checkpoint directories or --demo" in bad(capsys, "tangents", *arguments)
 
 
+@pytest.mark.usefixtures("plain_pages")
 def test_compare_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = tiny.bridge("gpt2")
     folders = [str(tmp_path / name) for name in "abc"]
@@ -309,6 +330,7 @@ def test_bad_trajectories_are_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("plain_pages")
 def test_grok_trains_measures_and_goes_on(tmp_path, capsys):
     arguments = ["grok", "--quick", "--p", "7", "--steps", "75", "--op", "sq", "--out", str(tmp_path)]
     assert main(arguments) == 0

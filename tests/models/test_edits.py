@@ -122,15 +122,17 @@ def test_edited_logits_are_those_of_a_rebuilt_model(architecture, kind):
     model = tiny.build(architecture, kind, torch.float64)
     view, tokens = ModelView(model), tiny.tokens()
     before, clean = fingerprint(model), logits(ModelView(model), tokens)
+    rebuilt = ModelView(tiny.build(architecture, kind, torch.float64))
     for i, matrix in enumerate(view.matrices):
         edit = make_edit(view, 1, matrix, 1 if view.heads(matrix) not in (None, 1) else 0, seed=i)
-        rebuilt = ModelView(tiny.build(architecture, kind, torch.float64))
         target = rebuilt.weight(1, matrix)
         target = target if edit.head is None else target[edit.head]
-        target.copy_(target + edit.change())
+        kept = target.clone()
+        target.copy_(kept + edit.change())
         with apply_edits(model, [edit]):
             edited = logits(view, tokens)
         torch.testing.assert_close(edited, logits(rebuilt, tokens), rtol=0, atol=1e-12)
+        target.copy_(kept)
         assert (edited - clean).abs().max() > 1e-6, matrix
         assert fingerprint(model) == before
     assert torch.equal(logits(view, tokens), clean)

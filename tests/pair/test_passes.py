@@ -28,6 +28,7 @@ from tl_asymmetry.store import StoreReader
 
 TOKENS = tiny.tokens(9, 12)
 OPTIONS: dict[str, Any] = {"tokens": TOKENS, "ranks": [4], "groups": 3, "batch_size": 2, "progress": False}
+FEW = OPTIONS | {"matrices": ["W_K", "W_O"]}  # where it is the processes that are the subject
 TABLES = PairAnalysis.TABLES
 
 
@@ -43,8 +44,9 @@ def same_result(one: PairAnalysis, other: PairAnalysis, rtol: float = 1e-6) -> N
 # --- layers in passes ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
-@pytest.mark.parametrize("name", ["gpt2", "neox", "gemma3"])
+@pytest.mark.parametrize(
+    ("name", "kind"), [*(("gpt2", kind) for kind in tiny.KINDS), ("neox", tiny.KINDS[0]), ("gemma3", "bridge")]
+)
 def test_a_pass_for_each_layer_gives_what_one_pass_gives(name: str, kind: str) -> None:
     base, aligned = tiny.build(name, kind), tiny.build(name, kind, delta=0.05)
     whole = analyze_pair(base, aligned, **OPTIONS)
@@ -222,6 +224,7 @@ warnings.simplefilter("ignore")
 base_directory, aligned_directory, out = sys.argv[1:]
 tokens = tiny.tokens(9, 12)
 options = dict(ranks=[4], groups=3, batch_size=2, progress=False)
+few = dict(options, tokens=tokens, matrices=["W_K", "W_O"])
 with started_processes() as processes:
     assert processes.count == 2
     base, aligned = (open_model(d, torch.float64, device="cpu") for d in (base_directory, aligned_directory))
@@ -231,14 +234,14 @@ with started_processes() as processes:
 
     run("loaded", aligned, sensitivity=True)
     run("files", aligned_directory, layers_per_pass=1)
-    run("few", aligned_directory, tokens=tokens[:4])  # fewer sequences in a group than processes
+    run("few", aligned_directory, **few | dict(tokens=tokens[:4]))  # fewer sequences in a group than processes
     def random_walk():
         yield 0, base
         for step, seed in ((10, 1), (30, 2), (100, 3)):
             yield step, tiny.perturbed(base, 0.02, seed)
 
     def sweep(name, checkpoints, **more):
-        analyze_trajectory(checkpoints, **{"tokens": tokens, **options, **more}).save(f"{out}/{name}-{processes.rank}")
+        analyze_trajectory(checkpoints, **few, **more).save(f"{out}/{name}-{processes.rank}")
 
     sweep("sweep", random_walk(), reference="both", store=f"{out}/store")
     sweep("resumed", random_walk(), reference="both", store=f"{out}/store")
@@ -250,13 +253,13 @@ with started_processes() as processes:
         ("broken", [(0, base), (10, good), (30, broken)]), ("unsorted", [(0, base), (30, good), (10, good)]),
     ):  # fmt: skip
         try:
-            analyze_trajectory(checkpoints, tokens=tokens, store=f"{out}/store-{name}", **options)
+            analyze_trajectory(checkpoints, store=f"{out}/store-{name}", **few)
         except ValueError as error:
             open(f"{out}/{name}-{processes.rank}", "w").write(str(error))
 
-    run("alone", aligned_directory, tokens=tokens[: 8 + processes.rank], distributed=False)
+    run("alone", aligned_directory, **few | dict(tokens=tokens[: 8 + processes.rank]), distributed=False)
     try:
-        run("differ", aligned_directory, tokens=tokens[processes.rank :][:8])
+        run("differ", aligned_directory, **few | dict(tokens=tokens[processes.rank :][:8]))
     except ValueError as error:
         open(f"{out}/differ-{processes.rank}", "w").write(str(error))
 """
@@ -283,7 +286,7 @@ def test_two_processes_give_what_one_gives(two_processes: Path, case: str) -> No
     """In float64, so that only the order of sums differs; every process returns the same, bit for bit."""
     first, second = (PairAnalysis.load(two_processes / f"{case}-{rank}") for rank in range(2))
     base, aligned = (tiny.bridge("gpt2", torch.float64, delta=δ) for δ in (0.0, 0.05))
-    options: dict[str, Any] = {**OPTIONS, "tokens": TOKENS[:4] if case == "few" else TOKENS}
+    options: dict[str, Any] = FEW | {"tokens": TOKENS[:4]} if case == "few" else OPTIONS
     other = aligned if case == "loaded" else tiny.hf_directory("gpt2", delta=0.05)
     whole = analyze_pair(base, other, **options, sensitivity=case == "loaded")
     assert first.config == second.config
@@ -309,7 +312,7 @@ def test_two_processes_share_a_sweep(two_processes: Path, case: str) -> None:
     """Three checkpoints for two processes, out of a generator; what the first one stored is found again by both."""
     first, second = (TrajectoryAnalysis.load(two_processes / f"{case}-{rank}") for rank in range(2))
     more: dict[str, Any] = {"subspaces_from": "each"} if case == "each" else {"reference": "both"}
-    whole = analyze_trajectory(random_walk(), **{**OPTIONS, **more})
+    whole = analyze_trajectory(random_walk(), **FEW, **more)
     assert first.steps == second.steps == [10, 30, 100]
     for name in TrajectoryAnalysis.TABLES:
         pd.testing.assert_frame_equal(getattr(first, name), getattr(second, name), check_exact=True, obj=name)
