@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import numpy as np
@@ -153,6 +154,12 @@ def test_methods_at_k_four(name: str, middle: str, tail: str) -> None:
     assert method.tolist() == [middle, tail]
 
 
+@functools.cache
+def independent_leverages(d: int, k: int) -> torch.Tensor:
+    seeds = range(999, 999 + -(-HAAR_DRAWS // len(haar_leverages(d, k, 999))))
+    return torch.cat([haar_leverages(d, k, seed) for seed in seeds])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("d", [64, 256])
 @pytest.mark.parametrize("name", ["flat 1", "flat 2", "flat 32", "steep", "mild", "decaying", "two and bulk"])
@@ -175,8 +182,7 @@ def test_where_the_code_says_beta_the_beta_holds(d: int, name: str, k: int) -> N
         assert beta_disagreement(spectrum, d, k).item() > 0.03
         return
     # 200,000 draws on other seeds: 20,000 subspaces, ten permutations of the coordinates each.
-    seeds = range(999, 999 + -(-HAAR_DRAWS // len(haar_leverages(d, k, 999))))
-    pool = torch.cat([haar_leverages(d, k, seed) for seed in seeds])
+    pool = independent_leverages(d, k)
     generator = torch.Generator().manual_seed(1)
     orders = [torch.randperm(d, generator=generator)[: len(λ)] for _ in range(10)]
     fractions = torch.cat([pool[:, order].double() @ spectrum[0] for order in orders])
@@ -289,6 +295,13 @@ def test_two_eigenvalues_have_a_closed_form() -> None:
 def test_a_fraction_of_nothing_but_rounding_has_p_one(x: float) -> None:
     p = fraction_tail_rank_one(spectrum_of("flat"), D, torch.tensor([x], dtype=torch.float64))
     assert p.item() == pytest.approx(1, abs=1e-12)
+
+
+def test_draws_never_say_that_something_cannot_happen() -> None:
+    """The observed one counts among them: (1 + more extreme) / (1 + draws)."""
+    λ = torch.full((1, 8), 1 / 8, dtype=torch.float64)
+    tails = IsotropicNull(24, seed=0)._tails_by_draws(λ, 4, torch.tensor([2.0], dtype=torch.float64))
+    assert tails.flatten().tolist() == [1 / (nulls.HAAR_DRAWS + 1), 1.0]
 
 
 def test_edges_of_the_tail() -> None:

@@ -20,7 +20,7 @@ from tests import tiny
 from tests.models.test_sites import BERT, LLAMA
 from tests.models.test_weights import Hub
 from tests.reliability.test_no_code_from_files import CODE
-from tl_asymmetry import ModelView, activation_shift, analyze_pair, rank_one_study, weights_from
+from tl_asymmetry import ModelView, PairAnalysis, activation_shift, analyze_pair, rank_one_study, weights_from
 from tl_asymmetry.cli import main
 from tl_asymmetry.geometry import capture_moments
 from tl_asymmetry.models import loading
@@ -41,8 +41,9 @@ def test_two_folders_give_what_two_models_give(folders: tuple[Path, Path]) -> No
     loaded = analyze_pair(*map(open_model, folders), **OPTIONS)
     pd.testing.assert_frame_equal(by_folder.table, loaded.table)
     assert [by_folder.config["models"][side]["name"] for side in ("base", "aligned")] == [f.name for f in folders]
-    both = analyze_pair(*folders, activations="both", sensitivity=True, **OPTIONS)
-    of_models = analyze_pair(*map(open_model, folders), activations="both", sensitivity=True, **OPTIONS)
+    variants: dict[str, Any] = OPTIONS | {"activations": "both", "sensitivity": True, "matrices": ["W_K", "W_O"]}
+    both = analyze_pair(*folders, **variants)
+    of_models = analyze_pair(*map(open_model, folders), **variants)
     pd.testing.assert_frame_equal(both.table, of_models.table)
 
 
@@ -55,11 +56,15 @@ def test_other_analyses_take_folders(folders: tuple[Path, Path]) -> None:
     pd.testing.assert_frame_equal(studies[0].table, studies[1].table)
 
 
-def test_the_command_line_takes_a_folder_as_the_base(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_command_line_takes_a_folder_as_the_base(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PairAnalysis, "to_html", lambda _self, path: path)  # pages are drawn elsewhere
     (tmp_path / "texts.txt").write_text("w1 w2 w3 w4 w5 w6 w7 w8\n", encoding="utf-8")
     words = ["analyze", *map(str, folders), "--texts", str(tmp_path / "texts.txt"), "--ranks", "1", "--groups", "1"]
     assert main([*words, "--out", str(tmp_path / "out")]) == 0
-    assert (tmp_path / "out" / "report.html").is_file()
+    config = PairAnalysis.load(tmp_path / "out").config
+    assert [config["models"][side]["name"] for side in ("base", "aligned")] == [f.name for f in folders]
 
 
 def test_a_model_is_opened_in_the_dtype_that_it_is_stored_in(tmp_path: Path) -> None:

@@ -102,7 +102,8 @@ def contrastive_control(
         >>> from tl_asymmetry.objectives import CrossEntropy
         >>> from tl_asymmetry.demo import demo_texts
         >>> grades = [CrossEntropy(), CrossEntropy(temperature=4.0)]
-        >>> study = contrastive_control(model, grades, demo_texts(32), steps=2, seeds=[0], progress=False)
+        >>> options = {"steps": 2, "seeds": [0], "matrices": ["W_O"], "progress": False}
+        >>> study = contrastive_control(model, grades, demo_texts(32), **options)
         >>> study.runs["steps"].tolist()
         [2, 2, 2, 2]
     """
