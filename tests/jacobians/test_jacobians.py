@@ -1,6 +1,7 @@
 """Layer Jacobians against jacrev of the models' own forward, on every architecture, and what the call promises."""
 
 import copy
+import functools
 import warnings
 
 import numpy as np
@@ -22,6 +23,9 @@ T = 5
 HALF_FLOAT32 = {"llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma1", "gemma2", "gemma3", "phi", "gptj"}
 """Families whose Hugging Face code runs its norms, its softmax or both in float32 whatever the model's type: there
 jacrev itself is right to 2e-7 or so, and two ways of one derivative agree to that."""
+
+built = functools.cache(tiny.build)
+"""For the tests that leave a model as it was."""
 
 EVERYWHERE = [(architecture, kind) for architecture in tiny.ARCHITECTURES for kind in tiny.KINDS]
 
@@ -51,7 +55,7 @@ def largest_error(found, expected):
 )
 def test_equals_jacrev_of_the_whole(architecture, kind, part):
     """Same position and summed over sources, closed form and autograd, every token."""
-    model, tokens = tiny.build(architecture, kind, torch.float64), tiny.tokens(1, T)
+    model, tokens = built(architecture, kind, torch.float64), tiny.tokens(1, T)
     layer = 1
     full = reference.jacobian(*reference.part_function(model, tokens, layer, part)).detach()
     expected = {"same": reference.same_position(full), "sum": reference.summed_sources(full)}
@@ -72,7 +76,7 @@ def test_equals_jacrev_of_the_whole(architecture, kind, part):
 @pytest.mark.parametrize(("architecture", "kind"), EVERYWHERE)
 def test_parts_compose_to_the_block(architecture, kind):
     """(I + J_mlp)(I + J_attn), or I + J_attn + J_mlp: so the MLP with its norms is right where the others are."""
-    model, tokens = tiny.build(architecture, kind, torch.float64), tiny.tokens(1, T)
+    model, tokens = built(architecture, kind, torch.float64), tiny.tokens(1, T)
     view = ModelView(model)
     block, attn, mlp = (jacobians(model, tokens, layers=[0], part=p).per_token(0)[0] for p in ("block", "attn", "mlp"))
     eye = torch.eye(view.d_model, dtype=torch.float64)
@@ -86,7 +90,7 @@ def test_parts_compose_to_the_block(architecture, kind):
 @pytest.mark.parametrize("part", ["ln", "ln2"])
 @pytest.mark.parametrize(("architecture", "kind"), [c for c in EVERYWHERE if c[0] in ("gpt2", "llama", "gemma2")])
 def test_norms(architecture, kind, part):
-    model, tokens = tiny.build(architecture, kind, torch.float64), tiny.tokens(1, T)
+    model, tokens = built(architecture, kind, torch.float64), tiny.tokens(1, T)
     closed = jacobians(model, tokens, layers=[1], part=part)
     plain = jacobians(model, tokens, layers=[1], part=part, method="autograd")
     assert largest_error(closed.per_token(1), plain.per_token(1)) <= accuracy(architecture, kind)
@@ -97,7 +101,7 @@ def test_norms(architecture, kind, part):
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_central_differences(architecture, kind):
     """The stream itself moved a little, by the model's own forward pass."""
-    model, tokens = tiny.build(architecture, kind, torch.float64), tiny.tokens(1, T)
+    model, tokens = built(architecture, kind, torch.float64), tiny.tokens(1, T)
     function, x = reference.part_function(model, tokens, 0, "block")
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(x.shape[-1], generator=generator, dtype=torch.float64)
@@ -122,7 +126,7 @@ def test_central_differences(architecture, kind):
 def test_both_kinds_of_model_agree(architecture, sources):
     tokens = tiny.tokens(2, T)
     one, other = (
-        jacobians(tiny.build(architecture, kind, torch.float64), tokens, sources=sources).arrays["per_token"]
+        jacobians(built(architecture, kind, torch.float64), tokens, sources=sources).arrays["per_token"]
         for kind in ("hooked", "bridge")
     )
     assert largest_error(one, other) <= 5e-6
@@ -175,7 +179,7 @@ def test_folded_weights(architecture):
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "neox", "gemma2"])
 def test_layers_compose_along_a_token(architecture, kind):
     """A causal model leads nothing from t to a later position and back, so the product is the whole, attention on."""
-    model, tokens = tiny.build(architecture, kind, torch.float64), tiny.tokens(1, T)
+    model, tokens = built(architecture, kind, torch.float64), tiny.tokens(1, T)
     found = jacobians(model, tokens)
     product = found.per_token(1)[0] @ found.per_token(0)[0]
     through = reference.part_function(model, tokens, 0, "block", until=1)
