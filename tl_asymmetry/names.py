@@ -44,6 +44,23 @@ BASIS_METHODS = MappingProxyType({"pca": "PCA", "semi_nmf": "semi-NMF"})
 PREDICTION = "prediction"
 """The subspace that the unembedding defines."""
 
+ROUTING = "routing"
+"""What a mixture's router decides: seen beside the points, in layers with experts."""
+
+EXPERT_INPUT = "expert_in"
+"""The subspace of an expert's own inputs: of the tokens that are routed to it."""
+
+
+def expert_input(expert: int) -> str:
+    """The name under which the moments of one expert's inputs are kept.
+
+    Example:
+        >>> expert_input(12)
+        'expert_in:12'
+    """
+    return f"{EXPERT_INPUT}:{expert}"
+
+
 Side = Literal["read", "write"]
 
 

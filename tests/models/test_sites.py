@@ -57,6 +57,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("Olmo2Config", LLAMA),
     "mixtral": ("MixtralConfig", LLAMA | MIXTURE),
     "gpt-oss": ("GptOssConfig", LLAMA | MIXTURE),
+    "qwen3-moe": ("Qwen3MoeConfig", LLAMA | QWEN_MIXTURE),
     "qwen2-moe": ("Qwen2MoeConfig", LLAMA | QWEN_MIXTURE | {"decoder_sparse_step": 2}),
     "qwen3.5": ("Qwen3_5TextConfig", LLAMA | LINEAR),
     "lfm2": ("Lfm2Config", LLAMA | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),

@@ -263,7 +263,11 @@ def test_experts_stand_where_heads_do(tmp_path):
     assert not maps["W_Q"]["experts"]
     experts = result.table["expert"].max() + 1
     assert maps["W_in"]["heads"] == experts
+    assert maps["W_in"]["whole"] == []
+    assert maps["W_in"]["empty"] == {}
     rows = result.table.query("matrix == 'W_in' and subspace == @maps['W_in']['subspace']")
+    np.testing.assert_array_equal(maps["W_in"]["columns"]["tokens_routed"], rows["tokens_routed"])
+    assert rows["tokens_routed"].sum() == 2 * (60 - 3) * result.config["shape"]["n_layers"]  # two of three each
     assert rows["rank"].nunique() == 1
     np.testing.assert_allclose(maps["W_in"]["columns"]["fraction"], rows["fraction"], rtol=1e-6)
 

@@ -43,12 +43,13 @@ def maps(result: PairData, pack: Pack) -> list[dict[str, Any]]:
     Ranks come first, since what does not depend on them then repeats in long runs.
     """
     table, ranks = result.table, result.config["ranks"]
-    layers = pick.layers_of(table)
+    layers = list(range(result.config["shape"]["n_layers"]))
     helds = held_against(table, described(result.nulls))
     found = []
     for (matrix, subspace), rows in table.groupby(["matrix", "subspace"], sort=False):
         units = pick.units(rows)
-        heads = pick.heads_of(rows.assign(head=units))
+        placed = rows.assign(head=units)
+        heads = pick.heads_of(placed)
         shared, group = pick.kv_group(table, str(matrix), None)
         keyed = rows.assign(head=units.astype("float64").fillna(-1)).set_index(["rank", "layer", "head"])
         places = [-1.0 if h is None or pd.isna(h) else float(h) for h in heads]
@@ -70,10 +71,26 @@ def maps(result: PairData, pack: Pack) -> list[dict[str, Any]]:
             {
                 "matrix": str(matrix), "subspace": str(subspace), "pathway": str(rows["pathway"].iloc[0]),
                 "heads": None if heads == [None] else len(heads), "kv": shared, "group": group or 1,
-                "experts": bool(rows["expert"].notna().any()),
+                "experts": pick.has_experts(rows),
+                "whole": sorted({int(x) for x in rows.loc[rows["expert"].isna(), "layer"]})
+                if pick.has_experts(rows) else [],
+                "empty": _empty(placed, table, layers, heads),
                 "columns": columns, "nulls": nulls,
             }
         )  # fmt: skip
+    return found
+
+
+def _empty(
+    rows: pd.DataFrame, table: pd.DataFrame, layers: Sequence[int], heads: Sequence[int | None]
+) -> dict[str, dict[str, str]]:
+    """Why cells have no row at any rank, by layer and place in it."""
+    there = {(int(x), -1 if pd.isna(h) else int(h)) for x, h in zip(rows["layer"], rows["head"], strict=True)}
+    found: dict[str, dict[str, str]] = {}
+    for layer in layers:
+        for place, head in enumerate(heads):
+            if (layer, -1 if head is None else head) not in there:
+                found.setdefault(str(layer), {})[str(place)] = pick.absence(rows, table, layer, head)
     return found
 
 

@@ -200,7 +200,8 @@ def _measured(view: ModelView, chosen: Sequence[str], notes: Notes, *, asked: bo
             if not view.has(layer, matrix):
                 continue
             of_experts = view.unit(layer, matrix) == "expert"
-            if (view.stacked(layer, matrix) if of_experts else view.projection(layer, matrix)) is not None:
+            given = None if of_experts else view.projection(layer, matrix)
+            if given is not None or view.multiplied(layer, matrix) is not None:
                 found[layer, matrix] = measured_at(view, layer, matrix)
             else:
                 hidden[matrix] = None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_asymmetry.models.graphs import frozen
-from tl_asymmetry.models.routed import RoutedReader, expert_products
+from tl_asymmetry.models.routed import RoutedReader, bare_products, expert_products
 from tl_asymmetry.models.running import hooked
 from tl_asymmetry.models.view import ModelView, Projection, Reader, first_tensor
 from tl_asymmetry.names import kind_of
@@ -96,7 +96,9 @@ def outer_products(
     of_experts = [(layer, matrix) for layer, matrix in sites if view.unit(layer, matrix) == "expert"]
     if of_experts and routed is None:
         raise ValueError(f"expected matrices that every token meets, got the experts' {of_experts[0][1]}; pass others")
-    whole = [site for site in sites if site not in of_experts]
+    others = [site for site in sites if site not in of_experts]
+    whole = [site for site in others if view.projection(*site) is not None or view.multiplied(*site) is None]
+    bare = [site for site in others if site not in whole]
     points: dict[tuple[str, int], Reader] = {
         point: partial(_keep, inputs, point)
         for point in ((kind_of(matrix).point, layer) for layer, matrix in whole)
@@ -110,6 +112,7 @@ def outer_products(
         view.hooks(points),
         hooked([_start(view, backward), *products]),
         expert_products(view, of_experts, backward.starts, routed),
+        bare_products(view, bare, backward.starts, reader),
         torch.enable_grad(),
     ):
         yield backward

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tl_asymmetry.models.routing import Hook, RoutingReader
 from tl_asymmetry.models.running import hooked, own_positions
 from tl_asymmetry.names import kind_of
 
@@ -202,6 +203,10 @@ class BridgeAdapter:
         parent = block.attn if kind_of(matrix).part == "attn" else mlp_of(block)
         component = _child(parent, _SUBMODULE[matrix])
         return None if component is None else (component.hook_out, _itself)
+
+    def routing(self, layer: int, show: RoutingReader) -> list[Hook]:
+        """None: a Bridge of a mixture is seen through the model that it wraps."""
+        return []
 
     def norms(self, layer: int) -> dict[str, nn.Module]:
         """The layer's norms by where they stand: "attn_pre", "attn_post", "mlp_pre", "mlp_post"."""

@@ -18,8 +18,10 @@ from tl_asymmetry.geometry.memory import return_freed_memory
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.precision import LARGEST_SQUARE, SMALLEST_SQUARE, with_fresh_settings
 from tl_asymmetry.models.processes import ALONE, Processes
+from tl_asymmetry.models.routing import Routing, RoutingReader
 from tl_asymmetry.models.texts import batches, token_sequences
 from tl_asymmetry.models.view import ModelView, overflowed
+from tl_asymmetry.names import EXPERT_INPUT, POINTS, ROUTING, expert_input
 from tl_asymmetry.notes import warn
 
 Site = tuple[str, int]
@@ -116,6 +118,8 @@ def capture_moments(
     for site in sites:
         if not isinstance(site, tuple | list) or len(site) != 2 or not isinstance(site[1], int):
             raise ValueError(f'expected hook_points as names or pairs, got {site!r}; pass "attn_in" or ("attn_in", 0)')
+        if _is_routed(str(site[0])):
+            raise ValueError(f"expected a point among {', '.join(POINTS)}, got {site[0]!r}; pass one of these")
     if not sites:
         raise ValueError('expected hook_points with a name or more, got none; pass "attn_in"')
     sequences = token_sequences(view, texts, tokens, mask, max_tokens=max_tokens, notes=warn)
@@ -139,10 +143,13 @@ def capture(
 
     The model is run no further than the last layer among the sites.
 
+    Of "routing" the rows are, for each token, which experts it is given to (1 or 0) and beside that their weights; of
+    an expert's input those tokens alone that it is given.
+
     Args:
         view: the model.
         groups: sequences of token ids, already grouped.
-        sites: `(point, layer)` pairs.
+        sites: `(point, layer)` pairs; "routing" and `expert_input` where the view shows them.
         exclude_first: whether the first position of each sequence is left out of the moments.
         first_positions: keep the moments of the first positions as well, apart.
         beside: `first_of` and `means_of` points to keep among the moments, where the point is among the sites.
@@ -157,6 +164,8 @@ def capture(
     shown = progress and processes.is_first
     bar = tqdm(total=sum(map(len, shares)), desc="activations", unit="seq", disable=not shown)
     layers = 1 + max((layer for _, layer in sites), default=0)
+    routed = {layer: _experts_among(sites, layer) for point, layer in sites if _is_routed(point)}
+    passing = [site for site in sites if not _is_routed(site[0])]
     counted: list[dict[Site, StreamingMoments]] = []
     firsts: list[dict[Site, StreamingMoments]] = []
     with bar, torch.no_grad(), view.evaluating():
@@ -165,7 +174,7 @@ def capture(
             first = {site: _begun(view, site, firsts) for site in sites} if first_positions else {}
             extra = {
                 (name, layer): _begun(view, (point, layer), counted, (name, layer))
-                for point, layer in sites
+                for point, layer in passing
                 for name in (first_of(point), means_of(point))
                 if name in beside
             }
@@ -181,9 +190,13 @@ def capture(
                         keep.to(view.device),
                         mask.to(view.device),
                     )
-                    for point, layer in sites
+                    for point, layer in passing
                 }
-                with view.hooks(readers):
+                deciding = {
+                    layer: _routing_reader(moments, layer, experts, keep.flatten().to(view.device))
+                    for layer, experts in routed.items()
+                }
+                with view.hooks(readers), view.routings(deciding):
                     view.run(tokens.to(view.device), layers=layers)
                 bar.update(len(tokens))
             # A finished group leaves the device: only one group's moments are ever held there.
@@ -273,8 +286,35 @@ def _begun(
     """Moments without rows; beside those of the groups that are done, so that all are added up as they are."""
     if done:
         return done[0][key or site].beside()
+    point, layer = site
+    if point == ROUTING:
+        return StreamingMoments(2 * view.expert_count(layer))
     widths = {"z": view.n_heads * view.d_head, "mlp_post": view.d_mlp or 0}
-    return StreamingMoments(widths.get(site[0], view.d_model))
+    return StreamingMoments(widths.get(point, view.d_model))
+
+
+def _is_routed(point: str) -> bool:
+    return point == ROUTING or point.startswith(EXPERT_INPUT)
+
+
+def _experts_among(sites: Sequence[Site], layer: int) -> list[int]:
+    """The experts of a layer whose inputs are wanted."""
+    return [int(point.rpartition(":")[2]) for point, of in sites if of == layer and point.startswith(EXPERT_INPUT)]
+
+
+def _routing_reader(
+    moments: Mapping[Site, StreamingMoments], layer: int, experts: Sequence[int], keep: Bool[Tensor, " token"]
+) -> RoutingReader:
+    def read(routing: Routing) -> None:
+        counted = keep.to(routing.hidden.device)
+        if (ROUTING, layer) in moments:
+            decided = torch.cat([routing.chosen, routing.weights], -1).double()  # counts are to be exact
+            moments[ROUTING, layer].update(decided, counted)
+        for expert in experts:
+            given = counted & routing.chosen[:, expert]
+            moments[expert_input(expert), layer].update(routing.inputs(expert), given)
+
+    return read
 
 
 def _reader(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tl_asymmetry.models.routing import Hook, RoutingReader, of_choice
 from tl_asymmetry.names import MATRICES, kind_of
 
 _SHARED_NORM_ARCHITECTURES = frozenset({"GPTJForCausalLM", "PhiForCausalLM"})
@@ -191,9 +192,36 @@ class HookedAdapter:
                 return (block.mlp.hook_pre_linear if gated else block.mlp.hook_pre), _itself
             case "W_gate":
                 return block.mlp.hook_pre, _itself
+            case "W_router" if self.is_moe(layer):
+                return block.mlp.W_gate, _itself
             case "W_out":
                 return block.mlp, _itself
         return None
+
+    def routing(self, layer: int, show: RoutingReader) -> list[Hook]:
+        """Hooks that show what the layer's router decides; none without a mixture."""
+        if not self.is_moe(layer):
+            return []
+        mlp: Any = self.blocks[layer].mlp
+        seen: dict[str, Tensor] = {}
+
+        def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen["hidden"] = (*args, *kwargs.values())[0]
+
+        def weigh(_: nn.Module, __: tuple[Any, ...], weights: Tensor) -> None:
+            seen["weights"] = weights
+
+        def choose(_: nn.Module, __: tuple[Any, ...], index: Tensor) -> None:
+            weights = seen["weights"].gather(-1, index)
+            if self.cfg.norm_topk_prob:
+                weights = weights / weights.sum(-1, keepdim=True)
+            show(of_choice(seen["hidden"], index, weights, len(mlp.experts)))
+
+        return [
+            (mlp, "input", read),
+            (mlp.hook_expert_weights, "output", weigh),
+            (mlp.hook_expert_indices, "output", choose),
+        ]
 
     def norms(self, layer: int) -> dict[str, nn.Module]:
         """The layer's norms by where they stand: "attn_pre", "attn_post", "mlp_pre", "mlp_post"."""

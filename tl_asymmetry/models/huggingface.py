@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tl_asymmetry.models.anatomy import Anatomy, layer_anatomy, norm_gain, seen_in, sees_later_tokens, subtracts_mean
 from tl_asymmetry.models.bridge import BridgeAdapter
+from tl_asymmetry.models.routing import Hook, RoutingReader, routing_hooks
 from tl_asymmetry.models.running import evaluation, hooked, own_positions
 from tl_asymmetry.models.sites import WRAPPED, Site, layer_sites, linear_maps
 from tl_asymmetry.names import ATTENTION, MATRICES, canonical, kind_of
@@ -309,6 +310,15 @@ class HuggingFaceAdapter:
             case "mlp_post_shared":
                 return entrance("W_out_shared")
         return entrance(point)
+
+    def routing(self, layer: int, show: RoutingReader) -> list[Hook]:
+        """Hooks that show what the layer's router decides; none without a mixture, or where it cannot be seen."""
+        sites = self.sites[layer]
+        stacked = next((site for site in sites.values() if site.unit == "expert"), None)
+        if stacked is None:
+            return []
+        router = sites["W_router"].module if "W_router" in sites else None
+        return routing_hooks(stacked.module, len(stacked.weight), router, show)
 
     def projection(self, layer: int, matrix: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]] | None:
         """The module whose output holds `input @ matrix + bias`, and how to take that matrix's part of it."""

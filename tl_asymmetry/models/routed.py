@@ -1,4 +1,5 @@
-"""The two sides of the gradients of experts: the tokens that the router gave to each, and what came back to them."""
+"""The two sides of gradients where no module gives a matrix's product: of routers, and of experts, each of which has
+the tokens that the router gave to it."""
 
 from __future__ import annotations
 
@@ -24,6 +25,10 @@ RoutedReader = Callable[[int, Outer, int, Tensor, Tensor, Tensor], None]
 """Called with the number of the forward pass, the layer and matrix, the expert, a and δ `[token, …]` of the tokens of
 one batch that this expert was given, and the batch's row of each."""
 
+WholeReader = Callable[[int, Outer, Tensor, Tensor], None]
+"""The same of a matrix that every token meets, a and δ as `[batch, pos, …]`."""
+
+_CONVERSIONS = ("to", "type", "float")
 _PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "bmm")
 """Names of the functions by which experts multiply."""
 
@@ -51,13 +56,13 @@ def expert_products(
         return
     stacks: dict[int, _Stack] = {}
     for layer, matrix in sites:
-        site = view.stacked(layer, matrix)
+        site = view.multiplied(layer, matrix)
         if site is None:
             raise ValueError(
                 f"expected experts in one parameter, got others for {matrix} of layer {layer}; leave it out"
             )
         parameter = getattr(site.module, site.parameter)
-        stack = stacks.setdefault(parameter.untyped_storage().data_ptr(), _Stack(layer, parameter))
+        stack = stacks.setdefault(_memory(parameter), _Stack(layer, parameter))
         stack.matrices[matrix] = site
     routings = {id(site.module): _Routing() for stack in stacks.values() for site in stack.matrices.values()}
     modules = {id(site.module): site.module for stack in stacks.values() for site in stack.matrices.values()}
@@ -112,7 +117,7 @@ class _Products(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         multiplies = getattr(func, "__name__", "") in _PRODUCTS and len(args) > 1 and isinstance(args[1], Tensor)
         if multiplies and torch.is_grad_enabled() and result.requires_grad:
-            stack = self._stacks.get(args[1].untyped_storage().data_ptr())
+            stack = self._stacks.get(_memory(args[1]))
             if stack is not None:
                 self._seen(stack, args[0].detach(), args[1], result)
         return result
@@ -144,6 +149,61 @@ class _Products(TorchFunctionMode):
                 f"chose for it, got {len(a)} others; pass matrices without {', '.join(stack.matrices)}"
             )
         product.register_hook(partial(show, expert, a, tokens))
+
+
+@contextmanager
+def bare_products(
+    view: ModelView, sites: Sequence[Outer], starts: Sequence[Tensor], reader: WholeReader
+) -> Iterator[None]:
+    """Show a reader what `backward.outer_products` shows of other matrices, where no module gives the product away.
+
+    That is so of routers, which go on to choose. Their product is told by the memory of the weight.
+
+    Args:
+        view: the model.
+        sites: layers and matrices, of which `view.multiplied` knows the parameter; none: nothing is done.
+        starts: the stream before the first block of every pass so far.
+        reader: called with the number of the pass, the layer and matrix, a and δ of a batch.
+    """
+    found = {(layer, matrix): view.multiplied(layer, matrix) for layer, matrix in sites}
+    if not found:
+        yield
+        return
+    with _BareProducts({key: site for key, site in found.items() if site is not None}, starts, reader):
+        yield
+
+
+class _BareProducts(TorchFunctionMode):
+    """Sees products with some weights, or with these in another type, and asks for their gradients."""
+
+    def __init__(self, sites: dict[Outer, Site], starts: Sequence[Tensor], reader: WholeReader) -> None:
+        super().__init__()
+        self._sites = {_memory(getattr(site.module, site.parameter)): (key, site) for key, site in sites.items()}
+        self._starts, self._reader = starts, reader
+        self._converted: list[Tensor] = []  # alive, so that nothing else comes to lie there
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name in _CONVERSIONS and isinstance(args[0], Tensor) and isinstance(result, Tensor):
+            known = self._sites.get(_memory(args[0]))
+            if known is not None and _memory(result) not in self._sites:
+                self._sites[_memory(result)] = known
+                self._converted.append(result)
+        elif name in _PRODUCTS and len(args) > 1 and isinstance(args[1], Tensor):
+            known = self._sites.get(_memory(args[1]))
+            if known is not None and torch.is_grad_enabled() and result.requires_grad:
+                result.register_hook(partial(self._show, *known, len(self._starts) - 1, args[0].detach()))
+        return result
+
+    def _show(self, key: Outer, site: Site, index: int, a: Tensor, δ: Tensor) -> None:
+        shape = self._starts[index].shape[:2]
+        part = site.part_of_output(δ.detach())
+        self._reader(index, key, a.reshape(*shape, a.shape[-1]), part.reshape(*shape, part.shape[-1]))
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 @contextmanager

@@ -25,9 +25,10 @@ from tl_asymmetry.models.huggingface import PLAIN, HuggingFaceAdapter, is_regula
 from tl_asymmetry.models.loading import opened_model
 from tl_asymmetry.models.put_in import foreign_hooks, foreign_modules, refuse_elsewhere, refuse_packed, refuse_unmerged
 from tl_asymmetry.models.readers.hub import public_name
+from tl_asymmetry.models.routing import RoutingReader
 from tl_asymmetry.models.running import evaluation, hooked
 from tl_asymmetry.models.sites import Site
-from tl_asymmetry.names import MATRICES, POINTS, kind_of
+from tl_asymmetry.names import EXPERT_INPUT, MATRICES, POINTS, ROUTING, kind_of
 from tl_asymmetry.notes import warn
 
 Reader = Callable[[Tensor], None]
@@ -298,6 +299,11 @@ class ModelView:
         counts = [shape[0] for layer, shape in shapes if shape is not None and self.unit(layer, matrix) == "expert"]
         return max(counts, default=None)
 
+    def expert_count(self, layer: int) -> int:
+        """Number of experts of a layer that have matrices of their own; 0 without a mixture."""
+        there = [m for m in self.irregular if self.has(layer, m) and self.unit(layer, m) == "expert"]
+        return max(((self._shapes[m][layer] or (0,))[0] for m in there), default=0)
+
     def unit(self, layer: int, matrix: str) -> str | None:
         """What a layer has several of in one matrix: "head", "expert", or None."""
         if kind_of(matrix).heads:
@@ -468,7 +474,11 @@ class ModelView:
     # -- running -----------------------------------------------------------------------------------
 
     def shows(self, layer: int, point: str) -> bool:
-        """Whether a layer has that point."""
+        """Whether a layer has that point; "routing" and an expert's input where it has experts and their router's
+        choice can be seen."""
+        if point == ROUTING or point.startswith(EXPERT_INPUT):
+            expert = 0 if point == ROUTING else int(point.rpartition(":")[2])
+            return expert < self.expert_count(layer) and bool(self._adapter.routing(layer, lambda routing: None))
         return self._adapter.point(layer, point) is not None
 
     def has_point(self, point: str) -> bool:
@@ -503,6 +513,23 @@ class ModelView:
         watches = [self._watch(point, layer, reader, leading) for (point, layer), reader in readers.items()]
         notes = [self._note_leading(layer, leading) for layer in {layer for _, layer in readers}]
         return hooked([*notes, *watches])
+
+    def routings(self, readers: Mapping[int, RoutingReader]) -> AbstractContextManager[None]:
+        """Show readers what routers decide, until the context ends.
+
+        Args:
+            readers: by layer, functions of a `Routing`.
+
+        Raises:
+            ValueError: a layer without a mixture whose routing can be seen.
+        """
+        hooks = []
+        for layer, show in readers.items():
+            of_layer = self._adapter.routing(layer, show)
+            if not of_layer:
+                raise ValueError(f"expected a layer whose routing can be seen, got {layer}; pass one of a mixture")
+            hooks += of_layer
+        return hooked(hooks)
 
     def _note_leading(self, layer: int, leading: dict[int, torch.Size]) -> tuple[nn.Module, str, Callable[..., None]]:
         """Note `[batch, pos]` of what comes into a block: some modules inside see the two in one."""
@@ -570,12 +597,12 @@ class ModelView:
         self._require_matrix(matrix)
         return self._adapter.projection(layer, matrix)
 
-    def stacked(self, layer: int, matrix: str) -> Site | None:
-        """Where the model keeps the experts of a matrix, all of a layer in one parameter; None where it does not."""
-        adapter = self._adapter
-        if self.unit(layer, matrix) != "expert" or not isinstance(adapter, HuggingFaceAdapter):
+    def multiplied(self, layer: int, matrix: str) -> Site | None:
+        """Where the model keeps a matrix whose product is no module's output: a layer's experts, all of them in one
+        parameter, or a router; None for any other."""
+        if not isinstance(self._adapter, HuggingFaceAdapter) or self.projection(layer, matrix) is not None:
             return None
-        return adapter.sites[layer][matrix]
+        return self._adapter.sites[layer].get(matrix)
 
     def all_modules(self) -> Iterator[nn.Module]:
         """Every module of the model, the wrapped Hugging Face model's included, each once."""

@@ -23,15 +23,16 @@ from tl_asymmetry.models.side_by_side import side_by_side
 from tl_asymmetry.models.strangers import cosines_with_base, strangers, unrelated
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.models.weights import Weights
-from tl_asymmetry.names import SMALLEST_EIGENVALUE, kind_of
+from tl_asymmetry.names import EXPERT_INPUT, SMALLEST_EIGENVALUE, kind_of
 from tl_asymmetry.notes import Notes
 from tl_asymmetry.pair.asymmetry import asymmetry_table
-from tl_asymmetry.pair.bases import LayerBases
+from tl_asymmetry.pair.bases import LayerBases, Routed
 from tl_asymmetry.pair.circuits import layer_circuits
 from tl_asymmetry.pair.deltas import Delta, measure_change
 from tl_asymmetry.pair.memory_plan import plan_memory
 from tl_asymmetry.pair.non_matrix_parameters import other_changes, unmatched_parameters
 from tl_asymmetry.pair.numbers import DeltaNumbers, Layout, Measurements, layer_tensors
+from tl_asymmetry.pair.own_inputs import project_experts
 from tl_asymmetry.pair.plan import (
     Plan,
     Sources,
@@ -108,7 +109,9 @@ def analyze_pair(
         matrices: default all the model has of W_Q, W_K, W_V, W_O, W_in, W_gate, W_out.
         ranks: default the distinct values of 1, 4, 16, 64, d//16, d//4 below d.
         subspaces: names out of attn_in, mlp_in, resid_pre, resid_mid, resid_post, prediction, embedding, weak_readout,
-            suppressed, written_not_read (the last four: see `tl_asymmetry.geometry`), and mappings from other names to
+            suppressed, written_not_read (the last four: see `tl_asymmetry.geometry`), expert_in (of mixtures: each
+            expert's matrices against the inputs that were routed to it, d² numbers an expert, layer and group while
+            they are captured; NaN where these span fewer directions than the rank), and mappings from other names to
             own directions (a `Subspace`, a vector, a matrix `[d_model, k]`, a list of vectors; or a list with a
             `Subspace` or matrix for each layer), which are measured at their own number, and below it only where they
             have eigenvalues. Every matrix is then held against each. Default: a read matrix against its own input, a
@@ -208,15 +211,21 @@ def analyze_pair(
             here = [matrix for matrix in plan.matrices if base.has(layer, matrix)]
             weights = {matrix: base.weight(layer, matrix) for matrix in here}
             measured = {matrix: measure_change(base, aligned, layer, matrix, seed=seed) for matrix in here}
+            shared = {m: [name for name in plan.targets[m] if name != EXPERT_INPUT] for m in here}
             projections = project(
-                list(measured.values()), plan.targets, bases, plan.ranks, intervals=intervals, gradient=gradient
+                list(measured.values()), shared, bases, plan.ranks, intervals=intervals, gradient=gradient
             )
+            of_experts = [matrix for matrix in here if base.unit(layer, matrix) == "expert"]
+            if routed := [measured[m] for m in of_experts if EXPERT_INPUT in plan.targets[m]]:
+                projections += project_experts(routed, bases, plan.ranks, intervals=intervals, gradient=gradient)
+            given_tokens = bases.routed()
             return _Layer(
                 deltas={matrix: delta.numbers for matrix, delta in measured.items()},
                 projections={(projection.matrix, projection.subspace): projection for projection in projections},
                 circuits=layer_circuits(layer, weights, measured, bases, plan.ranks),
                 variants={} if profiles is None else profiles.of_layer(layer, measured, plan),
                 moments={} if profiles is None else profiles.moments_of_layer(layer),
+                routed={} if given_tokens is None else dict.fromkeys(of_experts, given_tokens),
             )
 
         bars = progress and processes.is_first
@@ -241,7 +250,10 @@ def analyze_pair(
     projections = {key: [layer.projections.get(key) for layer in layers] for key in keys}
     numbers = Measurements.of_layers(
         Layout.of(base, plan),
-        [layer_tensors(layer.deltas, list(layer.projections.values()), plan.ranks) for layer in layers],
+        [
+            layer_tensors(layer.deltas, list(layer.projections.values()), plan.ranks, routed=layer.routed)
+            for layer in layers
+        ],
     )
     unrelated = _note_deltas(numbers.deltas, aligned, hashes, notes)
     shown_rank = _note_existing(numbers, plan, notes)
@@ -289,6 +301,7 @@ class _Layer:
     circuits: pd.DataFrame
     variants: dict[str, Tensor]
     moments: dict[str, Tensor]
+    routed: dict[str, Routed]
 
 
 def _check_gradient(
@@ -393,10 +406,25 @@ def _low_rank(numbers: Measurements) -> dict[str, int]:
     return found
 
 
+def _note_experts(numbers: Measurements, notes: Notes) -> None:
+    """Say how many experts have too few tokens for a basis of their own, at which ranks."""
+    held = next(held for (_, subspace), held in numbers.held.items() if subspace == EXPERT_INPUT)
+    there = held.exists[held.exists[..., 0].isfinite()]  # [expert, rank]
+    few = {k: int(n) for k, n in zip(numbers.layout.ranks, (there == 0).sum(0), strict=False) if n}
+    if few:
+        counts = ", ".join(f"{n} of {len(there)} at rank {k}" for k, n in few.items())
+        notes.add(
+            f"{EXPERT_INPUT!r}: experts whose own inputs span fewer directions than the rank have NaN there ({counts})"
+        )
+
+
 def _note_existing(numbers: Measurements, plan: Plan, notes: Notes) -> int:
     """Say at which ranks a subspace has no directions any more; the rank to show, which exists where it is shown."""
     everywhere = set(plan.ranks)
     for name in plan.subspaces:
+        if name == EXPERT_INPUT:
+            _note_experts(numbers, notes)
+            continue
         exists = next(held.exists for (_, subspace), held in numbers.held.items() if subspace == name)
         exists = exists[exists.isfinite().all(1)] > 0  # of layers that have it
         ranks = numbers.layout.ranks[: exists.shape[1]]

@@ -23,7 +23,7 @@ from tl_asymmetry.geometry.references import (
 )
 from tl_asymmetry.geometry.subspace import Subspace, leading_directions, principal_subspace
 from tl_asymmetry.models.capture import Site, first_of, means_of, merged
-from tl_asymmetry.names import kind_of
+from tl_asymmetry.names import ROUTING, expert_input, kind_of
 from tl_asymmetry.results.nulls import OF_INPUTS
 from tl_asymmetry.settings import GradientMoments, WeightedInputs
 
@@ -45,6 +45,16 @@ class Reading:
         if matrix == "W_K" and softmax_centres_keys:
             return cls(kind_of(matrix).point, "within")
         return cls(kind_of(matrix).point, "all" if matrix in ("W_K", "W_V") else "counted")
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What a layer's router gave its experts, over the tokens that count."""
+
+    tokens: Float64[Tensor, " expert"]
+    """Tokens that each was given."""
+    weight: Float64[Tensor, " expert"]
+    """Mean of the weights that its outputs were multiplied by, over these tokens; NaN without any."""
 
 
 REFERENCES = ("sgd", "adam", *OF_INPUTS, "muon")
@@ -129,6 +139,31 @@ class LayerBases:
             parts = [group[point, self.layer] for group in self._groups]
             self._totals[point] = parts[0] if len(parts) == 1 else merged(parts)
         return self._totals[point]
+
+    def routed(self) -> Routed | None:
+        """What the layer's router gave each expert; None without a mixture whose routing was seen."""
+        if (ROUTING, self.layer) not in self._groups[0]:
+            return None
+        seen = self.total(ROUTING)
+        tokens, weights = (seen.count * seen.mean).chunk(2)
+        tokens = tokens.round()
+        return Routed(tokens, weights / tokens.masked_fill(tokens == 0, torch.nan))
+
+    def of_expert(self, expert: int, point: str) -> LayerBases | None:
+        """The bases of an expert's own inputs, as if they were all that passes a point; None where it has none."""
+        name = expert_input(expert)
+        if not any((name, self.layer) in group and group[name, self.layer].count for group in self._groups):
+            return None
+        groups = [{(point, self.layer): group[name, self.layer]} for group in self._groups]
+        return LayerBases(
+            self.layer, groups, {}, centered=self._centered, exact=self._exact,
+            softmax_centres_keys=self.softmax_centres_keys, optimizer=self.optimizer,
+        )  # fmt: skip
+
+    def left_without_any_group(self, point: str) -> int:
+        """The fewest tokens that are left at a point when one group of sequences is left out."""
+        counts = [group[point, self.layer].count for group in self._groups]
+        return sum(counts) - max(counts)
 
     def replicates(self, name: str, ranks: Sequence[int]) -> Iterator[Float[Tensor, "d_model k"]]:
         """The leading directions with one group of sequences left out, for each group: as many as the largest rank.

@@ -15,7 +15,7 @@ from tl_asymmetry._lazy import pd
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.geometry.spectrum import marchenko_pastur_edge
-from tl_asymmetry.names import POINTS, Place, Side, kind_of, nearest, whole_place
+from tl_asymmetry.names import EXPERT_INPUT, POINTS, Place, Side, kind_of, nearest, whole_place
 from tl_asymmetry.pair.lookups import Lookups
 from tl_asymmetry.pair.sensitivity import sensitivity_table
 from tl_asymmetry.pair.stability import stability_table
@@ -97,8 +97,11 @@ class PairData(Result):
         """
         return self._array("profile", matrix, subspace)
 
-    def eigenvalues(self, subspace: str) -> Float[np.ndarray, "layer k"]:
-        """Variance along each ordered direction of a subspace, float64; NaN for a subspace without eigenvalues."""
+    def eigenvalues(self, subspace: str) -> Float[np.ndarray, "layer *expert k"]:
+        """Variance along each ordered direction of a subspace, float64; NaN for a subspace without eigenvalues.
+
+        Of "expert_in" `[layer, expert, k]`.
+        """
         return self._array("eigenvalues", subspace)
 
     def is_ordered(self, subspace: str) -> bool:
@@ -165,6 +168,9 @@ class PairData(Result):
         height: int | None = None,
     ) -> go.Figure:
         """Layer × head map of one matrix, or of several with a menu; the hover gives the value and every null.
+
+        A mixture's experts stand where heads do, with what was routed to them in the hover. A cell without a row says
+        in its hover why there is none.
 
         Args:
             matrix: its name, or several; None gives all.
@@ -250,9 +256,9 @@ class PairData(Result):
         """Relative fraction against rank, at every k, with every null that expects a number and the interval.
 
         Args:
-            matrix: its name; or the whole place, spelled "L7H3.W_Q" or "L7.W_in".
+            matrix: its name; or the whole place, spelled "L7H3.W_Q", "L7.W_in" or "L7E12.W_in".
             layer: the layer.
-            head: the head (the KV head for W_K and W_V); None: all heads of the layer.
+            head: the head (the KV head for W_K and W_V) or expert; None: all of the layer.
             subspace: None: a read matrix's own input, "prediction" for a write matrix.
             title, template, width, height: as in `plot_heads`.
 
@@ -263,7 +269,8 @@ class PairData(Result):
         from tl_asymmetry.plots.rows import default_subspace
 
         if layer is None:
-            layer, matrix, head, _ = whole_place(matrix, head)
+            layer, matrix, head, expert = whole_place(matrix, head)
+            head = head if expert is None else expert
         self._require_matrix(matrix)
         space = default_subspace(self.table, matrix) if subspace is None else subspace
         nulls = described(self.nulls[self.nulls["matrix"] == matrix])
@@ -367,6 +374,14 @@ class PairData(Result):
         eigenvalues = self.eigenvalues(subspace)
         if np.isnan(eigenvalues).all():
             raise ValueError(f"expected a subspace with eigenvalues, got {subspace!r}, given without; pass another one")
+        if subspace == EXPERT_INPUT:
+            of_experts = {
+                f"L{i}E{expert}": λ
+                for i, spectra in enumerate(eigenvalues)
+                for expert, λ in enumerate(spectra)
+                if np.isfinite(λ).all() and layer in (None, i)
+            }
+            return spectrum_figure(of_experts, name=subspace, ranks=self.config["ranks"], **layout)
         edges = self._edges(subspace, eigenvalues)
         return spectrum_figure(
             _of_layers(eigenvalues), name=subspace, ranks=self.config["ranks"], edge=edges, layer=layer, **layout

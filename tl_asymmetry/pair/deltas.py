@@ -52,7 +52,7 @@ class Delta:
     noise_rows: Float64[Tensor, "head d_model"]
     """How that noise is spread over the coordinates of the residual axis."""
     columns: int = 0
-    """Columns of the whole matrix, all heads together; 0 where they were not kept."""
+    """Columns of the whole matrix, all heads together, of experts each one's own; 0 where they were not kept."""
     pooled_spectrum: Float64[Tensor, " r"] | None = None
     """Eigenvalues of Σ_h ΔW_h ΔW_hᵀ, the heads together as one delta; None where they were not kept."""
     unshrunk: Delta | None = None
@@ -133,6 +133,30 @@ AnyDelta = LiveDelta | FactoredDelta
 """What one layer's work is done with."""
 
 
+def of_expert(delta: AnyDelta, expert: int) -> AnyDelta:
+    """The change of one expert by itself."""
+    numbers = _numbers_of_expert(delta.numbers, expert)
+    if isinstance(delta, FactoredDelta):
+        return FactoredDelta(numbers, delta.residual, delta.other[expert : expert + 1])
+    own = slice(expert, expert + 1)
+    twin = None if delta.unshrunk is None else of_expert(delta.unshrunk, expert)
+    return LiveDelta(
+        numbers,
+        None if delta.change is None else delta.change[own],
+        None if delta.gram is None else delta.gram[own],
+        twin if isinstance(twin, LiveDelta) else None,
+    )
+
+
+def _numbers_of_expert(numbers: Delta, expert: int) -> Delta:
+    own = {name: getattr(numbers, name)[expert : expert + 1] for name in _OF_EACH_EXPERT}
+    twin = None if numbers.unshrunk is None else _numbers_of_expert(numbers.unshrunk, expert)
+    return replace(numbers, **own, pooled_spectrum=None, unshrunk=twin)
+
+
+_OF_EACH_EXPERT = ("base_energy", "energy", "shrink", "spectrum", "directions", "partners", "rounding", "noise_rows")
+
+
 def measure_change(base: Weights, aligned: Weights, layer: int, matrix: str, *, seed: int) -> AnyDelta:
     """The change of one matrix, by factors where the aligned weights come as such, else by subtraction."""
     factors = aligned.factors(layer, matrix) if isinstance(aligned, WeightSource) else None
@@ -182,7 +206,7 @@ def measure_delta(
         partners=sides[1] if wide else sides[0],
         rounding=rounding.share.cpu(),
         noise_rows=rounding.rows.cpu(),
-        columns=ΔW.shape[0] * ΔW.shape[2],
+        columns=_columns(matrix, ΔW),
         pooled_spectrum=_pooled_spectrum(ΔW),
     )
     replaced = wide and kind_of(matrix).heads is None  # circuits multiply heads, however wide
@@ -201,6 +225,11 @@ def measure_delta(
     )
     twin = LiveDelta(left, None if replaced else rest, gram if wide else None)
     return replace(live, numbers=replace(numbers, unshrunk=left), unshrunk=twin)
+
+
+def _columns(matrix: str, W: Float[Tensor, "head d_model other"]) -> int:
+    """Columns of what an optimizer sees as one matrix: of heads all together, of experts each one's own."""
+    return W.shape[2] * (W.shape[0] if kind_of(matrix).heads else 1)
 
 
 def _base_fits(W: Float[Tensor, "head d_model other"], energy: Float64[Tensor, " head"]) -> bool:
@@ -267,7 +296,7 @@ def measure_factors(matrix: str, base: Float[Tensor, "*head rows columns"], fact
     with exact_products(W.device):
         inner = total((W.mT.to(dtype) @ residual.to(dtype)).double() * other, axes=2)  # ⟨residual otherᵀ, W⟩
     directions, partners = _signed(_padded(U), _padded(V), wide=W.shape[-1] > W.shape[-2])
-    columns = other.shape[0] * other.shape[1]
+    together = other.shape[0] * other.shape[1]
     pooled = factored_svd(residual, other.flatten(0, 1))[1] if len(σ) > 1 else None
     numbers = Delta(
         matrix=matrix,
@@ -279,8 +308,8 @@ def measure_factors(matrix: str, base: Float[Tensor, "*head rows columns"], fact
         partners=partners.cpu().float().mT,
         rounding=torch.where(energy > 0, 0.0, torch.nan).double().cpu(),
         noise_rows=torch.full((len(σ), W.shape[-2]), 1 / W.shape[-2], dtype=torch.float64),
-        columns=columns,
-        pooled_spectrum=None if pooled is None else _whole_spectrum(pooled, min(W.shape[-2], columns)),
+        columns=_columns(matrix, W),
+        pooled_spectrum=None if pooled is None else _whole_spectrum(pooled, min(W.shape[-2], together)),
     )
     return FactoredDelta(numbers, residual, other)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 from tl_asymmetry._lazy import pd
 from tl_asymmetry.geometry.padding import padded_stack
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.pair.bases import REFERENCES
+from tl_asymmetry.pair.bases import REFERENCES, Routed
 from tl_asymmetry.pair.deltas import Delta
 from tl_asymmetry.pair.plan import Plan
 from tl_asymmetry.pair.projections import Projection
@@ -76,27 +77,34 @@ class DeltaNumbers:
     """Of ΔW − sW."""
     unshrunk_pooled_spectrum: Float64[Tensor, "*place s"] | None = None
     """Of ΔW − sW."""
+    tokens_routed: Float64[Tensor, "*place head"] | None = None
+    """Tokens that the router gave each expert; None outside mixtures."""
+    routing_weight: Float64[Tensor, "*place head"] | None = None
+    """Mean weight of an expert's output over these tokens."""
 
 
 @dataclass(frozen=True)
 class RankNumbers:
-    """Of one matrix's deltas against one subspace, at each of its ranks; float64 on CPU."""
+    """Of one matrix's deltas against one subspace, at each of its ranks; float64 on CPU.
+
+    Of experts against their own inputs, each of which has a subspace of its own, "of_head" is an axis of experts.
+    """
 
     inside: Float64[Tensor, "*place head rank"]
     """‖Q_kᵀ ΔW‖²."""
-    eigenvalues: Float64[Tensor, "*place rank 2"]
+    eigenvalues: Float64[Tensor, "*place_of_head rank 2"]
     """λ_k and λ_{k+1}; NaN where there is none."""
-    exists: Float64[Tensor, "*place rank"]
+    exists: Float64[Tensor, "*place_of_head rank"]
     """1.0 where the subspace has so many directions, else 0.0."""
     noise: Float64[Tensor, "*place head rank"]
     """Fraction of storage noise in the subspace."""
-    activation: Float64[Tensor, "*place rank"] | None
+    activation: Float64[Tensor, "*place_of_head rank"] | None
     """Fraction by chance under the chosen optimiser on the matrix's own input; None for write matrices."""
-    activation_replicates: Float64[Tensor, "*place group rank"] | None
+    activation_replicates: Float64[Tensor, "*place_group_of_head rank"] | None
     """The same with one group of texts left out."""
     tails: Float64[Tensor, "*place 2 item rank"] | None
     """P(fraction ≥) and P(fraction ≤) under it, of heads and then of the heads pooled; None where it is not tested."""
-    expected: Mapping[str, Float64[Tensor, "*place rank"]]
+    expected: Mapping[str, Float64[Tensor, "*place_of_head rank"]]
     """Fractions by chance under those of `MATCHED` that apply: none to write matrices, "weighted" (the chosen
     optimiser's, inputs weighted by gradients) where there are such gradients, "lora" to adapters."""
     gradient: Float64[Tensor, "*place head rank"] | None
@@ -237,12 +245,18 @@ def _one_delta(tensors: Mapping[str, Tensor], name: str) -> dict[str, Any]:
 
 
 def layer_tensors(
-    deltas: Mapping[str, Delta], projections: Sequence[Projection], ranks: Sequence[int], *, delta: str = ""
+    deltas: Mapping[str, Delta],
+    projections: Sequence[Projection],
+    ranks: Sequence[int],
+    *,
+    routed: Mapping[str, Routed] = MappingProxyType({}),
+    delta: str = "",
 ) -> dict[str, Tensor]:
     """What `Measurements.read` reads, of one layer.
 
     Args:
         deltas: numbers by matrix.
+        routed: of those with experts, what the router gave these.
         projections: of these matrices, each against its subspaces.
         ranks: ranks to read; those that a subspace is too small for are left out for it.
         delta: what to put in front of the names that belong to one delta of several.
@@ -254,6 +268,9 @@ def layer_tensors(
         for name in names
         if numbers is not None and (value := getattr(numbers, name)) is not None
     }
+    for matrix, of_experts in routed.items():
+        tensors[f"{delta}{matrix}/tokens_routed"] = of_experts.tokens
+        tensors[f"{delta}{matrix}/routing_weight"] = of_experts.weight
     for projection in projections:
         numbers = _at_ranks(projection, [k for k in ranks if k <= projection.energies.shape[-1]])
         for field in _OF_A_SUBSPACE:
@@ -275,9 +292,10 @@ def _at_ranks(projection: Projection, ranks: Sequence[int]) -> RankNumbers:
     def read(curve: Tensor | None) -> Tensor | None:
         return None if curve is None else curve[..., at]
 
-    λ = torch.full((max(ranks) + 1,), torch.nan, dtype=torch.float64)
-    there = projection.eigenvalues[: len(λ)]
-    λ[: len(there)] = there
+    λ = torch.full((*projection.eigenvalues.shape[:-1], max(ranks) + 1), torch.nan, dtype=torch.float64)
+    there = projection.eigenvalues[..., : λ.shape[-1]]
+    λ[..., : there.shape[-1]] = there
+    existing = torch.as_tensor(projection.existing).unsqueeze(-1)
 
     def inside(energies: Tensor) -> Tensor:
         return torch.stack([energies[..., :k].sum(-1) for k in ranks], -1)
@@ -285,14 +303,14 @@ def _at_ranks(projection: Projection, ranks: Sequence[int]) -> RankNumbers:
     twin = projection.unshrunk
     return RankNumbers(
         inside=inside(projection.energies),
-        exists=torch.tensor([k <= projection.existing for k in ranks], dtype=torch.float64),
+        exists=(torch.tensor(ranks) <= existing).double(),
         noise=projection.noise[..., at],
         activation_replicates=read(projection.reference_replicates),
         tails=None if projection.tails is None else projection.tails[..., : len(ranks)],
         expected={null: projection.references[null][..., at] for null in MATCHED if null in projection.references},
         unshrunk_inside=None if twin is None else inside(twin.energies),
         unshrunk_tails=None if twin is None or twin.tails is None else twin.tails[..., : len(ranks)],
-        eigenvalues=torch.stack([λ[k - 1 : k + 1] for k in ranks]),
+        eigenvalues=torch.stack([λ[..., k - 1 : k + 1] for k in ranks], -2),
         activation=read(projection.activation_reference),
         gradient=read(projection.gradient_reference),
         permuted=read(projection.permuted),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,7 +27,7 @@ from tl_asymmetry.models.named_subspaces import READY
 from tl_asymmetry.models.readers.base import Weights
 from tl_asymmetry.models.readers.hub import public_name
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.names import canonical, kind_of, nearest
+from tl_asymmetry.names import EXPERT_INPUT, ROUTING, canonical, expert_input, kind_of, nearest
 from tl_asymmetry.notes import Notes
 from tl_asymmetry.settings import PairSettings
 
@@ -56,7 +56,7 @@ class Plan:
     given: Mapping[str, Sequence[Subspace]]
     """Subspaces passed by the user, one for each layer."""
     points: tuple[str, ...]
-    """Hook points to capture: the subspaces' own and the inputs of read matrices."""
+    """Hook points to capture: the subspaces' own, the inputs of read matrices, and the routing of mixtures."""
     beside: tuple[str, ...]
     """What is captured besides, so that W_K and W_V are held against all positions: see `capture.first_of`."""
     shown_rank: int
@@ -165,9 +165,12 @@ def make_plan(
     if not beside and given and len(given) == len(names) and not given.keys() <= READY.keys():
         notes.add("only own subspaces are measured: for the default ones beside them pass the mapping by itself")
     targets = {m: (*_default_targets(m, view), *names) if beside or subspaces is None else names for m in chosen}
+    targets = {m: tuple(n for n in of if n != EXPERT_INPUT or view.experts(m)) for m, of in targets.items()}
+    chosen = tuple(m for m in chosen if targets[m])
     used = tuple(dict.fromkeys(name for matrix in chosen for name in targets[matrix]))
     inputs = [kind_of(m).point for m in chosen if kind_of(m).reads]
     points = dict.fromkeys([*inputs, *(name for name in used if name in STREAM_SUBSPACES and name not in given)])
+    points |= dict.fromkeys(_routed_points(view, chosen, used))
     measured = {name: _own_ranks(given[name], asked) if name in given else asked for name in used}
     ranks = tuple(sorted({k for own in measured.values() for k in own}))
     everywhere = [k for k in ranks if all(k in measured[name] for name in _shown_first(used, given))] or ranks
@@ -184,6 +187,14 @@ def make_plan(
         beside=_beside(view, chosen, settings),
         shown_rank=min(everywhere, key=lambda k: (abs(k - max(d // 16, 1)), k)),
     )
+
+
+def _routed_points(view: ModelView, matrices: Sequence[str], subspaces: Sequence[str]) -> Iterator[str]:
+    """What is captured of mixtures: what each expert is given, and where it is asked for its inputs."""
+    experts = max((view.experts(matrix) or 0 for matrix in matrices), default=0)
+    if any(view.shows(layer, ROUTING) for layer in range(view.n_layers) if experts):
+        yield ROUTING
+        yield from map(expert_input, range(experts)) if EXPERT_INPUT in subspaces else ()
 
 
 def _shown_first(used: Sequence[str], given: Mapping[str, Any]) -> list[str]:
@@ -305,6 +316,7 @@ def _chosen_subspaces(view: ModelView, subspaces: Any) -> tuple[tuple[str, ...],
         return (), {}
     available = [point for point in STREAM_SUBSPACES if view.has_point(point)]
     available += ["prediction"] if view.has_unembedding else []
+    available += [EXPERT_INPUT] if any(view.shows(layer, ROUTING) for layer in range(view.n_layers)) else []
     everything = [*available, *READY]
     listed = [subspaces] if isinstance(subspaces, str | Mapping) else subspaces
     if not isinstance(listed, Iterable) or isinstance(listed, Tensor):
@@ -336,7 +348,7 @@ def _chosen_subspaces(view: ModelView, subspaces: Any) -> tuple[tuple[str, ...],
 def _of_every_layer(name: Any, value: Any, view: ModelView) -> list[Subspace]:
     """Own directions, the same in every layer or one list, matrix or `Subspace` for each."""
     plain = name.strip().lower() if isinstance(name, str) else ""
-    if not plain or plain in (*STREAM_SUBSPACES, "prediction", *READY):
+    if not plain or plain in (*STREAM_SUBSPACES, "prediction", EXPERT_INPUT, *READY):
         raise ValueError(
             f"expected own subspaces under names of their own, got {name!r}, which is "
             f"{'the name of a built-in one' if plain else 'none'}; pass another name"

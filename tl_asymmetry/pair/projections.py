@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float64, Int
 from torch import Tensor
 
 from tl_asymmetry.geometry.fraction import gram_energy
@@ -22,7 +22,7 @@ from tl_asymmetry.settings import GradientMoments, PermutedGradients
 
 @dataclass(frozen=True)
 class Projection:
-    """A matrix's delta in one layer against one ordered basis; float64 on CPU."""
+    """A matrix's delta in one layer against one ordered basis, or each expert's against its own; float64 on CPU."""
 
     matrix: str
     """Name of the matrix."""
@@ -30,13 +30,13 @@ class Projection:
     """Name of the subspace."""
     energies: Float64[Tensor, "head k"]
     """‖q_iᵀ ΔW_h‖² along each direction."""
-    eigenvalues: Float64[Tensor, " k"]
+    eigenvalues: Float64[Tensor, "*expert k"]
     """Variance along each direction; NaN where the basis has none."""
-    existing: int
+    existing: int | Int[Tensor, " expert"]
     """Directions that exist: those with at least 1e-6 of the leading eigenvalue."""
     noise: Float64[Tensor, "head top"]
     """Fraction of storage noise in the leading 1 … top directions."""
-    activation_reference: Float64[Tensor, " top"] | None
+    activation_reference: Float64[Tensor, "*expert top"] | None
     """Fraction by chance in the leading 1 … top directions under the chosen optimiser, top the largest rank in use;
     None for write matrices."""
     gradient_reference: Float64[Tensor, "head top"] | None
@@ -46,9 +46,9 @@ class Projection:
     δ permuted within sequences; None for write matrices and without enough such draws."""
     replicates: Float64[Tensor, "group head rank"] | None
     """Energy in the leading `rank` directions with one group left out; None for a basis without replicates."""
-    reference_replicates: Float64[Tensor, "group top"] | None = None
+    reference_replicates: Float64[Tensor, "group *expert top"] | None = None
     """`activation_reference` with one group left out."""
-    references: Mapping[str, Float64[Tensor, " top"]] = field(default_factory=dict)
+    references: Mapping[str, Float64[Tensor, "*expert top"]] = field(default_factory=dict)
     """Fractions by chance of every null that the input gives, see `bases.REFERENCES`, "weighted" and "lora"."""
     tails: Float64[Tensor, "2 item rank"] | None = None
     """P(fraction ≥) and P(fraction ≤) under the chosen optimiser's reference, of every head, then of the heads pooled
@@ -222,7 +222,8 @@ def notes_of_kinds(base: ModelView, matrices: Sequence[str]) -> Iterator[str]:
     if any(base.experts(matrix) for matrix in matrices):
         yield (
             "experts are held against what the whole layer reads; each learned from the tokens that were routed to it "
-            "alone, so what training gives it by chance is known approximately"
+            'alone, so what training gives it by chance is known approximately (subspaces=[..., "expert_in"] holds '
+            "each against its own inputs)"
         )
     if "W_DKV" in matrices:
         yield (

@@ -16,7 +16,7 @@ from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.padding import padded_stack
 from tl_asymmetry.geometry.precision import with_fresh_settings
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.names import whole_place
+from tl_asymmetry.names import EXPERT_INPUT, whole_place
 from tl_asymmetry.pair.data import PairData
 from tl_asymmetry.pair.deltas import Delta, stacked
 from tl_asymmetry.pair.projections import Projection
@@ -164,12 +164,13 @@ class PairAnalysis(PairData):
             energy = stacked(deltas[matrix], "energy").unsqueeze(-1)
             arrays[f"profile/{matrix}/{subspace}"] = (stacked(held, "energies") / energy).float()
             for layer, projection in enumerate(held):
-                if projection is not None:
+                if projection is not None and subspace != EXPERT_INPUT:  # whose energies end where an expert's do
                     arrays[f"profile/{matrix}/{subspace}"][layer, :, projection.existing :] = torch.nan
             arrays[f"eigenvalues/{subspace}"] = stacked(held, "eigenvalues")
             for null in first.references:  # at every rank up to the largest in use: [layer, 1, top]
-                parts = [None if layer is None else layer.references[null] for layer in held]
-                arrays[f"expected/{null}/{matrix}/{subspace}"] = padded_stack(parts).unsqueeze(1)
+                expected = padded_stack([None if layer is None else layer.references[null] for layer in held])
+                own = subspace == EXPERT_INPUT  # of every expert by itself
+                arrays[f"expected/{null}/{matrix}/{subspace}"] = expected if own else expected.unsqueeze(1)
             if first.gradient_reference is not None:  # of every head by itself: [layer, head, top]
                 arrays[f"expected/gradient/{matrix}/{subspace}"] = stacked(held, "gradient_reference")
             if first.replicates is not None:  # fractions with one group of texts left out [layer, group, head, rank]

@@ -9,7 +9,7 @@ import numpy as np
 
 from tl_asymmetry._lazy import pd
 from tl_asymmetry.models.strangers import strangers
-from tl_asymmetry.names import FOUND, PREDICTION, ROUNDING_DOMINATED, kind_of
+from tl_asymmetry.names import EXPERT_INPUT, FOUND, PREDICTION, ROUNDING_DOMINATED, kind_of
 from tl_asymmetry.pair.asymmetry import READ_ONLY, READ_SIDE, WRITE_SIDE
 from tl_asymmetry.pair.data import PairData
 from tl_asymmetry.pair.plan import SEQUENCES, TOKENS_PER_DIMENSION
@@ -233,13 +233,23 @@ def _warnings(result: PairData, changed: pd.DataFrame) -> Iterator[str]:
             f"In {len(decayed)} of {len(places)} heads and matrices a finding goes away once weight decay is taken out "
             "of the change: it is counted as not told apart."
         )
-    if changed["flags"].str.contains("few_tokens").any():
+    few, own = changed["flags"].str.contains("few_tokens"), changed["subspace"] == EXPERT_INPUT
+    if (few & ~own).any():
         config, d = result.config, result.config["shape"]["d_model"]
         yield (
             f"{config['tokens']} tokens in {config['sequences']} sequence{'s' if config['sequences'] > 1 else ''} are "
             f"too few to trust subspaces, references and intervals, which want {TOKENS_PER_DIMENSION * d:,} tokens "
             f"({TOKENS_PER_DIMENSION} for each of the {d} dimensions) and {SEQUENCES} sequences; whether a head "
             "holds less than training gives was not tested. Use more texts."
+        )
+    if (few & own).any():
+        experts = changed[own].drop_duplicates(["layer", "expert"])
+        d = result.config["shape"]["d_model"]
+        yield (
+            f"{(few & own)[experts.index].sum()} of {len(experts)} experts were given under "
+            f"{TOKENS_PER_DIMENSION * d:,} tokens ({TOKENS_PER_DIMENSION} for each of the {d} dimensions): too few to "
+            "trust the subspace of their own inputs, its reference and its intervals; whether they hold less than "
+            "training gives was not tested there."
         )
 
 

@@ -14,8 +14,9 @@ from tl_asymmetry.geometry.jackknife import Interval, log_jackknife_interval
 from tl_asymmetry.geometry.nulls import Asked, IsotropicNull, Told, isotropic_variance
 from tl_asymmetry.geometry.rounding import without_rounding
 from tl_asymmetry.geometry.spectrum import effective_rank
-from tl_asymmetry.names import ROUNDING_DOMINATED, ROUNDING_FLAGGED, SMALL_EIGENGAP, kind_of
+from tl_asymmetry.names import EXPERT_INPUT, ROUNDING_DOMINATED, ROUNDING_FLAGGED, SMALL_EIGENGAP, kind_of
 from tl_asymmetry.pair.numbers import MATCHED, Measurements
+from tl_asymmetry.pair.plan import TOKENS_PER_DIMENSION
 from tl_asymmetry.pair.verdicts import VERDICTS, Evidence, Judged, Question, Tested, joined, judge, verdict
 from tl_asymmetry.results.nulls import ISOTROPIC
 
@@ -54,6 +55,9 @@ PAIR_COLUMNS = {
     "delta_relative_norm": "‖ΔW‖ / ‖W_base‖",
     "delta_shrink": "⟨ΔW, W_base⟩ / ‖W_base‖²",
     "delta_effective_rank": "exp(entropy) of the normalised eigenvalues of ΔW ΔWᵀ",
+    "tokens_routed": "tokens that count which the router gave this expert; NA outside mixtures, and where its choice "
+    "cannot be seen",
+    "routing_weight": "mean weight that the layer gave this expert's output on them; NaN likewise, or without tokens",
     "rounding_share": "share of ‖ΔW‖² that storage in bf16 or fp16 explains by itself",
     "fraction_unrounded": "fraction corrected for it; NaN above a share of 0.9",
     "flags": '"eigengap" (under 0.05 at a rank up to 4, or an interval over a factor 2), "biased" (the interval: bias '
@@ -93,7 +97,8 @@ def pair_tables(numbers: Measurements, *, optimizer: str, few: bool, seed: int) 
         _Block(numbers, matrix, subspace, column, optimizer=optimizer, few=few)
         for matrix, subspace in numbers.held
         for column, rank in enumerate(numbers.ranks_of(matrix, subspace))
-        if rank in numbers.layout.measured[subspace] and bool(numbers.held[matrix, subspace].exists[:, column].any())
+        if rank in numbers.layout.measured[subspace]
+        and (subspace == EXPERT_INPUT or bool(numbers.held[matrix, subspace].exists[:, column].any()))
     ]
     null = IsotropicNull(numbers.layout.d, seed=seed)
     told = iter(null.tails_of([question for block in blocks for question in block.asked()]))
@@ -107,7 +112,8 @@ def pair_tables(numbers: Measurements, *, optimizer: str, few: bool, seed: int) 
         **numbers.rows([(block.heads, numbers.layout.units[block.matrix]) for block in blocks]),
         **{name: np.concatenate([np.ravel(of[name]) for of in columns]) for name in columns[0]},
     })  # fmt: skip
-    rows["flags"] = _flags(rows, few=few)
+    rows["flags"] = _flags(rows)
+    rows["tokens_routed"] = rows["tokens_routed"].astype("Int64")
     order = {matrix: i for i, matrix in enumerate(numbers.deltas)}
     rows = rows[rows["exists"]].sort_values(
         ["run", "matrix", "subspace", "layer", "head", "expert", "rank"],
@@ -151,13 +157,20 @@ class _Block:
         few: bool,
     ) -> None:
         self.numbers, self.matrix, self.subspace, self.column = numbers, matrix, subspace, column
-        self.few = few
         self.d, self.k = numbers.layout.d, numbers.layout.ranks[column]
         self.delta, self.held = numbers.deltas[matrix], numbers.held[matrix, subspace]
         self.reference = "weighted" if "weighted" in self.held.expected else optimizer
         self.fraction = self.held.inside[..., column] / self.delta.energy
         self.heads = self.fraction.shape[1]
-        self.exists = self.held.exists[:, column].numpy() > 0
+        exists = self.held.exists[..., column]
+        self.own = subspace == EXPERT_INPUT
+        """Whether each expert has a subspace of its own."""
+        self.exists = _wide(exists, self.heads).numpy() > 0
+        # An expert with fewer tokens than the rank keeps its row, which says how many it had.
+        self.rows = _wide(exists, self.heads).isfinite().numpy() if self.own else self.exists
+        self.few = np.full(self.exists.shape, few)
+        if self.own and self.delta.tokens_routed is not None:
+            self.few |= (self.delta.tokens_routed < TOKENS_PER_DIMENSION * self.d).numpy()
 
     # -- evidence ------------------------------------------------------------------------------------------------
 
@@ -178,23 +191,31 @@ class _Block:
     def tested(self, places: np.ndarray) -> Tested:
         """The evidence of one run of layers."""
         family = self.matrix, self.subspace
-        return Tested(family, self.k, *(
-            {question: Evidence(one.heads[places], one.pooled[places]) for question, one in evidence.items()}
-            for evidence in (self.evidence, self.unshrunk)
-        ))  # fmt: skip
+        evidence, unshrunk = (
+            {question: Evidence(one.heads[places], one.pooled[places]) for question, one in of.items()}
+            for of in (self.evidence, self.unshrunk)
+        )
+        return Tested(family, self.k, evidence, unshrunk, self._pooled()[places], self.k / self.d)
+
+    def _pooled(self) -> np.ndarray:
+        """Fraction of each place's heads as one delta."""
+        there = self.delta.energy.isfinite()
+        inside = self.held.inside[..., self.column].masked_fill(~there, 0)
+        return (inside.sum(1) / self.delta.energy.masked_fill(~there, 0).sum(1)).numpy()
 
     def _versions(self) -> list[_Version]:
         """ΔW, and ΔW − sW where weight decay can make a difference."""
         delta, held = self.delta, self.held
         assert delta.spectrum is not None
-        versions = [
-            _Version(held.inside[..., self.column], delta.energy, delta.spectrum, delta.pooled_spectrum, held.tails)
-        ]
+        pooled, unshrunk_pooled = delta.pooled_spectrum, delta.unshrunk_pooled_spectrum
+        if self.own:  # several subspaces, none of which the pooled change could be held against
+            pooled = unshrunk_pooled = None
+        versions = [_Version(held.inside[..., self.column], delta.energy, delta.spectrum, pooled, held.tails)]
         if delta.unshrunk_energy is not None and held.unshrunk_inside is not None:
             assert delta.unshrunk_spectrum is not None
             versions.append(_Version(
                 held.unshrunk_inside[..., self.column], delta.unshrunk_energy, delta.unshrunk_spectrum,
-                delta.unshrunk_pooled_spectrum, held.unshrunk_tails,
+                unshrunk_pooled, held.unshrunk_tails,
             ))  # fmt: skip
         return versions
 
@@ -208,17 +229,19 @@ class _Block:
             *together, _ = next(told)
         found = {}
         for i, side in enumerate(("above", "below")):
-            of_heads = np.where(missing[:, None], np.nan, by_chance[i].reshape(places, heads))
-            found[ISOTROPIC, side] = Evidence(of_heads, np.where(missing, np.nan, together[i]))
+            of_heads = np.where(missing, np.nan, by_chance[i].reshape(places, heads))
+            found[ISOTROPIC, side] = Evidence(of_heads, np.where(missing.all(1), np.nan, together[i]))
             if of.tails is not None:
                 items = of.tails[:, i, :, self.column].numpy()
-                if side == "below" and (self.few or self.reference == "weighted"):
+                of_heads = items[:, :heads]
+                whole = items[:, -1] if items.shape[1] > heads else np.full(places, np.nan)
+                if side == "below":
                     # In-sample the expected fraction is too high: above that is conservative, below it the reverse.
                     # And weights of all heads together make a head with other large gradients than its layer's seem
                     # below: half of them by chance in simulations.
-                    items = np.full_like(items, np.nan)
-                whole = items[:, -1] if items.shape[1] > heads else np.full(places, np.nan)
-                found[self.reference, side] = Evidence(items[:, :heads], whole)
+                    untold = self.few | (self.reference == "weighted")
+                    of_heads, whole = np.where(untold, np.nan, of_heads), np.where(untold.any(1), np.nan, whole)
+                found[self.reference, side] = Evidence(of_heads, whole)
         return found, method.reshape(places, heads)
 
     # -- rows ----------------------------------------------------------------------------------------------------
@@ -233,7 +256,7 @@ class _Block:
         gradient = nan if held.gradient is None else held.gradient[..., self.column]
         relative, excess = fraction * d / k, fraction / activation
         interval, of_excess = self._interval(relative), self._excess_interval(excess)
-        λ, ρ = held.eigenvalues[:, self.column], delta.rounding
+        λ, ρ = held.eigenvalues[..., self.column, :], delta.rounding
         tested = self.evidence.get((self.reference, "above"))
         chance = judged.versus[ISOTROPIC]
         reference = judged.versus.get(self.reference, np.full(fraction.shape, "", dtype=object))
@@ -243,7 +266,7 @@ class _Block:
         return {
             **{name: np.full(fraction.shape, value) for name, value in same.items()},
             # A layer may lack the matrix, or have fewer heads than others.
-            "exists": self.exists[:, None] & delta.energy.isfinite().numpy(),
+            "exists": self.rows & delta.energy.isfinite().numpy(),
             "fraction": fraction,
             "relative": relative,
             # A flat spectrum has no spread, and nothing to be compared.
@@ -264,17 +287,20 @@ class _Block:
             "vs_chance": chance,
             "vs_reference": reference,
             "verdict": verdict(chance, reference, changed=(delta.energy > 0).numpy(), measurable=measurable),
-            "eigengap": _wide(1 - λ[:, 1] / λ[:, 0], self.heads),
+            "eigengap": _wide(1 - λ[..., 1] / λ[..., 0], self.heads),
             "delta_norm": delta.energy.sqrt(),
             "delta_relative_norm": (delta.energy / delta.base_energy).sqrt(),
             "delta_shrink": delta.shrink,
             "delta_effective_rank": effective_rank(delta.spectrum),
+            "tokens_routed": nan if delta.tokens_routed is None else delta.tokens_routed,
+            "routing_weight": nan if delta.routing_weight is None else delta.routing_weight,
             "rounding_share": ρ,
             "fraction_unrounded": without_rounding(
                 fraction, ρ, held.noise[..., self.column], most=ROUNDING_HOPELESS
             ),
             "biased": torch.where(interval.low.isfinite(), interval.biased, of_excess.biased) > 0,
             "decay": judged.decay,
+            "few": self.few,
             **{f"expected/{null}": self._expected(held.expected.get(null)) for null in MATCHED},
             "expected/permutation": mean,
             "permutation_low": fraction / high,
@@ -286,7 +312,7 @@ class _Block:
         """What a null of whole layers gives each of their heads; NaN where it does not apply."""
         if under_null is None:
             return torch.full_like(self.fraction, torch.nan)
-        return _wide(under_null[:, self.column], self.heads)
+        return _wide(under_null[..., self.column], self.heads)
 
     def _permuted(self) -> Tensor:
         """Mean and 95 % range over permutations, `[value, place, head]`."""
@@ -304,8 +330,9 @@ class _Block:
         """Of fraction over its cross-fitted reference: both move with the texts."""
         if self.held.activation_replicates is None:
             return _no_interval(excess)
-        # [place, group] → [group, place, 1]
-        references = self.held.activation_replicates[..., self.column].mT.unsqueeze(-1)
+        # [place, group, …] → [group, place, 1 or expert]
+        references = self.held.activation_replicates[..., self.column].transpose(0, 1)
+        references = references if self.own else references.unsqueeze(-1)
         fractions = self.fraction if self.held.replicates is None else self._replicates()
         return log_jackknife_interval(excess, fractions / references, corrected=False)
 
@@ -320,14 +347,14 @@ def _no_interval(quantity: Tensor) -> Interval:
     return Interval(nan, nan, torch.zeros_like(quantity))
 
 
-def _flags(rows: pd.DataFrame, *, few: bool) -> list[str]:
+def _flags(rows: pd.DataFrame) -> list[str]:
     """The column `flags`."""
     sampled = rows["ci_low"].notna() | rows["excess_low"].notna()
     wide = rows["ci_high"] > _WIDE_INTERVAL * rows["ci_low"]
     conditions = {
         "eigengap": (rows["eigengap"] < SMALL_EIGENGAP) & ((rows["rank"] <= _SMALL_RANK) | wide),
         "biased": rows["biased"],
-        "few_tokens": (sampled | rows["activation_matched"].notna()) & few,
+        "few_tokens": (sampled | rows["activation_matched"].notna()) & rows["few"],
         "decay": rows["decay"],
         "rounding": rows["rounding_share"] >= ROUNDING_FLAGGED,
         "rounding_dominated": rows["rounding_share"] >= ROUNDING_DOMINATED,
@@ -368,5 +395,6 @@ def _null_rows(rows: pd.DataFrame, keys: pd.DataFrame, d: int) -> pd.DataFrame:
     ).reset_index(drop=True)  # fmt: skip
 
 
-def _wide(per_layer: Tensor, heads: int) -> Tensor:
-    return per_layer.unsqueeze(-1).expand(-1, heads)
+def _wide(numbers: Tensor, heads: int) -> Tensor:
+    """Of layers, the same for each of their heads; of heads, themselves."""
+    return numbers if numbers.ndim == 2 else numbers.unsqueeze(-1).expand(-1, heads)

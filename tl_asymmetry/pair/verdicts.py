@@ -29,6 +29,8 @@ TEST_COLUMNS = {
     "q": "at most 0.05: found, at a false-discovery rate of 5 % over families and, on average, inside those found",
     "heads": "heads found in it",
     "tested": "heads tested in it",
+    "fraction": "layer: share of ΔW in the subspace, of its heads or experts together as one delta; family: NaN",
+    "relative": "fraction · d/k",
 }
 """Columns of `PairAnalysis.tests`, in this order, and what they mean."""
 
@@ -68,6 +70,10 @@ class Tested:
     """Of ΔW."""
     unshrunk: Mapping[Question, Evidence]
     """Of ΔW − sW."""
+    pooled: Float[np.ndarray, " layer"]
+    """Fraction of each layer's heads as one delta."""
+    chance: float
+    """k/d, the fraction of an isotropic delta."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +102,12 @@ def judge(tested: Sequence[Tested]) -> tuple[list[Judged], pd.DataFrame]:
             question: (_tree(here, question), _tree(here, question, unshrunk=True)) for question in questions
         }
     judged = [_judged(one, verdicts[one.rank]) for one in tested]
+    pooled = {(one.family, one.rank): (one.pooled, one.chance) for one in tested}
     rows = [
         row
         for rank, trees in verdicts.items()
         for (null, side), (tree, _) in trees.items()
-        for row in _rows(tree, rank, null, side)
+        for row in _rows(tree, rank, null, side, pooled)
     ]
     table = pd.DataFrame(rows, columns=list(TEST_COLUMNS))
     return judged, table.astype({"layer": "Int64", "rank": "int64", "heads": "int64", "tested": "int64"})
@@ -161,21 +168,29 @@ def _judged(one: Tested, trees: Mapping[Question, tuple[Tree[Family], Tree[Famil
     return Judged(q, versus, decay)
 
 
-def _rows(tree: Tree[Family], rank: int, null: str, side: str) -> list[dict[str, object]]:
+def _rows(
+    tree: Tree[Family],
+    rank: int,
+    null: str,
+    side: str,
+    pooled: Mapping[tuple[Family, int], tuple[Float[np.ndarray, " layer"], float]],
+) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for (matrix, subspace), q in tree.head_q.items():
         if not np.isfinite(q).any():
             continue
         shared = {"matrix": matrix, "subspace": subspace, "rank": rank, "null": null, "side": side}
         family = matrix, subspace
+        fraction, chance = pooled[family, rank]
         found, tested = q <= SIGNIFICANT, np.isfinite(q)
         rows.append(
             {"level": "family", **shared, "layer": pd.NA, "p": tree.family_p[family], "q": tree.family_q[family],
-             "heads": int(found.sum()), "tested": int(tested.sum())}
+             "heads": int(found.sum()), "tested": int(tested.sum()), "fraction": np.nan, "relative": np.nan}
         )  # fmt: skip
         rows += [
             {"level": "layer", **shared, "layer": layer, "p": tree.layer_p[family][layer],
-             "q": tree.layer_q[family][layer], "heads": int(found[layer].sum()), "tested": int(tested[layer].sum())}
+             "q": tree.layer_q[family][layer], "heads": int(found[layer].sum()), "tested": int(tested[layer].sum()),
+             "fraction": fraction[layer], "relative": fraction[layer] / chance}
             for layer in range(len(q))
             if tested[layer].any()
         ]  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -240,14 +241,15 @@ def _block(
     by_rank = [rows[rows["rank"] == k] for k in ranks]
     rounding = [pick.grid(r, r["rounding_share"], layers, heads) for r in by_rank]
     name, against = style.text(matrix), style.text(space)
-    what = "head" if heads != [None] else "no heads, one value a layer"
+    experts = pick.has_experts(rows)
+    what = maps.unit_word(shared, experts) if heads != [None] else "no heads, one value a layer"
     told = [held for held in helds if held.of(rows).there or held.key == ISOTROPIC]
     return _Block(
         label=f"{name} in {against}",
-        axis=f"{'KV head' if shared else what} · {name} against {against}",
+        axis=f"{what} · {name} against {against}",
         top=number * (len(layers) + 1),
         heads=heads,
-        hovertemplate=head_template(matrix, told, verdict="verdict" in table.columns),
+        hovertemplate=head_template(matrix, told, verdict="verdict" in table.columns, experts=experts),
         grids={key: [v.grid(r, layers, heads) for r in by_rank] for key, v in values.items()},
         masks={
             "dominated": [g >= ROUNDING_DOMINATED for g in rounding],
@@ -260,7 +262,7 @@ def _block(
         hovers=[
             head_cells(
                 r, head_fields(r, row_names(r, shared, group), space, d, told), layers, heads,
-                kv=shared, group=group,
+                kv=shared, group=group, expert=experts, why=partial(pick.absence, rows, table),
             )
             for r in by_rank
         ],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -81,7 +82,7 @@ def head_sheet_figure(
     everything = [shown.grid(rows, layers, pick.heads_of(rows)) for rows in chosen.values()]
     scale = maps.look(np.concatenate([numbers.ravel() for numbers in everything])[None], shown)
     size = 0.6 * maps.mark_size(layers, [*range(max(numbers.shape[1] for numbers in everything))])
-    for n, ((matrix, _), rows) in enumerate(chosen.items()):
+    for n, ((matrix, space), rows) in enumerate(chosen.items()):
         place, first = {"row": n // across + 1, "col": n % across + 1}, n == 0
         heads, numbers = pick.heads_of(rows), everything[n]
         shared, group = pick.kv_group(table, matrix, kv)
@@ -96,7 +97,9 @@ def head_sheet_figure(
             marks.append(maps.dots(*maps.where(mask, layers), relation, size, name))
         for mark in marks:
             figure.add_trace(mark.update(legendgroup=mark.name, showlegend=first and mark.type == "scatter"), **place)
-        figure.add_trace(_hover(rows, shown, row_names(rows, shared, group), layers, heads), **place)
+        every, _ = pick.select(table, matrix, space)
+        why = partial(pick.absence, every, table)
+        figure.add_trace(_hover(rows, shown, row_names(rows, shared, group), layers, heads, why), **place)
         ticks = style.integer_ticks(x)["tickvals"] if heads != [None] else []
         figure.update_xaxes(
             showgrid=False, tickmode="array", tickvals=ticks, ticktext=[str(heads[i]) for i in ticks],
@@ -118,7 +121,7 @@ def head_sheet_figure(
     figure.update_annotations(font={"size": 12})
     words = heading(
         style.text(f"{shown.label[:1].upper()}{shown.label[1:]} of all matrices at rank {ranks[at]}"),
-        style.text(f"Layers down, heads across. {shown.meaning}"),
+        style.text(f"Layers down, heads{' and experts' if pick.has_experts(table) else ''} across. {shown.meaning}"),
         **layout,
     )
     return finish(
@@ -132,10 +135,19 @@ def head_sheet_figure(
 
 
 def _hover(
-    rows: pd.DataFrame, value: maps.Value, names: Sequence[str], layers: Sequence[int], heads: Sequence[int | None]
+    rows: pd.DataFrame,
+    value: maps.Value,
+    names: Sequence[str],
+    layers: Sequence[int],
+    heads: Sequence[int | None],
+    why: Callable[[int, int | None], str],
 ) -> go.Heatmap:
-    """A transparent map that carries each cell's name and number."""
-    words = [[""] * len(heads) for _ in layers]
+    """A transparent map that carries each cell's name and number, or why it has none."""
+    there = set(zip(rows["layer"].astype(int), rows["head"].fillna(-1).astype(int), strict=True))
+    words = [
+        ["" if (layer, -1 if head is None else head) in there else style.text(why(layer, head)) for head in heads]
+        for layer in layers
+    ]
     verdicts = list(maps.VERDICTS)
 
     def said(number: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -60,7 +61,8 @@ def heads_figure(
     chosen, space = pick.select(table, matrix, subspace)
     d = pick.d_model_of(table, d_model)
     ranks, start = pick.pick_ranks(chosen, rank, default_rank, d)
-    layers, heads = pick.layers_of(chosen), pick.heads_of(chosen)
+    layers, heads = pick.layers_of(table), pick.heads_of(chosen)
+    experts = pick.has_experts(chosen)
     shared, group = pick.kv_group(table, matrix, kv)
     helds = held_against(table, nulls)
     values = maps.values_of(table, helds, d)
@@ -99,7 +101,7 @@ def heads_figure(
     hovers = [
         head_cells(
             r, head_fields(r, row_names(r, shared, group), space, d, told), layers, heads,
-            kv=shared, group=group,
+            kv=shared, group=group, expert=experts, why=partial(pick.absence, chosen, table),
         )
         for r in by_rank
     ]  # fmt: skip
@@ -109,7 +111,7 @@ def heads_figure(
         go.Heatmap(
             x=x, y=layers, z=blank, showscale=False, name="hover",
             colorscale=[(0, "rgba(0,0,0,0)"), (1, "rgba(0,0,0,0)")], customdata=hovers[start],
-            hovertemplate=head_template(matrix, told, verdict="verdict" in table.columns),
+            hovertemplate=head_template(matrix, told, verdict="verdict" in table.columns, experts=experts),
         )
     )  # fmt: skip
     owners.append(None)
@@ -162,7 +164,7 @@ def heads_figure(
 
     if chosen["relative"].isna().all():
         note(figure, "No value: the delta is zero, so its fractions are undefined.")
-    maps.head_axes(figure, layers, heads, shared)
+    maps.head_axes(figure, layers, heads, shared, experts)
     return finish(
         figure,
         words(first),

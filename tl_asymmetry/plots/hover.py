@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,8 @@ _HEAD_FIELDS = (
 )  # fmt: skip
 
 
-def head_name(layer: int, head: int | None, *, kv: bool = False, group: int | None = None) -> str:
-    """L7H3; L7 for an MLP matrix; the KV head, with the query heads it serves, under grouped-query attention.
+def head_name(layer: int, head: int | None, *, kv: bool = False, group: int | None = None, expert: bool = False) -> str:
+    """L7H3, of an expert L7E3, of an MLP matrix L7; under grouped-query attention the KV head and the heads it serves.
 
     Example:
         >>> head_name(7, 1, kv=True, group=4)
@@ -32,7 +32,7 @@ def head_name(layer: int, head: int | None, *, kv: bool = False, group: int | No
     if head is None:
         return f"L{layer}"
     if not kv:
-        return f"L{layer}H{head}"
+        return f"L{layer}{'E' if expert else 'H'}{head}"
     serves = f" (query heads {head * group}–{head * group + group - 1})" if group and group > 1 else ""
     return f"L{layer} KV head {head}{serves}"
 
@@ -78,12 +78,13 @@ def _records(frame: pd.DataFrame, columns: Sequence[str]) -> list[dict[str, Any]
     return [dict(zip(columns, row, strict=True)) for row in zip(*(frame[c].tolist() for c in columns), strict=True)]
 
 
-def head_template(matrix: str, helds: Sequence[Held], *, verdict: bool) -> str:
-    """The hover of a head, for fields in the order of `head_fields`."""
+def head_template(matrix: str, helds: Sequence[Held], *, verdict: bool, experts: bool = False) -> str:
+    """The hover of a head, or of an expert, for fields in the order of `head_fields`."""
+    routed = f"<br>routed to it: %{{customdata[{FIELDS + len(helds) + verdict}]}}" if experts else ""
     against = "".join(f"<br>{text(held.label)}: %{{customdata[{FIELDS + i}]}}" for i, held in enumerate(helds))
     verdicts = f"<br>verdict: %{{customdata[{FIELDS + len(helds)}]}}" if verdict else ""
     return (
-        f"<b>%{{customdata[0]}}</b> · {text(matrix)}"
+        f"<b>%{{customdata[0]}}</b> · {text(matrix)}{routed}"
         "<br>relative %{customdata[1]} (fraction %{customdata[2]})"
         f"<br>95 % interval over texts: %{{customdata[3]}}{against}{verdicts}"
         "<br>rounding share %{customdata[4]}, without it %{customdata[5]}"
@@ -107,6 +108,7 @@ def head_fields(
     against = [held_words(held, rows, d) for held in helds]
     fields = []
     told = [c for c in (*_HEAD_FIELDS, "verdict") if c in rows]
+    given = routed_words(rows) if pick.has_experts(rows) else None
     for n, row in enumerate(_records(rows, told)):
         gap, share = as_float(row["eigengap"]), as_float(row["rounding_share"])
         fields.append(
@@ -121,20 +123,38 @@ def head_fields(
                 number(row["delta_relative_norm"]),
                 *(words[n] for words in against),
                 *([text(row["verdict"])] if "verdict" in row else []),
+                *([given[n]] if given else []),
             ]
         )
     return fields
 
 
+def routed_words(rows: pd.DataFrame) -> list[str]:
+    """Of each row's expert what its router gave it."""
+    if "tokens_routed" not in rows:
+        return [MISSING] * len(rows)
+    return [
+        "all tokens: no experts in this layer" if pd.isna(expert) else MISSING if pd.isna(tokens)
+        else f"{int(tokens):,} tokens" + (f", mean weight {number(weight)}" if tokens else "")
+        for expert, tokens, weight in zip(rows["expert"], rows["tokens_routed"], rows["routing_weight"], strict=True)
+    ]  # fmt: skip
+
+
 def head_cells(
     rows: pd.DataFrame, fields: Sequence[Sequence[str]], layers: Sequence[int], heads: Sequence[int | None],
-    *, kv: bool, group: int | None,
+    *, kv: bool, group: int | None, expert: bool = False, why: Callable[[int, int | None], str] | None = None,
 ) -> list[list[list[str]]]:  # fmt: skip
-    """Fields of rows laid out as [layer][head]; a cell without a row has a name only."""
+    """Fields of rows laid out as [layer][head]; a cell without a row has a name only, and why it is empty."""
     width = len(fields[0]) if len(fields) else FIELDS
-    cells = [
-        [[head_name(layer, head, kv=kv, group=group), *[MISSING] * (width - 1)] for head in heads] for layer in layers
-    ]
+    there = set(zip(rows["layer"].astype(int), rows["head"].fillna(-1).astype(int), strict=True))
+
+    def empty(layer: int, head: int | None) -> list[str]:
+        name = head_name(layer, head, kv=kv, group=group, expert=expert)
+        if why is not None and (layer, -1 if head is None else head) not in there:
+            name = f"{name}: {text(why(layer, head))}"
+        return [name, *[MISSING] * (width - 1)]
+
+    cells = [[empty(layer, head) for head in heads] for layer in layers]
     at_layer, at_head = {v: i for i, v in enumerate(layers)}, {v: i for i, v in enumerate(heads)}
     for layer, head, field in zip(rows["layer"], rows["head"], fields, strict=True):
         cells[at_layer[int(layer)]][at_head[None if pd.isna(head) else int(head)]] = list(field)
@@ -152,8 +172,10 @@ def cell_name(layer: int, head: int | None, matrix: str, kv: bool, group: int | 
 
 
 def row_names(rows: pd.DataFrame, kv: bool, group: int | None) -> list[str]:
-    """`head_name` of each row."""
+    """`head_name` of each row; the one MLP of a layer without experts has no number beside experts."""
+    experts = pick.has_experts(rows)
+    units = rows["expert"] if experts else rows["head"]
     return [
-        head_name(int(layer), None if pd.isna(head) else int(head), kv=kv, group=group)
-        for layer, head in zip(rows["layer"], rows["head"], strict=True)
+        head_name(int(layer), None if pd.isna(unit) else int(unit), kv=kv, group=group, expert=experts)
+        for layer, unit in zip(rows["layer"], units, strict=True)
     ]

@@ -262,12 +262,19 @@ def bar_width(value: Value) -> int:
     return 190 if value.kind == "verdict" else 64
 
 
-def head_axes(figure: Any, layers: Sequence[int], heads: Sequence[int | None], shared: bool) -> None:
+def unit_word(shared: bool, experts: bool) -> str:
+    """What the columns of a map are."""
+    return "expert" if experts else "KV head" if shared else "head"
+
+
+def head_axes(
+    figure: Any, layers: Sequence[int], heads: Sequence[int | None], shared: bool, experts: bool = False
+) -> None:
     """Axes of a layer × head map: the first layer on top, a single column for a matrix of the MLP."""
     single = list(heads) == [None]
     ticks = style.integer_ticks(list(range(len(heads))))
     figure.update_xaxes(
-        title=None if single else ("KV head" if shared else "head"), showgrid=False, constrain="domain",
+        title=None if single else unit_word(shared, experts), showgrid=False, constrain="domain",
         tickmode="array", tickvals=ticks["tickvals"], range=[-0.5, len(heads) - 0.5],
         ticktext=["MLP"] if single else [str(heads[i]) for i in ticks["tickvals"]],
     )  # fmt: skip

@@ -48,8 +48,8 @@ def rank_curve_figure(
         curves: of this matrix, subspace and layer at every k: columns `head, rank, relative`, and by the keys of nulls
             the relative fraction that they expect.
         layer: the layer.
-        head: the head (the KV head for W_K and W_V under grouped-query attention); None: all of an attention
-            matrix's heads, and the only choice for an MLP matrix.
+        head: the head (the KV head for W_K and W_V under grouped-query attention) or expert; None: all of an attention
+            matrix's heads or a mixture's experts, and the only choice for an MLP matrix.
         subspace, d_model, kv, layout: as in `heads_figure`.
 
     Raises:
@@ -66,6 +66,7 @@ def rank_curve_figure(
         style.one_of(f"head of {matrix}", head, heads, "head")
         heads = [head]
     shared, group = pick.kv_group(table, matrix, kv)
+    experts = pick.has_experts(chosen)
     d = pick.d_model_of(table, d_model)
     chosen = chosen[_is_of(chosen, heads)]
     of_head = {h: chosen[_is_of(chosen, [h])] for h in heads}
@@ -104,7 +105,10 @@ def rank_curve_figure(
     others = [c for i, c in enumerate(style.SERIES) if i != 1]  # that one is the reference's
     colours = {h: style.SERIES[0] if single else others[n % len(others)] for n, h in enumerate(heads)}
     for h in heads:
-        name, line = head_name(layer, h, kv=shared, group=group), curves[_is_of(curves, [h])].sort_values("rank")
+        name, line = (
+            head_name(layer, h, kv=shared, group=group, expert=experts),
+            curves[_is_of(curves, [h])].sort_values("rank"),
+        )
         seen += line["relative"].tolist()
         figure.add_trace(
             go.Scatter(
@@ -115,7 +119,7 @@ def rank_curve_figure(
             )
         )  # fmt: skip
     for n, (h, rows) in enumerate(of_head.items()):
-        name = head_name(layer, h, kv=shared, group=group)
+        name = head_name(layer, h, kv=shared, group=group, expert=experts)
         significant = rows["isotropic_q"].to_numpy(float, na_value=np.nan) <= SIGNIFICANT
         symbol = "circle" if single else style.SYMBOLS[n % len(style.SYMBOLS)]
         relative, low, high = (rows[c].to_numpy(float, na_value=np.nan) for c in ("relative", "ci_low", "ci_high"))
@@ -135,7 +139,7 @@ def rank_curve_figure(
                     "symbol": [symbol if s else f"{symbol}-open" for s in significant],
                 },
                 customdata=[fields[row] for row in rows.index],
-                hovertemplate=head_template(matrix, helds, verdict="verdict" in rows.columns),
+                hovertemplate=head_template(matrix, helds, verdict="verdict" in rows.columns, experts=experts),
             )
         )  # fmt: skip
 
@@ -151,12 +155,14 @@ def rank_curve_figure(
     figure.update_yaxes(title="relative", **style.ratio_axis(seen, pad=0.5))
     if not np.isfinite(chosen["relative"].to_numpy(float, na_value=np.nan)).any():
         note(figure, "No value: the delta is zero, so its fractions are undefined.")
-    who = head_name(layer, heads[0], kv=shared, group=group) if single else f"L{layer}, all heads"
+    who = f"L{layer}, all {'experts' if experts else 'heads'}"
+    if single:
+        who = head_name(layer, heads[0], kv=shared, group=group, expert=experts)
     words = heading(
         f"{who} · {style.text(matrix)}: concentration by rank",
         f"Against {style.text(space)}. Dashed grey: 1 = chance (isotropic null). Filled point: {FOUND}."
         + (" Whiskers: 95 % interval over texts." if single else "")
-        + (" Hover names the head." if many else ""),
+        + (f" Hover names the {'expert' if experts else 'head'}." if many else ""),
         **layout,
     )
     return finish(figure, words, plot_height=330, **layout)

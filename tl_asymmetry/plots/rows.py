@@ -57,6 +57,33 @@ def units(rows: pd.DataFrame) -> pd.Series:
     return heads.where(~mixed, experts.fillna(0))
 
 
+def has_experts(rows: pd.DataFrame) -> bool:
+    """Whether some rows are about experts, which then stand where heads do."""
+    return "expert" in rows and bool(rows["expert"].notna().any())
+
+
+def absence(rows: pd.DataFrame, table: pd.DataFrame, layer: int, head: int | None) -> str:
+    """Why a map of some rows has none in a cell.
+
+    Args:
+        rows: of one matrix against one subspace, at all ranks, from `select`.
+        table: that they are of.
+        layer, head: of the cell.
+    """
+    matrix, space = str(rows["matrix"].iloc[0]), str(rows["subspace"].iloc[0])
+    there = rows[rows["layer"] == layer]
+    if there.empty:
+        elsewhere = (table["matrix"] == matrix) & (table["layer"] == layer)
+        return f"layer {layer} has no {f'{space} for it' if elsewhere.any() else matrix}"
+    heads = there["head"].dropna().unique()
+    if head is None or head in heads:
+        return "the subspace has fewer directions than the rank there"
+    if has_experts(rows):
+        one = there["expert"].isna().all()
+        return f"layer {layer} has {'one MLP and no experts' if one else f'{len(heads)} experts'}"
+    return f"layer {layer} has {len(heads)} heads"
+
+
 def select(table: pd.DataFrame, matrix: str, subspace: str | None) -> tuple[pd.DataFrame, str]:
     """The rows of one matrix against one subspace, and that subspace's name.
 

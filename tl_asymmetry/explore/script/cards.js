@@ -85,6 +85,7 @@ function card(item) {
   const gap = get("eigengap"),
     rounding = get("rounding_share");
   const facts = [
+    ...(map.experts ? [["routed to it", routed(map, layer, head, r)]] : []),
     [
       "relative at k = " + data.ranks[r],
       number(get("relative")) + " (fraction " + number(get("fraction")) + "; 1 = chance)",

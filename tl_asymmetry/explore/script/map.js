@@ -34,10 +34,12 @@ function drawMap() {
       const stored = rounding >= ROUNDING_DOMINATED ? "✕" : rounding >= ROUNDING_FLAGGED ? "◆" : "";
       const told = kind.verdict && value >= 0 ? data.verdicts[value].sign : relation > 0 ? "●" : relation < 0 ? "○" : "";
       const marks = stored + told;
-      const words =
+      const absent = whyEmpty(map, l, h, state.rank);
+      const words = absent ||
         headName(map, l, h) +
         ": " +
         (kind.verdict ? at(map, "verdict", l, h, state.rank) : number(value)) +
+        (map.experts ? ", " + routed(map, l, h, state.rank) : "") +
         (relation > 0 ? `, above it (${FOUND})` : relation < 0 ? `, below it (${FOUND})` : "") +
         (rounding >= ROUNDING_DOMINATED
           ? ", mostly rounding"
@@ -91,8 +93,33 @@ function drawMap() {
       " heads match." +
       (hits.understood.length ? " Understood: " + hits.understood.join(", ") + "." : "") +
       (hits.unknown.length ? " Not understood: " + hits.unknown.join(" ") : "");
+  $("map-title").textContent = map.experts ? "Experts" : "Heads";
   $("meaning").textContent = map.matrix + " against " + map.subspace + ": " + kind.label + ". " + kind.meaning;
   drawLegend(kind, limit, stops);
+}
+
+// Why a cell has no row; nothing where it has one.
+function whyEmpty(map, layer, head, rank) {
+  const never = (map.empty[layer] || {})[head];
+  if (never) {
+    return never;
+  }
+  return Number.isNaN(at(map, "delta_norm", layer, head, rank))
+    ? headName(map, layer, head) + ": the subspace has fewer directions than the rank there"
+    : "";
+}
+
+// What an expert was given.
+function routed(map, layer, head, rank) {
+  if (isWhole(map, layer)) {
+    return "no experts in this layer";
+  }
+  const tokens = at(map, "tokens_routed", layer, head, rank),
+    weight = at(map, "routing_weight", layer, head, rank);
+  if (Number.isNaN(tokens)) {
+    return "routing not seen";
+  }
+  return tokens.toLocaleString("en") + " tokens routed" + (tokens ? ", mean weight " + number(weight) : "");
 }
 
 function drawLegend(kind, limit, stops) {
@@ -156,5 +183,9 @@ function focusCell() {
 function openCell(cell) {
   const map = maps[state.map];
   state.focus = {layer: +cell.dataset.layer, head: +cell.dataset.head};
+  const absent = whyEmpty(map, state.focus.layer, state.focus.head, state.rank);
+  if (absent) {
+    return say("Nothing to open: " + absent + ".");
+  }
   openHead({layer: state.focus.layer, head: state.focus.head, matrix: map.matrix, subspace: map.subspace});
 }

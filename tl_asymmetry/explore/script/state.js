@@ -15,8 +15,11 @@ const state = {
   rows: FIRST_ROWS,
 };
 
+// Whether a layer has the matrix in one piece: no heads, or in a mixture's map no experts.
+const isWhole = (map, layer) => map.heads === null || map.whole.includes(layer);
+
 function headName(map, layer, head) {
-  if (map.heads === null) {
+  if (isWhole(map, layer)) {
     return "L" + layer;
   }
   if (!map.kv) {
@@ -34,7 +37,8 @@ function headName(map, layer, head) {
 
 function address(item) {
   const map = mapOf(item.matrix, item.subspace);
-  const name = "L" + item.layer + (map.heads === null ? "" : (map.experts ? "E" : "H") + item.head) + "/" + item.matrix;
+  const name =
+    "L" + item.layer + (isWhole(map, item.layer) ? "" : (map.experts ? "E" : "H") + item.head) + "/" + item.matrix;
   return (
     encodeURIComponent(name).replace(/%2F/g, "/") +
     (item.subspace === data.usual[item.matrix] ? "" : "/" + encodeURIComponent(item.subspace))
@@ -54,7 +58,7 @@ function parse(hash) {
     const name = /^L(\d+)(?:[HE](\d+))?$/.exec(pieces[0]);
     const matrix = pieces[1];
     const map = name && mapOf(matrix, pieces[2] || data.usual[matrix]);
-    if (!map || (map.heads === null) !== (name[2] === undefined)) {
+    if (!map || isWhole(map, +name[1]) !== (name[2] === undefined)) {
       continue;
     }
     const item = {layer: +name[1], head: +(name[2] || 0), matrix, subspace: map.subspace, pinned: true};

@@ -9,6 +9,8 @@ const COLUMNS = [
   ...others.map((n) => ["null:" + n.key, "excess over " + n.over]),
   ["rounding_share", "rounding"],
   ["delta_relative_norm", "‖ΔW‖/‖W‖"],
+  ["tokens_routed", "tokens routed"],
+  ["routing_weight", "routing weight"],
 ];
 const shownValue = (row, column) =>
   column.startsWith("null:")
@@ -60,7 +62,8 @@ function drawTable() {
       ? name.slice(5) in VALUES
       : maps.some((m) => m.columns[name] && m.columns[name].some((v) => !Number.isNaN(v))),
   );
-  const head = ["head", "matrix", "against"].map((name) => element("th", {scope: "col"}, name));
+  const unit = maps.some((m) => m.experts) ? "head or expert" : "head";
+  const head = [unit, "matrix", "against"].map((name) => element("th", {scope: "col"}, name));
   columns.forEach(([name, label]) => {
     const n = COLUMNS.findIndex((c) => c[0] === name);
     const button = element("button", {type: "button"}, label + (state.sort === n ? (state.down ? " ▼" : " ▲") : ""));
