@@ -57,6 +57,8 @@ PROJECTIONS = (
     ("norm_attn_norm.attn.q_proj", "norm_attn_norm.attn.k_proj", "norm_attn_norm.attn.v_proj"),
 )
 """Where queries, keys and values may lie, unless the configuration says it."""
+INPUTS = ("attn_in", "mlp_in", "q_latent", "kv_latent")
+"""Subspaces of what enters a matrix."""
 FUSED = (
     ("attn.Wqkv", "blocks"), ("norm_attn_norm.attn.Wqkv", "blocks"), ("self_attn.qkv_proj", "blocks"),
     ("attn.c_attn", "blocks"), ("self_attn.query_key_value", "neox"), ("attention.query_key_value", "neox"),
@@ -270,6 +272,13 @@ def matrices(spec: Mapping[str, Any], W: Mapping[str, Tensor], block: nn.Module,
         yield "W_KR", None, "read", path, ("columns", range(width - rotary, width))
         if "self_attn.q_a_proj" in W:
             yield "W_DQ", None, "read", "self_attn.q_a_proj", None
+            path, each = "self_attn.q_b_proj", W["self_attn.q_b_proj"].shape[1] // n
+            for h in range(n):
+                yield "W_UQ", h, "read", path, ("columns", range(h * each, (h + 1) * each))
+        path, each = "self_attn.kv_b_proj", W["self_attn.kv_b_proj"].shape[1] // n
+        for h in range(n):  # of each head its key, then its value
+            yield "W_UK", h, "read", path, ("columns", range(h * each, (h + 1) * each - d_head))
+            yield "W_UV", h, "read", path, ("columns", range((h + 1) * each - d_head, (h + 1) * each))
     yield from mlp(spec, W)
 
 
@@ -471,7 +480,7 @@ def compared(result: Any, found: tuple, P: Tensor | None) -> dict[str, Any]:
                         Q = P[:, :rank]
                     elif subspace == "resid_post":
                         Q = bases[subspace][:, :rank]
-                    elif m.side == "read" and subspace in ("attn_in", "mlp_in", m.name) and m.path in bases:
+                    elif m.side == "read" and subspace in (*INPUTS, m.name) and m.path in bases:
                         Q = bases[m.path][:, :rank]
                     else:
                         continue
@@ -643,9 +652,10 @@ nothing is said of an architecture that is not listed. The record is put togethe
 
 Layers may differ. A matrix that some layers lack has rows where it is; a mixture has rows for each expert; linear
 maps without a name (those of linear attention, of state-space layers, a shared expert's gate) have rows under their
-module's path, where that says which of their sides is the stream's. Maps between two latent spaces (`kv_b_proj`,
-`dt_proj`) have no side on the stream: how far they moved is in `other_changes`. `gradient_covariance` takes what
-`analyze_pair` takes (of experts the tokens that are routed to each); trajectories, spectra, stages and interventions
+module's path, where that says which of their sides is the stream's. Of latent attention, W_UQ, W_UK and W_UV have rows
+for each head against the latent that they read, behind its norm. Other maps between two inner spaces (`dt_proj`) have
+no side on the stream: how far they moved is in `other_changes`. `gradient_covariance` takes what `analyze_pair` takes,
+routers included (of experts the tokens that are routed to each); trajectories, spectra, stages and interventions
 take the matrices that every layer has in one shape, and say which they leave out.
 """
 

@@ -34,9 +34,13 @@ SMALLEST_EIGENVALUE = 1e-6
 """Share of the leading eigenvalue under which a direction does not exist."""
 
 POINTS: tuple[str, ...] = (
-    "attn_in", "mlp_in", "resid_pre", "resid_mid", "resid_post", "z", "mlp_post", "mlp_post_shared",
+    "attn_in", "mlp_in", "resid_pre", "resid_mid", "resid_post", "z", "mlp_post", "mlp_post_shared", "q_latent",
+    "kv_latent",
 )  # fmt: skip
 """Places in a block whose tensors `ModelView.hooks` gives to readers."""
+
+LATENTS: tuple[str, ...] = ("q_latent", "kv_latent")
+"""Those of them that are no wider than a latent attention's query, or key and value: behind the latent's norm."""
 
 BASIS_METHODS = MappingProxyType({"pca": "PCA", "semi_nmf": "semi-NMF"})
 """How a basis can be taken from activations, and what that is called in words."""
@@ -91,6 +95,12 @@ class MatrixKind:
         return self.side == "write"
 
     @property
+    def latent(self) -> bool:
+        """Whether what it reads is a latent and not the residual stream: in what is said of the stream, such a matrix
+        is held against its latent instead (W_UQ, W_UK and W_UV of latent attention)."""
+        return self.point in LATENTS
+
+    @property
     def subspace(self) -> str:
         """The subspace that it is first held against: its own input (read), what the model predicts with (write)."""
         return self.point if self.reads else PREDICTION
@@ -120,7 +130,10 @@ MATRICES: MappingProxyType[str, MatrixKind] = MappingProxyType(
             MatrixKind("W_O", "write", "z", "attn", "query"),
             MatrixKind("W_attn_gate", "read", "attn_in", "attn", "query"),
             MatrixKind("W_DQ", "read", "attn_in", "attn"),
+            MatrixKind("W_UQ", "read", "q_latent", "attn", "query"),
             MatrixKind("W_DKV", "read", "attn_in", "attn"),
+            MatrixKind("W_UK", "read", "kv_latent", "attn", "query"),
+            MatrixKind("W_UV", "read", "kv_latent", "attn", "query"),
             MatrixKind("W_KR", "read", "attn_in", "attn"),
             MatrixKind("W_in", "read", "mlp_in", "mlp"),
             MatrixKind("W_gate", "read", "mlp_in", "mlp"),
@@ -133,10 +146,16 @@ MATRICES: MappingProxyType[str, MatrixKind] = MappingProxyType(
     }
 )
 """The matrices that have a name, in the order in which results list them: those of every transformer, the output gate
-and the latents of newer attentions, a mixture's router and shared experts."""
+and the latents of newer attentions, a mixture's router and shared experts.
+
+Of latent attention W_DQ, W_DKV and W_KR read the stream; W_UQ, W_UK and W_UV read the latents that the first two
+fill."""
 
 ATTENTION: tuple[str, ...] = ("W_Q", "W_K", "W_V", "W_O")
 """Names of the matrices that every attention with heads has, in that order."""
+
+KEYS_AND_VALUES: tuple[str, ...] = ("W_K", "W_V", "W_DKV", "W_UK", "W_UV", "W_KR")
+"""Names of the matrices that keys and values come from, which have gradients at every position, the first included."""
 
 _FURTHER_WRITES = re.compile(
     r"(.*\.)?((out|o|o_b|output)_proj|linear_out|linear_right|per_layer_projection|proj_down)"
@@ -192,6 +211,16 @@ def kind_of(matrix: str, side: Side | None = None) -> MatrixKind:
     part = "attn" if _MIXERS.fullmatch(matrix) else matrix.partition(".")[0]
     shared = {"attn": "attn_in", "mlp": "mlp_in"} if side == "read" else {}
     return MatrixKind(matrix, side, shared.get(part, matrix), part)
+
+
+def reads_latent(matrix: str) -> bool:
+    """Whether a matrix reads a latent and not the residual stream.
+
+    Example:
+        >>> reads_latent("W_UK"), reads_latent("W_DKV"), reads_latent("mamba.in_proj")
+        (True, False, False)
+    """
+    return matrix in MATRICES and MATRICES[matrix].latent
 
 
 def canonical(matrices: Collection[str]) -> tuple[str, ...]:

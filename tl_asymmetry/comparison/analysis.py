@@ -246,12 +246,12 @@ def _differences(name_a: str, a: Runs, name_b: str, b: Runs) -> pd.DataFrame:
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.log2(relative[0] / relative[1])
     difference = relative[0] - relative[1]
-    d = a[0].config["shape"]["d_model"]
     for (matrix, subspace, rank), block in both.groupby(["matrix", "subspace", "rank"], sort=False):
         held = [_arm_replicates(runs, str(matrix), str(subspace), int(str(rank)), block) for runs in (a, b)]
         if held[0] is None or held[1] is None:
             continue
         at = block.index.to_numpy()
+        d = a[0].width(str(matrix))
         one, two = (part * d / int(str(rank)) for part in held if part is not None)
         of_ratio = _jackknife(torch.from_numpy(ratio[at]), torch.log2(one / two))
         of_difference = _jackknife(torch.from_numpy(difference[at]), one - two)
@@ -415,10 +415,10 @@ def _overlaps(name_a: str, a: Runs, name_b: str, b: Runs, most: int) -> pd.DataF
     """How far the leading residual directions of two arms' deltas span the same space, head by head."""
     frames = []
     first = a[0]
-    null = IsotropicNull(first.config["shape"]["d_model"], seed=first.config["arguments"]["seed"])
     for matrix, rows in first.table.groupby("matrix", sort=False):
         if any(f"directions/{matrix}" not in run.arrays for run in (*a, *b)):
             continue
+        null = IsotropicNull(first.width(str(matrix)), seed=first.config["arguments"]["seed"])
         unit = next((axis for axis in ("head", "expert") if rows[axis].notna().any()), None)
         across = [_overlap(str(matrix), x.arrays, y.arrays, most, null, unit) for x, y in product(a, b)]
         within = [

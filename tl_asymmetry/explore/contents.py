@@ -55,7 +55,7 @@ def maps(result: PairData, pack: Pack) -> list[dict[str, Any]]:
         places = [-1.0 if h is None or pd.isna(h) else float(h) for h in heads]
         at = pd.MultiIndex.from_product([ranks, layers, places])
         full = keyed.reindex(at)
-        relative = result.config["shape"]["d_model"] / at.get_level_values(0).to_numpy(float)
+        relative = result.width(str(matrix)) / at.get_level_values(0).to_numpy(float)
         nulls = {}
         for held in (held.of(rows) for held in helds):
             if held.there:
@@ -71,7 +71,7 @@ def maps(result: PairData, pack: Pack) -> list[dict[str, Any]]:
             {
                 "matrix": str(matrix), "subspace": str(subspace), "pathway": str(rows["pathway"].iloc[0]),
                 "heads": None if heads == [None] else len(heads), "kv": shared, "group": group or 1,
-                "experts": pick.has_experts(rows),
+                "d": result.width(str(matrix)), "experts": pick.has_experts(rows),
                 "whole": sorted({int(x) for x in rows.loc[rows["expert"].isna(), "layer"]})
                 if pick.has_experts(rows) else [],
                 "empty": _empty(placed, table, layers, heads),
@@ -130,11 +130,12 @@ def usual_subspaces(result: PairData) -> dict[str, str]:
 
 def curves(result: PairData, pack: Pack) -> dict[str, dict[str, Any]]:
     """Relative fraction against rank of every head, `"W_Q/attn_in": {k, relative [layer, head, k]}`."""
-    d, found = result.config["shape"]["d_model"], {}
+    found = {}
     for name, profile in result.arrays.items():
         if not name.startswith("profile/"):
             continue
-        _, _, subspace = name.split("/", 2)
+        _, matrix, subspace = name.split("/", 2)
+        d = result.width(matrix)
         size = profile.shape[-1]
         k = _spaced(size, CURVE_POINTS) if result.is_ordered(subspace) else np.array([size])
         relative = np.cumsum(profile.numpy().astype(np.float64), axis=-1)[..., k - 1] * d / k
@@ -156,7 +157,7 @@ def spectra(result: PairData, pack: Pack) -> dict[str, dict[str, Any]]:
         total = spectrum.sum(-1, keepdim=True)
         share = spectrum / total
         matrix, index = name.removeprefix("spectrum/"), _spaced(spectrum.shape[-1], SPECTRUM_POINTS)
-        samples = max(result.config["shape"]["d_model"], result.arrays[f"partners/{matrix}"].shape[-1])
+        samples = max(result.width(matrix), result.arrays[f"partners/{matrix}"].shape[-1])
         found[matrix] = {
             "index": index.tolist(),
             "share": pack.shown(share.numpy()[..., index - 1]),

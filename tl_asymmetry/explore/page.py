@@ -87,7 +87,6 @@ def explorer(
         "title": result._title(),
         "facts": result._facts(),
         "notes": list(result.notes),
-        "d": config["shape"]["d_model"],
         "layers": config["shape"]["n_layers"],
         "ranks": config["ranks"],
         "shown": config["shown_rank"],

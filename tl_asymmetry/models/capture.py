@@ -21,7 +21,7 @@ from tl_asymmetry.models.processes import ALONE, Processes
 from tl_asymmetry.models.routing import Routing, RoutingReader
 from tl_asymmetry.models.texts import batches, token_sequences
 from tl_asymmetry.models.view import ModelView, overflowed
-from tl_asymmetry.names import EXPERT_INPUT, POINTS, ROUTING, expert_input
+from tl_asymmetry.names import EXPERT_INPUT, LATENTS, POINTS, ROUTING, expert_input
 from tl_asymmetry.notes import warn
 
 Site = tuple[str, int]
@@ -289,6 +289,8 @@ def _begun(
     point, layer = site
     if point == ROUTING:
         return StreamingMoments(2 * view.expert_count(layer))
+    if point in LATENTS:
+        return StreamingMoments(view.latent_width(layer, point))
     widths = {"z": view.n_heads * view.d_head, "mlp_post": view.d_mlp or 0}
     return StreamingMoments(widths.get(point, view.d_model))
 

@@ -305,11 +305,28 @@ class HuggingFaceAdapter:
                 return entrance("W_router", "W_in", "W_gate", "W_in_shared")
             case "z":
                 return entrance("W_O")
+            case "q_latent":
+                return entrance("W_UQ")
+            case "kv_latent":
+                return entrance("W_UK")
             case "mlp_post":
                 return None if self.is_moe(layer) else entrance("W_out")
             case "mlp_post_shared":
                 return entrance("W_out_shared")
         return entrance(point)
+
+    def latent_gain(self, layer: int, latent: str) -> Tensor | None:
+        """What the norm behind the map into a latent multiplies by; None where there is no such norm."""
+        into = "W_DQ" if latent == "q_latent" else "W_DKV"
+        out_of = self.sites[layer].get("W_UQ" if latent == "q_latent" else "W_UK")
+        if into not in self.sites[layer] or out_of is None:
+            return None
+        width = out_of.weight.shape[-2]
+        for module in self.blocks[layer].modules():
+            if out_of.module in module.children():
+                norm = getattr(module, f"{'q' if latent == 'q_latent' else 'kv'}_a_layernorm", None)
+                return None if norm is None else norm_gain(norm, width)
+        return None
 
     def routing(self, layer: int, show: RoutingReader) -> list[Hook]:
         """Hooks that show what the layer's router decides; none without a mixture, or where it cannot be seen."""

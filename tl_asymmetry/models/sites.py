@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from tl_asymmetry.names import Side, side_by_name
+from tl_asymmetry.names import Side, reads_latent, side_by_name
 
 Unit = Literal["head", "kv head", "expert"]
 Split = Callable[[Tensor], Tensor]
@@ -31,6 +31,8 @@ _PROJECTIONS = {
     "W_attn_gate": ("gate_proj", "g_proj"),
     "W_DQ": ("q_a_proj",),
     "W_DKV": ("kv_a_proj_with_mqa",),
+    "W_UQ": ("q_b_proj",),
+    "W_UK": ("kv_b_proj",),
 }
 _FUSED_PROJECTIONS = ("c_attn", "qkv_proj", "query_key_value", "Wqkv")
 _MLP = {
@@ -61,7 +63,8 @@ class Site:
     matrix: str
     """The field's name, or the path of the module in its block."""
     side: Side
-    """Which of its sides is the residual stream's: the input of a reading matrix, the output of a writing one."""
+    """Which of its sides is the residual stream's (or a latent's): the input of a reading matrix, the output of a
+    writing one."""
     module: nn.Module
     """The module that holds the parameter; what comes in there is what the matrix multiplies."""
     parameter: str
@@ -112,7 +115,7 @@ def layer_sites(block: nn.Module, *, d_model: int, n_heads: int) -> dict[str, Si
             continue
         named = list(_named(path, module, parameter, attention, mixture))
         for site in named or _by_path(path, module, parameter):
-            if site.weight.shape[-2 if site.side == "read" else -1] == d_model:
+            if reads_latent(site.matrix) or site.weight.shape[-2 if site.side == "read" else -1] == d_model:
                 found.setdefault(site.matrix, site)
     return found
 
@@ -215,6 +218,13 @@ def _attention_sites(leaf: str, module: Any, attention: _Attention) -> Iterator[
     elif matrix == "W_attn_gate":
         split = partial(_heads, d_head=max(outputs // attention.n_heads, 1))
         yield Site(matrix, "read", module, "weight", transposed, split, "head")
+    elif matrix == "W_UQ":
+        yield Site(matrix, "read", module, "weight", transposed, partial(_of_heads, n=attention.n_heads), "head")
+    elif matrix == "W_UK":  # of each head what makes its key from the latent, then what makes its value
+        key = outputs // attention.n_heads - d_head
+        for name, start, stop in (("W_UK", 0, key), ("W_UV", key, None)):
+            split = partial(_of_heads, n=attention.n_heads, start=start, stop=stop)
+            yield Site(name, "read", module, "weight", transposed, split, "head")
     elif matrix == "W_DQ":
         yield Site(matrix, "read", module, "weight", transposed, _whole)
     elif matrix == "W_DKV":
@@ -332,6 +342,10 @@ def _columns(x: Tensor, *, start: int = 0, stop: int | None = None, step: int = 
 
 def _heads(x: Tensor, *, d_head: int, start: int = 0, stop: int | None = None) -> Tensor:
     return x[..., start:stop].unflatten(-1, (-1, d_head)).movedim(-2, 0)
+
+
+def _of_heads(x: Tensor, *, n: int, start: int = 0, stop: int | None = None) -> Tensor:
+    return x.unflatten(-1, (n, -1))[..., start:stop].movedim(-2, 0)
 
 
 def _interleaved(x: Tensor, *, parts: int, part: int, d_head: int) -> Tensor:

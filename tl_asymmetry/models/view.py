@@ -28,7 +28,7 @@ from tl_asymmetry.models.readers.hub import public_name
 from tl_asymmetry.models.routing import RoutingReader
 from tl_asymmetry.models.running import evaluation, hooked
 from tl_asymmetry.models.sites import Site
-from tl_asymmetry.names import EXPERT_INPUT, MATRICES, POINTS, ROUTING, kind_of
+from tl_asymmetry.names import EXPERT_INPUT, LATENTS, MATRICES, POINTS, ROUTING, kind_of, reads_latent
 from tl_asymmetry.notes import warn
 
 Reader = Callable[[Tensor], None]
@@ -144,8 +144,8 @@ class ModelView:
     matrices: tuple[str, ...]
     """Those of `MATRICES` that every layer of this model has, in one shape."""
     irregular: tuple[str, ...]
-    """Those that some layers lack or have in another shape, of which each expert has its own, or that have no name but
-    their module's path."""
+    """Those that some layers lack or have in another shape, of which each expert has its own, that read a latent, or
+    that have no name but their module's path."""
     notes: tuple[str, ...]
     """Plain sentences about what the reader of a result must know of this model."""
 
@@ -192,7 +192,7 @@ class ModelView:
         shapes = {m: [adapter.shape(layer, m) for layer in range(self.n_layers)] for m in adapter.names}
         self._shapes = {matrix: each for matrix, each in shapes.items() if any(shape is not None for shape in each)}
         regular = [m for m, each in self._shapes.items() if len(set(each)) == 1 and adapter.unit(m) != "expert"]
-        self.matrices = tuple(m for m in regular if m in MATRICES)
+        self.matrices = tuple(m for m in regular if m in MATRICES and not reads_latent(m))
         self.irregular = tuple(m for m in self._shapes if m not in self.matrices)
         W_in = self._shapes["W_in"][0] if "W_in" in self.matrices else None
         self.d_mlp = None if W_in is None else W_in[1]
@@ -241,6 +241,8 @@ class ModelView:
             for layer, shape in enumerate(self._shapes[matrix]):
                 if shape is not None:
                     by_unit.setdefault(self.unit(layer, matrix), []).append(shape)
+            if reads_latent(matrix) and len(set(self._shapes[matrix])) == 1:
+                continue  # every layer has it; what it reads is said where it is measured
             for unit, shapes in by_unit.items():
                 experts = sorted({shape[0] for shape in shapes}) if unit == "expert" else []
                 each = f", one for each of {' or '.join(map(str, experts))} experts" if experts else ""
@@ -461,6 +463,18 @@ class ModelView:
         for name in others:
             yield name, *others.unscaled(name)
 
+    def latent_width(self, layer: int, latent: str) -> int:
+        """Width of a latent; 0 where a layer has none."""
+        matrix = "W_UQ" if latent == "q_latent" else "W_UK"
+        shape = self._shapes[matrix][layer] if self.has(layer, matrix) else None
+        return 0 if shape is None else shape[-2]
+
+    def latent_gain(self, layer: int, latent: str) -> Tensor | None:
+        """What the norm between a latent and what reads it multiplies by; None without a norm."""
+        adapter = self._adapter
+        gain = adapter.latent_gain(layer, latent) if isinstance(adapter, HuggingFaceAdapter) else None
+        return None if gain is None else gain.detach()
+
     def stamp(self) -> tuple[tuple[int, int], ...] | None:
         """Address and version of every parameter: another one when weights were moved or changed in place, at no cost.
 
@@ -565,6 +579,7 @@ class ModelView:
                     "one"
                 )
             x = x.unflatten(0, leading[layer]) if x.ndim == 2 else x
+            x = x.reshape(*leading[layer], -1) if point in LATENTS else x  # some keep an axis for the one latent "head"
             # the Bridge passes the heads' outputs side by side
             reader(x.unflatten(-1, heads) if point == "z" and x.ndim == 3 else x)
 
@@ -681,7 +696,7 @@ class ModelView:
         sites = {
             (layer, matrix): projection
             for layer in range(self.n_layers)
-            for matrix in self.matrices
+            for matrix in (*self.matrices, *(m for m in self.irregular if reads_latent(m) and self.has(layer, m)))
             if (projection := self._adapter.projection(layer, matrix)) is not None
         }
         inputs: dict[tuple[str, int], Tensor] = {}

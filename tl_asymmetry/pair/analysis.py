@@ -23,7 +23,7 @@ from tl_asymmetry.models.side_by_side import side_by_side
 from tl_asymmetry.models.strangers import cosines_with_base, strangers, unrelated
 from tl_asymmetry.models.view import ModelView
 from tl_asymmetry.models.weights import Weights
-from tl_asymmetry.names import EXPERT_INPUT, SMALLEST_EIGENVALUE, kind_of
+from tl_asymmetry.names import EXPERT_INPUT, LATENTS, SMALLEST_EIGENVALUE, kind_of
 from tl_asymmetry.notes import Notes
 from tl_asymmetry.pair.asymmetry import asymmetry_table
 from tl_asymmetry.pair.bases import LayerBases, Routed
@@ -219,10 +219,17 @@ def analyze_pair(
             if routed := [measured[m] for m in of_experts if EXPERT_INPUT in plan.targets[m]]:
                 projections += project_experts(routed, bases, plan.ranks, intervals=intervals, gradient=gradient)
             given_tokens = bases.routed()
+            gains = {
+                latent: (base.latent_gain(layer, latent), aligned.latent_gain(layer, latent))
+                for latent in LATENTS
+                if latent in plan.points and base.latent_width(layer, latent)
+            }
             return _Layer(
                 deltas={matrix: delta.numbers for matrix, delta in measured.items()},
                 projections={(projection.matrix, projection.subspace): projection for projection in projections},
-                circuits=layer_circuits(layer, weights, measured, bases, plan.ranks),
+                circuits=layer_circuits(
+                    layer, weights, measured, bases, plan.measured.get("attn_in", plan.ranks), gains
+                ),
                 variants={} if profiles is None else profiles.of_layer(layer, measured, plan),
                 moments={} if profiles is None else profiles.moments_of_layer(layer),
                 routed={} if given_tokens is None else dict.fromkeys(of_experts, given_tokens),
@@ -398,7 +405,7 @@ def _low_rank(numbers: Measurements) -> dict[str, int]:
             continue
         whole = changes.spectrum[:, 0] if changes.pooled_spectrum is None else changes.pooled_spectrum
         changed = (changes.energy.nan_to_num() > 0).sum(1)
-        most = (changed * changes.spectrum.shape[-1]).clamp(max=numbers.layout.d)
+        most = (changed * changes.spectrum.shape[-1]).clamp(max=numbers.layout.width(matrix))
         rank = (whole > SMALLEST_EIGENVALUE * whole[:, :1]).sum(1)
         there = changed > 0
         if bool(there.any()) and bool((2 * rank <= most)[there].all()):

@@ -23,7 +23,7 @@ from tl_asymmetry.geometry.references import (
 )
 from tl_asymmetry.geometry.subspace import Subspace, leading_directions, principal_subspace
 from tl_asymmetry.models.capture import Site, first_of, means_of, merged
-from tl_asymmetry.names import ROUTING, expert_input, kind_of
+from tl_asymmetry.names import KEYS_AND_VALUES, ROUTING, expert_input, kind_of
 from tl_asymmetry.results.nulls import OF_INPUTS
 from tl_asymmetry.settings import GradientMoments, WeightedInputs
 
@@ -44,7 +44,7 @@ class Reading:
         """Of a read matrix. Keys and values have a gradient at the first position too, whatever the subspaces do."""
         if matrix == "W_K" and softmax_centres_keys:
             return cls(kind_of(matrix).point, "within")
-        return cls(kind_of(matrix).point, "all" if matrix in ("W_K", "W_V") else "counted")
+        return cls(kind_of(matrix).point, "all" if matrix in KEYS_AND_VALUES else "counted")
 
 
 @dataclass(frozen=True)
@@ -327,8 +327,9 @@ class LayerBases:
         return self._laws[key]
 
     def existing(self, name: str, ranks: Sequence[int]) -> list[int]:
-        """Those of some ranks that a subspace has."""
-        return [k for k in ranks if k <= self.subspace(name).existing]
+        """Those of some ranks that a subspace has, as a proper part of what it lies in."""
+        whole = self.subspace(name)
+        return [k for k in ranks if k <= whole.existing and k < whole.d]
 
     def adapter(self, matrix: str, adapter: Float[Tensor, "d r"], *, optimizer: str = "") -> AdapterCovariance | None:
         """The same for an adapter's change, in coordinates of what its A reads; under another optimizer if given."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from jaxtyping import Float, Float64
@@ -12,6 +13,7 @@ from torch import Tensor
 from tl_asymmetry._lazy import pd
 from tl_asymmetry.geometry.fraction import total
 from tl_asymmetry.geometry.precision import exact_products, product_dtype
+from tl_asymmetry.names import kind_of
 from tl_asymmetry.pair.bases import LayerBases
 from tl_asymmetry.pair.deltas import AnyDelta, residual_first
 
@@ -31,6 +33,9 @@ _CIRCUITS = (
     ("QK", ("W_Q", "W_K"), (("query", "left", "read", "attn_in"), ("key", "right", "read", "attn_in"))),
     ("OV", ("W_V", "W_O"), (("value", "left", "read", "attn_in"), ("output", "right", "write", "prediction"))),
 )
+
+LatentGains = Mapping[str, tuple[Tensor | None, Tensor | None]]
+"""By latent what the norm behind it multiplies by, in the base and in the aligned model; None without a norm."""
 
 
 Factored = tuple[Tensor, Tensor | None]
@@ -85,7 +90,12 @@ def product_change(
 
 
 def layer_circuits(
-    layer: int, base: Mapping[str, Tensor], deltas: Mapping[str, AnyDelta], bases: LayerBases, ranks: Sequence[int]
+    layer: int,
+    base: Mapping[str, Tensor],
+    deltas: Mapping[str, AnyDelta],
+    bases: LayerBases,
+    ranks: Sequence[int],
+    gains: LatentGains = MappingProxyType({}),
 ) -> pd.DataFrame:
     """Rows for W_Q W_Kᵀ ("QK") and W_V W_O ("OV") of every query head, as far as both matrices were analysed.
 
@@ -93,20 +103,27 @@ def layer_circuits(
     against the prediction directions. Under rotary positions, biases and query-key norms the products are no longer
     all a head computes with, but they stay free of the gauge X → XG, Y → YG⁻ᵀ that single matrices depend on.
 
+    Under latent attention a head's query map is W_DQ diag(γ) W_UQ, its key and value maps are W_DKV diag(γ) W_UK and
+    W_DKV diag(γ) W_UV, γ the gain of the norm behind the latent. The products are those of these maps, of queries
+    without the rotary part, which meets that of W_KR.
+
     Args:
         layer: which layer.
         base: the base's matrices `[head, ...]` in TransformerLens orientation.
         deltas: of this layer, by matrix.
         bases: of this layer.
         ranks: ranks to read; those at which a subspace has no directions are left out.
+        gains: of the norms behind latents.
     """
     frames = []
+    maps = {m: (residual_first(m, base[m]), delta.factors()) for m, delta in deltas.items() if kind_of(m).heads}
+    maps |= _through_latents(base, deltas, gains)
     for circuit, (left, right), both in _CIRCUITS:
         sides = [side for side in both if bases.has(side[-1])]
-        if left not in deltas or right not in deltas:
+        if left not in maps or right not in maps:
             continue
-        changes = deltas[left].factors(), deltas[right].factors()
-        X, Y = residual_first(left, base[left]), residual_first(right, base[right])
+        (X, change), (Y, other) = maps[left], maps[right]
+        changes = change, other
         subspaces = [bases.subspace(name) for *_, name in sides]
         leading = [subspace.basis[:, : max(ranks)] for subspace in subspaces]
         energy, base_energy = [], []
@@ -125,6 +142,39 @@ def layer_circuits(
             frames.append(frame.assign(layer=layer, circuit=circuit, side=side, pathway=pathway, subspace=name))
     table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(CIRCUIT_COLUMNS))
     return table[list(CIRCUIT_COLUMNS)]
+
+
+def _through_latents(
+    base: Mapping[str, Tensor], deltas: Mapping[str, AnyDelta], gains: LatentGains
+) -> dict[str, tuple[Tensor, Factored]]:
+    """Queries, keys and values of latent attention as maps of the stream, by the names that these have elsewhere."""
+    found: dict[str, tuple[Tensor, Factored]] = {}
+    for name, down, up in (("W_Q", "W_DQ", "W_UQ"), ("W_K", "W_DKV", "W_UK"), ("W_V", "W_DKV", "W_UV")):
+        if down in deltas and up in deltas:
+            sides = residual_first(down, base[down]), residual_first(up, base[up])
+            changes = _dense(deltas[down]), _dense(deltas[up])
+            dtype = product_dtype(*sides, *changes)
+            D, U, ΔD, ΔU = (x.to(dtype) for x in (*sides, *changes))
+            γ, twin = (
+                torch.ones(len(U[0]), 1).to(D) if gain is None else gain.to(D).unsqueeze(-1)
+                for gain in gains.get(kind_of(up).point, (None, None))
+            )
+            with exact_products(D.device):
+                change = ΔD @ (twin * (U + ΔU)) + D @ (twin * ΔU + (twin - γ) * U)
+                found[name] = D @ (γ * U), (change, None)
+    if "W_K" in found:
+        content = found["W_K"][0].shape[-1]
+        if "W_Q" in deltas:  # queries that read the stream themselves
+            found["W_Q"] = residual_first("W_Q", base["W_Q"]), (_dense(deltas["W_Q"]), None)
+        if "W_Q" in found:
+            W, (change, _) = found["W_Q"]
+            found["W_Q"] = W[..., :content], (change[..., :content], None)
+    return found
+
+
+def _dense(delta: AnyDelta) -> Tensor:
+    residual, other = delta.factors()
+    return residual if other is None else residual @ other.mT
 
 
 def _changes_of_few_heads(

@@ -83,6 +83,11 @@ class PairData(Result):
         listed.insert(0, "place", places)
         return listed
 
+    def width(self, matrix: str) -> int:
+        """d of a matrix: d_model, or the width of the latent that it reads."""
+        self._require_matrix(matrix)
+        return self.arrays[f"directions/{matrix}"].shape[-1]
+
     # -- numbers -------------------------------------------------------------------------------------------------
 
     def energy_profile(self, matrix: str, subspace: str) -> Float[np.ndarray, "layer head k"]:
@@ -148,8 +153,9 @@ class PairData(Result):
             for name, array in self.arrays.items()
             if name.startswith("spectrum/")
         }
+        widths = {matrix: self.width(matrix) for matrix in spectra}
         return stability_table(
-            self.sensitivity(), self.table, spectra, d=self._d, seed=self.config["arguments"]["seed"]
+            self.sensitivity(), self.table, spectra, widths=widths, seed=self.config["arguments"]["seed"]
         )
 
     # -- figures -------------------------------------------------------------------------------------------------
@@ -401,22 +407,23 @@ class PairData(Result):
         if profiles is None or not 0 <= layer < len(profiles):
             return None
         fraction = np.cumsum(profiles[layer].numpy().astype(np.float64), axis=-1)
-        ks = np.unique(np.concatenate([np.arange(1, 65), np.geomspace(64, self._d, _CURVE_POINTS).round()]).astype(int))
+        ks = np.unique(np.concatenate([np.arange(1, 65), np.geomspace(64, d, _CURVE_POINTS).round()]).astype(int))
         ks = ks[ks <= fraction.shape[-1]] if self.is_ordered(subspace) else np.array([fraction.shape[-1]])
         whole = len(fraction) == 1 and kind_of(matrix, self._side(matrix)).heads is None
         heads: list[int | None] = [None] if whole else [*range(len(fraction))]
+        d = self.width(matrix)
         expected = {
             array.split("/")[1]: values[layer].numpy()
             for array, values in self.arrays.items()
             if array.startswith("expected/") and array.endswith(f"/{name}")
         }
-        relative = fraction[:, ks - 1] * self._d / ks
+        relative = fraction[:, ks - 1] * d / ks
         curves = pd.DataFrame({"rank": np.tile(ks, len(heads)), "relative": relative.ravel()})
         curves["head"] = pd.array([pd.NA if h is None else h for h in heads for _ in ks], dtype="Int64")
         for null, of_null in expected.items():
             held = np.full((len(heads), len(ks)), np.nan)
             there = ks <= of_null.shape[-1]
-            held[:, there] = of_null[:, ks[there] - 1] * self._d / ks[there]
+            held[:, there] = of_null[:, ks[there] - 1] * d / ks[there]
             curves[null] = held.ravel()
         return curves
 

@@ -9,7 +9,7 @@ import pandas as pd
 from torch import Tensor
 
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.names import Place, nearest
+from tl_asymmetry.names import Place, nearest, reads_latent
 from tl_asymmetry.pair.lookups import Lookups, check_count, context_words, of_place
 from tl_asymmetry.results.tables import AnyFrame
 
@@ -107,6 +107,11 @@ def _check_matrix(arrays: Mapping[str, Tensor], place: Place) -> None:
         there = [name.split("/")[1] for name in arrays if name.startswith("directions/")]
         raise ValueError(
             f"expected a matrix among {', '.join(there)}, got {place.matrix!r}; pass {nearest(place.matrix, there)}"
+        )
+    if reads_latent(place.matrix):
+        raise ValueError(
+            f"expected a matrix on the residual stream, got {place.matrix!r}, whose directions are those of a latent; "
+            "pass another one"
         )
     layers = len(arrays[f"directions/{place.matrix}"])
     if not 0 <= place.layer < layers:

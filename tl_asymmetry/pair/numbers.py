@@ -19,6 +19,7 @@ from torch import Tensor
 from tl_asymmetry._lazy import pd
 from tl_asymmetry.geometry.padding import padded_stack
 from tl_asymmetry.models.view import ModelView
+from tl_asymmetry.names import kind_of, reads_latent
 from tl_asymmetry.pair.bases import REFERENCES, Routed
 from tl_asymmetry.pair.deltas import Delta
 from tl_asymmetry.pair.plan import Plan
@@ -46,13 +47,24 @@ class Layout:
     """Ascending; a subspace with fewer directions has the first of them."""
     measured: Mapping[str, tuple[int, ...]]
     """For each subspace those ranks that tables show."""
+    latents: Mapping[str, int] = MappingProxyType({})
+    """Widths of what is no stream, by the matrices that read it."""
+
+    def width(self, matrix: str) -> int:
+        """Of the axis on which a matrix is held against subspaces: d_model, or its latent's."""
+        return self.latents.get(matrix, self.d)
 
     @classmethod
     def of(cls, view: ModelView, plan: Plan) -> Layout:
         """Of an analysis that begins."""
         units = {m: tuple(view.unit(layer, m) for layer in range(view.n_layers)) for m in plan.matrices}
         targets = {matrix: plan.targets[matrix] for matrix in plan.matrices}
-        return cls(view.d_model, view.n_layers, view.n_heads, units, targets, plan.ranks, plan.measured)
+        latents = {
+            matrix: max(view.latent_width(layer, kind_of(matrix).point) for layer in range(view.n_layers))
+            for matrix in plan.matrices
+            if reads_latent(matrix)
+        }
+        return cls(view.d_model, view.n_layers, view.n_heads, units, targets, plan.ranks, plan.measured, latents)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,17 @@ from tl_asymmetry.models.named_subspaces import READY
 from tl_asymmetry.models.readers.base import Weights
 from tl_asymmetry.models.readers.hub import public_name
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.names import EXPERT_INPUT, ROUTING, canonical, expert_input, kind_of, nearest
+from tl_asymmetry.names import (
+    EXPERT_INPUT,
+    KEYS_AND_VALUES,
+    LATENTS,
+    ROUTING,
+    canonical,
+    expert_input,
+    kind_of,
+    nearest,
+    reads_latent,
+)
 from tl_asymmetry.notes import Notes
 from tl_asymmetry.settings import PairSettings
 
@@ -165,13 +175,17 @@ def make_plan(
     if not beside and given and len(given) == len(names) and not given.keys() <= READY.keys():
         notes.add("only own subspaces are measured: for the default ones beside them pass the mapping by itself")
     targets = {m: (*_default_targets(m, view), *names) if beside or subspaces is None else names for m in chosen}
-    targets = {m: tuple(n for n in of if n != EXPERT_INPUT or view.experts(m)) for m, of in targets.items()}
+    targets = {m: tuple(name for name in of if _applies(name, m, view)) for m, of in targets.items()}
     chosen = tuple(m for m in chosen if targets[m])
     used = tuple(dict.fromkeys(name for matrix in chosen for name in targets[matrix]))
     inputs = [kind_of(m).point for m in chosen if kind_of(m).reads]
     points = dict.fromkeys([*inputs, *(name for name in used if name in STREAM_SUBSPACES and name not in given)])
     points |= dict.fromkeys(_routed_points(view, chosen, used))
-    measured = {name: _own_ranks(given[name], asked) if name in given else asked for name in used}
+    measured = {
+        name: _own_ranks(given[name], asked) if name in given
+        else _latent_ranks(view, name, settings.ranks) if name in LATENTS else asked
+        for name in used
+    }  # fmt: skip
     ranks = tuple(sorted({k for own in measured.values() for k in own}))
     everywhere = [k for k in ranks if all(k in measured[name] for name in _shown_first(used, given))] or ranks
     if points:
@@ -198,14 +212,13 @@ def _routed_points(view: ModelView, matrices: Sequence[str], subspaces: Sequence
 
 
 def _shown_first(used: Sequence[str], given: Mapping[str, Any]) -> list[str]:
-    return [name for name in used if name not in given] or list(used)
+    return [name for name in used if name not in given and name not in LATENTS] or list(used)
 
 
 def _beside(view: ModelView, matrices: Sequence[str], settings: PairSettings) -> tuple[str, ...]:
     """Keys and values have gradients at every position, the first one too, whatever the subspaces leave out."""
-    names = []
-    if settings.exclude_first and {"W_K", "W_V"} & set(matrices):
-        names.append(first_of("attn_in"))
+    of_keys = [matrix for matrix in matrices if matrix in KEYS_AND_VALUES]
+    names = [*dict.fromkeys(first_of(kind_of(matrix).point) for matrix in of_keys if settings.exclude_first)]
     if view.key_shift_invariant and "W_K" in matrices:
         names.append(means_of("attn_in"))
     return tuple(names)
@@ -290,8 +303,8 @@ def chosen_matrices(
     if unknown and unknown[0] in others:
         raise ValueError(
             f"expected matrices that every layer has in one shape ({', '.join(there)}), got {unknown[0]!r}, which not "
-            "every layer has or of which each expert has its own; pass one of these, or use analyze_pair, which takes "
-            "it"
+            "every layer has, of which each expert has its own or which reads a latent; pass one of these, or use "
+            "analyze_pair, which takes it"
         )
     if unknown or not listed:
         what = nearest(unknown[0], there) if unknown else "one or several of these"
@@ -303,11 +316,11 @@ def chosen_matrices(
 
 def note_left_out(view: Weights, notes: Notes) -> None:
     """Say which matrices an analysis of regular ones leaves out, and what takes them."""
-    if view.irregular:
-        notes.add(
-            f"{', '.join(view.irregular)}, which not every layer has in one shape, are left out; analyze_pair takes "
-            "them"
-        )
+    latent = [matrix for matrix in view.irregular if reads_latent(matrix)]
+    others = [matrix for matrix in view.irregular if matrix not in latent]
+    for left_out, why in ((others, "not every layer has in one shape"), (latent, "read a latent and not the stream")):
+        if left_out:
+            notes.add(f"{', '.join(left_out)}, which {why}, are left out; analyze_pair takes them")
 
 
 def _chosen_subspaces(view: ModelView, subspaces: Any) -> tuple[tuple[str, ...], dict[str, list[Subspace]]]:
@@ -316,6 +329,7 @@ def _chosen_subspaces(view: ModelView, subspaces: Any) -> tuple[tuple[str, ...],
         return (), {}
     available = [point for point in STREAM_SUBSPACES if view.has_point(point)]
     available += ["prediction"] if view.has_unembedding else []
+    available += [latent for latent in LATENTS if any(view.shows(layer, latent) for layer in range(view.n_layers))]
     available += [EXPERT_INPUT] if any(view.shows(layer, ROUTING) for layer in range(view.n_layers)) else []
     everything = [*available, *READY]
     listed = [subspaces] if isinstance(subspaces, str | Mapping) else subspaces
@@ -348,7 +362,7 @@ def _chosen_subspaces(view: ModelView, subspaces: Any) -> tuple[tuple[str, ...],
 def _of_every_layer(name: Any, value: Any, view: ModelView) -> list[Subspace]:
     """Own directions, the same in every layer or one list, matrix or `Subspace` for each."""
     plain = name.strip().lower() if isinstance(name, str) else ""
-    if not plain or plain in (*STREAM_SUBSPACES, "prediction", EXPERT_INPUT, *READY):
+    if not plain or plain in (*STREAM_SUBSPACES, "prediction", EXPERT_INPUT, *LATENTS, *READY):
         raise ValueError(
             f"expected own subspaces under names of their own, got {name!r}, which is "
             f"{'the name of a built-in one' if plain else 'none'}; pass another name"
@@ -379,6 +393,20 @@ def _own_ranks(layers: Sequence[Subspace], asked: Sequence[int]) -> tuple[int, .
     size, d = layers[0].rank, layers[0].d
     ordered = all(subspace.eigenvalues is not None for subspace in layers)
     return tuple(sorted({k for k in asked if k < size and ordered} | ({size} if size < d else set())))
+
+
+def _applies(subspace: str, matrix: str, view: ModelView) -> bool:
+    """Whether a matrix can be held against a subspace: against a latent what reads it, and that alone."""
+    if reads_latent(matrix) or subspace in LATENTS:
+        return subspace == kind_of(matrix).point
+    return subspace != EXPERT_INPUT or bool(view.experts(matrix))
+
+
+def _latent_ranks(view: ModelView, latent: str, asked: Sequence[int] | None) -> tuple[int, ...]:
+    """The ranks that a latent is measured at: those asked for below its width, by default as of a stream so wide."""
+    widths = [view.latent_width(layer, latent) for layer in range(view.n_layers)]
+    width = min(width for width in widths if width)
+    return default_ranks(width) if asked is None else tuple(sorted({k for k in asked if k < width}))
 
 
 def _default_targets(matrix: str, view: ModelView) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from tl_asymmetry.geometry.fraction import gram_energy
 from tl_asymmetry.geometry.nulls import PERMUTATIONS, order_range
 from tl_asymmetry.geometry.references import expected_fraction, input_covariance
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.names import kind_of
+from tl_asymmetry.names import kind_of, reads_latent
 from tl_asymmetry.pair.bases import LayerBases, crossed_replicates
 from tl_asymmetry.pair.deltas import AnyDelta, FactoredDelta
 from tl_asymmetry.pair.reference_tests import reference_tails
@@ -225,10 +225,11 @@ def notes_of_kinds(base: ModelView, matrices: Sequence[str]) -> Iterator[str]:
             'alone, so what training gives it by chance is known approximately (subspaces=[..., "expert_in"] holds '
             "each against its own inputs)"
         )
-    if "W_DKV" in matrices:
+    if latent := [matrix for matrix in matrices if reads_latent(matrix)]:
         yield (
-            "latent attention: its maps from latents to queries, keys and values have no side on the stream and no "
-            "rows; their changes stand in other_changes"
+            f"latent attention: {', '.join(latent)} read latents, behind their norms, and are held against these and "
+            "not against the stream: d is the latent's width there; circuits go through the products with the maps "
+            "into the latents"
         )
 
 

@@ -43,7 +43,7 @@ Spectra = Mapping[str, tuple[Tensor, Tensor | None]]
 
 
 def stability_table(
-    variants: pd.DataFrame, table: pd.DataFrame, spectra: Spectra, *, d: int, seed: int
+    variants: pd.DataFrame, table: pd.DataFrame, spectra: Spectra, *, widths: Mapping[str, int], seed: int
 ) -> pd.DataFrame:
     """One row per layer × head × matrix × subspace × rank, over all variants of the subspace.
 
@@ -54,15 +54,15 @@ def stability_table(
         variants: `PairAnalysis.sensitivity()`.
         table: `PairAnalysis.table`.
         spectra: of the deltas.
-        d: d_model.
+        widths: d by matrix.
         seed: of the null's draws.
     """
-    null = IsotropicNull(d, seed=seed)
+    nulls = {d: IsotropicNull(d, seed=seed) for d in {*widths.values()}}
     blocks = []
     for rank, asked in variants.groupby("rank", sort=False):
         k = int(str(rank))
         own = {
-            (str(matrix), str(subspace)): _Tests(null, k, [rows], *spectra[str(matrix)])
+            (str(matrix), str(subspace)): _Tests(nulls[widths[str(matrix)]], k, [rows], *spectra[str(matrix)])
             for (matrix, subspace), rows in table[table["rank"] == k].groupby(["matrix", "subspace"], sort=False)
         }
         heads = {family: tests.heads[0] for family, tests in own.items()}
@@ -71,7 +71,7 @@ def stability_table(
             family = str(matrix), str(subspace)
             # groupby keeps the rows' order: layers and heads within each variant.
             by_variant = [block for _, block in rows.groupby(list(_CHOICES), sort=False)]
-            tests = _Tests(null, k, by_variant, *spectra[family[0]])
+            tests = _Tests(nulls[widths[family[0]]], k, by_variant, *spectra[family[0]])
             q = np.stack([
                 hierarchy(heads | {family: p}, pooled | {family: together}).head_q[family][tests.places]
                 for p, together in zip(tests.heads, tests.pooled, strict=True)

@@ -9,7 +9,7 @@ import numpy as np
 
 from tl_asymmetry._lazy import pd
 from tl_asymmetry.models.strangers import strangers
-from tl_asymmetry.names import EXPERT_INPUT, FOUND, PREDICTION, ROUNDING_DOMINATED, kind_of
+from tl_asymmetry.names import EXPERT_INPUT, FOUND, PREDICTION, ROUNDING_DOMINATED, kind_of, reads_latent
 from tl_asymmetry.pair.asymmetry import READ_ONLY, READ_SIDE, WRITE_SIDE
 from tl_asymmetry.pair.data import PairData
 from tl_asymmetry.pair.plan import SEQUENCES, TOKENS_PER_DIMENSION
@@ -126,6 +126,9 @@ def _place(layer: Any, head: Any, expert: Any) -> str:
 
 def _reading(result: PairData, changed: pd.DataFrame, k: int) -> Iterator[str]:
     own = changed[(changed["pathway"] == "read") & (changed["subspace"] == changed["matrix"].map(_input_of))]
+    latent = own["matrix"].map(reads_latent).astype(bool)
+    yield from _latents(own[latent])
+    own = own[~latent]
     if own.empty:
         return
     yield (
@@ -154,6 +157,23 @@ def _reading(result: PairData, changed: pd.DataFrame, k: int) -> Iterator[str]:
             f"The change of {listed} has a rank as low as a merged adapter's, or that of very few tokens: what "
             "training gives by chance is known for whole matrices, not for an adapter whose A is unknown, so the "
             "table's reference does not hold there; pass the adapter itself."
+        )
+
+
+def _latents(own: pd.DataFrame) -> Iterator[str]:
+    """A sentence for each latent, which has a width and ranks of its own."""
+    for (latent, rank), rows in own.groupby(["subspace", "rank"], sort=False):
+        reference = ""
+        if (rows["vs_reference"] != "").any():
+            reference = (
+                f", {rows['excess'].median():.2f} times what training gives on these inputs by chance "
+                f"({told(rows['vs_reference'], 'that')})"
+            )
+        matrices = " and ".join(dict.fromkeys(rows["matrix"]))
+        yield (
+            f"Reading from a latent, {matrices} in the {rank} leading directions of {latent} "
+            f"({tested_count(rows['vs_chance'])}): {told(rows['vs_chance'], 'a random subspace of it')}; median "
+            f"{rows['relative'].median():.2f} times chance{reference}."
         )
 
 

@@ -100,10 +100,11 @@ def pair_tables(numbers: Measurements, *, optimizer: str, few: bool, seed: int) 
         if rank in numbers.layout.measured[subspace]
         and (subspace == EXPERT_INPUT or bool(numbers.held[matrix, subspace].exists[:, column].any()))
     ]
-    null = IsotropicNull(numbers.layout.d, seed=seed)
-    told = iter(null.tails_of([question for block in blocks for question in block.asked()]))
-    for block in blocks:
-        block.hear(told)
+    for d in dict.fromkeys(block.d for block in blocks):
+        alike = [block for block in blocks if block.d == d]
+        told = iter(IsotropicNull(d, seed=seed).tails_of([question for block in alike for question in block.asked()]))
+        for block in alike:
+            block.hear(told)
     runs = numbers.runs
     of_runs = [judge([block.tested(runs == run) for block in blocks]) for run in dict.fromkeys(runs.tolist())]
     columns = [block.columns(joined([judged[i] for judged, _ in of_runs])) for i, block in enumerate(blocks)]
@@ -123,7 +124,7 @@ def pair_tables(numbers: Measurements, *, optimizer: str, few: bool, seed: int) 
     )
     return PairTables(
         rows[[*numbers.labels, *PAIR_COLUMNS]],
-        _null_rows(rows, rows[[*numbers.labels, *_KEYS]], numbers.layout.d),
+        _null_rows(rows, rows[[*numbers.labels, *_KEYS]]),
         pd.concat([tests for _, tests in of_runs], ignore_index=True),
     )
 
@@ -157,7 +158,7 @@ class _Block:
         few: bool,
     ) -> None:
         self.numbers, self.matrix, self.subspace, self.column = numbers, matrix, subspace, column
-        self.d, self.k = numbers.layout.d, numbers.layout.ranks[column]
+        self.d, self.k = numbers.layout.width(matrix), numbers.layout.ranks[column]
         self.delta, self.held = numbers.deltas[matrix], numbers.held[matrix, subspace]
         self.reference = "weighted" if "weighted" in self.held.expected else optimizer
         self.fraction = self.held.inside[..., column] / self.delta.energy
@@ -261,7 +262,8 @@ class _Block:
         chance = judged.versus[ISOTROPIC]
         reference = judged.versus.get(self.reference, np.full(fraction.shape, "", dtype=object))
         measurable = np.isfinite(self.evidence[ISOTROPIC, "above"].heads)
-        same = {"matrix": self.matrix, "pathway": kind_of(self.matrix).side, "subspace": self.subspace, "rank": k}
+        kind = kind_of(self.matrix)
+        same = {"matrix": self.matrix, "pathway": kind.side, "subspace": self.subspace, "rank": k, "d": d}
         mean, low, high = self._permuted()
         return {
             **{name: np.full(fraction.shape, value) for name, value in same.items()},
@@ -363,13 +365,13 @@ def _flags(rows: pd.DataFrame) -> list[str]:
     return [",".join(names[row]) for row in np.stack([c.to_numpy(bool) for c in conditions.values()], axis=1)]
 
 
-def _null_rows(rows: pd.DataFrame, keys: pd.DataFrame, d: int) -> pd.DataFrame:
+def _null_rows(rows: pd.DataFrame, keys: pd.DataFrame) -> pd.DataFrame:
     """`PairAnalysis.nulls`: for each row of the table the nulls that apply, which are those that expect something."""
     nothing = np.full(len(rows), np.nan)
     reference = {"low": "excess_low", "high": "excess_high", "p": "excess_p", "q": "excess_q"}
     nulls: dict[str, dict[str, pd.Series]] = {
         ISOTROPIC: {
-            "expected": rows["rank"] / d,
+            "expected": rows["rank"] / rows["d"],
             "low": rows["ci_low"], "high": rows["ci_high"], "p": rows["isotropic_p"], "q": rows["isotropic_q"],
         },
         **{

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from tl_asymmetry.names import ROUNDING_DOMINATED, SMALL_EIGENGAP
@@ -69,7 +68,7 @@ def held_words(held: Held, rows: pd.DataFrame, d: int | None) -> list[str]:
     if held.key == ISOTROPIC:
         return [isotropic_words(row) for row in _records(rows, _ISOTROPIC_FIELDS)]
     numbers = held.numbers.loc[rows.index]
-    scale = (np.nan if d is None else d) / rows["rank"].to_numpy(float)
+    scale = pick.widths(rows, d) / rows["rank"].to_numpy(float)
     return [excess_words(row) for row in _records(numbers.assign(expected=numbers["expected"] * scale), NUMBERS)]
 
 

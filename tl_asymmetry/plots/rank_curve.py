@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from tl_asymmetry.arguments import checked
-from tl_asymmetry.names import FOUND, SIGNIFICANT
+from tl_asymmetry.names import FOUND, SIGNIFICANT, reads_latent
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
 from tl_asymmetry.plots.held import ISOTROPIC, Held, held_against
@@ -67,7 +67,7 @@ def rank_curve_figure(
         heads = [head]
     shared, group = pick.kv_group(table, matrix, kv)
     experts = pick.has_experts(chosen)
-    d = pick.d_model_of(table, d_model)
+    d = pick.d_model_of(chosen, None) if reads_latent(matrix) else pick.d_model_of(table, d_model)
     chosen = chosen[_is_of(chosen, heads)]
     of_head = {h: chosen[_is_of(chosen, [h])] for h in heads}
     single, many = len(heads) == 1, len(heads) > MOST_NAMED

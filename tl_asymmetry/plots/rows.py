@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tl_asymmetry.names import MATRICES, kind_of
+from tl_asymmetry.names import MATRICES, kind_of, reads_latent
 from tl_asymmetry.plots.style import one_of
 
 KEYS = ("layer", "head", "matrix", "subspace", "rank")
@@ -146,9 +146,19 @@ def d_model_of(table: pd.DataFrame, d_model: int | None) -> int | None:
 
 def in_relative_units(rows: pd.DataFrame, column: str, d_model: int | None) -> np.ndarray:
     """A column of fractions as relative: times `d / k`. [rows]; NaN where the column is missing or d unknown."""
-    if column not in rows.columns or d_model is None:
+    if column not in rows.columns:
         return np.full(len(rows), np.nan)
-    return rows[column].to_numpy(float, na_value=np.nan) * d_model / rows["rank"].to_numpy(float)
+    return rows[column].to_numpy(float, na_value=np.nan) * widths(rows, d_model) / rows["rank"].to_numpy(float)
+
+
+def widths(rows: pd.DataFrame, d_model: int | None) -> np.ndarray:
+    """d of each row: of a matrix that reads a latent its width, told by its own rows; else d_model, NaN if unknown."""
+    found = np.full(len(rows), np.nan if d_model is None else float(d_model))
+    for matrix, at in rows.groupby("matrix", sort=False).indices.items():
+        if reads_latent(str(matrix)):
+            told = d_model_of(rows.iloc[at], None)
+            found[at] = np.nan if told is None else told
+    return found
 
 
 def heads_of(rows: pd.DataFrame) -> list[int | None]:

@@ -109,7 +109,7 @@ function card(item) {
       number(rounding) +
         (rounding >= ROUNDING_DOMINATED ? ", mostly storage" : "") +
         "; without it " +
-        number(inRelative(get("fraction_unrounded"), r)),
+        number(inRelative(map, get("fraction_unrounded"), r)),
     ],
     ["eigengap", number(gap) + (gap < SMALL_EIGENGAP ? ", too small to trust the edge" : "")],
     ["‖ΔW‖/‖W‖", number(get("delta_relative_norm")) + "; effective rank " + number(get("delta_effective_rank"))],

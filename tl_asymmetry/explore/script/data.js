@@ -85,7 +85,7 @@ function at(map, column, layer, head, rank) {
   return held.words ? held.words[held.at[where]] : held[where];
 }
 
-const inRelative = (fraction, rank) => (fraction * data.d) / data.ranks[rank];
+const inRelative = (map, fraction, rank) => (fraction * map.d) / data.ranks[rank];
 
 // A number of a null (relation; but of the isotropic one, expected over chance, excess, low, high, p, q) of a map's head;
 // NaN where it does not apply.
@@ -133,7 +133,7 @@ Object.assign(VALUES, {
     ratio: true,
     meaning: chance.meaning,
     null: ISOTROPIC,
-    of: (m, l, h, r) => inRelative(at(m, "fraction_unrounded", l, h, r), r),
+    of: (m, l, h, r) => inRelative(m, at(m, "fraction_unrounded", l, h, r), r),
   },
   z: {
     label: "isotropic z",

@@ -130,6 +130,10 @@ class WeightSource:
         """The change as two thin factors, where it is known as such (an adapter); None elsewhere."""
         return None
 
+    def latent_gain(self, layer: int, latent: str) -> Tensor | None:
+        """As `ModelView.latent_gain`; None of weights without latents."""
+        return None
+
     def onto(self, base: Any) -> WeightSource:
         """The same source with a base to add its changes to, where it is one of changes and has none."""
         return self

@@ -51,6 +51,9 @@ class LoadedWeights(WeightSource):
         weight = self._view.weight(layer, matrix)
         return weight.to(product_dtype(weight))
 
+    def latent_gain(self, layer: int, latent: str) -> Tensor | None:
+        return self._view.latent_gain(layer, latent)
+
     def has(self, layer: int, matrix: str) -> bool:
         return self._view.has(layer, matrix)
 
