@@ -122,6 +122,7 @@ def test_words_figures_and_refusals(analysed, tmp_path):
     assert "Reading from a latent, W_UQ in the 3 leading directions of q_latent (8 tested)" in summary
     assert "W_UQ, W_UK, W_UV read latents" in summary
     hover = next(trace for trace in result.plot_heads("W_UK").data if trace.name == "hover")
+    assert "reads a latent, not the residual stream" in hover.hovertemplate
     row = result.table.query("matrix == 'W_UK' and layer == 1 and head == 2").iloc[0]
     assert hover.customdata[1][2][5] == f"{row['fraction_unrounded'] * 12 / RANK:.3g}"
     most = next(trace for trace in result.plot_rank_curve("L1H2.W_UK").data if trace.name == "most possible, d/k")

@@ -12,6 +12,7 @@ from torch import Tensor
 from tl_asymmetry._lazy import pd
 from tl_asymmetry.explore.pack import Pack
 from tl_asymmetry.geometry.spectrum import marchenko_pastur_edge
+from tl_asymmetry.names import reads_latent
 from tl_asymmetry.pair.data import PairData
 from tl_asymmetry.pair.lookups import MatrixDirections, context_parts
 from tl_asymmetry.pair.tables import PAIR_COLUMNS
@@ -71,7 +72,7 @@ def maps(result: PairData, pack: Pack) -> list[dict[str, Any]]:
             {
                 "matrix": str(matrix), "subspace": str(subspace), "pathway": str(rows["pathway"].iloc[0]),
                 "heads": None if heads == [None] else len(heads), "kv": shared, "group": group or 1,
-                "d": result.width(str(matrix)), "experts": pick.has_experts(rows),
+                "d": result.width(str(matrix)), "latent": reads_latent(str(matrix)), "experts": pick.has_experts(rows),
                 "whole": sorted({int(x) for x in rows.loc[rows["expert"].isna(), "layer"]})
                 if pick.has_experts(rows) else [],
                 "empty": _empty(placed, table, layers, heads),

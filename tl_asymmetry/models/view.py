@@ -341,7 +341,7 @@ class ModelView:
 
         Shapes: W_Q `[n_heads, d_model, d_head]`; W_K, W_V `[n_kv_heads, d_model, d_head]`, never expanded
             to the query heads; W_O `[n_heads, d_head, d_model]`; W_in, W_gate `[d_model, d_mlp]`; W_out
-            `[d_mlp, d_model]`. Editing it in place edits the model.
+            `[d_mlp, d_model]`; W_UQ, W_UK, W_UV `[n_heads, latent, width]`. Editing it in place edits the model.
 
         Raises:
             ValueError: no such layer or matrix; a quantised matrix; a copy (what the wrapper computed on

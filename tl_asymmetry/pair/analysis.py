@@ -106,7 +106,9 @@ def analyze_pair(
         mask: which of `tokens` are real, `[batch, pos]`; padding stands at the ends of rows.
         moments: a folder of `save_moments`, instead of texts: what was captured of this base there, perhaps on another
             machine. No text is run, and the numbers are those of the direct call.
-        matrices: default all the model has of W_Q, W_K, W_V, W_O, W_in, W_gate, W_out.
+        matrices: default all the model has, layer by layer: W_Q, W_K, W_V, W_O, W_in, W_gate, W_out, of each expert of
+            a mixture too, its router and shared experts, the maps of latent attention, and further linear maps of the
+            stream under their module's path.
         ranks: default the distinct values of 1, 4, 16, 64, d//16, d//4 below d.
         subspaces: names out of attn_in, mlp_in, resid_pre, resid_mid, resid_post, prediction, embedding, weak_readout,
             suppressed, written_not_read (the last four: see `tl_asymmetry.geometry`), expert_in (of mixtures: each
@@ -115,7 +117,9 @@ def analyze_pair(
             own directions (a `Subspace`, a vector, a matrix `[d_model, k]`, a list of vectors; or a list with a
             `Subspace` or matrix for each layer), which are measured at their own number, and below it only where they
             have eigenvalues. Every matrix is then held against each. Default: a read matrix against its own input, a
-            write matrix against the stream it writes into, all against "prediction"; a mapping alone comes beside
+            write matrix against the stream it writes into, all against "prediction"; W_UQ, W_UK and W_UV of latent
+            attention against "q_latent" and "kv_latent", what they read behind its norm, and against nothing else (d is
+            the latent's width there, and by default the ranks are those of such a width); a mapping alone comes beside
             these, in a list nothing else is measured.
         optimizer: the optimiser of the training in between, "sgd", "adam" or "muon": whose reference is tested.
         exclude_first: leave the first position of each sequence out, whose attention-sink activations would dominate.

@@ -29,7 +29,8 @@ PAIR_COLUMNS = {
     "subspace": "name of the subspace the delta is held against",
     "rank": "k, the number of leading directions",
     "fraction": "share of the delta's squared norm in them, 0 to 1",
-    "relative": "fraction · d/k; 1 is isotropic, d/k the most there can be",
+    "relative": "fraction · d/k; 1 is isotropic, d/k the most there can be; d is d_model, of W_UQ, W_UK and W_UV the "
+    "width of the latent that they read",
     "isotropic_z": "standard deviations above the mean over Haar-random subspaces; NaN for a flat spectrum",
     "isotropic_p": "one-sided probability of a fraction this large in a Haar-random subspace",
     "p_method": '"exact", "beta", "draws", "saddlepoint", or "none" where p is NaN',

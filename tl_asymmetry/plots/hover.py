@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from tl_asymmetry.names import ROUNDING_DOMINATED, SMALL_EIGENGAP
+from tl_asymmetry.names import ROUNDING_DOMINATED, SMALL_EIGENGAP, reads_latent
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots.held import ISOTROPIC, NUMBERS, Held
 from tl_asymmetry.plots.style import MISSING, as_float, number, text
@@ -80,10 +80,11 @@ def _records(frame: pd.DataFrame, columns: Sequence[str]) -> list[dict[str, Any]
 def head_template(matrix: str, helds: Sequence[Held], *, verdict: bool, experts: bool = False) -> str:
     """The hover of a head, or of an expert, for fields in the order of `head_fields`."""
     routed = f"<br>routed to it: %{{customdata[{FIELDS + len(helds) + verdict}]}}" if experts else ""
+    reads = "<br>reads a latent, not the residual stream" if reads_latent(matrix) else ""
     against = "".join(f"<br>{text(held.label)}: %{{customdata[{FIELDS + i}]}}" for i, held in enumerate(helds))
     verdicts = f"<br>verdict: %{{customdata[{FIELDS + len(helds)}]}}" if verdict else ""
     return (
-        f"<b>%{{customdata[0]}}</b> · {text(matrix)}{routed}"
+        f"<b>%{{customdata[0]}}</b> · {text(matrix)}{routed}{reads}"
         "<br>relative %{customdata[1]} (fraction %{customdata[2]})"
         f"<br>95 % interval over texts: %{{customdata[3]}}{against}{verdicts}"
         "<br>rounding share %{customdata[4]}, without it %{customdata[5]}"

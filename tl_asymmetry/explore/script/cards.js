@@ -85,6 +85,7 @@ function card(item) {
   const gap = get("eigengap"),
     rounding = get("rounding_share");
   const facts = [
+    ...(map.latent ? [["reads", "a latent of width " + map.d + ", not the residual stream"]] : []),
     ...(map.experts ? [["routed to it", routed(map, layer, head, r)]] : []),
     [
       "relative at k = " + data.ranks[r],

@@ -9,6 +9,9 @@ function directionBlocks(item) {
   const head = item.layer * map.count + item.head;
   const verb = map.pathway === "read" ? "excited most by" : "written most after";
   if (!held) {
+    if (map.latent) {
+      return [element("p", {className: "rows"}, "None: they are directions of a latent, which no token has.")];
+    }
     const one = address(item).split("/")[0] + "." + item.matrix;
     return [element("p", {className: "rows"}, `Of experts and of matrices that some layers lack they are looked up one by one: directions("${one}").`)];
   }
