@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.models.test_sites import adapter_of
 from tests.tiny_encoder import ENCODER_KINDS, encoder, encoder_tokens, hf_encoder
 from tl_asymmetry import ModelView, analyze_pair
 from tl_asymmetry.models.texts import batches, token_sequences
@@ -98,3 +99,19 @@ def test_an_encoder_without_its_head_says_so():
     view = ModelView(encoder("bridge", head="BertForNextSentencePrediction"))
     assert not view.has_masked_lm_head
     assert not ModelView(tiny.build("gpt2", "bridge")).has_masked_lm_head
+
+
+def test_a_pre_norm_encoder_is_not_said_to_norm_its_stream():
+    """ModernBERT; and its head, as BERT's, has a layer before the unembedding, which a decoder has not."""
+    notes = {name: " ".join(ModelView(adapter_of(name).inner).notes) for name in ("modernbert", "bert", "llama")}
+    assert "post-norm encoder" not in notes["modernbert"]
+    assert "post-norm encoder" in notes["bert"]
+    for name, said in notes.items():
+        assert ("the head has a layer of its own" in said) == (name != "llama")
+
+
+def test_what_gemma_4_has_beside_matrices_is_told():
+    notes = " ".join(ModelView(adapter_of("gemma4").inner).notes)
+    assert "W_O, W_out and per_layer_projection are followed by a norm" in notes
+    assert "the last 2 layers use keys and values of earlier layers" in notes
+    assert "per-layer embeddings (model.embed_tokens_per_layer.weight)" in notes

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tl_asymmetry.models.running import hooked
 from tl_asymmetry.models.sites import Site
+from tl_asymmetry.names import MATRICES
 
 _PROPORTIONAL = 1e-3
 """1 − |cos| below which one tensor is a multiple of another, in half precision too."""
@@ -74,7 +75,7 @@ def layer_anatomy(
         before is None
         or parallel
         or renormed
-        or not any(_along(d, x) for d in (before - pre, post - before) for _, x in left)
+        or not any(is_multiple(d, x) for d in (before - pre, post - before) for _, x in left)
     ):
         mid = None
     rescaled: list[str] = []
@@ -82,12 +83,14 @@ def layer_anatomy(
     for matrix, gained in _gains(pre, before if mid is not None else None, post).items():
         site = sites.get(matrix)
         written = None if site is None or site.unit == "expert" else seen.get((site.module, "output"))
-        if written is not None and not _along(gained, written):
-            normed = any(_is_norm(module) and _along(gained, x) for module, x in left)
+        if written is not None and not is_multiple(gained, written):
+            normed = any(_is_norm(module) and is_multiple(gained, x) for module, x in left)
             (rescaled if normed else joined).append(matrix)
-    # Where the stream stands nowhere in between (several streams, parallel parts) a norm's input says it.
-    for matrix in ("W_O", "W_out"):
-        written = seen.get((sites[matrix].module, "output")) if matrix in sites and mid is None else None
+    # Where the stream stands nowhere in between (several streams, parallel parts) a norm's input says it, as it does of
+    # what has no name.
+    unsaid = [name for name, site in sites.items() if site.side == "write" and name not in MATRICES]
+    for matrix in (*(("W_O", "W_out") if mid is None else ()), *unsaid):
+        written = seen.get((sites[matrix].module, "output")) if matrix in sites else None
         if written is not None and any(
             _is_norm(module) and side == "input" and torch.equal(x, written) for (module, side), x in seen.items()
         ):
@@ -188,7 +191,7 @@ def _is_norm(module: nn.Module) -> bool:
     return "Norm" in type(getattr(module, "_original_component", module)).__name__
 
 
-def _along(a: Tensor, b: Tensor) -> bool:
+def is_multiple(a: Tensor, b: Tensor) -> bool:
     """Whether one is a multiple of the other."""
     a, b = a.flatten().double(), b.flatten().double()
     scale = a.norm() * b.norm()

@@ -46,6 +46,10 @@ class BridgeAdapter:
 
     kind = "TransformerBridge"
     is_encoder = False
+    norms_stream = False
+    has_layer_in_head = False
+    rescaled: tuple[str, ...] = ("W_O", "W_out")
+    """Writing matrices whose output reaches the stream through a norm, in a model with such norms."""
     names = tuple(_SUBMODULE)
     """Matrices that its blocks may have."""
     has_unembedding = True

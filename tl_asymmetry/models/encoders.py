@@ -43,6 +43,11 @@ class EncoderBridgeAdapter(BridgeAdapter):
     """A BERT or RoBERTa inside a TransformerBridge."""
 
     is_encoder = True
+    norms_stream = True
+
+    @property
+    def has_layer_in_head(self) -> bool:
+        return self.has_masked_lm_head
 
     @property
     def has_masked_lm_head(self) -> bool:
@@ -74,6 +79,8 @@ class HookedEncoderAdapter(HookedAdapter):
 
     kind = "HookedEncoder"
     is_encoder = True
+    norms_stream = True
+    has_layer_in_head = True
     has_masked_lm_head = True
     may_be_processed = False
 

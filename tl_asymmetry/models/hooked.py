@@ -24,6 +24,10 @@ class HookedAdapter:
 
     kind = "HookedTransformer"
     is_encoder = False
+    norms_stream = False
+    has_layer_in_head = False
+    rescaled: tuple[str, ...] = ("W_O", "W_out")
+    """Writing matrices whose output reaches the stream through a norm, in a model with such norms."""
     names = ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out", "W_router")
     """Matrices that its blocks may have."""
     has_unembedding = True

@@ -16,7 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tl_asymmetry.models.anatomy import Anatomy, layer_anatomy, norm_gain, seen_in, sees_later_tokens, subtracts_mean
+from tl_asymmetry.models.anatomy import (
+    Anatomy,
+    is_multiple,
+    layer_anatomy,
+    norm_gain,
+    seen_in,
+    sees_later_tokens,
+    subtracts_mean,
+)
 from tl_asymmetry.models.bridge import BridgeAdapter
 from tl_asymmetry.models.routing import Hook, RoutingReader, routing_hooks
 from tl_asymmetry.models.running import evaluation, hooked, own_positions
@@ -173,6 +181,50 @@ class HuggingFaceAdapter:
         if self._declared is not None:
             return self._declared.has_post_norms
         return any(layer.renormed or layer.rescaled for layer in self._anatomy)
+
+    @property
+    def remarks(self) -> list[str]:
+        """Sentences on what its layers have beside matrices, or have in common."""
+        found = []
+        if shared := getattr(self.text_config, "num_kv_shared_layers", None):
+            found.append(
+                f"the last {shared} layers use keys and values of earlier layers, which alone have W_K and W_V for them"
+            )
+        names = [name for name, _ in self.inner.named_parameters() if "embed" in name and "per_layer" in name]
+        if names:
+            found.append(
+                f"per-layer embeddings ({', '.join(names)}) enter each block beside the stream: they have no rows, and "
+                "their change stands in other_changes"
+            )
+        return found
+
+    @property
+    def norms_stream(self) -> bool:
+        """Whether the stream itself is normed after each addition, as in BERT."""
+        return self._declared is None and any(layer.renormed for layer in self._anatomy)
+
+    @property
+    def rescaled(self) -> tuple[str, ...]:
+        """Writing matrices whose output reaches the stream through a norm."""
+        if self._declared is not None:
+            return self._declared.rescaled
+        found = {name for layer in self._anatomy for name in layer.rescaled}
+        return tuple(name for name in self.names if name in found) or BridgeAdapter.rescaled
+
+    @cached_property
+    def has_layer_in_head(self) -> bool:
+        """Whether a layer of its own stands between the stream, behind its last norm, and the unembedding."""
+        head = self.inner.get_output_embeddings()
+        if head is None or self._declared is not None:
+            return False
+        seen: list[Tensor] = []
+        keep = (head, "input", lambda _, args, kwargs: seen.append(args[0].detach()))
+        with torch.no_grad(), evaluation(self.model, self.all_modules()), hooked([keep]):
+            self.run(self._probe_tokens(), True, len(self.blocks))
+        stream = self._last_stream(self._probe_tokens())
+        with torch.no_grad():
+            read = stream if self._final is None else self._final(stream)
+        return seen[0].numel() != read.numel() or not is_multiple(seen[0], read)
 
     @property
     def has_qk_norm(self) -> bool:

@@ -137,7 +137,7 @@ class ModelView:
     causal: bool
     """Whether a position sees only itself and earlier ones."""
     encoder: bool
-    """Whether it is a BERT-style encoder: bidirectional, its norms behind each addition to the stream."""
+    """Whether every token sees every other, so that it predicts masked tokens, if any."""
     key_shift_invariant: bool
     """Whether a shift of all keys by one vector leaves attention unchanged: no rotary embedding, query-key norm, score
     soft cap or attention sink."""
@@ -221,17 +221,25 @@ class ModelView:
             )
         if not self.has_unembedding:
             notes.append("no unembedding: nothing is held against what the model predicts")
-        if adapter.is_encoder:
+        if adapter.is_encoder and adapter.norms_stream:
             notes.append(
                 "post-norm encoder: W_Q, W_K and W_V read the stream itself, W_in what the block's first norm gives; a "
                 "block's output is what its second norm gives"
             )
         elif adapter.has_post_norms:
+            *others, last = adapter.rescaled
+            several = f"{', '.join(others)} and {last} are" if others else f"{last} is"
             notes.append(
-                "W_O and W_out are followed by a norm before the residual stream: what they write is rescaled there, "
+                f"{several} followed by a norm before the residual stream: what is written is rescaled there, "
                 "direction by direction, so write fractions describe the norm's input"
             )
-        return tuple(notes)
+        if adapter.is_encoder and adapter.has_layer_in_head:
+            notes.append(
+                "the head has a layer of its own between the stream and the unembedding: prediction directions are "
+                "those that the unembedding reads behind that layer, and directions of the stream only as far as it "
+                "leaves them as they are"
+            )
+        return (*notes, *getattr(adapter, "remarks", ()))
 
     def _irregularities(self) -> list[str]:
         """Which layers have the matrices that are not the same everywhere, what is alike said once."""
