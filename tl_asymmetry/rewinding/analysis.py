@@ -137,7 +137,8 @@ def rewind_study(
     check_memory(base, evaluated, outputs, whole=whole)
     units = units_of(base, aligned, names)
     if base.irregular:
-        notes.add(f"{', '.join(base.irregular)}, which not every layer has in one shape, are not set back")
+        listed = ", ".join(base.irregular)
+        notes.add(f"{listed}, which not every layer has in one shape or which read a latent, are not set back")
     if base.n_kv_heads < base.n_heads:
         notes.add("keys and values of a key-value head serve several heads and are set back apart from their queries")
     config = {
