@@ -47,7 +47,6 @@ class BridgeAdapter:
     kind = "TransformerBridge"
     is_encoder = False
     norms_stream = False
-    has_layer_in_head = False
     rescaled: tuple[str, ...] = ("W_O", "W_out")
     """Writing matrices whose output reaches the stream through a norm, in a model with such norms."""
     names = tuple(_SUBMODULE)
@@ -211,6 +210,11 @@ class BridgeAdapter:
     def routing(self, layer: int, show: RoutingReader) -> list[Hook]:
         """None: a Bridge of a mixture is seen through the model that it wraps."""
         return []
+
+    @property
+    def has_layer_in_head(self) -> bool:
+        """Whether a layer of its own stands between the stream and the unembedding."""
+        return False
 
     def norms(self, layer: int) -> dict[str, nn.Module]:
         """The layer's norms by where they stand: "attn_pre", "attn_post", "mlp_pre", "mlp_post"."""

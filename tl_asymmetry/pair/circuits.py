@@ -116,19 +116,20 @@ def layer_circuits(
         gains: of the norms behind latents.
     """
     frames = []
-    maps = {m: (residual_first(m, base[m]), delta.factors()) for m, delta in deltas.items() if kind_of(m).heads}
+    maps: dict[str, tuple[Tensor, Factored]] = {
+        m: (residual_first(m, base[m]), delta.factors()) for m, delta in deltas.items() if kind_of(m).heads
+    }
     maps |= _through_latents(base, deltas, gains)
     for circuit, (left, right), both in _CIRCUITS:
         sides = [side for side in both if bases.has(side[-1])]
         if left not in maps or right not in maps:
             continue
-        (X, change), (Y, other) = maps[left], maps[right]
-        changes = change, other
+        (X, ΔX), (Y, ΔY) = maps[left], maps[right]
         subspaces = [bases.subspace(name) for *_, name in sides]
         leading = [subspace.basis[:, : max(ranks)] for subspace in subspaces]
         energy, base_energy = [], []
         profiles: list[list[Tensor]] = [[] for _ in sides]
-        for change in _changes_of_few_heads(X, Y, *changes):
+        for change in _changes_of_few_heads(X, Y, ΔX, ΔY):
             energy.append(change.energy)
             base_energy.append(change.base_energy)
             for profile, (_, axis, *_), basis in zip(profiles, sides, leading, strict=True):

@@ -406,12 +406,12 @@ class PairData(Result):
         profiles = self.arrays.get(f"profile/{name}")
         if profiles is None or not 0 <= layer < len(profiles):
             return None
+        d = self.width(matrix)
         fraction = np.cumsum(profiles[layer].numpy().astype(np.float64), axis=-1)
         ks = np.unique(np.concatenate([np.arange(1, 65), np.geomspace(64, d, _CURVE_POINTS).round()]).astype(int))
         ks = ks[ks <= fraction.shape[-1]] if self.is_ordered(subspace) else np.array([fraction.shape[-1]])
         whole = len(fraction) == 1 and kind_of(matrix, self._side(matrix)).heads is None
         heads: list[int | None] = [None] if whole else [*range(len(fraction))]
-        d = self.width(matrix)
         expected = {
             array.split("/")[1]: values[layer].numpy()
             for array, values in self.arrays.items()

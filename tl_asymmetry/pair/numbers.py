@@ -47,12 +47,12 @@ class Layout:
     """Ascending; a subspace with fewer directions has the first of them."""
     measured: Mapping[str, tuple[int, ...]]
     """For each subspace those ranks that tables show."""
-    latents: Mapping[str, int] = MappingProxyType({})
-    """Widths of what is no stream, by the matrices that read it."""
+    latents: Mapping[str, int] | None = None
+    """Widths of what is no stream, by the matrices that read it; None where none does."""
 
     def width(self, matrix: str) -> int:
         """Of the axis on which a matrix is held against subspaces: d_model, or its latent's."""
-        return self.latents.get(matrix, self.d)
+        return (self.latents or {}).get(matrix, self.d)
 
     @classmethod
     def of(cls, view: ModelView, plan: Plan) -> Layout:

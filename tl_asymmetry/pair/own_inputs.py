@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,19 +68,18 @@ def _together(experts: Sequence[Projection | None]) -> Projection:
     if any(one.unshrunk is not None for one in there):
         twin = _together([None if one is None else replace(one.unshrunk or one, unshrunk=None) for one in experts])
 
-    def of_heads(name: str, axis: int) -> Tensor | None:
-        """What has an axis of heads, of length 1 with each expert."""
-        parts = [None if one is None else getattr(one, name) for one in experts]
-        return None if all(part is None for part in parts) else _beside(parts, axis).squeeze(axis + 1)
+    def of_heads(name: str, axis: int) -> Any:
+        """What has an axis of heads, of length 1 with each expert; None where no expert has it."""
+        found = of_layers(name, axis)
+        return None if found is None else found.squeeze(axis + 1)
 
-    def of_layers(name: str, axis: int) -> Tensor | None:
-        """What had none."""
+    def of_layers(name: str, axis: int) -> Any:
+        """What has none."""
         parts = [None if one is None else getattr(one, name) for one in experts]
         return None if all(part is None for part in parts) else _beside(parts, axis)
 
     existing = torch.tensor([0 if one is None else int(one.existing) for one in experts])
     energies = of_heads("energies", 0)
-    assert energies is not None
     beyond = torch.arange(energies.shape[-1]) >= existing.unsqueeze(-1)
     tails = of_heads("tails", 1)
     if tails is not None and len(experts) > 1:  # no one subspace of which the pooled change could be asked
