@@ -130,6 +130,8 @@ def test_words_figures_and_refusals(analysed, tmp_path):
     result.to_explorer(tmp_path / "explorer.html", model=base.inner, directions=1, progress=False)
     with pytest.raises(ValueError, match="expected a matrix on the residual stream, got 'W_UK'"):
         result.directions("L1H2.W_UK")
+    with pytest.raises(ValueError, match="expected a matrix that kv_latent applies to, got W_DKV; pass other"):
+        analyze_pair(base.inner, changed(base.inner), matrices=["W_DKV"], subspaces="kv_latent", **OPTIONS)
     chosen = analyze_pair(base.inner, changed(base.inner), subspaces=["attn_in", "kv_latent"], **OPTIONS)
     places = set(zip(chosen.table["matrix"], chosen.table["subspace"], strict=True))
     assert ("W_UV", "kv_latent") in places

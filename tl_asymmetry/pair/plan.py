@@ -176,6 +176,11 @@ def make_plan(
         notes.add("only own subspaces are measured: for the default ones beside them pass the mapping by itself")
     targets = {m: (*_default_targets(m, view), *names) if beside or subspaces is None else names for m in chosen}
     targets = {m: tuple(name for name in of if _applies(name, m, view)) for m, of in targets.items()}
+    if not any(targets.values()):
+        raise ValueError(
+            f"expected a matrix that {' or '.join(names)} applies to, got {', '.join(chosen)}; pass other matrices or "
+            "subspaces"
+        )
     chosen = tuple(m for m in chosen if targets[m])
     used = tuple(dict.fromkeys(name for matrix in chosen for name in targets[matrix]))
     inputs = [kind_of(m).point for m in chosen if kind_of(m).reads]
