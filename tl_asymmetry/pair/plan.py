@@ -181,6 +181,8 @@ def make_plan(
             f"expected a matrix that {' or '.join(names)} applies to, got {', '.join(chosen)}; pass other matrices or "
             "subspaces"
         )
+    if alone := [m for m in chosen if not targets[m]]:
+        notes.add(f"left out, since {' and '.join(names)} do not apply to them: {', '.join(alone)}")
     chosen = tuple(m for m in chosen if targets[m])
     used = tuple(dict.fromkeys(name for matrix in chosen for name in targets[matrix]))
     inputs = [kind_of(m).point for m in chosen if kind_of(m).reads]
@@ -191,6 +193,9 @@ def make_plan(
         else _latent_ranks(view, name, settings.ranks) if name in LATENTS else asked
         for name in used
     }  # fmt: skip
+    for name in used:
+        if not measured[name]:
+            notes.add(f"{name!r} is no wider than the smallest rank asked for: what is held against it has no rows")
     ranks = tuple(sorted({k for own in measured.values() for k in own}))
     everywhere = [k for k in ranks if all(k in measured[name] for name in _shown_first(used, given))] or ranks
     if points:
