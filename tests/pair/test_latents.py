@@ -143,6 +143,6 @@ def test_comparison_and_power_take_a_latents_width(analysed):
     other = analyze_pair(base.inner, changed(twin.inner), **OPTIONS)
     compared = compare({"a": result, "b": other})
     rows = compared.overlap[compared.overlap["matrix"] == "W_UK"]
-    assert rows["chance"].tolist() == (rows["directions"] / 12).tolist()
+    assert rows["chance"].tolist() == pytest.approx((rows["directions"] / 12).tolist())
     power = detection_power(base.inner, twin.inner, tokens=tokens(), plants=2, groups=1, progress=False)
     assert any("W_UQ, W_UK, W_UV, which read a latent and not the stream, are left out" in n for n in power.notes)

@@ -377,7 +377,11 @@ class HuggingFaceAdapter:
         for module in self.blocks[layer].modules():
             if out_of.module in module.children():
                 norm = getattr(module, f"{'q' if latent == 'q_latent' else 'kv'}_a_layernorm", None)
-                return None if norm is None else norm_gain(norm, width)
+                gain = None if norm is None else norm_gain(norm, width)
+                # As stored where that is the gain: asked of the norm it has float32's digits, and gains are subtracted.
+                stored = getattr(norm, "weight", None)
+                same = gain is not None and stored is not None and torch.allclose(gain, stored, rtol=1e-3, atol=1e-6)
+                return stored if same else gain
         return None
 
     def routing(self, layer: int, show: RoutingReader) -> list[Hook]:
