@@ -78,23 +78,23 @@ def layer_anatomy(
         or not any(is_multiple(d, x) for d in (before - pre, post - before) for _, x in left)
     ):
         mid = None
-    rescaled: list[str] = []
+    # Where something else is added as well, or the stream stands nowhere in between, a norm's input says it.
+    writing = ("W_O", "W_out", *(name for name, site in sites.items() if site.side == "write" and name not in MATRICES))
+    entering = [x for (module, side), x in seen.items() if side == "input" and _is_norm(module)]
+    rescaled = [
+        matrix
+        for matrix in writing
+        if matrix in sites
+        and (written := seen.get((sites[matrix].module, "output"))) is not None
+        and any(torch.equal(x, written) for x in entering)
+    ]
     joined: list[str] = []
     for matrix, gained in _gains(pre, before if mid is not None else None, post).items():
-        site = sites.get(matrix)
+        site = None if matrix in rescaled else sites.get(matrix)
         written = None if site is None or site.unit == "expert" else seen.get((site.module, "output"))
         if written is not None and not is_multiple(gained, written):
             normed = any(_is_norm(module) and is_multiple(gained, x) for module, x in left)
             (rescaled if normed else joined).append(matrix)
-    # Where the stream stands nowhere in between (several streams, parallel parts) a norm's input says it, as it does of
-    # what has no name.
-    unsaid = [name for name, site in sites.items() if site.side == "write" and name not in MATRICES]
-    for matrix in (*(("W_O", "W_out") if mid is None else ()), *unsaid):
-        written = seen.get((sites[matrix].module, "output")) if matrix in sites else None
-        if written is not None and any(
-            _is_norm(module) and side == "input" and torch.equal(x, written) for (module, side), x in seen.items()
-        ):
-            rescaled.append(matrix)
     known = [(name, x) for name, x in (("attn_in", x_attn), ("mlp_in", x_mlp)) if x is not None]
     points = {}
     for matrix, site in sites.items():
