@@ -203,7 +203,7 @@ def test_experts_compute_what_the_mixture_computes(name):
     ("name", "mid", "rescaled"),
     [("llama", True, ()), ("gemma2", True, ("W_O", "W_out")), ("olmo2", True, ("W_O", "W_out")), ("neox", False, ()),
      ("falcon 7b", False, ()), ("opt", True, ()), ("bert", False, ()), ("granite 4, dense", True, ()),
-     ("lfm2", True, ()), ("gemma4", True, ("W_O",))],
+     ("lfm2", True, ()), ("gemma4", True, ("W_O", "W_out", "per_layer_projection"))],
 )  # fmt: skip
 def test_the_stream_between_attention_and_mlp(name, mid, rescaled):
     adapter = adapter_of(name)
