@@ -47,9 +47,12 @@ def of_choice(
     """From each token's experts and their weights; an index beyond the last expert is none.
 
     Example:
-        >>> routing = of_choice(torch.ones(2, 4), torch.tensor([[0, 2], [2, 3]]), torch.tensor([[0.7, 0.3], [1, 0]]), 3)
-        >>> routing.chosen.tolist(), routing.weights[0].tolist()[2] == routing.weights[1].tolist()[2] - 0.7
-        ([[True, False, True], [False, False, True]], True)
+        >>> index, weights = torch.tensor([[0, 2], [2, 3]]), torch.tensor([[0.75, 0.25], [1.0, 0.0]])
+        >>> routing = of_choice(torch.ones(2, 4), index, weights, experts=3)
+        >>> routing.chosen.tolist()
+        [[True, False, True], [False, False, True]]
+        >>> routing.weights.tolist()
+        [[0.75, 0.0, 0.25], [0.0, 0.0, 1.0]]
     """
     index = index.reshape(-1, index.shape[-1])
     spread = weights.new_zeros(len(index), experts + 1)
