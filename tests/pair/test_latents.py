@@ -7,7 +7,7 @@ import torch
 
 from tests.models.test_sites import adapter_of
 from tests.pair.test_irregular import changed, tokens
-from tl_asymmetry import analyze_pair, compare, detection_power
+from tl_asymmetry import analyze_pair, analyze_spectra, compare
 from tl_asymmetry.names import LATENTS, reads_latent
 
 RANK = 3
@@ -138,11 +138,11 @@ def test_words_figures_and_refusals(analysed, tmp_path):
     assert not {("W_UV", "attn_in"), ("W_DKV", "kv_latent"), ("W_UQ", "attn_in")} & places
 
 
-def test_comparison_and_power_take_a_latents_width(analysed):
+def test_comparisons_take_a_latents_width(analysed):
     base, twin, result = analysed("deepseek-v3")
     other = analyze_pair(base.inner, changed(twin.inner), **OPTIONS)
     compared = compare({"a": result, "b": other})
     rows = compared.overlap[compared.overlap["matrix"] == "W_UK"]
     assert rows["chance"].tolist() == pytest.approx((rows["directions"] / 12).tolist())
-    power = detection_power(base.inner, twin.inner, tokens=tokens(), plants=2, groups=1, progress=False)
-    assert any("W_UQ, W_UK, W_UV, which read a latent and not the stream, are left out" in n for n in power.notes)
+    spectra = analyze_spectra(base.inner, twin.inner, ranks=[2], progress=False)
+    assert any("W_UQ, W_UK, W_UV, which read a latent and not the stream, are left out" in n for n in spectra.notes)
