@@ -146,3 +146,16 @@ def test_comparisons_take_a_latents_width(analysed):
     assert rows["chance"].tolist() == pytest.approx((rows["directions"] / 12).tolist())
     spectra = analyze_spectra(base.inner, twin.inner, ranks=[2], progress=False)
     assert any("W_UQ, W_UK, W_UV, which read a latent and not the stream, are left out" in n for n in spectra.notes)
+
+
+def test_choices_of_a_latents_subspace(analysed):
+    """At the ranks below its width alone; routing is captured beside."""
+    base, twin, _ = analysed("deepseek-v3")
+    options = OPTIONS | {"ranks": [RANK, 14], "matrices": ["W_UK", "W_in"]}
+    result = analyze_pair(base.inner, twin.inner, sensitivity=True, **options)
+    choices, stability = result.sensitivity(), result.stability()
+    assert set(choices.loc[choices["matrix"] == "W_UK", "rank"]) == {RANK}
+    assert set(choices.loc[choices["matrix"] == "W_in", "rank"]) == {RANK, 14}
+    rows = stability[stability["matrix"] == "W_UK"]
+    assert len(rows) == 8
+    assert (rows["low"] <= rows["relative"] * (1 + 1e-5)).all()

@@ -171,7 +171,7 @@ def capture(
     with bar, torch.no_grad(), view.evaluating():
         for group in shares:
             moments = {site: _begun(view, site, counted) for site in sites}
-            first = {site: _begun(view, site, firsts) for site in sites} if first_positions else {}
+            first = {site: _begun(view, site, firsts) for site in passing} if first_positions else {}
             extra = {
                 (name, layer): _begun(view, (point, layer), counted, (name, layer))
                 for point, layer in passing

@@ -109,7 +109,7 @@ def sensitivity_table(
         _, matrix, subspace, activations, centering, first, norm = name.split("/")
         there = places[matrix]
         cumulative = profile.double().cumsum(-1)[there["layer"].to_numpy(int), unit_of(there)]
-        for k in ranks:
+        for k in (k for k in ranks if k < profile.shape[-1]):
             fraction = cumulative[:, k - 1].numpy()
             frames.append(
                 there.assign(
