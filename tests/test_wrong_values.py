@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 import pytest
 import torch
 
@@ -26,6 +25,7 @@ from tl_asymmetry import demo, edits, geometry, grokking
 from tl_asymmetry.arguments import checked, plain_arguments
 from tl_asymmetry.models.readers.hub import at_home
 from tl_asymmetry.objectives import CrossEntropy, Mix, Optimizer, PreferenceBatch, TokenBatch
+from tl_asymmetry.plots.drawing import Drawing
 from tl_asymmetry.plots.layout import finish
 from tl_asymmetry.plots.spectrum import spectrum_figure
 from tl_asymmetry.plots.style import some_of
@@ -245,14 +245,14 @@ def test_what_cannot_be_written_or_drawn_is_refused_before_the_work(tmp_path: Pa
     with pytest.raises(ValueError, match="expected scale above 0 .*, got -1.0; pass scale=2"):
         write_images(Slow(), tmp_path, scale=-1.0)
     with pytest.raises(ValueError, match="expected template among light, dark, .*, got 'sepia'; pass template='light'"):
-        finish(go.Figure(), "words", plot_height=100, template="sepia")
+        finish(Drawing(), "words", plot_height=100, template="sepia")
     for options, words in (
         ({"template": 3}, "expected template as a name or a template of plotly, got 3; pass None"),
         ({"width": 0}, "expected width from 10 to 20000 pixels, got 0; pass width=None"),
         ({"height": 10**9}, "expected height from 10 to 20000 pixels, got 1000000000; pass height=None"),
     ):
         with pytest.raises(ValueError, match=words):
-            finish(go.Figure(), "words", plot_height=100, **options)  # type: ignore[arg-type]
+            finish(Drawing(), "words", plot_height=100, **options)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
+from tl_asymmetry.plots.drawing import Drawing, scatter
 from tl_asymmetry.plots.hover import head_name, interval
 from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, note, rank_slider
 
@@ -54,7 +54,7 @@ def asymmetry_figure(
     layers = pick.layers_of(asymmetry)
     frames = [_points(asymmetry[asymmetry["rank"] == k], layers) for k in ranks]
     shown = frames[start]
-    figure = make_subplots(rows=2, cols=1, row_heights=[0.56, 0.44], vertical_spacing=0.15)
+    figure = Drawing(rows=2, cols=1, row_heights=[0.56, 0.44], vertical_spacing=0.15)
     # Read and write share one axis, so that the diagonal is where they are equal; each rank has its own, since the
     # bound d/k makes low ranks so much wider.
     axes = [style.ratio_axis(v for v in (*f["read"], *f["write"]) if v is not None) for f in frames]
@@ -62,7 +62,7 @@ def asymmetry_figure(
     ends = [10 ** -abs(widest), 10 ** abs(widest)]
     guide = {"color": style.GUIDE, "width": 1.5}
     figure.add_trace(
-        go.Scatter(
+        scatter(
             x=ends, y=ends, mode="lines", line={**guide, "dash": "dot"}, name="read = write", hoverinfo="skip"
         ),
         row=1, col=1,
@@ -74,7 +74,7 @@ def asymmetry_figure(
         "line": {"color": style.GUIDE, "width": 0.8},
     }  # fmt: skip
     figure.add_trace(
-        go.Scatter(
+        scatter(
             x=shown["write"], y=shown["read"], mode="markers", name="head", customdata=shown["hover"],
             hovertemplate=HOVER,
             marker={
@@ -89,7 +89,7 @@ def asymmetry_figure(
         row=1, col=1,
     )  # fmt: skip
     figure.add_trace(
-        go.Scatter(
+        scatter(
             x=shown["jitter"], y=shown["ratio"], mode="markers", name="head", showlegend=False,
             customdata=shown["hover"], hovertemplate=HOVER,
             marker={**coloured, "size": 0.7 * size, "color": shown["layer"], "symbol": shown["symbol"], "opacity": 0.8},
@@ -97,7 +97,7 @@ def asymmetry_figure(
         row=2, col=1,
     )  # fmt: skip
     figure.add_trace(
-        go.Scatter(
+        scatter(
             x=shown["layers"], y=shown["pooled"], mode="markers", name="layer, heads pooled (95 % over texts)",
             customdata=shown["layer_hover"], hovertemplate=HOVER,
             marker={"symbol": "star", "size": 13, "color": style.SERIES[1]},
@@ -111,7 +111,7 @@ def asymmetry_figure(
     expected_known = any(v is not None for f in frames for v in f["expected"])
     if expected_known:
         figure.add_trace(
-            go.Scatter(
+            scatter(
                 x=shown["expected_x"], y=shown["expected"], mode="markers", name="expected by matched references",
                 marker={"symbol": "line-ew-open", "size": 22, "color": style.SERIES[2], "line": {"width": 3}},
                 hovertemplate="L%{x}: expected %{y:.3g}<extra></extra>",

@@ -13,6 +13,7 @@ from tl_asymmetry.arguments import checked
 from tl_asymmetry.names import FOUND, ROUNDING_FLAGGED, SIGNIFICANT
 from tl_asymmetry.plots import maps, style
 from tl_asymmetry.plots import rows as pick
+from tl_asymmetry.plots.drawing import Drawing, heatmap, scatter
 from tl_asymmetry.plots.hover import head_name
 from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, note, rank_slider
 
@@ -216,9 +217,9 @@ def _map(
         )
 
     z, cells, dots = drawn(start)
-    figure = go.Figure(
+    figure = Drawing(
         [
-            go.Heatmap(
+            heatmap(
                 x=x, y=layers, z=z, zmin=-limit, zmax=limit, zmid=0, xgap=1, ygap=1,
                 colorscale=style.diverging(layout.get("template")), meta="diverging", customdata=cells,
                 hovertemplate=hover_template, name=matrix,
@@ -228,7 +229,7 @@ def _map(
                     "title": {"text": bar, "side": "top", "font": {"size": 11}},
                 },
             ),
-            go.Scatter(
+            scatter(
                 **dots, mode="markers", name=dot, hoverinfo="skip", showlegend=True,
                 marker={"symbol": "circle", "size": 6, "color": "#14181f", "line": {"width": 1.4, "color": "#ffffff"}},
             ),

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.names import FOUND, kind_of
 from tl_asymmetry.plots import style
+from tl_asymmetry.plots.drawing import Drawing, Trace, scatter
 from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, menu, note
 
 HOVER = (
@@ -57,7 +58,7 @@ def grades_figure(
     shown = rows[rows["subspace"] == own]
     order = shown.drop_duplicates("objective").sort_values("grade", kind="stable")
     places = {name: i for i, name in enumerate(order["objective"])}
-    figure = go.Figure()
+    figure = Drawing()
     owners = []
     for comparison in there:
         for matrix in dict.fromkeys(shown["matrix"]):
@@ -93,7 +94,7 @@ def grades_figure(
     return finish(figure, words, plot_height=380, **layout)
 
 
-def _traces(block: pd.DataFrame, matrix: str, places: dict[str, int], *, visible: bool) -> list[go.Scatter]:
+def _traces(block: pd.DataFrame, matrix: str, places: dict[str, int], *, visible: bool) -> list[Trace]:
     """Points of all seeds, the line through their means, and the reference."""
     if block.empty:
         return []
@@ -115,11 +116,11 @@ def _traces(block: pd.DataFrame, matrix: str, places: dict[str, int], *, visible
     ]  # fmt: skip
     common = {"legendgroup": matrix, "visible": visible}
     traces = [
-        go.Scatter(
+        scatter(
             x=list(means.index), y=means["relative"].tolist(), mode="lines", name=style.text(matrix),
             line={"color": look["color"], "dash": look["dash"], "width": 2}, hoverinfo="skip", **common,
         ),
-        go.Scatter(
+        scatter(
             x=(block["place"] + spread).tolist(), y=block["relative"].tolist(), mode="markers", showlegend=False,
             name=f"{style.text(matrix)}, seeds", customdata=hover, hovertemplate=HOVER,
             marker={"symbol": look["symbol"], "size": 8, "color": look["color"]}, **common,
@@ -127,7 +128,7 @@ def _traces(block: pd.DataFrame, matrix: str, places: dict[str, int], *, visible
     ]  # fmt: skip
     if means["matched"].notna().any():
         traces.append(
-            go.Scatter(
+            scatter(
                 x=list(means.index), y=means["matched"].tolist(), mode="lines", showlegend=False, hoverinfo="skip",
                 name=f"{style.text(matrix)} matched reference",
                 line={"color": look["color"], "dash": "dot", "width": 1.5}, **common,

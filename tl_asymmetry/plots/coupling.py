@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.plots import style
+from tl_asymmetry.plots.drawing import Drawing, scatter
 from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, note, slider
 
 ESTIMATOR_STYLE = {
@@ -54,11 +54,8 @@ def coupling_figure(
     shown = next((w for w in windows if w > 1), windows[0]) if window is None else window
     style.one_of("window", shown, windows, "window")
     both = len(accuracy) > 0
-    figure = (
-        make_subplots(rows=2, shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.36, 0.64])
-        if both
-        else make_subplots(rows=1)
-    )
+    grid: dict[str, Any] = {"rows": 2, "shared_xaxes": True, "vertical_spacing": 0.06, "row_heights": [0.36, 0.64]}
+    figure = Drawing(**grid) if both else Drawing(rows=1)
     owners: list[str] = []
     lower = 2 if both else 1
     for name in objectives:
@@ -67,7 +64,7 @@ def coupling_figure(
             rows = accuracy[accuracy["op"] == name]
             for column, (words, dash) in ACCURACY.items():
                 figure.add_trace(
-                    go.Scatter(
+                    scatter(
                         x=rows["step"].tolist(), y=rows[column].tolist(), mode="lines", name=f"{words} accuracy",
                         line={"color": style.SERIES[2], "dash": dash, "width": 1.8}, visible=first,
                         hovertemplate=f"{style.text(name)}, {words} accuracy %{{y:.3f}} at step %{{x}}<extra></extra>",
@@ -80,7 +77,7 @@ def coupling_figure(
             look = ESTIMATOR_STYLE[estimator]
             several = means["alignment"].nunique() > 1
             figure.add_trace(
-                go.Scatter(
+                scatter(
                     x=curve["step"].tolist(), y=curve["mean_ratio"].tolist(), mode="lines+markers",
                     name=look["name"] + (f", {alignment} window" if several else ""), visible=first,
                     line={"color": look["color"], "dash": DASHES[alignment], "width": 2},
@@ -134,7 +131,7 @@ def windows_figure(
     Example:
         >>> windows_figure(study.peaks).write_html("windows.html")  # doctest: +SKIP
     """
-    figure = go.Figure()
+    figure = Drawing()
     many = peaks["objective"].nunique() > 1
     for (objective, estimator, alignment), rows in peaks.groupby(["objective", "estimator", "alignment"], sort=False):
         look = ESTIMATOR_STYLE[str(estimator)]
@@ -143,7 +140,7 @@ def windows_figure(
             who = f"{objective}, " if many else ""
             which = f", {alignment}" if peaks["alignment"].nunique() > 1 else ""
             figure.add_trace(
-                go.Scatter(
+                scatter(
                     x=rows["window"].tolist(), y=rows[column].tolist(), mode="lines+markers",
                     name=style.text(f"{who}{words} {look['name']}{which}"),
                     line={"color": look["color"], "dash": DASHES[str(alignment)], "width": 1.3 if hollow else 2},
@@ -184,11 +181,11 @@ def accuracy_figure(
     Example:
         >>> accuracy_figure(run.table).write_html("accuracy.html")  # doctest: +SKIP
     """
-    figure = go.Figure()
+    figure = Drawing()
     for i, (op, rows) in enumerate(table.groupby("op", sort=False)):
         for column, (words, dash) in ACCURACY.items():
             figure.add_trace(
-                go.Scatter(
+                scatter(
                     x=rows["step"].tolist(), y=rows[column].tolist(), mode="lines", name=style.text(f"{op}, {words}"),
                     line={"color": style.SERIES[i % len(style.SERIES)], "dash": dash, "width": 2},
                     hovertemplate=f"{style.text(op)}, {words}: %{{y:.3f}} at step %{{x}}<extra></extra>",
@@ -221,7 +218,7 @@ def arms_figure(
     """
     lowest = table.groupby(["arm", "seed", "step"], sort=False)["test_accuracy"].min().reset_index()
     names = list(dict.fromkeys(lowest["arm"]))
-    figure = go.Figure()
+    figure = Drawing()
     for i, arm in enumerate(names):
         colour = style.SERIES[i % len(style.SERIES)]
         symbol = style.SYMBOLS[(i + i // len(style.SERIES)) % len(style.SYMBOLS)]
@@ -230,7 +227,7 @@ def arms_figure(
         for j, (seed, rows) in enumerate(lowest[lowest["arm"] == arm].groupby("seed", sort=False)):
             rows = rows.sort_values("step")
             figure.add_trace(
-                go.Scatter(
+                scatter(
                     x=rows["step"].tolist(), y=rows["test_accuracy"].tolist(), mode="lines", legendgroup=arm,
                     name=style.text(arm), showlegend=j == 0, line={"color": colour, "dash": dash, "width": 1.5},
                     hovertemplate=f"<b>{style.text(arm)}</b>, seed {seed}<br>%{{y:.3f}} at step %{{x}}<extra></extra>",
@@ -240,7 +237,7 @@ def arms_figure(
             if len(reached):
                 marks.append((int(reached["step"].iloc[0]), float(reached["test_accuracy"].iloc[0]), int(seed)))
         figure.add_trace(
-            go.Scatter(
+            scatter(
                 x=[m[0] for m in marks], y=[m[1] for m in marks], mode="markers", legendgroup=arm, showlegend=False,
                 name=style.text(arm), marker={"color": colour, "symbol": symbol, "size": 10},
                 customdata=[[m[2]] for m in marks],

@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.plots import style
+from tl_asymmetry.plots.drawing import Drawing, Trace, heatmap
 from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, menu
 
 _CELL_PX, _LEAST_PX = 34, 220
@@ -46,7 +47,7 @@ def deltas_figure(
         if list(grid.index) != names or list(grid.columns) != names:
             raise ValueError(f"expected a square table of {', '.join(names)}, got another for {label}; pass such one")
     shown = [style.text(name) for name in names]
-    figure = go.Figure()
+    figure = Drawing()
     for i, (label, grid) in enumerate(grids.items()):
         figure.add_trace(_map(label, grid.to_numpy(float), shown, ratio=i > 0, visible=i == 0, **layout))
     lines = {
@@ -70,13 +71,13 @@ def deltas_figure(
     return finish(figure, words("cosine"), plot_height=height, legend=False, right=64, **layout)
 
 
-def _map(label: str, z: np.ndarray, names: list[str], *, ratio: bool, visible: bool, **layout: Any) -> go.Heatmap:
+def _map(label: str, z: np.ndarray, names: list[str], *, ratio: bool, visible: bool, **layout: Any) -> Trace:
     with np.errstate(divide="ignore"):
         colour = np.log2(z) if ratio else z
     limit = float(max(1, np.ceil(np.abs(colour[np.isfinite(colour)]).max(initial=0)))) if ratio else 1.0
     ticks = style.ratio_ticks(-limit, limit) if ratio else ([-1, -0.5, 0, 0.5, 1], ["−1", "−0.5", "0", "0.5", "1"])
     said = [[style.number(value) for value in row] for row in z]
-    return go.Heatmap(
+    return heatmap(
         x=names, y=names, z=[[None if not np.isfinite(v) else float(v) for v in row] for row in colour], zmin=-limit,
         zmax=limit, zmid=0, xgap=1, ygap=1, colorscale=style.diverging(layout.get("template")), meta="diverging",
         name=style.text(label), visible=visible, customdata=said,

@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.plots import style
+from tl_asymmetry.plots.drawing import Drawing, Trace, scatter
 from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, menu, note
 
 HOVER = (
@@ -63,7 +64,7 @@ def effective_rank_figure(
         for matrix in wanted
         if any(((t["matrix"] == matrix) & (t["side"] == which)).any() for t in rows.values())
     ]
-    figure = go.Figure()
+    figure = Drawing()
     owners = []
     colours = list(style.SERIES) if len(named) <= len(style.SERIES) else style.sequential(len(named))
     for view in views:
@@ -101,7 +102,7 @@ def effective_rank_figure(
     return finish(figure, words, plot_height=340, **layout)
 
 
-def _line(block: pd.DataFrame, name: str, colour: str, dash: str, visible: bool) -> go.Scatter:
+def _line(block: pd.DataFrame, name: str, colour: str, dash: str, visible: bool) -> Trace:
     block = block[~block["shared"] | (block["head"].fillna(0) == 0)]  # heads that share a side have one value
     groups = block.groupby("layer")
     dimension = groups["dimension"].first().astype(float)
@@ -126,7 +127,7 @@ def _line(block: pd.DataFrame, name: str, colour: str, dash: str, visible: bool)
         [style.text(name), style.number(m), style.number(d), style.number(lo), style.number(hi), text, str(n)]
         for m, d, lo, hi, text, n in zip(median, dimension, low, high, interval, tokens, strict=True)
     ]
-    return go.Scatter(
+    return scatter(
         x=[int(layer) for layer in median.index], y=(median / dimension).tolist(), mode="lines+markers",
         name=style.text(name), visible=visible, line={"color": colour, "dash": dash, "width": 2},
         marker={"size": 8, "color": colour}, customdata=hover, hovertemplate=HOVER, **bars,

@@ -21,11 +21,12 @@ from tl_asymmetry.arguments import checked
 from tl_asymmetry.names import ROUNDING_DOMINATED, ROUNDING_FLAGGED
 from tl_asymmetry.plots import maps, style
 from tl_asymmetry.plots import rows as pick
+from tl_asymmetry.plots.drawing import Drawing, Trace, heatmap, merged, scatter
 from tl_asymmetry.plots.held import ISOTROPIC, Held, held_against
 from tl_asymmetry.plots.hover import head_cells, head_fields, head_template, row_names
 from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, menu, note, rank_slider
 
-MOST_MARKS = 1_000_000
+_ONLY_INSIDE = {"marker": {"maxdisplayed": 1_000_000}}
 """A limit no figure reaches: with one set, plotly draws only the marks inside the window."""
 
 
@@ -85,7 +86,7 @@ def head_maps_figure(
     columns = max(len(b.heads) for b in blocks)
     at_first = pairs.index((first, first_space))
 
-    figure = go.Figure()
+    figure = Drawing()
     # One colour limit for each value and rank.
     looks = {
         key: [maps.look(np.concatenate([b.grids[key][r].ravel() for b in blocks])[None], v) for r in range(len(ranks))]
@@ -101,20 +102,18 @@ def head_maps_figure(
                 cells = [maps.look(g, v, look["zmax"]) for g, look in zip(block.grids[key], looks[key], strict=True)]
                 sheet = {name: _sheet([cell[name] for cell in cells], None) for name in ("z", "text") if cells[0][name]}
                 figure.add_trace(
-                    maps.heatmap(
+                    maps.cells(
                         v, key, {**looks[key][start], **sheet}, layout.get("template"),
                         **block.axes(columns, len(ranks)), showscale=bar, visible=key == value,
                     )
                 )  # fmt: skip
                 bar = False
             owners.append((key,))
-    coloured = [i for i, trace in enumerate(figure.data) if trace.type == "heatmap"]
+    coloured = [i for i, trace in enumerate(figure.data) if trace["type"] == "heatmap"]
     size = float(np.clip(180 / max(len(layers), columns), 5, 11))
     for name, relation, _, of in kinds:
-        figure.add_trace(
-            maps.dots(*_places(blocks, columns, name), relation, 0.75 * size, name)
-            .update(visible=value in of, marker={"maxdisplayed": MOST_MARKS})
-        )  # fmt: skip
+        dots = maps.dots(*_places(blocks, columns, name), relation, 0.75 * size, name)
+        figure.add_trace(merged(dots, {"visible": value in of, **_ONLY_INSIDE}))
         owners.append(of)
 
     for block in blocks:
@@ -126,7 +125,7 @@ def head_maps_figure(
         maps.marks(*_places(blocks, columns, "rounded", 0.28), "diamond", 0.9 * size,
                    f"rounding share ≥ {ROUNDING_FLAGGED}", light=True),
     ):  # fmt: skip
-        figure.add_trace(mark.update(marker={"maxdisplayed": MOST_MARKS}))
+        figure.add_trace(merged(mark, _ONLY_INSIDE))
     for block in blocks:
         figure.add_trace(_hover(block, columns, len(ranks)))
 
@@ -238,33 +237,38 @@ def _block(
     rows, _ = pick.select(table, matrix, space)
     heads = pick.heads_of(rows)
     shared, group = pick.kv_group(table, matrix, kv)
-    by_rank = [rows[rows["rank"] == k] for k in ranks]
-    rounding = [pick.grid(r, r["rounding_share"], layers, heads) for r in by_rank]
+    cells, shape = pick.places(rows, layers, heads, ranks), (len(ranks), len(layers), len(heads))
+
+    def laid_out(numbers: pd.Series) -> list[np.ndarray]:
+        return list(pick.laid_out(cells, numbers.loc[rows.index], shape))
+
+    rounding = laid_out(rows["rounding_share"])
     name, against = style.text(matrix), style.text(space)
     experts = pick.has_experts(rows)
     what = maps.unit_word(shared, experts) if heads != [None] else "no heads, one value a layer"
     told = [held for held in helds if held.of(rows).there or held.key == ISOTROPIC]
+    fields = pd.Series(head_fields(rows, row_names(rows, shared, group), space, d, told), rows.index)
     return _Block(
         label=f"{name} in {against}",
         axis=f"{what} · {name} against {against}",
         top=number * (len(layers) + 1),
         heads=heads,
         hovertemplate=head_template(matrix, told, verdict="verdict" in table.columns, experts=experts),
-        grids={key: [v.grid(r, layers, heads) for r in by_rank] for key, v in values.items()},
+        grids={key: laid_out(v.numbers) for key, v in values.items()},
         masks={
             "dominated": [g >= ROUNDING_DOMINATED for g in rounding],
             "rounded": [(g >= ROUNDING_FLAGGED) & (g < ROUNDING_DOMINATED) for g in rounding],
             **{
-                dot: [pick.grid(r, held.relation.loc[r.index], layers, heads) == relation for r in by_rank]
-                for dot, relation, held, _ in kinds
+                dot: [grid == relation for grid in laid_out(held.relation)] for dot, relation, held, _ in kinds
             },
         },
         hovers=[
             head_cells(
-                r, head_fields(r, row_names(r, shared, group), space, d, told), layers, heads,
+                r, fields.loc[r.index], layers, heads,
                 kv=shared, group=group, expert=experts, why=partial(pick.absence, rows, table),
             )
-            for r in by_rank
+            for k in ranks
+            for r in [rows.loc[rows["rank"] == k, ["layer", "head"]]]
         ],
     )  # fmt: skip
 
@@ -289,27 +293,27 @@ def _sheet(parts: Sequence[Sequence[Sequence[Any]]], empty: Any) -> list[list[An
     ]  # fmt: skip
 
 
-def _absent(block: _Block, why: str, columns: int, ranks: int, *, visible: bool) -> go.Scatter:
+def _absent(block: _Block, why: str, columns: int, ranks: int, *, visible: bool) -> Trace:
     """Words in the middle of an empty map."""
     middle = [r * (columns + 1) + (columns - 1) / 2 for r in range(ranks)]
-    return go.Scatter(
+    return scatter(
         x=middle, y=[block.top + (block.layers - 1) / 2] * ranks, text=[why] * ranks, mode="text", hoverinfo="skip",
         showlegend=False, visible=visible, cliponaxis=True, name="absent",
     )  # fmt: skip
 
 
-def _grey(block: _Block, columns: int, ranks: int) -> go.Heatmap:
+def _grey(block: _Block, columns: int, ranks: int) -> Trace:
     cells = [np.where(mask, 1.0, np.nan) for mask in block.masks["dominated"]]
-    return go.Heatmap(
+    return heatmap(
         **block.axes(columns, ranks), xgap=1, ygap=1, z=_sheet([maps.lists(c) for c in cells], None), zmin=0, zmax=1,
         showscale=False, opacity=0.85, colorscale=[(0, "#8d949c"), (1, "#8d949c")], hoverinfo="skip", name="greyed",
     )  # fmt: skip
 
 
-def _hover(block: _Block, columns: int, ranks: int) -> go.Heatmap:
+def _hover(block: _Block, columns: int, ranks: int) -> Trace:
     """A transparent map that carries the words of every cell, stored once and not once for each value."""
     axes = block.axes(columns, ranks)
-    return go.Heatmap(
+    return heatmap(
         **axes, xgap=1, ygap=1, z=[[0] * (len(axes["x"]) - 1) for _ in axes["y"]], showscale=False, name="hover",
         colorscale=[(0, "rgba(0,0,0,0)"), (1, "rgba(0,0,0,0)")], customdata=_sheet(block.hovers, []),
         hovertemplate=block.hovertemplate,

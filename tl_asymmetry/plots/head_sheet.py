@@ -9,11 +9,11 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.plots import maps, style
 from tl_asymmetry.plots import rows as pick
+from tl_asymmetry.plots.drawing import Drawing, Trace, heatmap, scatter
 from tl_asymmetry.plots.held import held_against
 from tl_asymmetry.plots.hover import row_names
 from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading
@@ -73,7 +73,7 @@ def head_sheet_figure(
         )
     layers, across = pick.layers_of(table), min(across, len(chosen))
     down = math.ceil(len(chosen) / across)
-    figure = make_subplots(
+    figure = Drawing(
         rows=down, cols=across, shared_yaxes=True, horizontal_spacing=0.03,
         vertical_spacing=_BETWEEN_PX / (down * maps.map_height(layers) + (down - 1) * _BETWEEN_PX) if down > 1 else 0,
         subplot_titles=[f"{style.text(m)} · {style.text(space)}" for m, space in chosen],
@@ -89,14 +89,15 @@ def head_sheet_figure(
         cells = {**scale, **{k: v for k, v in maps.look(numbers, shown, scale["zmax"]).items() if k in ("z", "text")}}
         x = list(range(len(heads)))
         bar = first and shown.kind != "verdict"  # verdicts are words, which have room under the maps
-        coloured = maps.heatmap(shown, key, cells, layout.get("template"), x=x, y=layers, showscale=bar)
+        coloured = maps.cells(shown, key, cells, layout.get("template"), x=x, y=layers, showscale=bar)
         figure.add_trace(coloured, **place)
         marks = maps.rounding_marks(pick.grid(rows, rows["rounding_share"], layers, heads), layers, size)
         for name, relation, held, _ in kinds:
             mask = pick.grid(rows, held.relation.loc[rows.index], layers, heads) == relation
             marks.append(maps.dots(*maps.where(mask, layers), relation, size, name))
         for mark in marks:
-            figure.add_trace(mark.update(legendgroup=mark.name, showlegend=first and mark.type == "scatter"), **place)
+            shown_once = {"legendgroup": mark["name"], "showlegend": first and mark["type"] == "scatter"}
+            figure.add_trace(mark | shown_once, **place)
         every, _ = pick.select(table, matrix, space)
         why = partial(pick.absence, every, table)
         figure.add_trace(_hover(rows, shown, row_names(rows, shared, group), layers, heads, why), **place)
@@ -116,9 +117,10 @@ def head_sheet_figure(
     for verdict, (sign, color) in there:
         sample = {"symbol": "square", "size": 12, "color": color, "line": {"width": 1, "color": style.GUIDE}}
         figure.add_trace(
-            go.Scatter(x=[None], y=[None], mode="markers", marker=sample, name=f"{sign} {verdict}"), row=1, col=1
+            scatter(x=[None], y=[None], mode="markers", marker=sample, name=f"{sign} {verdict}"), row=1, col=1
         )
-    figure.update_annotations(font={"size": 12})
+    for title in figure.layout["annotations"]:
+        title["font"] = {"size": 12}
     words = heading(
         style.text(f"{shown.label[:1].upper()}{shown.label[1:]} of all matrices at rank {ranks[at]}"),
         style.text(f"Layers down, heads{' and experts' if pick.has_experts(table) else ''} across. {shown.meaning}"),
@@ -141,7 +143,7 @@ def _hover(
     layers: Sequence[int],
     heads: Sequence[int | None],
     why: Callable[[int, int | None], str],
-) -> go.Heatmap:
+) -> Trace:
     """A transparent map that carries each cell's name and number, or why it has none."""
     there = set(zip(rows["layer"].astype(int), rows["head"].fillna(-1).astype(int), strict=True))
     words = [
@@ -158,7 +160,7 @@ def _hover(
     numbers = value.numbers.loc[rows.index]
     for name, layer, head, number in zip(names, rows["layer"], rows["head"], numbers, strict=True):
         words[layers.index(layer)][heads.index(None if pd.isna(head) else int(head))] = f"{name}: {said(number)}"
-    return go.Heatmap(
+    return heatmap(
         x=list(range(len(heads))), y=layers, z=[[0] * len(heads) for _ in layers], showscale=False, name="hover",
         colorscale=[(0, "rgba(0,0,0,0)"), (1, "rgba(0,0,0,0)")], customdata=words,
         hovertemplate="%{customdata}<extra></extra>",

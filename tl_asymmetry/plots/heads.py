@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.plots import maps, style
 from tl_asymmetry.plots import rows as pick
+from tl_asymmetry.plots.drawing import Drawing, heatmap
 from tl_asymmetry.plots.held import ISOTROPIC, held_against
 from tl_asymmetry.plots.hover import head_cells, head_fields, head_template, row_names
 from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, menu, note, rank_slider
@@ -78,10 +79,10 @@ def heads_figure(
 
     x = list(range(len(heads)))
     size = maps.mark_size(layers, heads)
-    figure = go.Figure()
+    figure = Drawing()
     owners: list[tuple[str, ...] | None] = []  # the values each trace belongs to; None: all
     for key in shown:
-        cells = maps.heatmap(
+        cells = maps.cells(
             values[key], key, looks[key][start], layout.get("template"), x=x, y=layers, visible=key == first
         )
         figure.add_trace(cells)
@@ -95,7 +96,7 @@ def heads_figure(
         for _, relation, held, _ in kinds
     ]
     for (name, relation, _, of), at in zip(kinds, dots, strict=True):
-        figure.add_trace(maps.dots(*at[start], relation, 0.75 * size, name).update(visible=first in of))
+        figure.add_trace(maps.dots(*at[start], relation, 0.75 * size, name) | {"visible": first in of})
         owners.append(of)
     told = [held for held in helds if held.of(chosen).there or held.key == ISOTROPIC]
     hovers = [
@@ -108,7 +109,7 @@ def heads_figure(
     # One transparent map on top carries every hover, so that the texts are stored once and not once per value.
     blank = [[0] * len(heads) for _ in layers]
     figure.add_trace(
-        go.Heatmap(
+        heatmap(
             x=x, y=layers, z=blank, showscale=False, name="hover",
             colorscale=[(0, "rgba(0,0,0,0)"), (1, "rgba(0,0,0,0)")], customdata=hovers[start],
             hovertemplate=head_template(matrix, told, verdict="verdict" in table.columns, experts=experts),

@@ -60,7 +60,7 @@ class Held:
     @property
     def there(self) -> bool:
         """Whether it applies to any of the rows."""
-        return bool(self.numbers[["expected", "excess", "low"]].notna().any(axis=None))
+        return not np.isnan(self.numbers[["expected", "excess", "low"]].to_numpy()).all()
 
 
 def held_against(table: pd.DataFrame, nulls: pd.DataFrame | None) -> list[Held]:
@@ -80,13 +80,18 @@ def held_against(table: pd.DataFrame, nulls: pd.DataFrame | None) -> list[Held]:
         ]
     else:
         pick.require(nulls, OF_NULLS, "results.nulls.described(PairAnalysis.nulls)")
-        nulls = nulls.reset_index(drop=True)
-        at, of = _places(table), _places(nulls)
+        at, of = _places(table, nulls)
+        values = nulls[list(NUMBERS)].to_numpy(float, na_value=np.nan)
+        keys, names = pd.factorize(nulls["null"])
         found = []
-        for key, rows in nulls.groupby("null", sort=False):
-            label, over, meaning, applies = (str(rows[w].iloc[0]) for w in ("label", "over", "meaning", "applies"))
-            numbers = rows[list(NUMBERS)].set_axis(of[rows.index]).reindex(at).set_axis(table.index)
-            found.append((str(key), label, over, meaning, applies, numbers.astype(float)))
+        for n, key in enumerate(names):
+            own = np.flatnonzero(keys == n)
+            label, over, meaning, applies = (
+                str(nulls[w].iloc[own[0]]) for w in ("label", "over", "meaning", "applies")
+            )
+            where = pd.Index(of[own]).get_indexer(at)  # -1 where this null has no such row
+            numbers = np.where(where[:, None] < 0, np.nan, values[own[where]])
+            found.append((str(key), label, over, meaning, applies, pd.DataFrame(numbers, table.index, list(NUMBERS))))
     return [
         Held(key, label, over, meaning, applies, numbers, _relation(table, key, numbers))
         for key, label, over, meaning, applies, numbers in found
@@ -117,9 +122,11 @@ def _from_columns(table: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:
     return pd.DataFrame({name: of(name) for name in NUMBERS}, index=table.index)
 
 
-def _places(rows: pd.DataFrame) -> pd.MultiIndex:
-    """Layer, head or expert (−1 without either), matrix, subspace and rank of each row."""
-    heads = pick.units(rows).fillna(-1)
-    return pd.MultiIndex.from_arrays(
-        [rows["layer"].astype(int), heads.astype(int), rows["matrix"], rows["subspace"], rows["rank"].astype(int)]
-    )
+def _places(*tables: pd.DataFrame) -> list[np.ndarray]:
+    """Layer, head or expert (if any), matrix, subspace and rank of each row as one number, the same in all tables."""
+    both = pd.concat([table[list(pick.KEYS)].assign(head=pick.units(table)) for table in tables])
+    places = np.zeros(len(both), dtype=np.int64)
+    for name in pick.KEYS:
+        codes, distinct = pd.factorize(both[name], use_na_sentinel=False)
+        places = places * len(distinct) + codes
+    return np.split(places, np.cumsum([len(table) for table in tables])[:-1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -141,11 +141,12 @@ def routed_words(rows: pd.DataFrame) -> list[str]:
 
 
 def head_cells(
-    rows: pd.DataFrame, fields: Sequence[Sequence[str]], layers: Sequence[int], heads: Sequence[int | None],
+    rows: pd.DataFrame, fields: Iterable[Sequence[str]], layers: Sequence[int], heads: Sequence[int | None],
     *, kv: bool, group: int | None, expert: bool = False, why: Callable[[int, int | None], str] | None = None,
 ) -> list[list[list[str]]]:  # fmt: skip
     """Fields of rows laid out as [layer][head]; a cell without a row has a name only, and why it is empty."""
-    width = len(fields[0]) if len(fields) else FIELDS
+    fields = list(fields)
+    width = len(fields[0]) if fields else FIELDS
     there = set(zip(rows["layer"].astype(int), rows["head"].fillna(-1).astype(int), strict=True))
 
     def empty(layer: int, head: int | None) -> list[str]:

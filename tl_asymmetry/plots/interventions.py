@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
+from tl_asymmetry.plots.drawing import Drawing, heatmap, scatter
 from tl_asymmetry.plots.hover import head_name
 from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, menu, note
 
@@ -71,7 +72,7 @@ def controls_figure(
     rows = chosen.rows[chosen.rows["dose"] == 1]
     sites = rows[["layer", "head"]].drop_duplicates().sort_values(["layer", "head"])
     place = {(int(s["layer"]), _head(s["head"])): i for i, s in enumerate(sites.to_dict("records"))}
-    figure = go.Figure()
+    figure = Drawing()
     kinds = [kind for kind in dict.fromkeys(rows["control"]) if kind != "target"]
     for i, kind in enumerate(kinds):
         of = rows[rows["control"] == kind]
@@ -81,7 +82,7 @@ def controls_figure(
             for r in of.to_dict("records")
         ]
         figure.add_trace(
-            go.Scatter(
+            scatter(
                 x=x, y=of[outcome], mode="markers", name=style.text(kind),
                 marker={
                     "size": 5, "opacity": 0.75, "color": CONTROL_COLOURS.get(kind, style.GUIDE),
@@ -98,7 +99,7 @@ def controls_figure(
         )  # fmt: skip
     targets = rows[rows["control"] == "target"]
     figure.add_trace(
-        go.Scatter(
+        scatter(
             x=[place[int(r["layer"]), _head(r["head"])] for r in targets.to_dict("records")], y=targets[outcome],
             mode="markers", name=f"{style.text(chosen.direction)} direction",
             marker={"size": 12, "symbol": "star", "color": TARGET_COLOUR, "line": {"color": style.GUIDE, "width": 0.8}},
@@ -165,30 +166,32 @@ def effects_figure(
     words = [[_effect_words(at.get((layer, head)), outcome) for head in heads] for layer in layers]
     largest = np.nanmax(np.abs(values)) if np.isfinite(values).any() else 1.0
     signed = bool((values < 0).any())
-    figure = go.Figure(
-        go.Heatmap(
-            z=values, x=list(range(len(heads))), y=list(range(len(layers))), customdata=words, xgap=1, ygap=1,
-            colorscale=style.diverging(layout.get("template")), zmid=0, zmin=-largest, zmax=largest,
-            hovertemplate="%{customdata}<extra></extra>",
-            colorbar={"title": {"text": outcome, "side": "top", "font": {"size": 11}}, "thickness": 12,
-                      "outlinewidth": 0, "exponentformat": "power"},
-        )
+    cells = heatmap(
+        z=values, x=list(range(len(heads))), y=list(range(len(layers))), customdata=words, xgap=1, ygap=1,
+        colorscale=style.diverging(layout.get("template")), zmid=0, zmin=-largest, zmax=largest,
+        hovertemplate="%{customdata}<extra></extra>",
+        colorbar={"title": {"text": outcome, "side": "top", "font": {"size": 11}}, "thickness": 12,
+                  "outlinewidth": 0, "exponentformat": "power"},
     )  # fmt: skip
+    figure = Drawing([cells])
     above = [
         (j, i) for i, layer in enumerate(layers) for j, head in enumerate(heads)
         if (layer, head) in at and at[layer, head]["percentile"] == 100
     ]  # fmt: skip
     page = "dark" if style.is_dark(layout.get("template")) else "light"
     figure.add_trace(
-        go.Scatter(
+        scatter(
             x=[x for x, _ in above], y=[y for _, y in above], mode="markers", hoverinfo="skip",
             name=f"above all {style.text(control)} controls",
             marker={"size": 7, "symbol": "circle", "color": style.INK[page],
                     "line": {"color": style.PAPER[page], "width": 1}},
         )
     )  # fmt: skip
-    head_ticks = {"tickvals": list(range(len(heads))), "ticktext": ["" if h is None else str(h) for h in heads]}
-    layer_ticks = {"tickvals": list(range(len(layers))), "ticktext": [str(layer) for layer in layers]}
+    head_ticks: dict[str, Any] = {
+        "tickvals": list(range(len(heads))),
+        "ticktext": ["" if h is None else str(h) for h in heads],
+    }
+    layer_ticks: dict[str, Any] = {"tickvals": list(range(len(layers))), "ticktext": [str(layer) for layer in layers]}
     figure.update_xaxes(title="head", range=[-0.5, len(heads) - 0.5], tickmode="array", showgrid=False, **head_ticks)
     figure.update_yaxes(title="layer", range=[len(layers) - 0.5, -0.5], tickmode="array", showgrid=False, **layer_ticks)
     if not np.isfinite(values).any():
@@ -227,7 +230,7 @@ def doses_figure(
     outcome = style.one_of("outcome", outcome, [name for name in NAMES if name in edits.columns], "outcome")
     if edits.empty:
         raise ValueError("expected rows of at least one cell, got none; pass RankOneStudy.edits")
-    figure = go.Figure()
+    figure = Drawing()
     cells = list(edits.groupby(list(CELL), sort=False, dropna=False))
     doses = sorted(edits["dose"].unique())
     span = (doses[-1] - doses[0]) or 1.0
@@ -238,7 +241,7 @@ def doses_figure(
         colour = style.SERIES[i % len(style.SERIES)]
         group = f"cell{i}"
         figure.add_trace(
-            go.Scatter(
+            scatter(
                 x=line["dose"], y=line[outcome], mode="lines+markers", name=name, legendgroup=group,
                 line={"color": colour, "width": 2},
                 marker={"symbol": style.SYMBOLS[i % len(style.SYMBOLS)], "size": 8, "color": colour},
@@ -250,7 +253,7 @@ def doses_figure(
         if len(controls):
             low, middle, high = np.quantile(controls, [0, 0.5, 1])
             figure.add_trace(
-                go.Scatter(
+                scatter(
                     x=[1 + 0.012 * span * (i + 1)], y=[middle], mode="markers", legendgroup=group, showlegend=False,
                     marker={"symbol": "line-ew-open", "size": 7, "color": colour, "line": {"width": 2}},
                     error_y={"type": "data", "symmetric": False, "array": [high - middle],

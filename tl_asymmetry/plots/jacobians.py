@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.plots import style
+from tl_asymmetry.plots.drawing import Drawing, heatmap, scatter
 from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, rank_slider
 
 MOST_RANKS = 96
@@ -53,13 +54,13 @@ def singular_values_figure(
         )
     floor = np.nanmax(σ) * 1e-12
     cut = int((σ <= floor).sum())
-    figure = go.Figure()
+    figure = Drawing()
     colours = style.sequential(len(layers))
     index = np.arange(1, σ.shape[1] + 1)
     for colour, layer, row in zip(colours, layers, σ, strict=True):
         shown = np.where(row > floor, row, np.nan)
         figure.add_trace(
-            go.Scatter(
+            scatter(
                 x=index, y=shown, mode="lines", name=f"layer {layer}", line={"color": colour, "width": 1.8},
                 customdata=[[style.number(v, 4)] for v in row],
                 hovertemplate=f"<b>layer {layer}</b>, index %{{x}}<br>singular value %{{customdata[0]}}<extra></extra>",
@@ -113,19 +114,18 @@ def gain_figure(
     hover = [[[layer, k, style.number(v, 4)] for k, v in zip(ranks, row, strict=True)]
              for layer, row in zip(layers, grid, strict=True)]  # fmt: skip
     of = "the first %{customdata[1]} directions" if value == "gain" else "direction %{customdata[1]}"
-    figure = go.Figure(
-        go.Heatmap(
-            x=[str(k) for k in ranks], y=layers, z=np.clip(logs, -limit, limit), zmin=-limit, zmax=limit, zmid=0,
-            colorscale=style.diverging(layout.get("template")), xgap=1 if len(ranks) < 48 else 0, ygap=1,
-            customdata=hover,
-            hovertemplate=f"<b>layer %{{customdata[0]}}</b>, {of}<br>gain %{{customdata[2]}}<extra></extra>",
-            colorbar={
-                "thickness": 12, "len": 1, "outlinewidth": 0, "x": 1.01, "xpad": 4,
-                "title": {"text": "gain", "side": "top", "font": {"size": 11}},
-                "tickmode": "array", "tickvals": exponents, "ticktext": labels,
-            },
-        )
+    cells = heatmap(
+        x=[str(k) for k in ranks], y=layers, z=np.clip(logs, -limit, limit), zmin=-limit, zmax=limit, zmid=0,
+        colorscale=style.diverging(layout.get("template")), xgap=1 if len(ranks) < 48 else 0, ygap=1,
+        customdata=hover,
+        hovertemplate=f"<b>layer %{{customdata[0]}}</b>, {of}<br>gain %{{customdata[2]}}<extra></extra>",
+        colorbar={
+            "thickness": 12, "len": 1, "outlinewidth": 0, "x": 1.01, "xpad": 4,
+            "title": {"text": "gain", "side": "top", "font": {"size": 11}},
+            "tickmode": "array", "tickvals": exponents, "ticktext": labels,
+        },
     )  # fmt: skip
+    figure = Drawing([cells])
     distinct = list(dict.fromkeys(style.text(name) for name in table["name"] if name))
     names = " … ".join([distinct[0], distinct[-1]] if len(distinct) > 1 else distinct)
     figure.update_xaxes(title="rank k" if value == "gain" else "direction", type="category", nticks=16)
@@ -182,22 +182,21 @@ def overlap_figure(
         )  # fmt: skip
     start = ranks.index(first)
     page = "dark" if style.is_dark(layout.get("template")) else "light"
-    figure = go.Figure(
-        go.Heatmap(
-            x=labels, y=labels, z=grids[start], zmin=0, zmax=1, customdata=hovers[start],
-            colorscale=[(0, style.PAPER[page]), (1, style.SERIES[0])],
-            xgap=1, ygap=1, text=_texts(hovers[start]), textfont={"size": 11},
-            texttemplate="%{text}" if len(names) <= _MOST_WRITTEN else None,
-            hovertemplate=(
-                "<b>%{customdata[0]}</b> and <b>%{customdata[1]}</b>, rank %{customdata[4]}"
-                "<br>overlap %{customdata[2]} (chance %{customdata[3]})<extra></extra>"
-            ),
-            colorbar={
-                "thickness": 12, "len": 1, "outlinewidth": 0, "x": 1.01, "xpad": 4,
-                "title": {"text": "overlap", "side": "top", "font": {"size": 11}},
-            },
-        )
+    cells = heatmap(
+        x=labels, y=labels, z=grids[start], zmin=0, zmax=1, customdata=hovers[start],
+        colorscale=[(0, style.PAPER[page]), (1, style.SERIES[0])],
+        xgap=1, ygap=1, text=_texts(hovers[start]), textfont={"size": 11},
+        texttemplate="%{text}" if len(names) <= _MOST_WRITTEN else None,
+        hovertemplate=(
+            "<b>%{customdata[0]}</b> and <b>%{customdata[1]}</b>, rank %{customdata[4]}"
+            "<br>overlap %{customdata[2]} (chance %{customdata[3]})<extra></extra>"
+        ),
+        colorbar={
+            "thickness": 12, "len": 1, "outlinewidth": 0, "x": 1.01, "xpad": 4,
+            "title": {"text": "overlap", "side": "top", "font": {"size": 11}},
+        },
     )  # fmt: skip
+    figure = Drawing([cells])
     if len(ranks) > 1:
         steps = [
             [{"z": [grid], "customdata": [hover], "text": [_texts(hover)]}, [0]]

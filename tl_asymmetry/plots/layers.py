@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.names import FOUND, SIGNIFICANT, MatrixKind, kind_of
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
+from tl_asymmetry.plots.drawing import Drawing, scatter
 from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, note, rank_slider
 
 HOVER = (
@@ -65,7 +65,7 @@ def layers_figure(
     )  # fmt: skip
     kinds = {m: kind_of(m, rows["pathway"].iloc[0]) for m, (rows, _) in picked.items()}
     sides = [s for s in ("read", "write") if any(kind.side == s for kind in kinds.values())]
-    figure = make_subplots(rows=len(sides), cols=1, shared_xaxes=True, vertical_spacing=0.09)
+    figure = Drawing(rows=len(sides), cols=1, shared_xaxes=True, vertical_spacing=0.09)
 
     drawn: list[tuple[str, str]] = []  # (matrix, part) of each trace
     frames = {
@@ -77,7 +77,7 @@ def layers_figure(
         shown = frames[matrix][start]
         if len(shown["high"]) and kinds[matrix].heads:
             figure.add_trace(
-                go.Scatter(
+                scatter(
                     x=shown["band_x"], y=shown["band_y"], fill="toself", mode="none", opacity=0.18,
                     fillcolor=look["color"], hoverinfo="skip", showlegend=False, legendgroup=matrix,
                     name=f"{matrix} middle half",
@@ -86,7 +86,7 @@ def layers_figure(
             )  # fmt: skip
             drawn.append((matrix, "band"))
         figure.add_trace(
-            go.Scatter(
+            scatter(
                 x=shown["x"], y=shown["reference"], mode="lines",
                 line={"color": look["color"], "dash": "dot", "width": 1.5},
                 hoverinfo="skip", showlegend=False, legendgroup=matrix, name=f"{matrix} matched reference",
@@ -95,7 +95,7 @@ def layers_figure(
         )  # fmt: skip
         drawn.append((matrix, "reference"))
         figure.add_trace(
-            go.Scatter(
+            scatter(
                 x=shown["x"], y=shown["y"], mode="lines+markers", name=f"{style.text(matrix)} · {style.text(space)}",
                 line={"color": look["color"], "dash": look["dash"], "width": 2},
                 marker={"symbol": look["symbol"], "size": 8, "color": look["color"]},

@@ -16,6 +16,7 @@ from typing_extensions import Unpack  # noqa: F401 - every figure's signature ta
 
 from tl_asymmetry.arguments import shown
 from tl_asymmetry.plots import style
+from tl_asymmetry.plots.drawing import Drawing
 
 LINE_PX = 17
 MENU_PX = 42
@@ -69,7 +70,7 @@ def _wrapped(words: str, columns: float) -> list[str]:
 
 
 def finish(
-    figure: go.Figure,
+    drawing: Drawing,
     words: str,
     *,
     plot_height: int,
@@ -89,7 +90,7 @@ def finish(
     title is, so that a wide page can set the title on fewer.
 
     Args:
-        figure: traces, axes, menus and sliders set.
+        drawing: traces, axes, menus and sliders set.
         words: the title, from `heading`, where `title` has its place.
         plot_height: pixels of the plot itself when `height` is None.
         legend: whether the figure has one, under the plot.
@@ -109,13 +110,16 @@ def finish(
             raise ValueError(f"expected {side} from {_SMALLEST} to {_LARGEST} pixels, got {pixels}; pass {side}=None")
     own = template is None or (isinstance(template, str) and template in style.PAPER)
     name: Any = template or "light"
-    menu = MENU_PX * len(figure.layout.updatemenus)
-    slider = SLIDER_PX if figure.layout.sliders else 0
+    menus, sliders = (drawing.layout.get(kind, []) for kind in ("updatemenus", "sliders"))
+    menu = MENU_PX * len(menus)
+    slider = SLIDER_PX if sliders else 0
     top = 16 + LINE_PX * (words.count("<br>") + 1) + 10 + menu
     bottom = 50 + (legend_px if legend else 0) + slider
     total = height if height is not None else top + plot_height + bottom
     plot = max(80, total - top - bottom)
-    figure.update_layout(
+    below = 50 + (legend_px if legend else 0)
+    under_title = {"x": 0, "xanchor": "left", "yanchor": "bottom", "pad": {"t": 0, "b": 0}}
+    drawing.update_layout(
         template=style.template(name) if own else template,
         title={
             "text": words, "x": 0, "xref": "container", "xanchor": "left",
@@ -131,21 +135,13 @@ def finish(
         meta={
             "tl_asymmetry": {"template": name if own else None, "menu": menu, "slider": slider, "line": LINE_PX}
         },
+        updatemenus=[
+            {**one, **under_title, "y": 1 + (8 + MENU_PX * above) / plot}
+            for above, one in zip(reversed(range(len(menus))), menus, strict=True)
+        ],
+        sliders=[{**one, "y": -below / plot, "yanchor": "top", "pad": {"t": 4, "b": 4}} for one in sliders],
     )  # fmt: skip
-    if menu:
-        figure.update_layout(
-            updatemenus=[
-                {
-                    "x": 0, "xanchor": "left", "y": 1 + (8 + MENU_PX * above) / plot, "yanchor": "bottom",
-                    "pad": {"t": 0, "b": 0},
-                }
-                for above in reversed(range(len(figure.layout.updatemenus)))
-            ]
-        )  # fmt: skip
-    if slider:
-        below = -(50 + (legend_px if legend else 0)) / plot
-        figure.update_layout(sliders=[{"y": below, "yanchor": "top", "pad": {"t": 4, "b": 4}}])
-    return figure
+    return drawing.figure()
 
 
 def menu(
@@ -201,8 +197,8 @@ def rank_slider(ranks: Sequence[int], start: int, steps: Sequence[Sequence[Any]]
     return slider("rank k", options, active=start, method=method, prefix="rank k = ")
 
 
-def note(figure: go.Figure, words: str) -> None:
+def note(drawing: Drawing, words: str) -> None:
     """Say in the middle of the plot why it is empty."""
-    figure.add_annotation(
+    drawing.add_annotation(
         text="<br>".join(textwrap.wrap(words, 40)), x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False
     )

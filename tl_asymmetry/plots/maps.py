@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 
 from tl_asymmetry.names import FOUND, ROUNDING_DOMINATED, ROUNDING_FLAGGED
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
+from tl_asymmetry.plots.drawing import Drawing, Trace, heatmap, scatter
 from tl_asymmetry.plots.held import ISOTROPIC, Held, repeats
 from tl_asymmetry.plots.layout import LEGEND_PX
 
@@ -140,7 +140,7 @@ def look(numbers: np.ndarray, value: Value, limit: float | None = None) -> dict[
     }  # fmt: skip
 
 
-def heatmap(value: Value, name: str, shown: Mapping[str, Any], template: Any, **where: Any) -> go.Heatmap:
+def cells(value: Value, name: str, shown: Mapping[str, Any], template: Any, **where: Any) -> Trace:
     """The coloured cells of one value.
 
     Args:
@@ -156,7 +156,7 @@ def heatmap(value: Value, name: str, shown: Mapping[str, Any], template: Any, **
             "colorscale": [(at, c) for low, high, c in steps for at in (low, high)], "text": shown["text"],
             "texttemplate": "%{text}",
         }  # fmt: skip
-    return go.Heatmap(
+    return heatmap(
         z=shown["z"], zmin=shown["zmin"], zmax=shown["zmax"], xgap=1, ygap=1, hoverinfo="skip", name=name, **colours,
         colorbar={
             "thickness": 12, "len": 0.94, "y": 0, "yanchor": "bottom", "outlinewidth": 0, "x": 1.01, "xpad": 4,
@@ -196,7 +196,7 @@ def tested(values: Mapping[str, Value], shown: Sequence[str]) -> list[Dots]:
     return kinds
 
 
-def dots(x: list[float], y: list[float], relation: int, size: float, name: str) -> go.Scatter:
+def dots(x: list[float], y: list[float], relation: int, size: float, name: str) -> Trace:
     """Dots over cells: filled above a null, hollow below."""
     return marks(x, y, "circle", size, name, light=relation == -1)
 
@@ -212,7 +212,7 @@ def mark_size(layers: list[int], heads: list[int | None]) -> float:
     return float(np.clip(180 / max(len(layers), len(heads)), 5, 11))
 
 
-def rounding_marks(rounding: np.ndarray, layers: list[int], size: float) -> list[go.Heatmap | go.Scatter]:
+def rounding_marks(rounding: np.ndarray, layers: list[int], size: float) -> list[Trace]:
     """Grey and a cross over cells whose delta is mostly rounding, a diamond where part of it is.
 
     Args:
@@ -221,7 +221,7 @@ def rounding_marks(rounding: np.ndarray, layers: list[int], size: float) -> list
         size: of a mark, pixels.
     """
     dominated = rounding >= ROUNDING_DOMINATED
-    grey = go.Heatmap(
+    grey = heatmap(
         x=list(range(rounding.shape[1])), y=layers, z=lists(np.where(dominated, 1.0, np.nan)), zmin=0, zmax=1,
         showscale=False, opacity=0.85, colorscale=[(0, "#8d949c"), (1, "#8d949c")], xgap=1, ygap=1, hoverinfo="skip",
         name="greyed",
@@ -235,7 +235,7 @@ def rounding_marks(rounding: np.ndarray, layers: list[int], size: float) -> list
     ]
 
 
-def marks(x: list[float], y: list[float], symbol: str, size: float, name: str, *, light: bool = False) -> go.Scatter:
+def marks(x: list[float], y: list[float], symbol: str, size: float, name: str, *, light: bool = False) -> Trace:
     """Marks over cells: dark with a light rim or the reverse, which shows on every colour and on both pages."""
     dark, bright = "#14181f", "#ffffff"
     marker = {
@@ -244,7 +244,7 @@ def marks(x: list[float], y: list[float], symbol: str, size: float, name: str, *
     }  # fmt: skip
     # A trace without a point has no legend entry, so an unused mark keeps one point that is not drawn.
     at: dict[str, list[Any]] = {"x": [*x] or [None], "y": [*y] or [None]}
-    return go.Scatter(**at, mode="markers", marker=marker, name=name, hoverinfo="skip", showlegend=True, meta="mark")
+    return scatter(**at, mode="markers", marker=marker, name=name, hoverinfo="skip", showlegend=True, meta="mark")
 
 
 def map_height(layers: Sequence[int]) -> int:
@@ -268,7 +268,7 @@ def unit_word(shared: bool, experts: bool) -> str:
 
 
 def head_axes(
-    figure: Any, layers: Sequence[int], heads: Sequence[int | None], shared: bool, experts: bool = False
+    figure: Drawing, layers: Sequence[int], heads: Sequence[int | None], shared: bool, experts: bool = False
 ) -> None:
     """Axes of a layer × head map: the first layer on top, a single column for a matrix of the MLP."""
     single = list(heads) == [None]

@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
+from tl_asymmetry.plots.drawing import Drawing, scatter
 from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading
 
 _SYMBOLS = ("circle", "diamond", "square")
@@ -43,14 +44,14 @@ def power_figure(
     rows = table[table["null"] == null]
     if subspace is not None:
         style.one_of("subspace", subspace, [str(name) for name in rows["subspace"].unique()], "subspace")
-    figure = go.Figure()
+    figure = Drawing()
     for i, matrix in enumerate(rows["matrix"].unique()):
         held = pick.default_subspace(table, matrix) if subspace is None else subspace
         one = rows[(rows["matrix"] == matrix) & (rows["subspace"] == held)]
         if one.empty:
             continue
         figure.add_trace(
-            go.Scatter(
+            scatter(
                 x=one["size"], y=one["share"], mode="lines+markers", name=f"{matrix} in {held}",
                 line={"color": style.SERIES[i % len(style.SERIES)], "width": 2},
                 marker={"symbol": _SYMBOLS[i // len(style.SERIES) % len(_SYMBOLS)], "size": 7},

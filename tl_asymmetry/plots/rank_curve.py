@@ -13,6 +13,7 @@ from tl_asymmetry.arguments import checked
 from tl_asymmetry.names import FOUND, SIGNIFICANT, reads_latent
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
+from tl_asymmetry.plots.drawing import Drawing, scatter
 from tl_asymmetry.plots.held import ISOTROPIC, Held, held_against
 from tl_asymmetry.plots.hover import head_fields, head_name, head_template, row_names
 from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, note
@@ -69,7 +70,6 @@ def rank_curve_figure(
     experts = pick.has_experts(chosen)
     d = pick.d_model_of(chosen, None) if reads_latent(matrix) else pick.d_model_of(table, d_model)
     chosen = chosen[_is_of(chosen, heads)]
-    of_head = {h: chosen[_is_of(chosen, [h])] for h in heads}
     single, many = len(heads) == 1, len(heads) > MOST_NAMED
     ranks = sorted(int(k) for k in chosen["rank"].unique())
     if curves is None:
@@ -77,10 +77,8 @@ def rank_curve_figure(
     if nulls is not None:
         nulls = nulls[(nulls["matrix"] == matrix) & (nulls["subspace"] == space)]
     helds = [held for held in held_against(chosen, nulls) if held.there or held.key == ISOTROPIC]
-    fields = dict(
-        zip(chosen.index, head_fields(chosen, row_names(chosen, shared, group), space, d, helds), strict=True)
-    )
-    figure = go.Figure()
+    fields = head_fields(chosen, row_names(chosen, shared, group), space, d, helds)
+    figure = Drawing()
     seen: list[Any] = []
     for n, held in enumerate(held for held in helds if held.key != ISOTROPIC):
         level = _expected(held, chosen, curves, heads, d)
@@ -88,7 +86,7 @@ def rank_curve_figure(
             seen += level.tolist()
             name, dash = style.text(held.label), REFERENCE_DASHES[n % len(REFERENCE_DASHES)]
             figure.add_trace(
-                go.Scatter(
+                scatter(
                     x=[int(k) for k in level.index], y=level.tolist(), mode="lines", name=name,
                     line={"color": style.SERIES[1], "dash": dash, "width": 2},
                     hovertemplate=f"{name} %{{y:.3g}} at k = %{{x}}<extra></extra>",
@@ -96,7 +94,7 @@ def rank_curve_figure(
             )  # fmt: skip
     if d is not None:
         figure.add_trace(
-            go.Scatter(
+            scatter(
                 x=ranks, y=[d / k for k in ranks], mode="lines", name="most possible, d/k",
                 line={"color": style.GUIDE, "dash": "dot", "width": 1.5},
                 hovertemplate="at most %{y:.4g} at k = %{x}<extra></extra>",
@@ -104,25 +102,26 @@ def rank_curve_figure(
         )  # fmt: skip
     others = [c for i, c in enumerate(style.SERIES) if i != 1]  # that one is the reference's
     colours = {h: style.SERIES[0] if single else others[n % len(others)] for n, h in enumerate(heads)}
+    drawn = curves.sort_values("rank")
+    at, height = drawn["rank"].to_numpy(int), drawn["relative"].to_numpy(float, na_value=np.nan)
     for h in heads:
-        name, line = (
-            head_name(layer, h, kv=shared, group=group, expert=experts),
-            curves[_is_of(curves, [h])].sort_values("rank"),
-        )
-        seen += line["relative"].tolist()
+        name, own = head_name(layer, h, kv=shared, group=group, expert=experts), _is_of(drawn, [h])
+        seen += height[own].tolist()
         figure.add_trace(
-            go.Scatter(
-                x=[int(k) for k in line["rank"]], y=line["relative"].to_numpy(float, na_value=np.nan), mode="lines",
+            scatter(
+                x=at[own].tolist(), y=height[own], mode="lines",
                 name=f"{name}, every k", showlegend=False, legendgroup=name,
                 line={"color": colours[h], "width": 2 if single else 1.3},
                 hovertemplate=f"<b>{name}</b><br>relative %{{y:.3g}} at k = %{{x}}<extra></extra>",
             )
         )  # fmt: skip
-    for n, (h, rows) in enumerate(of_head.items()):
+    columns = ("rank", "relative", "ci_low", "ci_high", "isotropic_q")
+    measured = chosen[list(columns)].to_numpy(float, na_value=np.nan)
+    for n, h in enumerate(heads):
         name = head_name(layer, h, kv=shared, group=group, expert=experts)
-        significant = rows["isotropic_q"].to_numpy(float, na_value=np.nan) <= SIGNIFICANT
+        own = np.flatnonzero(_is_of(chosen, [h]))
         symbol = "circle" if single else style.SYMBOLS[n % len(style.SYMBOLS)]
-        relative, low, high = (rows[c].to_numpy(float, na_value=np.nan) for c in ("relative", "ci_low", "ci_high"))
+        at, relative, low, high, q = measured[own].T
         whiskers = None
         if single and np.isfinite(low).any():
             seen += [*low, *high]
@@ -131,22 +130,19 @@ def rank_curve_figure(
                 "color": colours[h], "thickness": 1.5, "width": 4,
             }  # fmt: skip
         figure.add_trace(
-            go.Scatter(
-                x=rows["rank"].astype(int).tolist(), y=relative, mode="markers", name=name, showlegend=not many,
+            scatter(
+                x=at.astype(int).tolist(), y=relative, mode="markers", name=name, showlegend=not many,
                 legendgroup=name, error_y=whiskers,
                 marker={
                     "size": 8 if single else 6, "color": colours[h], "line": {"color": colours[h], "width": 1.5},
-                    "symbol": [symbol if s else f"{symbol}-open" for s in significant],
+                    "symbol": [symbol if s else f"{symbol}-open" for s in q <= SIGNIFICANT],
                 },
-                customdata=[fields[row] for row in rows.index],
-                hovertemplate=head_template(matrix, helds, verdict="verdict" in rows.columns, experts=experts),
+                customdata=[fields[i] for i in own],
+                hovertemplate=head_template(matrix, helds, verdict="verdict" in chosen.columns, experts=experts),
             )
         )  # fmt: skip
 
-    guide: dict[str, Any] = {"color": style.GUIDE, "dash": "dash", "width": 1.5}
-    figure.update_layout(  # not add_hline, which takes as long as all the traces
-        shapes=[{"type": "line", "x0": 0, "x1": 1, "xref": "x domain", "y0": 1, "y1": 1, "yref": "y", "line": guide}]
-    )
+    figure.add_hline(y=1, line={"color": style.GUIDE, "dash": "dash", "width": 1.5})
     figure.update_xaxes(
         title="rank k", type="log", tickmode="array", tickvals=ranks, ticktext=[str(k) for k in ranks],
         minor={"ticks": ""},

@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
+from tl_asymmetry.plots.drawing import Drawing, scatter
 from tl_asymmetry.plots.hover import head_name
 from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, note
 
@@ -38,13 +39,13 @@ def rewind_curve_figure(
         >>> rewound.plot_curve().write_html("curve.html")  # doctest: +SKIP
     """
     pick.require(curve, ("order", "draw", "count", "share", "delta_share", "shift"), "RewindStudy.curve")
-    figure = go.Figure()
+    figure = Drawing()
     others = iter(style.SERIES)
     colours = {order: style.GUIDE if order == "random" else next(others) for order in dict.fromkeys(curve["order"])}
     for (order, draw), block in curve.groupby(["order", "draw"], sort=False):
         block = block.sort_values("count")
         figure.add_trace(
-            go.Scatter(
+            scatter(
                 x=block["share"], y=block["shift"], name=ORDERS[str(order)], legendgroup=str(order),
                 showlegend=bool(draw == 0), mode="lines" if order == "random" else "lines+markers",
                 line={"color": colours[order], "dash": DASHES[str(order)], "width": 1 if order == "random" else 2},
@@ -89,10 +90,10 @@ def rewind_heads_figure(
     """
     columns = ("layer", "head", "part", "matrices", "delta_norm", "shift", "matched_mean", "matched_percentile")
     pick.require(table, columns, "RewindStudy.table")
-    figure = go.Figure()
+    figure = Drawing()
     for i, (part, block) in enumerate(table.groupby("part", sort=False)):
         figure.add_trace(
-            go.Scatter(
+            scatter(
                 x=block["delta_norm"], y=block["shift"], mode="markers", name=style.text(part),
                 marker={
                     "size": 9, "symbol": style.SYMBOLS[i % len(style.SYMBOLS)], "color": block["layer"],
@@ -143,9 +144,9 @@ def rewind_path_figure(
     pick.require(path, ("share", "shift", "ce", "ce_straight", "barrier"), "RewindStudy.path")
     if path.empty:
         raise ValueError("expected a path, got none; pass shares= to rewind_study, and two models of one kind")
-    figure = go.Figure(
+    figure = Drawing(
         [
-            go.Scatter(
+            scatter(
                 x=path["share"], y=path["ce"], mode="lines+markers", name="cross-entropy",
                 line={"color": style.SERIES[0], "width": 2},
                 customdata=[
@@ -155,7 +156,7 @@ def rewind_path_figure(
                 hovertemplate="moved %{x:.0%}: %{customdata[0]} nats, %{customdata[1]} above the line<br>"
                 "%{customdata[2]} of the shift undone<extra></extra>",
             ),
-            go.Scatter(
+            scatter(
                 x=path["share"], y=path["ce_straight"], mode="lines", name="straight line", hoverinfo="skip",
                 line={"color": style.GUIDE, "dash": "dash", "width": 1.5},
             ),

@@ -39,7 +39,7 @@ def require(table: pd.DataFrame, columns: Sequence[str], source: str = "PairAnal
 def default_subspace(table: pd.DataFrame, matrix: str) -> str:
     """The subspace a matrix is first held against: its own input (read), the prediction subspace (write)."""
     rows = table[table["matrix"] == matrix]
-    there = [str(s) for s in dict.fromkeys(rows["subspace"])]
+    there = [str(s) for s in rows["subspace"].unique()]
     wanted = kind_of(matrix, rows["pathway"].iloc[0]).subspace
     return wanted if wanted in there else there[0]
 
@@ -50,7 +50,7 @@ def units(rows: pd.DataFrame) -> pd.Series:
     A mixture's experts stand where heads do, and beside them the one MLP of a layer without experts stands first.
     """
     heads = rows["head"].astype("Int64")
-    if "expert" not in rows:
+    if not has_experts(rows):
         return heads
     experts = rows["expert"].astype("Int64")
     mixed = rows["matrix"].isin(rows.loc[experts.notna(), "matrix"])
@@ -91,10 +91,10 @@ def select(table: pd.DataFrame, matrix: str, subspace: str | None) -> tuple[pd.D
         ValueError: for a missing column, an unknown matrix or subspace, or two rows for one layer, head and rank.
     """
     require(table, COLUMNS)
-    one_of("matrix", matrix, list(dict.fromkeys(table["matrix"])), "matrix")
+    one_of("matrix", matrix, table["matrix"].unique().tolist(), "matrix")
     chosen = default_subspace(table, matrix) if subspace is None else subspace
     of_matrix = table[table["matrix"] == matrix]
-    one_of(f"subspace of {matrix}", chosen, list(dict.fromkeys(of_matrix["subspace"])), "subspace")
+    one_of(f"subspace of {matrix}", chosen, of_matrix["subspace"].unique().tolist(), "subspace")
     rows = of_matrix[of_matrix["subspace"] == chosen]
     rows = rows.assign(head=units(rows))
     if rows.duplicated(["layer", "head", "rank"]).any():
@@ -174,13 +174,28 @@ def layers_of(rows: pd.DataFrame) -> list[int]:
 
 def grid(rows: pd.DataFrame, column: Any, layers: Sequence[int], heads: Sequence[int | None]) -> np.ndarray:
     """Numbers of rows laid out as [layer, head]; NaN where there is no row."""
+    return laid_out(places(rows, layers, heads), column, (len(layers), len(heads)))
+
+
+def places(
+    rows: pd.DataFrame, layers: Sequence[int], heads: Sequence[int | None], ranks: Sequence[int] | None = None
+) -> tuple[list[int], ...]:  # fmt: skip
+    """Where each row stands in a grid [layer, head], or [rank, layer, head]."""
     at_layer = {layer: i for i, layer in enumerate(layers)}
     at_head = {head: i for i, head in enumerate(heads)}
-    i = [at_layer[int(x)] for x in rows["layer"]]
-    j = [at_head[None if pd.isna(x) else int(x)] for x in rows["head"]]
-    laid_out = np.full((len(layers), len(heads)), np.nan)
-    laid_out[i, j] = pd.Series(column).to_numpy(float, na_value=np.nan)
-    return laid_out
+    i = [at_layer[int(x)] for x in rows["layer"].tolist()]
+    j = [at_head[None if pd.isna(x) else int(x)] for x in rows["head"].tolist()]
+    if ranks is None:
+        return i, j
+    at_rank = {rank: i for i, rank in enumerate(ranks)}
+    return [at_rank[int(k)] for k in rows["rank"].tolist()], i, j
+
+
+def laid_out(where: tuple[list[int], ...], column: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Numbers of rows at their `places`; NaN where there is no row."""
+    grid = np.full(shape, np.nan)
+    grid[where] = pd.Series(column).to_numpy(float, na_value=np.nan)
+    return grid
 
 
 def query_heads(table: pd.DataFrame) -> int | None:

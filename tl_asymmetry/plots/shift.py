@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
+from tl_asymmetry.plots.drawing import Drawing, scatter
 from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, note
 
 LINES = {"direct_explained": "direct writes of ΔW", "first_order_explained": "first order in all parameters"}
@@ -36,10 +37,10 @@ def shift_figure(
     names = [
         f"L{layer} {point.removeprefix('resid_')}" for layer, point in zip(table["layer"], table["point"], strict=True)
     ]
-    figure = go.Figure()
+    figure = Drawing()
     for i, (column, words) in enumerate(LINES.items()):
         figure.add_trace(
-            go.Scatter(
+            scatter(
                 x=names, y=table[column], mode="lines+markers", name=words,
                 line={"color": style.SERIES[i], "width": 2},
                 customdata=[[style.number(r[column]), style.number(r["relative"])] for r in table.to_dict("records")],
@@ -48,7 +49,7 @@ def shift_figure(
             )
         )  # fmt: skip
     figure.add_trace(
-        go.Scatter(
+        scatter(
             x=names, y=table["leading_cosine"], mode="markers", name="|cosine| with the leading direction written",
             marker={"color": style.SERIES[2], "symbol": "diamond", "size": 8},
             customdata=[[style.number(v), style.number(e)] for v, e in
@@ -58,7 +59,7 @@ def shift_figure(
         )
     )  # fmt: skip
     figure.add_trace(
-        go.Scatter(
+        scatter(
             x=names, y=table["leading_expected"], mode="lines", name="of a random direction", hoverinfo="skip",
             line={"color": style.GUIDE, "dash": "dash", "width": 1.5},
         )

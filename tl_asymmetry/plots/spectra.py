@@ -12,6 +12,7 @@ from tl_asymmetry.arguments import checked
 from tl_asymmetry.names import FOUND, SIGNIFICANT
 from tl_asymmetry.plots import maps, style
 from tl_asymmetry.plots import rows as pick
+from tl_asymmetry.plots.drawing import Drawing, heatmap
 from tl_asymmetry.plots.hover import head_name
 from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, menu
 
@@ -80,18 +81,18 @@ def spectra_figure(
         key: maps.Value(label, meaning, BARS.get(key, "× chance"), rows[key].astype(float))
         for key, (label, meaning) in VALUES.items()
     }
-    figure = go.Figure()
+    figure = Drawing()
     x = list(range(len(heads)))
     for key, one in shown.items():
         look = maps.look(one.grid(rows, layers, heads), one)
-        figure.add_trace(maps.heatmap(one, key, look, layout.get("template"), x=x, y=layers, visible=key == value))
+        figure.add_trace(maps.cells(one, key, look, layout.get("template"), x=x, y=layers, visible=key == value))
     size = maps.mark_size(layers, heads)
     figure.add_traces(maps.rounding_marks(pick.grid(rows, rows["rounding_share"], layers, heads), layers, size))
     above = pick.grid(rows, rows["on_principal_q"], layers, heads) <= SIGNIFICANT
     name = f"on-principal above chance ({FOUND})"
     figure.add_trace(maps.dots(*maps.where(above, layers), 1, 0.75 * size, name))
     figure.add_trace(
-        go.Heatmap(
+        heatmap(
             x=x, y=layers, z=np.zeros((len(layers), len(heads))).tolist(), showscale=False, name="hover",
             colorscale=[(0, "rgba(0,0,0,0)"), (1, "rgba(0,0,0,0)")], hovertemplate=HOVER,
             customdata=_hovers(rows, layers, heads, shared, group),

@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 
 from tl_asymmetry.arguments import checked, listed
 from tl_asymmetry.plots import style
+from tl_asymmetry.plots.drawing import Drawing, scatter
 from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, menu, note, slider
 
 MOST_POINTS = 400
@@ -61,7 +62,7 @@ def spectrum_figure(
     for k in ranks:
         if k < 1:
             raise ValueError(f"expected ranks >= 1, got {k}; pass ranks=() for no lines")
-    figure = go.Figure()
+    figure = Drawing()
     dropped, thinned = 0, False
     colours = list(style.SERIES) if len(names) <= len(style.SERIES) else style.sequential(len(names))
     absolute, shares = [], []
@@ -76,7 +77,7 @@ def spectrum_figure(
         total = values[positive].sum()
         shares.append(values[at] / total if total > 0 else values[at])
         figure.add_trace(
-            go.Scatter(
+            scatter(
                 x=at + 1, y=absolute[-1], mode="lines", name=style.text(key), visible=first is None or i == first,
                 line={
                     "color": colours[i], "width": 1.8,
@@ -94,7 +95,7 @@ def spectrum_figure(
         i = names.index(key)
         size = len(spectra[key])
         figure.add_trace(
-            go.Scatter(
+            scatter(
                 x=[1, size], y=[edges[key]] * 2, mode="lines", line={"color": colours[i], "dash": "dash", "width": 1.3},
                 name=f"{style.text(key)}: Marchenko–Pastur edge", visible=first is None or i == first,
                 showlegend=len(names) == 1, customdata=[[style.number(edges[key], 4), style.MISSING]] * 2,

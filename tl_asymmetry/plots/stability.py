@@ -12,6 +12,7 @@ from tl_asymmetry.arguments import checked
 from tl_asymmetry.names import FOUND
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
+from tl_asymmetry.plots.drawing import Drawing, scatter
 from tl_asymmetry.plots.hover import head_name
 from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, menu, note, rank_slider
 
@@ -81,11 +82,11 @@ def stability_figure(
         ]
         for pair in pairs
     }
-    figure = go.Figure()
+    figure = Drawing()
     for pair in pairs:
         shown = frames[pair][start]
         figure.add_trace(
-            go.Scatter(
+            scatter(
                 x=shown["x"], y=shown["y"], mode="markers", name=" in ".join(map(style.text, pair)), showlegend=False,
                 visible=pair == first, customdata=shown["hover"], hovertemplate=HOVER,
                 marker={"size": 8, "symbol": shown["symbol"], "color": shown["color"], "line": {"width": 1.6}},
@@ -98,7 +99,7 @@ def stability_figure(
     for verdict, look in LOOKS.items():
         if (stability["verdict"] == verdict).any():
             figure.add_trace(
-                go.Scatter(
+                scatter(
                     x=[None], y=[None], mode="markers", marker={**look, "size": 8, "line": {"width": 1.6}},
                     name=WORDS[verdict].replace("<", "&lt;"),
                 )

@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
+from tl_asymmetry.plots.drawing import Drawing, bar, scatter
 from tl_asymmetry.plots.hover import head_name
 from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, menu, note
 
@@ -33,12 +34,12 @@ def stage_flow_figure(
     """
     pick.require(pooled, ("layer", "stage", "norm", *FATES), 'StageAnalysis.pooled("layer")')
     stages = list(dict.fromkeys(pooled["stage"]))
-    figure, owners = go.Figure(), []
+    figure, owners = Drawing(), []
     for stage in stages:
         block = pooled[pooled["stage"] == stage]
         for i, (fate, words) in enumerate(FATES.items()):
             figure.add_trace(
-                go.Bar(
+                bar(
                     x=block["layer"], y=block[fate], name=words, visible=stage == stages[0],
                     marker={"color": style.SERIES[i]},
                     customdata=[[style.number(r[fate]), style.number(r["norm"])] for r in block.to_dict("records")],
@@ -87,12 +88,12 @@ def stage_cosines_figure(
     if pairs.empty:
         raise ValueError("expected two stages or more, got one; pass three checkpoints or more to analyze_stages")
     labels = [f"{first} and {second}" for first, second in zip(pairs["first"], pairs["second"], strict=True)]
-    figure, owners = go.Figure(), []
+    figure, owners = Drawing(), []
     for label, of_two in pairs.assign(label=labels).groupby("label", sort=False):
         for matrix, block in of_two.groupby("matrix", sort=False):
             look = style.MATRIX_STYLE.get(str(matrix), style.OTHER_STYLE)
             figure.add_trace(
-                go.Scatter(
+                scatter(
                     x=block["layer"], y=block["cosine_unrounded"] / block["cosine_sd"], mode="markers",
                     name=style.text(matrix), visible=label == labels[0],
                     marker={"symbol": look["symbol"], "color": look["color"], "size": 7},

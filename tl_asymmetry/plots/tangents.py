@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.names import BASIS_METHODS, SIGNIFICANT
 from tl_asymmetry.plots import rows as pick
 from tl_asymmetry.plots import style
+from tl_asymmetry.plots.drawing import Drawing, scatter
 from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, menu, note, slider
 
 SOURCE = "TangentAnalysis.table"
@@ -142,7 +142,7 @@ def tangent_strata_figure(
     rows, chosen, k = _of_family(strata, method, rank)
     steps, layers = sorted(int(s) for s in rows["step"].unique()), pick.layers_of(rows)
     colours = style.sequential(len(layers))
-    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.09)
+    figure = Drawing(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.09)
     panels = (("energy", 1), ("distance", 2))
 
     def drawn(step: int, layer: int, column: str) -> tuple[list[int], list[float | None], list[list[str]]]:
@@ -154,7 +154,7 @@ def tangent_strata_figure(
         for layer, colour in zip(layers, colours, strict=True):
             x, y, hover = drawn(steps[-1], layer, column)
             figure.add_trace(
-                go.Scatter(
+                scatter(
                     x=x, y=y, mode="lines+markers", name=f"L{layer}", legendgroup=str(layer), showlegend=at == 1,
                     line={"color": colour, "width": 2}, marker={"size": 8, "color": colour}, customdata=hover,
                     hovertemplate=STRATUM_HOVER,
@@ -226,7 +226,7 @@ def _curves(
     """One line a layer over steps with its null, a menu over sites."""
     sites, layers = list(dict.fromkeys(rows["site"])), pick.layers_of(rows)
     colours = style.sequential(len(layers))
-    figure = go.Figure()
+    figure = Drawing()
 
     def drawn(site: str, layer: int) -> dict[str, list[Any]]:
         here = rows[(rows["site"] == site) & (rows["layer"] == layer)].sort_values("step")
@@ -241,13 +241,13 @@ def _curves(
     for layer, colour in zip(layers, colours, strict=True):
         shown = drawn(sites[0], layer)
         figure.add_trace(
-            go.Scatter(
+            scatter(
                 x=shown["x"], y=shown["null"], mode="lines", line={"color": colour, "dash": "dot", "width": 1.5},
                 hoverinfo="skip", showlegend=False, legendgroup=str(layer), name=f"L{layer} null",
             )
         )  # fmt: skip
         figure.add_trace(
-            go.Scatter(
+            scatter(
                 x=shown["x"], y=shown["y"], mode="lines+markers", name=f"L{layer}", legendgroup=str(layer),
                 line={"color": colour, "width": 2}, customdata=shown["hover"], hovertemplate=HOVER,
                 marker={"size": 8, "color": colour, "symbol": shown["symbol"], "line": {"color": colour, "width": 1.5}},

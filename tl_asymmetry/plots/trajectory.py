@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.names import FOUND, ROUNDING_FLAGGED, SIGNIFICANT
 from tl_asymmetry.plots import maps, style
 from tl_asymmetry.plots import rows as pick
+from tl_asymmetry.plots.drawing import Drawing, heatmap, scatter
 from tl_asymmetry.plots.held import Held, held_against
 from tl_asymmetry.plots.hover import cell_name, head_cells, head_fields, head_name, head_template, interval, row_names
 from tl_asymmetry.plots.layout import Layout, Unpack, finish, heading, note, rank_slider, slider
@@ -72,7 +72,7 @@ def curves_figure(
     every = every[every["rank"].isin(held.index[held == len(picked)])]
     ranks, start = pick.pick_ranks(every, rank, default_rank, None)
     sides = [s for s in ("read", "write") if any(rows["pathway"].iloc[0] == s for rows, _ in picked.values())]
-    figure = make_subplots(rows=len(sides), cols=1, shared_xaxes=True, vertical_spacing=0.09)
+    figure = Drawing(rows=len(sides), cols=1, shared_xaxes=True, vertical_spacing=0.09)
     frames = {m: [_curve(rows[rows["rank"] == k], m, space) for k in ranks] for m, (rows, space) in picked.items()}
     drawn: list[tuple[str, str]] = []
     for matrix, (rows, space) in picked.items():
@@ -80,7 +80,7 @@ def curves_figure(
         look = style.MATRIX_STYLE.get(matrix, style.OTHER_STYLE)
         shown = frames[matrix][start]
         figure.add_trace(
-            go.Scatter(
+            scatter(
                 x=shown["band_x"], y=shown["band_y"], fill="toself", mode="none", opacity=0.25,
                 fillcolor=look["color"], hoverinfo="skip", showlegend=False, legendgroup=matrix,
                 name=f"{matrix} interval",
@@ -88,7 +88,7 @@ def curves_figure(
             row=at, col=1,
         )  # fmt: skip
         figure.add_trace(
-            go.Scatter(
+            scatter(
                 x=shown["x"], y=shown["reference"], mode="lines", hoverinfo="skip", showlegend=False,
                 line={"color": look["color"], "dash": "dot", "width": 1.5}, legendgroup=matrix,
                 name=f"{matrix} matched reference",
@@ -96,7 +96,7 @@ def curves_figure(
             row=at, col=1,
         )  # fmt: skip
         figure.add_trace(
-            go.Scatter(
+            scatter(
                 x=shown["x"], y=shown["y"], mode="lines+markers", name=f"{style.text(matrix)} · {style.text(space)}",
                 line={"color": look["color"], "dash": look["dash"], "width": 2}, legendgroup=matrix,
                 marker={"symbol": look["symbol"], "size": 8, "color": look["color"]},
@@ -181,7 +181,7 @@ def head_curves_figure(
     heads = pick.heads_of(rows)
     shared, group = pick.kv_group(table, matrix, kv)
     helds = [held for held in held_against(rows, None) if held.there]
-    figure, frames = go.Figure(), []
+    figure, frames = Drawing(), []
     for k in ranks:
         at_rank = rows[rows["rank"] == k]
         of_heads = [
@@ -195,7 +195,7 @@ def head_curves_figure(
         )
     for curve, h in zip(frames[start], heads, strict=True):
         figure.add_trace(
-            go.Scatter(
+            scatter(
                 **curve, mode="lines+markers", name=head_name(layer, h, kv=shared, group=group),
                 hovertemplate=head_template(matrix, helds, verdict="verdict" in rows.columns),
                 showlegend=len(heads) <= 12,
@@ -300,7 +300,7 @@ def animation_figure(
         dots: dict[str, list[Any]] = {"x": [int(v) for v in j] or [None], "y": [layers[v] for v in i] or [None]}
         rounding = pick.grid(here, here["rounding_share"], layers, heads)
         return [
-            go.Heatmap(
+            heatmap(
                 x=x, y=layers, z=[[None if math.isnan(v) else round(float(v), 3) for v in r] for r in z],
                 zmin=-limit, zmax=limit, zmid=0, colorscale=style.diverging(layout.get("template")), xgap=1, ygap=1,
                 meta="diverging", customdata=hover, hovertemplate=template, name=matrix,
@@ -310,7 +310,7 @@ def animation_figure(
                     "title": {"text": "× chance", "side": "top", "font": {"size": 11}},
                 },
             ),
-            go.Scatter(
+            scatter(
                 **dots, mode="markers",
                 marker={"symbol": "circle", "size": 6, "color": "#14181f", "line": {"width": 1.4, "color": "#ffffff"}},
                 name=FOUND, hoverinfo="skip", showlegend=True,
@@ -320,16 +320,14 @@ def animation_figure(
 
     last = steps[-1]
     data = {step: drawn(step) for step in steps}
-    figure = go.Figure(
-        data=data[last],
-        frames=[
-            go.Frame(
-                data=data[step], name=str(step), layout={"title": {"text": titled(step)}},
-                traces=list(range(len(data[step]))),
-            )
-            for step in steps
-        ],
-    )  # fmt: skip
+    figure = Drawing(data[last])
+    figure.frames = [
+        {
+            "data": data[step], "name": str(step), "layout": {"title": {"text": titled(step)}},
+            "traces": list(range(len(data[step]))),
+        }
+        for step in steps
+    ]  # fmt: skip
     still = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
     moving = {"fromcurrent": False, "frame": {"duration": 700, "redraw": True}, "transition": {"duration": 0}}
     if len(steps) > 1:
@@ -425,9 +423,9 @@ def emergence_figure(
     z, words, nx, ny = drawn(ranks[start])
     ticks = sorted({*since.tolist()}) or [1]
     ticks = [ticks[i] for i in np.unique(np.linspace(0, len(ticks) - 1, min(6, len(ticks))).round().astype(int))]
-    figure = go.Figure(
+    figure = Drawing(
         [
-            go.Heatmap(
+            heatmap(
                 x=x, y=layers, z=z, zmin=shade(low), zmax=shade(high) + (low == high), colorscale=style.SEQUENTIAL,
                 xgap=1, ygap=1, customdata=words, name=matrix,
                 hovertemplate=(
@@ -440,7 +438,7 @@ def emergence_figure(
                     "title": {"text": "from step", "side": "top", "font": {"size": 11}},
                 },
             ),
-            go.Scatter(
+            scatter(
                 x=nx, y=ny, mode="markers", name="not at the last checkpoint", hoverinfo="skip", showlegend=True,
                 marker={"symbol": "x-thin", "size": 9, "line": {"width": 2, "color": style.GUIDE}},
             ),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from tl_asymmetry._lazy import pd
@@ -179,11 +180,13 @@ def described(nulls: pd.DataFrame) -> pd.DataFrame:
     Raises:
         ValueError: a null that has no entry in `NULLS`.
     """
-    unknown = sorted(set(nulls["null"]) - set(NULLS))
+    codes, keys = pd.factorize(nulls["null"])
+    unknown = sorted(set(keys) - set(NULLS))
     if unknown:
         raise ValueError(
             f"expected nulls among {', '.join(NULLS)}, got {', '.join(unknown)}; pass what analyze_pair returned"
         )
-    ordered = nulls.sort_values("null", key=lambda keys: keys.map(list(NULLS).index), kind="stable")
-    words = {word: ordered["null"].map({key: getattr(NULLS[key], word) for key in NULLS}) for word in _WORDS}
-    return ordered.assign(**words)
+    place = np.array([list(NULLS).index(key) for key in keys], dtype=int)[codes]
+    order = np.argsort(place, kind="stable")
+    words = {word: np.array([getattr(null, word) for null in NULLS.values()])[place[order]] for word in _WORDS}
+    return nulls.iloc[order].assign(**words)
