@@ -14,14 +14,19 @@ FOLDER = Path(__file__).parent.parent / "tutorials"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 SECONDS = 180
 LESS = {
+    "01_quick_start": {"demo_texts(200": "demo_texts(40"},
+    "02_more_than_chance": {"demo_texts(200": "demo_texts(40"},
     "03_gradients": {
         "demo_preferences(40": "demo_preferences(16", "permutations=199": "permutations=39", "steps=8": "steps=2",
         "demo_texts(200": "demo_texts(40", "gradient_rows=32": "gradient_rows=8",
     },
+    "04_jacobians": {"demo_texts(200": "demo_texts(40", "texts[:12]": "texts[:4]", "draws=8": "draws=2"},
     "05_rank_one_edits": {"demo_texts(8": "demo_texts(2", "draws=20": "draws=3", "draws=10": "draws=3",
                           "draws=59": "draws=5"},
     "06_trajectories": {"demo_texts(100": "demo_texts(30"},
     "08_grokking": {"draws=10": "draws=3", "checkpoints=8": "checkpoints=3"},
+    "09_your_own_model": {"demo_texts(100": "demo_texts(30"},
+    "11_stages_and_rewinding": {"demo_texts(12": "demo_texts(4", "orders=3": "orders=2"},
 }  # fmt: skip
 """Fewer texts and draws where they are only repeated: that a notebook runs does not hang on how many there are."""
 

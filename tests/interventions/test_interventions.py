@@ -66,13 +66,16 @@ def small():
 # --- right numbers --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("architecture", "kind"), [("gpt2", k) for k in tiny.KINDS] + [("llama", tiny.KINDS[-1])])
-def test_every_edit_has_the_outcomes_of_a_plain_study(architecture, kind):
+@pytest.mark.parametrize(("architecture", "kind", "interventions"), [
+    ("gpt2", tiny.KINDS[0], ("removal", "insertion")), *[("gpt2", kind, ("insertion",)) for kind in tiny.KINDS[1:]],
+    ("llama", "bridge", ("removal",)),
+])  # fmt: skip
+def test_every_edit_has_the_outcomes_of_a_plain_study(architecture, kind, interventions):
     base, aligned = pair(architecture, kind)
     tokens, preferences = tiny.tokens(5, 9), preferred()
     study = rank_one_study(
         base, aligned, tokens=tokens, preferences=preferences, directions=("delta", "activation"), draws=2,
-        sites=[(0, "W_K", 1), (1, "W_O", 0), (1, "W_out", None)], interventions=("removal", "insertion"),
+        sites=[(0, "W_K", 1), (1, "W_O", 0), (1, "W_out", None)], interventions=interventions,
         scales=[2], controls=("complement",), progress=False, batch_size=2,
     )  # fmt: skip
     views = {"base": ModelView(base), "aligned": ModelView(aligned)}
@@ -89,7 +92,7 @@ def test_every_edit_has_the_outcomes_of_a_plain_study(architecture, kind):
         for column, name in (("margin_original", original), ("margin_other", other)):
             assert row[column] == pytest.approx(margins[name] - margins["base"], abs=1e-10)
     targets = study.edits[study.edits["control"] == "target"]
-    assert len(targets) == 3 * 2 * 2 * 2
+    assert len(targets) == 3 * 2 * 2 * len(interventions)
     for row in targets.to_dict("records"):
         head = None if pd.isna(row["head"]) else int(row["head"])
         original, other = ("aligned", "base") if row["intervention"] == "removal" else ("base", "aligned")
@@ -136,8 +139,9 @@ def top_activation(view, layer, matrix, sequences):
 def test_a_planted_edit_is_found_and_its_removal_undoes_the_shift(architecture, kind, matrix, head):
     base, aligned, edit = planted(architecture, kind, matrix, head)
     before = fingerprint(base), fingerprint(aligned)
+    matrices = list(dict.fromkeys((matrix, "W_V", "W_O", "W_in")))
     study = rank_one_study(
-        base, aligned, tokens=tiny.tokens(4, 12), matrices=ModelView(base).matrices, draws=19,
+        base, aligned, tokens=tiny.tokens(4, 12), matrices=matrices, draws=19,
         interventions=("removal", "insertion"), progress=False,
     )  # fmt: skip
     assert (fingerprint(base), fingerprint(aligned)) == before
