@@ -18,7 +18,7 @@ from tl_asymmetry.models.capture import Capture, Site, capture
 from tl_asymmetry.models.processes import ALONE, present_processes, together
 from tl_asymmetry.models.texts import token_sequences
 from tl_asymmetry.models.view import ModelView
-from tl_asymmetry.names import canonical
+from tl_asymmetry.names import EXPERT_INPUT, canonical
 from tl_asymmetry.notes import Notes
 from tl_asymmetry.pair.memory_plan import plan_memory
 from tl_asymmetry.pair.plan import Plan, counted_tokens, grouped_sequences, make_plan
@@ -121,7 +121,7 @@ def save_moments(
                     f"{number}/{point}/{field}": tensor
                     for number, group in enumerate(found.groups)
                     for (point, there), moments in group.items()
-                    if there == layer
+                    if there == layer and moments.count  # an expert may have no token of a group
                     for field, tensor in moments.state_dict().items()
                 }
                 store.put(_part(layer), arrays, {"groups": len(found.groups)})
@@ -213,6 +213,10 @@ class SavedMoments:
             groups += [{} for _ in range(self._store.entry(_part(layer))["groups"] - len(groups))]
             for (group, point), state in states.items():
                 groups[group][point, layer] = StreamingMoments.from_state(state)
+            routed = {point: state for (_, point), state in states.items() if point.startswith(EXPERT_INPUT)}
+            for point, state in routed.items():
+                for moments in groups:
+                    moments.setdefault((point, layer), StreamingMoments(len(state["total"])))
         return Capture(tuple(groups), None, counted_tokens(self.sequences, settings), len(self.sequences))
 
 

@@ -57,7 +57,8 @@ class SensitivityProfiles:
         for model, capture in self._sources.captures.items():
             for part, groups in (("counted", capture.groups), ("first", capture.first_positions or ())):
                 for site in [site for site in groups[0] if site[1] == layer] if groups else []:
-                    for name, value in merged(group[site] for group in groups).state_dict().items():
+                    moments = merged(group[site] for group in groups)
+                    for name, value in moments.state_dict().items() if moments.count else ():  # experts without tokens
                         arrays[f"moments/{model}/{site[0]}/{layer}/{part}/{name}"] = value
         return arrays
 
