@@ -7,7 +7,7 @@ The rest of the package knows a model only through `ModelView`. What differs bet
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,24 +243,30 @@ class ModelView:
 
     def _irregularities(self) -> list[str]:
         """Which layers have the matrices that are not the same everywhere, what is alike said once."""
-        alike: dict[tuple[int, str], list[str]] = {}
+        alike: dict[tuple[tuple[int, ...], str], list[str]] = {}
         for matrix in self.irregular:
-            by_unit: dict[str | None, list[tuple[int, ...]]] = {}
+            by_unit: dict[str | None, dict[int, tuple[int, ...]]] = {}
             for layer, shape in enumerate(self._shapes[matrix]):
                 if shape is not None:
-                    by_unit.setdefault(self.unit(layer, matrix), []).append(shape)
+                    by_unit.setdefault(self.unit(layer, matrix), {})[layer] = shape
             if reads_latent(matrix) and len(set(self._shapes[matrix])) == 1:
                 continue  # every layer has it; what it reads is said where it is measured
-            for unit, shapes in by_unit.items():
+            for unit, of_layers in by_unit.items():
+                layers, shapes = tuple(of_layers), [*of_layers.values()]
                 experts = sorted({shape[0] for shape in shapes}) if unit == "expert" else []
                 each = f", one for each of {' or '.join(map(str, experts))} experts" if experts else ""
                 widths = "" if experts or len(set(shapes)) == 1 else ", not all of one shape"
-                alike.setdefault((len(shapes), each or widths), []).append(matrix)
+                alike.setdefault((layers, each or widths), []).append(matrix)
         return [
-            f"{f'{count} of {self.n_layers} layers' if count < self.n_layers else 'every layer'} "
-            f"{'have' if 1 < count < self.n_layers else 'has'} {', '.join(matrices)}{which}"
-            for (count, which), matrices in alike.items()
+            f"{self._layers_in_words(layers)} {', '.join(matrices)}{which}"
+            for (layers, which), matrices in alike.items()
         ]
+
+    def _layers_in_words(self, layers: Sequence[int]) -> str:
+        """Which layers have something, as the beginning of a sentence."""
+        if len(layers) == self.n_layers:
+            return "every layer has"
+        return f"layer {layers[0]} alone has" if len(layers) == 1 else f"{len(layers)} of {self.n_layers} layers have"
 
     # -- where things are --------------------------------------------------------------------------
 
