@@ -152,7 +152,7 @@ class LayerBases:
     def of_expert(self, expert: int, point: str) -> LayerBases | None:
         """The bases of an expert's own inputs, as if they were all that passes a point; None where it has none."""
         name = expert_input(expert)
-        if (name, self.layer) not in self._groups[0] or not self.total(name).count:
+        if not any((name, self.layer) in group and group[name, self.layer].count for group in self._groups):
             return None
         groups = [{(point, self.layer): group[name, self.layer]} for group in self._groups]
         return LayerBases(

@@ -121,7 +121,8 @@ def save_moments(
                     f"{number}/{point}/{field}": tensor
                     for number, group in enumerate(found.groups)
                     for (point, there), moments in group.items()
-                    if there == layer and moments.count  # an expert may have no token of a group
+                    # An expert may have no token of a group.
+                    if there == layer and (moments.count or not point.startswith(EXPERT_INPUT))
                     for field, tensor in moments.state_dict().items()
                 }
                 store.put(_part(layer), arrays, {"groups": len(found.groups)})
