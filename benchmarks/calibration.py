@@ -580,13 +580,15 @@ def _reference_cells() -> list[Cell]:
              partial(sgd_null, inputs=within, law=chance_updates.within_sequences), 250),
         Cell(REFERENCE, "SGD, ‖δ‖ in proportion to ‖a‖²",
              partial(sgd_null, inputs=rotated, law=chance_updates.sized_by_input), 250, exception=sized),
-        Cell(REFERENCE, "SGD, ‖δ‖ in proportion to ‖a‖², inputs weighted by gradients",
-             partial(weighted_null, inputs=rotated, law=chance_updates.sized_by_input), 100),
+        Cell(REFERENCE, "SGD, ‖δ‖ in proportion to ‖a‖², inputs weighted by each head's gradients",
+             partial(weighted_null, inputs=rotated, law=chance_updates.sized_by_input), 200),
+        Cell(REFERENCE, "SGD, each head's ‖δ‖ follows its own direction of a, inputs weighted by each head's gradients",
+             partial(weighted_null, inputs=rotated, law=of_heads), 200),
         Cell(REFERENCE, "SGD, each head's ‖δ‖ follows its own direction of a, inputs weighted by all heads' gradients",
-             partial(weighted_null, inputs=rotated, law=of_heads), 100,
-             exception="the weights are of all heads together: the first head's gradients follow the leading direction "
-             "of its inputs, the other heads' do not"),
-        Cell(REFERENCE, "Adam, 24 steps, ‖δ‖ in proportion to ‖a‖², massive inputs weighted by gradients",
+             partial(weighted_null, inputs=rotated, law=of_heads, apart=False), 200,
+             exception="without `head_weights` the weights are of all heads together: the first head's gradients "
+             "follow the leading direction of its inputs, the other heads' do not"),
+        Cell(REFERENCE, "Adam, 24 steps, ‖δ‖ in proportion to ‖a‖², massive inputs weighted by each head's gradients",
              partial(weighted_null, inputs=massive, law=chance_updates.sized_by_input, steps=24), 60),
         Cell(REFERENCE, "SGD, 80 columns on 64 dimensions", partial(sgd_null, inputs=rotated, columns=80), 60),
     ]  # fmt: skip
@@ -631,9 +633,12 @@ def _reference_cells() -> list[Cell]:
     return cells
 
 
-def weighted_null(generator: Generator, *, inputs: Inputs, law: Law, steps: int = 0) -> Found:
+def weighted_null(
+    generator: Generator, *, inputs: Inputs, law: Law, steps: int = 0, apart: bool = True, share: float = 0.0
+) -> Found:
     """An update (of Adam in so many steps, or of SGD) whose ‖δ‖ follows a, tested as `analyze_pair(gradient=)` does:
-    the texts' inputs weighted by the norms of all heads' gradients there; beside it, each head by its own."""
+    the texts' inputs weighted by the norms of the gradients there, of each head by its own, or (not `apart`) by those
+    of all heads together; the heads pooled always by the latter. `share`: planted in the leading directions."""
     if steps:
         changes = chance_updates.adam(inputs, law, HEADS, COLUMNS, generator, steps=steps)
     else:
@@ -641,19 +646,19 @@ def weighted_null(generator: Generator, *, inputs: Inputs, law: Law, steps: int 
     a = inputs.draw(TEXTS, generator).double()
     δ = law(a.float(), HEADS * COLUMNS, generator).double()
     Q = ordered_eigh(a.T @ a)[1][:, :K]
+    if share:
+        changes = planted(changes, Q.float(), share, generator)
 
     def found(changes: Tensor, sizes: Tensor) -> Found:
         sized = sizes.unsqueeze(-1) * a
         moment, mean = sized.T @ sized / sizes.square().sum(), sized.mean(0)
         return excess(moment, mean, changes, optimizer="adam" if steps else "sgd", basis=Q)
 
-    together = found(changes, δ.norm(dim=1))
-    own = [found(changes[h : h + 1], size) for h, size in enumerate(δ.unflatten(1, (HEADS, -1)).norm(dim=-1).T)]
-    return {
-        "above": together["above"], "first head above": together["above"][:1],
-        "above by its own weights": np.concatenate([one["above"] for one in own]),
-        "median excess": together["median excess"],
-    }  # fmt: skip
+    pooled = found(changes.transpose(0, 1).flatten(1).unsqueeze(0), δ.norm(dim=1))["above"]
+    by_head = δ.unflatten(1, (HEADS, -1)).norm(dim=-1).T
+    parts = [found(changes[h : h + 1], by_head[h]) for h in range(HEADS)] if apart else [found(changes, δ.norm(dim=1))]
+    above, ratio = (np.concatenate([part[name] for part in parts]) for name in ("above", "median excess"))
+    return {"above": above, "first head above": above[:1], "heads pooled above": pooled, "median excess": ratio}
 
 
 def arms_null(generator: Generator, *, inputs: Inputs, runs: tuple[int, int], steps: int = 0) -> Found:
@@ -702,12 +707,17 @@ def _storage_cells() -> list[Cell]:
 
 def _power_cells() -> list[Cell]:
     rotated, massive = Inputs.of("rotated"), Inputs.of("massive")
+    shares = (0.05, 0.1, 0.2, 0.4, 0.8)
     return [
-        Cell(POWER, f"{share:.0%} of the energy planted, against {name}",
-             partial(plant, inputs=inputs, share=share, against=against), 60, "power")
-        for against, name, inputs in (("chance", "a random subspace", rotated), ("sgd", "SGD's reference", rotated),
-                                      ("adam", "Adam's reference", massive))
-        for share in (0.05, 0.1, 0.2, 0.4, 0.8)
+        *(Cell(POWER, f"{share:.0%} of the energy planted, against {name}",
+               partial(plant, inputs=inputs, share=share, against=against), 60, "power")
+          for against, name, inputs in (("chance", "a random subspace", rotated), ("sgd", "SGD's reference", rotated),
+                                        ("adam", "Adam's reference", massive))
+          for share in shares),
+        *(Cell(POWER, f"{share:.0%} of the energy planted, ‖δ‖ in proportion to ‖a‖², against SGD's reference with "
+               "inputs weighted by each head's gradients",
+               partial(weighted_null, inputs=rotated, law=chance_updates.sized_by_input, share=share), 40, "power")
+          for share in shares),
     ]  # fmt: skip
 
 

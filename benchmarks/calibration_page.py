@@ -24,7 +24,8 @@ SECTIONS = {
         "inputs. The texts are others than those trained on, 1,024 tokens unless named; SGD trains on 2,048 "
         "tokens, Adam on batches of 32. *As it is* is the test without the second one that leaves the mean input "
         "out: the table's p is the larger of both. *Excess* is the median of fraction over its reference. Where inputs "
-        "are weighted by gradients, the package says of nothing that it is below.",
+        "are weighted by gradients, the package says of nothing that it is below, and *heads pooled* are held against "
+        "inputs weighted by all heads' gradients together.",
     ),
     "decay and storage": (
         "Weight decay and 16-bit storage",
@@ -132,7 +133,7 @@ def _states(entry: Entry) -> Iterator[tuple[str, str]]:
             yield name, _state(found[name], entry["bound"], -1 if kind == "at most" else 1)
 
 
-_BOUNDED_SIZES = ("above", "below", "first head above", "displacement", "undone", "told apart")
+_BOUNDED_SIZES = ("above", "below", "first head above", "heads pooled above", "displacement", "undone", "told apart")
 
 
 def _state(one: Entry, bound: float, sign: int) -> str:

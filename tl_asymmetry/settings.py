@@ -52,8 +52,9 @@ class PermutedGradients(Protocol):
 class WeightedInputs(Protocol):
     """What a gradient covariance may offer besides: inputs of read matrices weighted by their gradients."""
 
-    def weighted_input(self, layer: int, matrix: str) -> tuple[Tensor, Tensor] | None:
-        """Σ_t ‖δ_t‖² a_t a_tᵀ and Σ_t ‖δ_t‖ a_t, scaled alike; None where there are none."""
+    def weighted_input(self, layer: int, matrix: str, head: int | None = None) -> tuple[Tensor, Tensor] | None:
+        """Σ_t ‖δ_t‖² a_t a_tᵀ and Σ_t ‖δ_t‖ a_t, scaled alike, by one head's δ or all heads'; None where there are
+        none."""
         ...
 
 

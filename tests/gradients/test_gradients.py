@@ -96,11 +96,31 @@ def test_both_sides_and_the_gradient_itself_against_loops(matrix):
             rows = np.linalg.norm(δ.reshape(len(own_a), -1), axis=1, keepdims=True) * own_a
             np.testing.assert_allclose(weighted[0], reference.second_moment(rows[counted]), rtol=1e-9, atol=1e-14)
             np.testing.assert_allclose(weighted[1], rows[counted].mean(0), rtol=1e-9, atol=1e-14)
+            for head in range(tiny.N_HEADS) if matrix in ATTENTION else []:
+                rows = np.linalg.norm(δ[:, :, head].reshape(len(own_a), -1), axis=1, keepdims=True) * own_a
+                own = result.weighted_input(layer, matrix, head)
+                np.testing.assert_allclose(own[0], reference.second_moment(rows[counted]), rtol=1e-9, atol=1e-14)
+                np.testing.assert_allclose(own[1], rows[counted].mean(0), rtol=1e-9, atol=1e-14)
         if matrix in ("W_O", "W_out"):
             P = _prediction(toy())[:, : of_δ["rank"]]
             energy = np.trace(P.T @ Σ @ P) / np.trace(Σ)
             assert of_δ["prediction_energy"] == pytest.approx(energy, rel=1e-9)
             assert of_δ["prediction_relative"] == pytest.approx(energy * tiny.D_MODEL / of_δ["rank"], rel=1e-9)
+
+
+def test_weights_of_every_head_are_kept_where_they_are_small_or_asked_for(monkeypatch):
+    monkeypatch.setattr("tl_asymmetry.gradients.analysis._HEAD_WEIGHTS", 0)
+    by_default, asked = (
+        quiet(toy(), CrossEntropy(), [batch()], matrices=["W_Q"], head_weights=given) for given in (None, True)
+    )
+    assert by_default.weighted_input(0, "W_Q", 0) is None
+    assert by_default.weighted_input(0, "W_Q") is not None
+    assert any("head_weights=True" in note for note in by_default.notes)
+    assert not any("head_weights" in note for note in asked.notes)
+    heads = [asked.weighted_input(0, "W_Q", head)[0] for head in range(tiny.N_HEADS)]
+    np.testing.assert_allclose(sum(heads), asked.weighted_input(0, "W_Q")[0], rtol=1e-9, atol=1e-14)
+    with pytest.raises(ValueError, match=r"expected a head from 0 to \d+ of W_Q, got 99"):
+        asked.weighted_input(0, "W_Q", 99)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ class NaivePair:
     """One analysis, by brute force.
 
     `groups` holds sequences of token ids; `gradient` is a function (layer, matrix, head) → second moment, `weighted`
-    (layer, matrix) → second moment of inputs weighted by their gradients; `given` maps names to one basis per layer.
+    the same of inputs weighted by their gradients; `given` maps names to one basis per layer.
     """
 
     base: Any
@@ -43,7 +43,7 @@ class NaivePair:
     activations: str = "base"
     optimizer: str = "adam"
     gradient: Callable[[int, str, int | None], Any] | None = None
-    weighted: Callable[[int, str], Any] | None = None
+    weighted: Callable[[int, str, int | None], Any] | None = None
     given: dict[str, Sequence[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -129,11 +129,11 @@ class NaivePair:
     def replicated(self, subspace: str) -> bool:
         return subspace not in self.given and subspace != "prediction" and len(self.groups) >= 3
 
-    def activation_matched(self, matrix: str, subspace: str, layer: int, k: int) -> float:
+    def activation_matched(self, matrix: str, subspace: str, layer: int, k: int, head: int | None = None) -> float:
         if matrix not in READ_POINT:
             return float("nan")
         Q = self.basis(subspace, layer)[:, :k]
-        if self.weighted is not None and (Σ_w := self.weighted(layer, matrix)) is not None:
+        if self.weighted is not None and (Σ_w := self.weighted(layer, matrix, head)) is not None:
             return self._share(float64(Σ_w), Q)
         # Keys and values learn at every position; keys about each sequence's mean where softmax ignores it.
         point = ("whole " if matrix in ("W_K", "W_V") else "") + READ_POINT[matrix]
@@ -175,7 +175,7 @@ class NaivePair:
             ]
             t = stats.t.ppf(0.975, g - 1)
             low, high, _ = reference.log_jackknife(f * d / k, [r * d / k for r in without], t, corrected=True)
-        matched = self.activation_matched(matrix, subspace, layer, k)
+        matched = self.activation_matched(matrix, subspace, layer, k, head)
         of_gradient = self.gradient_matched(matrix, subspace, layer, head, k)
         return {
             "fraction": f,
@@ -240,7 +240,7 @@ class NaivePair:
 
         written = relative(write, self.basis("prediction", layer))
         reading = relative(read, self.basis("attn_in", layer))
-        by_chance = expected(read, lambda m, _: self.activation_matched(m, "attn_in", layer, k))
+        by_chance = expected(read, lambda m, h: self.activation_matched(m, "attn_in", layer, k, h))
         if self.gradient is None:
             by_chance *= self.d / k
         else:

@@ -13,6 +13,8 @@ from tests.oracles import reference, reference_gradients
 from tests.oracles.naive_pair import NaivePair
 from tests.oracles.reference import float64
 from tl_asymmetry import analyze_pair, gradient_covariance
+from tl_asymmetry.geometry.matched import MatchedCovariance
+from tl_asymmetry.geometry.references import correlation
 from tl_asymmetry.objectives import CrossEntropy, TokenBatch
 
 D, RANKS = tiny.D_MODEL, [1, 3, 12]
@@ -52,15 +54,20 @@ def naive_moment(layer, matrix, head):
 
 
 @functools.cache
-def naive_weighted(layer, matrix):
-    """Σ ‖δ_t‖² a_t a_tᵀ, one token after the other; keys, whose δ cancel over a sequence, have none."""
-    if matrix == "W_K":
-        return None
+def sized(layer, matrix, head):
+    """‖δ_t‖ a_t, a row for each token, δ those of a head or (None) of all."""
     batch = data()
     loss = reference_gradients.summed_cross_entropy(batch.tokens, batch.mask)
     (δ,) = reference_gradients.upstream_gradients(pair()[0], loss, layer, matrix)
     a = reference_gradients.inputs(pair()[0], batch.tokens, layer, matrix).reshape(-1, D)
-    return sum((row**2).sum() * np.outer(x, x) for x, row in zip(a, δ.reshape(len(a), -1), strict=True))
+    δ = δ if head is None else δ[:, :, head]
+    return np.stack([(row**2).sum() ** 0.5 * x for x, row in zip(a, δ.reshape(len(a), -1), strict=True)])
+
+
+@functools.cache
+def naive_weighted(layer, matrix, head):
+    """Σ ‖δ_t‖² a_t a_tᵀ, one token after the other; keys, whose δ cancel over a sequence, have none."""
+    return None if matrix == "W_K" else sum(np.outer(row, row) for row in sized(layer, matrix, head))
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
@@ -72,7 +79,8 @@ def test_read_rows_weigh_their_inputs_by_their_gradients(optimizer):
     )
     read = result.table[result.table["pathway"] == "read"]
     for row in read.itertuples():
-        expected = oracle.activation_matched(row.matrix, row.subspace, int(row.layer), 3)
+        head = None if pd.isna(row.head) else int(row.head)
+        expected = oracle.activation_matched(row.matrix, row.subspace, int(row.layer), 3, head)
         assert row.activation_matched == pytest.approx(expected, rel=1e-9)
         assert row.excess == pytest.approx(row.fraction / expected, rel=1e-9)
     assert read["excess_p"].notna().all()
@@ -93,6 +101,48 @@ def test_read_rows_weigh_their_inputs_by_their_gradients(optimizer):
     before = plain.nulls[(plain.nulls["matrix"] == "W_Q") & (plain.nulls["null"] == optimizer)]
     np.testing.assert_allclose(result.nulls.loc[queries, "expected"], before["expected"])
     assert "these inputs weighted by gradients" in " ".join(result.summary().split())
+
+
+def test_each_head_is_tested_on_inputs_weighted_by_its_own_gradients():
+    result = analysed(gradients(), matrices=["W_Q"], subspaces=["attn_in"], ranks=[3])
+    oracle = NaivePair(*pair(), groups=[list(tiny.tokens(6, 12))], ranks=[3])
+    W, W_new = (model.W_Q.detach().numpy() for model in pair())
+    for row in result.table.itertuples():
+        rows = torch.from_numpy(sized(row.layer, "W_Q", row.head))
+        C, mean = correlation(rows.T @ rows), rows.mean(0) / rows.square().sum(0).sqrt()
+        change = torch.from_numpy(W_new[row.layer, row.head] - W[row.layer, row.head])
+        Q = torch.from_numpy(oracle.basis("attn_in", row.layer))
+        covariance, off = MatchedCovariance.of(C, mean), torch.eye(D) - torch.outer(mean, mean) / mean.square().sum()
+        halves = zip((Q, off @ Q), (change, off @ change), covariance.whitened_spectra(change[None]), strict=True)
+        p = [
+            law.tails(spectrum, 3, ((frame[:, :3].T @ X).square().sum() / X.square().sum())[None])
+            for law, (frame, X, spectrum) in zip(covariance.laws(Q), halves, strict=True)
+        ]
+        assert row.excess_p == pytest.approx(float(torch.stack(p)[:, 0].max()), rel=1e-6)
+
+
+class Alike:
+    """Weights of each head that are those of all; or, without `apart`, of all heads together."""
+
+    def __init__(self, apart):
+        self.apart = apart
+
+    def gradient_moment(self, layer, matrix, head=None):
+        return torch.eye(D, dtype=torch.float64)
+
+    def weighted_input(self, layer, matrix, head=None):
+        generator = torch.Generator().manual_seed(layer)
+        rows = torch.randn(3 * D, D, generator=generator, dtype=torch.float64) * torch.arange(1, D + 1)
+        return None if head is not None and not self.apart else (rows.T @ rows, rows.sum(0))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_heads_that_weigh_their_inputs_alike_have_one_reference(optimizer):
+    apart, together = (analysed(Alike(apart), optimizer=optimizer, ranks=[3]) for apart in (True, False))
+    for name in ("table", "nulls", "tests", "asymmetry"):
+        pd.testing.assert_frame_equal(getattr(apart, name), getattr(together, name), rtol=1e-9)
+    curves = [result.plot_rank_curve("W_Q", 1, 0).to_dict() for result in (apart, together)]
+    assert len(curves[0]["data"]) == len(curves[1]["data"])
 
 
 def test_write_rows_and_the_asymmetry_against_naive_gradients():

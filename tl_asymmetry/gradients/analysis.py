@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,8 @@ from tl_asymmetry.training.objectives import (
 )
 
 _SELF_CHECK_TOKENS = 16
+_HEAD_WEIGHTS = 256e6
+"""Bytes of weights of every head's own that are kept without being asked for."""
 
 
 @checked
@@ -51,6 +53,7 @@ def gradient_covariance(
     halves: bool = False,
     full_mlp: bool = False,
     permutations: int = 0,
+    head_weights: bool | None = None,
     groups: int = 8,
     batch_size: int = 8,
     seed: int = 0,
@@ -83,6 +86,10 @@ def gradient_covariance(
             sketch, and no interval.
         permutations: draws of the read matrices' gradients with δ permuted over the tokens of each sequence, for the
             range of fractions that `analyze_pair` then shows; 199 or more for a 95 % range.
+        head_weights: also weigh the inputs of W_Q, W_K and W_V by every head's own gradients, which makes the reference
+            of each head in `analyze_pair` its own: d × d numbers for each head of these in each layer, and as many
+            products a token. False: by those of all heads of a matrix together. None: True where this takes no more
+            than 256 MB.
         groups: groups of sequences for the jackknife; 1 switches intervals off (less memory, less time).
         batch_size: rows of a batch, where batches are made here.
         seed: of the permutations and the sketch.
@@ -106,7 +113,7 @@ def gradient_covariance(
     """
     arguments = described(
         objective=objective, matrices=matrices, halves=halves, full_mlp=full_mlp, permutations=permutations,
-        groups=groups, batch_size=batch_size, seed=seed, progress=progress,
+        head_weights=head_weights, groups=groups, batch_size=batch_size, seed=seed, progress=progress,
     )  # fmt: skip
     view, notes = ModelView(model), Notes()
     if not is_objective(objective):
@@ -149,9 +156,18 @@ def gradient_covariance(
     with torch.no_grad():
         view.self_check(_tokens(held[0])[0][:1, :_SELF_CHECK_TOKENS])
 
+    if head_weights is None:
+        size = _head_weights_size(view, measured)
+        head_weights = size <= _HEAD_WEIGHTS
+        if not head_weights:
+            notes.add(
+                "inputs are weighted by the gradients of all heads of a matrix together; head_weights=True weighs them "
+                f"by each head's own and takes {size / 1e9:.1f} GB"
+            )
     captured = capture_gradients(
         view, objective, held, measured,
-        groups=groups, halves=halves, full_mlp=full_mlp, permutations=permutations, seed=seed, progress=progress,
+        groups=groups, halves=halves, full_mlp=full_mlp, permutations=permutations, head_weights=head_weights,
+        seed=seed, progress=progress,
     )  # fmt: skip
     prediction = prediction_subspace(view).basis if view.has_unembedding else None
     exact = view.dtype == torch.float64
@@ -212,6 +228,12 @@ def _measured(view: ModelView, chosen: Sequence[str], notes: Notes, *, asked: bo
     if hidden:
         notes.add(f"left out, since the model shows no product of theirs: {', '.join(hidden)}")
     return found
+
+
+def _head_weights_size(view: ModelView, measured: Mapping[Outer, Measured]) -> int:
+    """Bytes of second moments of inputs weighted by each head's own gradients."""
+    heads = sum(how.heads or 0 for (_, matrix), how in measured.items() if kind_of(matrix).reads)
+    return heads * view.d_model**2 * torch.float64.itemsize
 
 
 def _describe(

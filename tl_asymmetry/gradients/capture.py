@@ -27,6 +27,8 @@ from tl_asymmetry.training.objectives import Objective
 Moments = StreamingMoments | HeadMoments | SketchedMoments
 Input = tuple[str, int]
 """A point at which inputs of matrices are seen, and a layer."""
+Weighing = tuple[int, str, int | None]
+"""A layer, a read matrix, and the head whose gradients weigh its inputs; None: all heads together."""
 Part = tuple[int, str]
 """A group of sequences and the name of a forward pass ("" where passes are not told apart)."""
 
@@ -58,7 +60,7 @@ class PartMoments:
     """Of a, by point and layer, over the tokens at which any matrix that reads there has a gradient."""
     gradients: dict[Outer, Moments] = field(default_factory=dict)
     """Of δ, by layer and matrix, over the tokens at which it is not zero."""
-    weighted: dict[Outer, StreamingMoments] = field(default_factory=dict)
+    weighted: dict[Weighing, StreamingMoments] = field(default_factory=dict)
     """Of ‖δ‖ a, of read matrices; taken over into a total when the group is finished."""
 
 
@@ -78,8 +80,9 @@ class Captured:
     permuted: dict[Outer, Tensor]
     """Σ_t a_t δ_π(t)ᵀ of read matrices, `[draw, heads, d_model, other]` on CPU, π a permutation of the tokens of each
     sequence; `other` is sketched where full moments of wide axes were not asked for. None of experts."""
-    weighted: dict[Outer, StreamingMoments]
-    """Of ‖δ_t‖ a_t of read matrices, all heads' δ together, over all groups and passes; on CPU."""
+    weighted: dict[Weighing, StreamingMoments]
+    """Of ‖δ_t‖ a_t of read matrices, all heads' δ together and, where asked for, each head's; over all groups and
+    passes; on CPU."""
     routed: dict[Outer, dict[str, Tensor]]
     """Of each expert `[expert]`, float64 on CPU: "tokens" that it has a gradient at, and the sums over them of "inputs"
     ‖a_t‖² and "gradients" ‖δ_t‖²."""
@@ -99,6 +102,7 @@ def capture_gradients(
     halves: bool,
     full_mlp: bool,
     permutations: int,
+    head_weights: bool,
     seed: int,
     progress: bool,
 ) -> Captured:
@@ -110,7 +114,9 @@ def capture_gradients(
     Raises:
         ValueError: a loss or gradient that is not finite, naming the batch.
     """
-    collector = _Collector(view, measured, full_mlp=full_mlp, permutations=permutations, seed=seed)
+    collector = _Collector(
+        view, measured, full_mlp=full_mlp, permutations=permutations, head_weights=head_weights, seed=seed
+    )
     segments = _segments(batches, groups)
     lowest = [min(group for group, _ in segment) for segment in segments]
     still_open = [*accumulate(reversed(lowest), min)][::-1] + [groups]
@@ -146,9 +152,17 @@ class _Collector:
     """Takes a and δ of one batch after the other; what `outer_products` reads into."""
 
     def __init__(
-        self, view: ModelView, measured: Mapping[Outer, Measured], *, full_mlp: bool, permutations: int, seed: int
+        self,
+        view: ModelView,
+        measured: Mapping[Outer, Measured],
+        *,
+        full_mlp: bool,
+        permutations: int,
+        head_weights: bool,
+        seed: int,
     ) -> None:
         self._measured, self._full, self._device = measured, full_mlp, view.device
+        self._head_weights = head_weights
         self._tests: dict[int, Tensor] = {}
         self._readers = Counter((how.point, layer) for (layer, _), how in measured.items() if how.experts is None)
         self._routed: dict[Outer, dict[str, Tensor]] = {}
@@ -157,8 +171,8 @@ class _Collector:
         self._cross: dict[Outer, Tensor] = {}
         self._products: dict[Outer, Tensor] = {}
         self._permuted: dict[Outer, Tensor] = {}
-        self._weighted: dict[Outer, StreamingMoments] = {}
-        self._begun_before: dict[tuple[str, Outer | Input], StreamingMoments] = {}
+        self._weighted: dict[Weighing, StreamingMoments] = {}
+        self._begun_before: dict[tuple[str, Outer | Input | Weighing], StreamingMoments] = {}
         self._permutations, self._seed = permutations, seed
         # Σ_t δ_t = 0 over every sequence then: no δ is independent of the others, and ‖δ_t‖² is no weight.
         self._keys_cancel = view.key_shift_invariant
@@ -180,10 +194,7 @@ class _Collector:
             held = self._part(group, index).gradients
             self._take(held, "gradient", site, kind_of(matrix).output_axis, δ[rows], counted[rows], narrow[rows])
         if kind_of(matrix).reads and not (matrix == "W_K" and self._keys_cancel):
-            sized = a * δ.flatten(2).norm(dim=-1, keepdim=True)
-            for group, rows in self._segments:
-                weighted = self._part(group, index).weighted
-                self._take(weighted, "weighted", site, "residual", sized[rows], counted[rows], sized[rows])
+            self._weigh(site, index, a, δ, counted)
         narrow_a = self._narrowed(a, kind_of(matrix).input_axis)
         self._multiply(site, index, a, δ, narrow_a, narrow, counted)
         self._wait(index, (kind_of(matrix).point, layer), a, counted, kind_of(matrix).input_axis)
@@ -202,7 +213,7 @@ class _Collector:
             self._take(part.inputs, "input", (self._measured[site].point, layer), axes[0], a, mine, narrow_a)
             self._take(part.gradients, "gradient", site, axes[1], δ, mine, narrow)
             if kind_of(matrix).reads:
-                self._take(part.weighted, "weighted", site, "residual", sized, mine, sized)
+                self._take(part.weighted, "weighted", (layer, matrix, None), "residual", sized, mine, sized)
         squares = a.square().sum(-1, dtype=torch.float64), δ.square().sum(-1, dtype=torch.float64)
         sums = {
             "tokens": counted.sum(), "inputs": (squares[0] * counted).sum(), "gradients": squares[1].sum(),
@@ -236,8 +247,8 @@ class _Collector:
             if self._settled <= group < before:
                 part.inputs = {key: moments.cpu() for key, moments in part.inputs.items()}
                 part.gradients = {key: moments.cpu() for key, moments in part.gradients.items()}
-                for site, moments in part.weighted.items():
-                    self._weighted.setdefault(site, StreamingMoments(moments.d)).merge(moments.cpu())
+                for weighing, moments in part.weighted.items():
+                    self._weighted.setdefault(weighing, StreamingMoments(moments.d)).merge(moments.cpu())
                 part.weighted.clear()
         self._settled = max(before, self._settled)
 
@@ -266,7 +277,7 @@ class _Collector:
         name = "" if self._names is None else self._names[index]
         return self._parts.setdefault((group, name), PartMoments())
 
-    def _begun(self, what: str, site: Outer | Input, axis: str, x: Tensor) -> Moments:
+    def _begun(self, what: str, site: Outer | Input | Weighing, axis: str, x: Tensor) -> Moments:
         """Moments without rows; of one thing in all groups about one point, so that they are added up as they are."""
         if axis == "head":
             return HeadMoments(x.shape[-2], x.shape[-1])
@@ -290,6 +301,20 @@ class _Collector:
         for group, rows in self._segments:
             held = self._part(group, index).inputs
             self._take(held, "input", site, axis, a[rows], counted[rows], narrow[rows])
+
+    def _weigh(self, site: Outer, index: int, a: Tensor, δ: Tensor, counted: Tensor) -> None:
+        """Take inputs times the norms of their gradients: of all heads together, and of each where they are told apart.
+
+        All count the same tokens, so that the heads' second moments add up to that of all.
+        """
+        sizes: dict[int | None, Tensor] = {None: δ.flatten(2).norm(dim=-1)}
+        if δ.ndim == 4 and self._head_weights:
+            sizes |= enumerate(δ.norm(dim=-1).unbind(-1))
+        for head, size in sizes.items():
+            sized = a * size.unsqueeze(-1)
+            for group, rows in self._segments:
+                weighted = self._part(group, index).weighted
+                self._take(weighted, "weighted", (*site, head), "residual", sized[rows], counted[rows], sized[rows])
 
     def _take(
         self, held: dict[Any, Any], what: str, key: Any, axis: str, x: Tensor, counted: Tensor, narrow: Tensor

@@ -14,8 +14,9 @@ from torch import Tensor
 from tl_asymmetry._lazy import pd
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.geometry.fraction import energy_profile
+from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.padding import padded_stack
-from tl_asymmetry.gradients.capture import Captured
+from tl_asymmetry.gradients.capture import Captured, Weighing
 from tl_asymmetry.gradients.report import DEFINITIONS, headline, summary_table
 from tl_asymmetry.gradients.table import CROSS_COLUMNS, GRADIENT_COLUMNS, Side
 from tl_asymmetry.names import counted, kind_of
@@ -33,7 +34,7 @@ class GradientCovariance(Result):
 
     `table` has one row per layer × head × matrix × side; `gradient_table.GRADIENT_COLUMNS` says what the columns mean.
     Pass it to `analyze_pair(..., gradient=...)` for the matched reference of write matrices, and so that the reference
-    of read matrices weighs every input by its gradient.
+    of read matrices weighs every input by its gradient, each head's by its own.
     """
 
     TABLES: ClassVar[tuple[str, ...]] = ("table", "gradients")
@@ -84,19 +85,34 @@ class GradientCovariance(Result):
         own = kind_of(matrix).output_axis == "head"
         return self._moment("gradient", matrix, layer, matrix, head if own else None, half)
 
-    def weighted_input(self, layer: int, matrix: str) -> tuple[Float64[Tensor, "d d"], Float64[Tensor, " d"]] | None:
-        """Second moment and mean of ‖δ_t‖ a_t, all heads' δ together: what a matrix learns from, token by token.
+    def weighted_input(
+        self, layer: int, matrix: str, head: int | None = None
+    ) -> tuple[Float64[Tensor, "d d"], Float64[Tensor, " d"]] | None:
+        """Second moment and mean of ‖δ_t‖ a_t: what a matrix, or one of its heads, learns from, token by token.
+
+        Args:
+            layer: which layer.
+            matrix: its name.
+            head: by this head's δ alone; None: by all heads' δ together.
 
         Returns:
             Σ_t ‖δ_t‖² a_t a_tᵀ / n and Σ_t ‖δ_t‖ a_t / n, float64 on CPU; None for a write matrix, for one that was
-            not captured, and for keys whose gradients cancel over every sequence (softmax ignores what they share).
+            not captured, for keys whose gradients cancel over every sequence (softmax ignores what they share), and
+            for a head without weights of its own (`head_weights`).
 
         Raises:
-            ValueError: no such layer.
+            ValueError: no such layer or head.
         """
         self._require_layer(layer)
-        moments = self.arrays.get(f"weighted/{matrix}")
-        return None if moments is None else (moments[layer], self.arrays[f"weighted_mean/{matrix}"][layer])
+        kind = "weighted" if head is None else "weighted_heads"
+        if f"{kind}/{matrix}" not in self.arrays:
+            return None
+        moment, mean = (self.arrays[f"{name}/{matrix}"][layer] for name in (kind, f"{kind}_mean"))
+        if head is None:
+            return moment, mean
+        if not 0 <= head < len(moment):
+            raise ValueError(f"expected a head from 0 to {len(moment) - 1} of {matrix}, got {head}; pass one of these")
+        return moment[head], mean[head]
 
     def spectrum(self, matrix: str, side: str = "gradient", *, half: str = "all") -> Float[np.ndarray, "layer head r"]:
         """Eigenvalues of a side's second moment, descending (the leading ones on a sketched axis); one head if shared.
@@ -290,17 +306,8 @@ class GradientCovariance(Result):
         for matrix in dict.fromkeys(matrix for _, matrix in captured.permuted):
             drawn = [captured.permuted.get((layer, matrix)) for layer in range(len(layers))]
             arrays[f"permuted/{matrix}"] = padded_stack(drawn).transpose(0, 1)
-        for matrix in dict.fromkeys(matrix for _, matrix in captured.weighted):
-            reached_by = [captured.weighted.get((layer, matrix)) for layer in range(len(layers))]
-            d = next(moments.d for moments in reached_by if moments is not None)
-            empty = torch.zeros(d, d, dtype=torch.float64)  # of layers that no gradient reaches
-            weighted = [
-                (moments.second_moment, moments.mean) if moments is not None and moments.count else (empty, empty[0])
-                for moments in reached_by
-            ]
-            arrays[f"weighted/{matrix}"], arrays[f"weighted_mean/{matrix}"] = map(
-                torch.stack, zip(*weighted, strict=True)
-            )
+        for matrix in dict.fromkeys(matrix for _, matrix, _ in captured.weighted):
+            arrays |= _weighted(matrix, captured.weighted, len(layers))
         return cls(table=table, gradients=gradients, config=config, notes=tuple(notes), arrays=arrays)
 
     # -- looking up ----------------------------------------------------------------------------------------------
@@ -348,3 +355,23 @@ class GradientCovariance(Result):
         layers = self.config["shape"]["n_layers"]
         if not 0 <= layer < layers:
             raise ValueError(f"expected a layer from 0 to {layers - 1}, got {layer}; pass one of these")
+
+
+def _weighted(matrix: str, captured: Mapping[Weighing, StreamingMoments], n_layers: int) -> dict[str, Tensor]:
+    """Second moments and means of a matrix's weighted inputs by layer, of all heads and of those that were told apart;
+    zero where no gradient reaches."""
+    held = {(layer, head): moments for (layer, name, head), moments in captured.items() if name == matrix}
+    d = next(iter(held.values())).d
+    nothing = torch.zeros(d, d, dtype=torch.float64)
+    heads = sorted({head for _, head in held if head is not None})
+    arrays: dict[str, Tensor] = {}
+    for kind, chosen in (("weighted", [None]), ("weighted_heads", heads)):
+        there = [held.get((layer, head)) for layer in range(n_layers) for head in chosen]
+        if there:
+            reached = [moments if moments is not None and moments.count else None for moments in there]
+            shape = (n_layers, len(chosen)) if chosen is heads else (n_layers,)
+            moment = torch.stack([nothing if moments is None else moments.second_moment for moments in reached])
+            mean = torch.stack([nothing[0] if moments is None else moments.mean for moments in reached])
+            arrays[f"{kind}/{matrix}"] = moment.reshape(*shape, d, d)
+            arrays[f"{kind}_mean/{matrix}"] = mean.reshape(*shape, d)
+    return arrays

@@ -129,8 +129,8 @@ def analyze_pair(
         groups: groups of sequences for the jackknife; 1 switches intervals off (less memory, less time).
         activations: whose activations define the subspaces: "base", "aligned" or "both".
         gradient: output-gradient second moments for the matched reference of W_O and W_out: a `GradientCovariance` of
-            the base, by which the reference of read matrices weighs their inputs (and with its `permutations` draws a
-            permutation range), or any object with `gradient_moment(layer, matrix, head)`.
+            the base, by which the reference of each head of a read matrix weighs its inputs (and with its
+            `permutations` draws a permutation range), or any object with `gradient_moment(layer, matrix, head)`.
         sensitivity: also keep moments and projections under the other choices of subspace, for `.sensitivity()`.
         layers_per_pass: hold the moments of so many layers at once, and run the texts again for the next ones (each
             time only as far as needed); by default as many as fit into the free memory, all of them if possible.

@@ -110,7 +110,9 @@ def _differ(numbers: Measurements, matrix: str) -> bool:
 def _side(numbers: Measurements, key: tuple[str, str], column: int) -> _Side:
     held, total = numbers.held[key], numbers.deltas[key[0]].energy
     if key in READ_SIDE:
-        reference = None if held.activation is None else held.activation[:, column : column + 1]
+        reference = None if held.activation is None else held.activation[..., column]
+        if reference is not None and reference.ndim == 1:  # one for all heads
+            reference = reference.unsqueeze(-1)
     else:
         reference = None if held.gradient is None else held.gradient[..., column]
     replicates = None if held.replicates is None else held.replicates[..., column].transpose(0, 1)

@@ -112,10 +112,10 @@ class LayerBases:
         self._inputs: dict[Reading, list[Tensor]] = {}
         self._references: dict[tuple[Reading, str, int, int], References] = {}
         self._muon: dict[tuple[Reading, int], Tensor] = {}
-        self._matched: dict[tuple[Reading, int, str], MatchedCovariance | None] = {}
+        self._matched: dict[tuple[Reading, int, str, int | None], MatchedCovariance | None] = {}
         self._laws: dict[tuple[int, str, tuple[int, ...]], list[dict[int, LawAtRank]]] = {}
         self._gradient = gradient
-        self._weighted: dict[str, tuple[Tensor, Tensor] | None] = {}
+        self._weighted: dict[tuple[str, int | None], tuple[Tensor, Tensor] | None] = {}
 
     def is_captured(self, name: str) -> bool:
         """Whether the subspace comes from activations, so that other texts would have given another one."""
@@ -284,23 +284,34 @@ class LayerBases:
             self._muon[reading, columns] = input_covariance(self.input_moment(reading), "muon", columns=columns)
         return self._muon[reading, columns]
 
-    def weighted(self, matrix: str) -> tuple[Float64[Tensor, "d d"], Float64[Tensor, " d"]] | None:
-        """Second moment and mean of a read matrix's inputs weighted by their gradients; None without such gradients."""
-        if matrix not in self._weighted:
+    def weighted(
+        self, matrix: str, head: int | None = None
+    ) -> tuple[Float64[Tensor, "d d"], Float64[Tensor, " d"]] | None:
+        """Second moment and mean of a read matrix's inputs weighted by its gradients, or by one head's; None without
+        such gradients."""
+        if (matrix, head) not in self._weighted:
             given = self._gradient
-            found = given.weighted_input(self.layer, matrix) if isinstance(given, WeightedInputs) else None
-            device = self.input_moment(self.reading(matrix)).device
-            self._weighted[matrix] = None if found is None else (found[0].to(device), found[1].to(device))
-        return self._weighted[matrix]
+            found = given.weighted_input(self.layer, matrix, head) if isinstance(given, WeightedInputs) else None
+            if found is not None:
+                device = self.input_moment(self.reading(matrix)).device
+                found = found[0].to(device), found[1].to(device)
+            self._weighted[matrix, head] = found
+        return self._weighted[matrix, head]
 
-    def learned(self, matrix: str) -> tuple[Float64[Tensor, "d d"], Float64[Tensor, " d"]]:
-        """Second moment and mean of what a read matrix learns from, weighted where there are gradients."""
+    def own_heads(self, matrix: str, heads: int) -> range | None:
+        """The heads of a read matrix where each has a reference of its own; None where they share one."""
+        return range(heads) if heads > 1 and self.weighted(matrix, 0) is not None else None
+
+    def learned(self, matrix: str, head: int | None = None) -> tuple[Float64[Tensor, "d d"], Float64[Tensor, " d"]]:
+        """Second moment and mean of what a read matrix, or a head, learns from, weighted where there are gradients."""
         reading = self.reading(matrix)
-        return self.weighted(matrix) or (self.input_moment(reading), self.input_mean(reading))
+        return self.weighted(matrix, head) or (self.input_moment(reading), self.input_mean(reading))
 
-    def covariance(self, matrix: str, *, columns: int) -> tuple[Float64[Tensor, "d d"], Float64[Tensor, " d"]] | None:
-        """Left covariance of a matrix's update by chance and its mean input, scaled alike; None where none varies."""
-        Σ, mean = self.learned(matrix)
+    def covariance(
+        self, matrix: str, *, columns: int, head: int | None = None
+    ) -> tuple[Float64[Tensor, "d d"], Float64[Tensor, " d"]] | None:
+        """Left covariance of an update by chance and the mean input, scaled alike; None where none varies."""
+        Σ, mean = self.learned(matrix, head)
         if bool(Σ.isnan().any()) or not bool(Σ.trace() > 0):
             return None
         if self.optimizer == "adam":
@@ -309,12 +320,13 @@ class LayerBases:
             return self._orthogonalized(self.reading(matrix), columns), mean
         return input_covariance(Σ, self.optimizer, columns=columns), mean
 
-    def matched(self, matrix: str, *, columns: int) -> MatchedCovariance | None:
-        """What a matrix's deltas are whitened with, by the chosen optimiser; None where its input does not vary."""
+    def matched(self, matrix: str, *, columns: int, head: int | None = None) -> MatchedCovariance | None:
+        """What a matrix's deltas, or a head's, are whitened with, by the chosen optimiser; None where its input does
+        not vary."""
         own = "" if self.weighted(matrix) is None else matrix
-        key = self.reading(matrix), columns if self.optimizer == "muon" else 0, own
+        key = self.reading(matrix), columns if self.optimizer == "muon" else 0, own, head
         if key not in self._matched:
-            found = self.covariance(matrix, columns=columns)
+            found = self.covariance(matrix, columns=columns, head=head)
             self._matched[key] = None if found is None else MatchedCovariance.of(*found)
         return self._matched[key]
 
@@ -331,9 +343,11 @@ class LayerBases:
         whole = self.subspace(name)
         return [k for k in ranks if k <= whole.existing and k < whole.d]
 
-    def adapter(self, matrix: str, adapter: Float[Tensor, "d r"], *, optimizer: str = "") -> AdapterCovariance | None:
+    def adapter(
+        self, matrix: str, adapter: Float[Tensor, "d r"], *, optimizer: str = "", head: int | None = None
+    ) -> AdapterCovariance | None:
         """The same for an adapter's change, in coordinates of what its A reads; under another optimizer if given."""
-        Σ, mean = self.learned(matrix)
+        Σ, mean = self.learned(matrix, head)
         if bool(Σ.isnan().any()):
             return None
         return AdapterCovariance.of(adapter, Σ, mean, optimizer or self.optimizer)

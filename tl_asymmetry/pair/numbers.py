@@ -26,7 +26,7 @@ from tl_asymmetry.pair.plan import Plan
 from tl_asymmetry.pair.projections import Projection
 
 MATCHED = (*REFERENCES, "weighted", "lora")
-"""Nulls that expect one fraction of all heads of a layer."""
+"""Nulls of read matrices. They expect one fraction of all heads of a layer, but for gradients of each head's own."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,8 @@ class RankNumbers:
     noise: Float64[Tensor, "*place head rank"]
     """Fraction of storage noise in the subspace."""
     activation: Float64[Tensor, "*place_of_head rank"] | None
-    """Fraction by chance under the chosen optimiser on the matrix's own input; None for write matrices."""
+    """Fraction by chance under the chosen optimiser on the matrix's own input, one for all heads of a place or one for
+    each; None for write matrices."""
     activation_replicates: Float64[Tensor, "*place_group_of_head rank"] | None
     """The same with one group of texts left out."""
     tails: Float64[Tensor, "*place 2 item rank"] | None

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Float64, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from tl_asymmetry.geometry.fraction import gram_energy
@@ -36,9 +36,9 @@ class Projection:
     """Directions that exist: those with at least 1e-6 of the leading eigenvalue."""
     noise: Float64[Tensor, "head top"]
     """Fraction of storage noise in the leading 1 … top directions."""
-    activation_reference: Float64[Tensor, "*expert top"] | None
-    """Fraction by chance in the leading 1 … top directions under the chosen optimiser, top the largest rank in use;
-    None for write matrices."""
+    activation_reference: Float64[Tensor, "*of_head top"] | None
+    """Fraction by chance in the leading 1 … top directions under the chosen optimiser, top the largest rank in use, one
+    for all heads or one for each; None for write matrices."""
     gradient_reference: Float64[Tensor, "head top"] | None
     """Fraction by chance under the chosen optimiser on the output's own gradients; None without gradients."""
     permuted: Float64[Tensor, "3 head top"] | None
@@ -46,9 +46,9 @@ class Projection:
     δ permuted within sequences; None for write matrices and without enough such draws."""
     replicates: Float64[Tensor, "group head rank"] | None
     """Energy in the leading `rank` directions with one group left out; None for a basis without replicates."""
-    reference_replicates: Float64[Tensor, "group *expert top"] | None = None
+    reference_replicates: Float64[Tensor, "*group_of_head top"] | None = None
     """`activation_reference` with one group left out."""
-    references: Mapping[str, Float64[Tensor, "*expert top"]] = field(default_factory=dict)
+    references: Mapping[str, Float64[Tensor, "*of_head top"]] = field(default_factory=dict)
     """Fractions by chance of every null that the input gives, see `bases.REFERENCES`, "weighted" and "lora"."""
     tails: Float64[Tensor, "2 item rank"] | None = None
     """P(fraction ≥) and P(fraction ≤) under the chosen optimiser's reference, of every head, then of the heads pooled
@@ -116,7 +116,7 @@ def _against(
     subspace = bases.subspace(name)
     top = min(subspace.rank, max(ranks))
     replicates: dict[str, list[Tensor]] = {}
-    weighted = {delta.matrix: C for delta in deltas if (C := _weighted_covariance(delta, bases)) is not None}
+    weighted = {delta.matrix: C for delta in deltas if (C := _weighted_covariances(delta, bases)) is not None}
     without: dict[str, list[Tensor]] = {matrix: [] for matrix in weighted}
     if intervals:
         read = torch.tensor([k for k in ranks if k <= top]) - 1
@@ -126,7 +126,7 @@ def _against(
             for delta in deltas if bases.is_captured(name) else ():
                 replicates.setdefault(delta.matrix, []).append(delta.energies(Q).cumsum(-1)[:, read])
             for matrix, C in weighted.items() if bases.is_captured(name) else ():
-                without[matrix].append(expected_fraction(C, Q))
+                without[matrix].append(C.expected(Q))
     eigenvalues = torch.full((subspace.rank,), torch.nan, dtype=torch.float64)
     if subspace.eigenvalues is not None:
         eigenvalues = subspace.eigenvalues.double().cpu()
@@ -153,7 +153,7 @@ def _against(
             by_weight = None
             if (C := weighted.get(delta.matrix)) is not None:
                 held = without[delta.matrix]
-                by_weight = expected_fraction(C, subspace.basis[:, :top]), torch.stack(held) if held else None
+                by_weight = C.expected(subspace.basis[:, :top]), torch.stack(held) if held else None
             projection = _against_input(projection, delta, bases, subspace.basis[:, :top], by_weight)
         if delta.unshrunk is not None:
             twin = replace(projection, energies=delta.unshrunk.energies(subspace.basis))
@@ -180,10 +180,8 @@ def _against_input(
     if weighted is not None:
         chosen, replicates = weighted
         references["weighted"] = chosen
-    adapter = bases.adapter(delta.matrix, delta.residual) if isinstance(delta, FactoredDelta) else None
-    if adapter is not None:
-        inside = gram_energy(adapter.covariance, adapter.frame.mT @ basis.to(adapter.frame)).cumsum(0).cpu()
-        own = inside / adapter.covariance.trace().cpu()
+    own = _of_adapter(delta, bases, basis) if isinstance(delta, FactoredDelta) else None
+    if own is not None:
         if replicates is not None:
             replicates = replicates / chosen * own
         references["lora"] = chosen = own
@@ -233,11 +231,47 @@ def notes_of_kinds(base: ModelView, matrices: Sequence[str]) -> Iterator[str]:
         )
 
 
-def _weighted_covariance(delta: AnyDelta, bases: LayerBases) -> Float64[Tensor, "d d"] | None:
-    """Left covariance by chance of a read matrix whose inputs are weighted by gradients; None without those."""
-    if kind_of(delta.matrix).writes or (found := bases.weighted(delta.matrix)) is None:
+@dataclass(frozen=True)
+class _Weighted:
+    """Left covariances by chance of a read matrix whose inputs are weighted by gradients."""
+
+    matrices: Sequence[Float64[Tensor, "d d"]]
+    """Of each head, or one for all of them."""
+    shared: bool
+    """Whether it is one for all."""
+
+    def expected(self, basis: Float[Tensor, "d k"]) -> Float64[Tensor, "*head k"]:
+        """Fractions in the leading 1 … k columns."""
+        fractions = torch.stack([expected_fraction(C, basis) for C in self.matrices])
+        return fractions[0] if self.shared else fractions
+
+
+def _weighted_covariances(delta: AnyDelta, bases: LayerBases) -> _Weighted | None:
+    """None without weights."""
+    if kind_of(delta.matrix).writes or bases.weighted(delta.matrix) is None:
         return None
-    return input_covariance(found[0], bases.optimizer, columns=delta.numbers.columns)
+    heads = bases.own_heads(delta.matrix, len(delta.numbers.energy))
+    return _Weighted(
+        [
+            input_covariance(bases.learned(delta.matrix, head)[0], bases.optimizer, columns=delta.numbers.columns)
+            for head in heads or [None]
+        ],
+        shared=heads is None,
+    )
+
+
+def _of_adapter(delta: FactoredDelta, bases: LayerBases, basis: Tensor) -> Float64[Tensor, "*head top"] | None:
+    """What an adapter's A makes of its inputs; of each head where heads have inputs of their own."""
+    heads = bases.own_heads(delta.matrix, len(delta.numbers.energy))
+    found = [bases.adapter(delta.matrix, delta.residual, head=head) for head in heads or [None]]
+    rows = [
+        gram_energy(own.covariance, own.frame.mT @ basis.to(own.frame)).cumsum(0).cpu() / own.covariance.trace().cpu()
+        for own in found
+        if own is not None
+    ]
+    if not rows:
+        return None
+    return rows[0] if heads is None else torch.stack(rows)
 
 
 def _gradient_reference(gradient: GradientMoments, bases: LayerBases, delta: AnyDelta, basis: Tensor) -> Tensor:

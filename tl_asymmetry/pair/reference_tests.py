@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import numpy as np
@@ -30,6 +30,8 @@ def reference_tails(
     that persist, leave less than its reference, down to the sign limit: what is below the one must be below the other,
     which is asked only where the layer could be found to be below at all.
     Storage noise lies elsewhere than inputs do: a fraction is above, or below, if it is so with and without that.
+    Where gradients weigh the inputs, each head is held against its own inputs' weights if they were kept, and the heads
+    pooled against those of all heads; as nothing is told to be below these, that limit is not asked.
 
     Args:
         asked: deltas of read matrices, each with the subspaces that it is held against.
@@ -43,16 +45,16 @@ def reference_tails(
     tails = [{name: none for name in names} for (_, names), none in zip(asked, nothing, strict=True)]
     for trial, p in _answered(asked, bases, ranks, persistent=False):
         known = tails[trial.delta]
-        known[trial.name] = _folded(known[trial.name], ranks.index(trial.rank), p)
+        known[trial.name] = _folded(known[trial.name], trial, ranks, p)
     if bases.optimizer != "adam":
         return tails
     below = [
-        (delta, [name for name in names if _some_below(known[name])])
+        (delta, [name for name in names if bases.weighted(delta.matrix) is None and _some_below(known[name])])
         for (delta, names), known in zip(asked, tails, strict=True)
     ]
     for trial, p in _answered(below, bases, ranks, persistent=True):
         known = tails[trial.delta]
-        lower = _folded(known[trial.name], ranks.index(trial.rank), p)[1]
+        lower = _folded(known[trial.name], trial, ranks, p)[1]
         known[trial.name] = torch.stack([known[trial.name][0], lower])
     return tails
 
@@ -67,8 +69,10 @@ class _Trial:
     """Of the subspace."""
     rank: int
     """k."""
+    items: slice
+    """Which of its items."""
     asked: Asked
-    """All items; a second time with storage noise where there is some."""
+    """These items; a second time with storage noise where there is some."""
 
 
 def _answered(
@@ -86,11 +90,47 @@ def _answered(
 def _trials(
     place: int, delta: AnyDelta, names: Sequence[str], bases: LayerBases, ranks: Sequence[int], *, persistent: bool
 ) -> Iterator[_Trial]:
+    heads = bases.own_heads(delta.matrix, len(delta.numbers.energy))
+    if heads is None:
+        yield from _against(place, delta, names, bases, ranks, slice(None), persistent=persistent)
+        return
+    for head in heads:
+        own = _of_head(delta, head)
+        yield from _against(place, own, names, bases, ranks, slice(head, head + 1), head=head, persistent=persistent)
+    yield from _against(place, delta, names, bases, ranks, slice(len(heads), None), persistent=persistent)
+
+
+def _of_head(delta: AnyDelta, head: int) -> AnyDelta:
+    """One head of a delta by itself."""
+    only = slice(head, head + 1)
+    numbers = delta.numbers
+    numbers = replace(
+        numbers, energy=numbers.energy[only], rounding=numbers.rounding[only], noise_rows=numbers.noise_rows[only]
+    )
+    if isinstance(delta, FactoredDelta):
+        return FactoredDelta(numbers, delta.residual, delta.other[only])
+    change, gram = (None if x is None else x[only] for x in (delta.change, delta.gram))
+    return LiveDelta(numbers, change, gram)
+
+
+def _against(
+    place: int,
+    delta: AnyDelta,
+    names: Sequence[str],
+    bases: LayerBases,
+    ranks: Sequence[int],
+    items: slice,
+    *,
+    head: int | None = None,
+    persistent: bool,
+) -> Iterator[_Trial]:
+    """Those of a delta's items, the pool last, that one covariance holds for: of all heads, or of a head."""
     directions = {name: bases.subspace(name).basis[:, : max(ranks)] for name in names}
     if isinstance(delta, FactoredDelta):
         # Without factors the adapter leaves the matrix alone: nothing to test.
         limit = "sign" if persistent else ""
-        own = bases.adapter(delta.matrix, delta.residual, optimizer=limit) if delta.residual.shape[1] else None
+        reads = delta.residual.shape[1]
+        own = bases.adapter(delta.matrix, delta.residual, optimizer=limit, head=head) if reads else None
         if own is None:
             return
         frame, covariance = own.frame.to(delta.residual), MatchedCovariance.of(own.covariance, own.mean)
@@ -98,17 +138,18 @@ def _trials(
         directions = {name: frame.mT @ basis.to(frame) for name, basis in directions.items()}
         laws = {name: laws_at(covariance, basis, bases.existing(name, ranks)) for name, basis in directions.items()}
     else:
-        found = bases.matched(delta.matrix, columns=delta.numbers.columns)
+        found = bases.matched(delta.matrix, columns=delta.numbers.columns, head=head)
         if found is None:
             return
         covariance = found.persistent if persistent else found
         laws = {name: bases.laws(covariance, name, ranks) for name in names}
-    spectra = _whitened_spectra(covariance, delta)
+    chosen = slice(None) if head is not None else items
+    spectra = [spectrum[chosen] for spectrum in _whitened_spectra(covariance, delta)]
     for name, basis in directions.items():
         for of, spectrum, held in zip(laws[name], spectra, _held(delta, basis, covariance.mean), strict=True):
             for k, law in of.items():
-                told = held.fractions(k, law.expected)
-                yield _Trial(place, name, k, (law, spectrum.repeat(len(told), 1), torch.cat(told)))
+                told = [fraction[chosen] for fraction in held.fractions(k, law.expected)]
+                yield _Trial(place, name, k, items, (law, spectrum.repeat(len(told), 1), torch.cat(told)))
 
 
 def _whitened_spectra(covariance: MatchedCovariance, delta: LiveDelta) -> list[Float64[Tensor, "item r"]]:
@@ -166,10 +207,11 @@ def _nothing(delta: AnyDelta, ranks: Sequence[int]) -> Tails:
     return torch.full((2, heads + (heads > 1), len(ranks)), torch.nan, dtype=torch.float64)
 
 
-def _folded(tails: Tails, column: int, p: Float64[Tensor, "2 _told"]) -> Tails:
+def _folded(tails: Tails, trial: _Trial, ranks: Sequence[int], p: Float64[Tensor, "2 _told"]) -> Tails:
     """The larger of what was known at a rank and what is told now."""
     folded = tails.clone()
-    folded[..., column] = reduce(torch.fmax, p.split(tails.shape[1], 1), tails[..., column])
+    known = folded[:, trial.items, ranks.index(trial.rank)]
+    folded[:, trial.items, ranks.index(trial.rank)] = reduce(torch.fmax, p.split(known.shape[1], 1), known)
     return folded
 
 

@@ -167,10 +167,9 @@ class PairAnalysis(PairData):
                 if projection is not None and subspace != EXPERT_INPUT:  # whose energies end where an expert's do
                     arrays[f"profile/{matrix}/{subspace}"][layer, :, projection.existing :] = torch.nan
             arrays[f"eigenvalues/{subspace}"] = stacked(held, "eigenvalues")
-            for null in first.references:  # at every rank up to the largest in use: [layer, 1, top]
-                expected = padded_stack([None if layer is None else layer.references[null] for layer in held])
-                own = subspace == EXPERT_INPUT  # of every expert by itself
-                arrays[f"expected/{null}/{matrix}/{subspace}"] = expected if own else expected.unsqueeze(1)
+            for null in first.references:  # at every rank up to the largest in use: [layer, head or 1, top]
+                parts = [None if layer is None else torch.atleast_2d(layer.references[null]) for layer in held]
+                arrays[f"expected/{null}/{matrix}/{subspace}"] = padded_stack(parts)
             if first.gradient_reference is not None:  # of every head by itself: [layer, head, top]
                 arrays[f"expected/gradient/{matrix}/{subspace}"] = stacked(held, "gradient_reference")
             if first.replicates is not None:  # fractions with one group of texts left out [layer, group, head, rank]

@@ -36,7 +36,7 @@ PAIR_COLUMNS = {
     "p_method": '"exact", "beta", "draws", "saddlepoint", or "none" where p is NaN',
     "isotropic_q": "p corrected over families (matrix, subspace, rank), layers in them and heads in these",
     "activation_matched": "read: the fraction expected by chance under the chosen optimizer on this matrix's own "
-    "inputs, cross-fitted over groups of texts, or weighted by their gradients where gradients are given; write: NaN",
+    "inputs, cross-fitted over groups of texts, or weighted by the head's gradients where these are given; write: NaN",
     "excess": "fraction / activation_matched",
     "excess_low": "lower end of the 95 % interval of excess over texts",
     "excess_high": "upper end",
@@ -239,8 +239,8 @@ class _Block:
                 whole = items[:, -1] if items.shape[1] > heads else np.full(places, np.nan)
                 if side == "below":
                     # In-sample the expected fraction is too high: above that is conservative, below it the reverse.
-                    # And weights of all heads together make a head with other large gradients than its layer's seem
-                    # below: half of them by chance in simulations.
+                    # And weights of all heads together, where heads' own were not kept, make a head with other large
+                    # gradients than its layer's seem below: half of them by chance in simulations.
                     untold = self.few | (self.reference == "weighted")
                     of_heads, whole = np.where(untold, np.nan, of_heads), np.where(untold.any(1), np.nan, whole)
                 found[self.reference, side] = Evidence(of_heads, whole)
@@ -312,7 +312,7 @@ class _Block:
         }  # fmt: skip
 
     def _expected(self, under_null: Tensor | None) -> Tensor:
-        """What a null of whole layers gives each of their heads; NaN where it does not apply."""
+        """What a null gives each head, by itself or as all of its layer; NaN where it does not apply."""
         if under_null is None:
             return torch.full_like(self.fraction, torch.nan)
         return _wide(under_null[..., self.column], self.heads)
@@ -333,9 +333,9 @@ class _Block:
         """Of fraction over its cross-fitted reference: both move with the texts."""
         if self.held.activation_replicates is None:
             return _no_interval(excess)
-        # [place, group, …] → [group, place, 1 or expert]
+        # [place, group, …] → [group, place, 1 or head]
         references = self.held.activation_replicates[..., self.column].transpose(0, 1)
-        references = references if self.own else references.unsqueeze(-1)
+        references = references if references.ndim == 3 else references.unsqueeze(-1)
         fractions = self.fraction if self.held.replicates is None else self._replicates()
         return log_jackknife_interval(excess, fractions / references, corrected=False)
 

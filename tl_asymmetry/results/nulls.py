@@ -123,13 +123,13 @@ NULLS: Mapping[str, Null] = {
             Definition(
                 "Input-matched reference, weighted by gradients", "[ours]",
                 "As for the chosen optimizer, every input weighted by the squared norm of the gradient that a named "
-                "objective gives it, all heads of a matrix together: tokens with large gradients count for more, "
-                "whatever else their gradients say. Without it, gradients whose size grows with the input's look like "
-                "more than training gives. It replaces the unweighted reference in excess and its test. Not "
-                "cross-fitted, so rather too high on the texts that it was measured on, and nothing is said to be "
-                "below it. A head whose large gradients stand at inputs of its own, unlike the other heads' of its "
-                "layer, may be above it by that alone: see How we know. W_K keeps the unweighted reference where "
-                "softmax ignores what all keys share.",
+                "objective gives the head's own outputs there: tokens with large gradients count for more, whatever "
+                "else their gradients say. Without it, gradients whose size grows with the input's look like more than "
+                "training gives. It replaces the unweighted reference in excess and its test; the heads pooled, and "
+                "heads whose own weights were not kept (gradient_covariance's head_weights), are held against inputs "
+                "weighted by the gradients of all heads of the matrix together. Not cross-fitted, so rather too high "
+                "on the texts that it was measured on, and nothing is said to be below it. W_K keeps the unweighted "
+                "reference where softmax ignores what all keys share.",
             ),
         ),
         Null(

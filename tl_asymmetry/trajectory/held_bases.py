@@ -58,17 +58,19 @@ class HeldBases(LayerBases):
         replicates = self.tensors.get(f"{name}/reference_replicates/{matrix}")
         return References(chosen, dict(zip(REFERENCES, rows, strict=True)), replicates)
 
-    def weighted(self, matrix: str) -> None:
+    def weighted(self, matrix: str, head: int | None = None) -> None:
         """Nothing: gradients are made of each checkpoint, what read rows are held against comes from one model."""
 
-    def matched(self, matrix: str, *, columns: int) -> MatchedCovariance | None:
+    def matched(self, matrix: str, *, columns: int, head: int | None = None) -> MatchedCovariance | None:
         """As `LayerBases.matched`."""
         if matrix not in self._whitening and f"covariance/{matrix}" in self.tensors:
             C, mean = (self.tensors[f"{part}/{matrix}"] for part in ("covariance", "mean"))
             self._whitening[matrix] = MatchedCovariance.of(C, mean)
         return self._whitening.get(matrix)
 
-    def adapter(self, matrix: str, adapter: Float[Tensor, "d r"], *, optimizer: str = "") -> None:
+    def adapter(
+        self, matrix: str, adapter: Float[Tensor, "d r"], *, optimizer: str = "", head: int | None = None
+    ) -> None:
         """None: an adapter's own reference needs its input's second moment, which is not held."""
         return
 
