@@ -36,11 +36,12 @@ from benchmarks.chance_updates import SEQUENCE, Inputs, Law, planted
 from tl_asymmetry.geometry.fraction import projected_energy, subspace_fraction
 from tl_asymmetry.geometry.hierarchy import hierarchy
 from tl_asymmetry.geometry.jackknife import log_jackknife_interval
-from tl_asymmetry.geometry.matched import MatchedCovariance, laws_at, matched_tails
+from tl_asymmetry.geometry.matched import Asked, MatchedCovariance, laws_at, matched_tails
 from tl_asymmetry.geometry.nulls import PERMUTATIONS, IsotropicNull, order_range
 from tl_asymmetry.geometry.references import (
     AdapterCovariance,
     CrossFit,
+    correlation,
     expected_fraction,
     input_covariance,
     inverse_size,
@@ -207,10 +208,17 @@ def _halves(
     covariance: MatchedCovariance, changes: Tensor, Q: Tensor, noise: Tensor | None
 ) -> tuple[list[Tensor], Tensor]:
     """Both tails as it is and without the mean input; and the fraction over its reference."""
+    halves = _asked(covariance, changes, Q, noise)
+    law, _, fraction = halves[0][0]
+    return [reduce(torch.maximum, matched_tails(half)) for half in halves], fraction / law.expected
+
+
+def _asked(covariance: MatchedCovariance, changes: Tensor, Q: Tensor, noise: Tensor | None = None) -> list[list[Asked]]:
+    """What is asked of the changes as they are and without the mean input, of each without storage noise too."""
     k, mean = Q.shape[1], covariance.mean
     assert mean is not None
     off = torch.eye(len(mean), dtype=torch.float64) - torch.outer(mean, mean)
-    halves, ratio = [], torch.zeros(0)
+    halves = []
     for X, frame, kept, spectrum, laws in zip(
         (changes.double(), off @ changes.double()),
         (Q, off @ Q),
@@ -224,9 +232,8 @@ def _halves(
         told = [fraction]
         if noise is not None:
             told.append(fraction + (noise @ kept * law.expected - noise @ frame.square().sum(-1)) / whole)
-        halves.append(reduce(torch.maximum, matched_tails([(law, spectrum, f) for f in told])))
-        ratio = ratio if len(ratio) else fraction / law.expected
-    return halves, ratio
+        halves.append([(law, spectrum, f) for f in told])
+    return halves
 
 
 def _texts(inputs: Inputs, tokens: int, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -649,16 +656,23 @@ def weighted_null(
     if share:
         changes = planted(changes, Q.float(), share, generator)
 
-    def found(changes: Tensor, sizes: Tensor) -> Found:
+    def asked(changes: Tensor, sizes: Tensor) -> list[Asked]:
         sized = sizes.unsqueeze(-1) * a
         moment, mean = sized.T @ sized / sizes.square().sum(), sized.mean(0)
-        return excess(moment, mean, changes, optimizer="adam" if steps else "sgd", basis=Q)
+        C, mean = (correlation(moment), inverse_size(moment.diagonal()) * mean) if steps else (moment, mean)
+        return [one for half in _asked(MatchedCovariance.of(C, mean), changes, Q) for one in half]
 
-    pooled = found(changes.transpose(0, 1).flatten(1).unsqueeze(0), δ.norm(dim=1))["above"]
-    by_head = δ.unflatten(1, (HEADS, -1)).norm(dim=-1).T
-    parts = [found(changes[h : h + 1], by_head[h]) for h in range(HEADS)] if apart else [found(changes, δ.norm(dim=1))]
-    above, ratio = (np.concatenate([part[name] for part in parts]) for name in ("above", "median excess"))
-    return {"above": above, "first head above": above[:1], "heads pooled above": pooled, "median excess": ratio}
+    whole, by_head = δ.norm(dim=1), δ.unflatten(1, (HEADS, -1)).norm(dim=-1).T
+    parts = [asked(changes.transpose(0, 1).flatten(1).unsqueeze(0), whole)]
+    parts += [asked(changes[h : h + 1], by_head[h]) for h in range(HEADS)] if apart else [asked(changes, whole)]
+    told = matched_tails([half for halves in parts for half in halves])  # two halves of each part, one call for all
+    pooled, *own = [torch.maximum(*told[i : i + 2])[0] for i in range(0, len(told), 2)]
+    ratio = torch.cat([fraction / law.expected for (law, _, fraction), _ in parts[1:]])
+    above = torch.cat(own).numpy()
+    return {
+        "above": above, "first head above": above[:1], "heads pooled above": pooled.numpy(),
+        "median excess": ratio.numpy(),
+    }  # fmt: skip
 
 
 def arms_null(generator: Generator, *, inputs: Inputs, runs: tuple[int, int], steps: int = 0) -> Found:

@@ -19,10 +19,11 @@ class _Late(ModuleType):
 if TYPE_CHECKING:  # for editors and type checkers; the same modules as below
     import pandas as pd
     from scipy import special
-else:
-    pd, special = _Late("pandas"), _Late("scipy.special")  # 0.8 s, which only those wait for who need a table or a test
+    from scipy.linalg import lapack
+else:  # 0.8 s, which only those wait for who need a table or a test
+    pd, special, lapack = _Late("pandas"), _Late("scipy.special"), _Late("scipy.linalg.lapack")
 
-__all__ = ["attach", "pd", "special"]
+__all__ = ["attach", "lapack", "pd", "special"]
 
 
 def attach(

@@ -80,7 +80,10 @@ def test_the_spectrum_of_h_stands_for_all_of_it(name: str) -> None:
                     assert law.tails(spectrum, k, f.reshape(1))[0].item() == pytest.approx(whole, rel=0.15)
 
 
-def test_whitening_equals_plain_algebra() -> None:
+@pytest.mark.parametrize("one_reduction", [2, D + 1])
+def test_whitening_equals_plain_algebra(one_reduction: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one tridiagonal form for both spectra, as at large widths, and by two solves."""
+    monkeypatch.setattr(matched_module, "_ONE_REDUCTION", one_reduction)
     C = covariance("rotated")
     generator = torch.Generator().manual_seed(0)
     mean = torch.randn(D, generator=generator, **double)
@@ -95,6 +98,29 @@ def test_whitening_equals_plain_algebra() -> None:
         torch.testing.assert_close(grams[..., :R], truth, rtol=1e-8, atol=0)
         wide = torch.cat([change, torch.zeros(3, D, D, **double)], -1)  # more columns than rows
         torch.testing.assert_close(matched.whitened_spectra(wide)[i][..., :R], truth, rtol=1e-8, atol=0)
+
+
+def test_no_direction_is_nothing_to_leave_out() -> None:
+    gram = torch.diag(torch.tensor([3.0, 2.0, 1.0], **double))
+    for v in (torch.zeros(3, **double), torch.tensor([0.0, 0.0, -1.0], **double)):
+        whole, rest = matched_module._of_one_reduction(gram.numpy(), v.numpy(), inside=False)
+        np.testing.assert_allclose(whole, [3, 2, 1], rtol=1e-15)
+        np.testing.assert_allclose(rest, [3, 2, 1 - float(v.square().sum())], atol=1e-15)
+
+
+def test_spectra_of_some_items_are_those_of_all() -> None:
+    generator = torch.Generator().manual_seed(1)
+    matched = MatchedCovariance.of(covariance("rotated"), torch.randn(D, generator=generator, **double))
+    change = torch.randn(3, D, R, generator=generator, **double)
+    for whitened, given in (
+        (matched.whitened_spectra, change), (matched.whitened_gram_spectra, change @ change.mT)
+    ):  # fmt: skip
+        every = whitened(given, pooled=True)
+        for only in ([True, False, True, False], [False, False, False, True], [False, True, False, True]):
+            some = whitened(given, pooled=True, only=torch.tensor(only))
+            for one, all_of_them in zip(some, every, strict=True):
+                expected = all_of_them[torch.tensor(only)][:, : one.shape[1]]
+                torch.testing.assert_close(one, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_a_flat_covariance_leaves_the_isotropic_law() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
+from tl_asymmetry._lazy import lapack
 from tl_asymmetry.geometry.memory import batches
 from tl_asymmetry.geometry.precision import exact_products
 from tl_asymmetry.geometry.references import sign_limit
@@ -21,12 +24,15 @@ _FLOOR = 1e-6
 _UNREACHED = 1e-9
 # Leading directions of C, and columns of Q, in whose span H is solved; what is left goes into two values.
 _LEADING, _SOLVED = 16, 48
+# From here on one tridiagonal form for two spectra takes less time than two solves; heads go through these at once.
+_ONE_REDUCTION = 256
 # Numbers of spectra at once.
 _NUMBERS = 1 << 22
 # A share of a sum that its rounding may be.
 _DIGITS = 1e-13
-# Tails below this are found at the head's own fraction, the others to first order about the expected one.
-_SETTLED = 0.1
+# Tails below this are found at the head's own fraction, the others to first order about the expected one. So many
+# standard deviations away no tail is larger (Cantelli: 1/(1 + 3²)).
+_SETTLED, _FAR = 0.1, 3.0
 
 
 @dataclass(frozen=True)
@@ -78,48 +84,58 @@ class MatchedCovariance:
         return m / m.norm()
 
     def whitened_spectra(
-        self, change: Float[Tensor, "head d other"], *, pooled: bool = False
+        self,
+        change: Float[Tensor, "head d other"],
+        *,
+        pooled: bool = False,
+        only: Bool[Tensor, " _item"] | None = None,
     ) -> list[Float64[Tensor, "item r"]]:
         """Squared singular values of Y = C^{-1/2} ΔW of each head, descending, on CPU; then those without the mean.
 
-        `pooled`: several heads are followed by all of them as one delta, zeros behind the shorter spectra.
+        Args:
+            change: ΔW.
+            pooled: several heads are followed by all of them as one delta, zeros behind the shorter spectra.
+            only: which of these items are wanted; None: all.
         """
         heads, d, other = change.shape
+        of_heads, together = _wanted(heads, pooled, only)
+        if not together and len(of_heads) < heads:
+            change = change[of_heads]
         flat = torch.linalg.solve_triangular(
-            self.root, change.to(self.root).transpose(0, 1).reshape(d, heads * other), upper=False
+            self.root, change.to(self.root).transpose(0, 1).reshape(d, len(change) * other), upper=False
         )
-        own = self._spectra(flat.unflatten(1, (heads, other)).transpose(0, 1))
-        if not pooled or heads == 1:
-            return own
-        return [_one_below_another(both) for both in zip(own, self._spectra(flat.unsqueeze(0)), strict=True)]
+        Y = flat.unflatten(1, (len(change), other)).transpose(0, 1)
+        Y = Y[of_heads] if len(of_heads) < len(Y) else Y
+        parts = [Y] * bool(len(of_heads)) + [flat.unsqueeze(0)] * together
+        return [_one_below_another(both) for both in zip(*map(self._spectra, parts), strict=True)]
 
     def _spectra(self, Y: Float64[Tensor, "head d other"]) -> list[Tensor]:
         d, other = Y.shape[1:]
-        gram = Y.mT @ Y if other <= d else Y @ Y.mT
-        spectra = [_eigenvalues(gram)]
-        if (m := self.whitened_mean) is not None:
-            # (PCP)⁺ on the complement of μ is C⁻¹ less its part along C^{-1/2}μ.
-            if other <= d:
-                along = m @ Y
-                gram = gram - along.unsqueeze(-1) * along.unsqueeze(-2)
-            else:
-                gram = _without(_without(gram, m).mT, m)
-            spectra.append(_eigenvalues(gram)[..., : d - 1])
-        return spectra
+        if other > d:
+            return self._gram_spectra(Y @ Y.mT)
+        gram = Y.mT @ Y
+        if (m := self.whitened_mean) is None:
+            return [_eigenvalues(gram)]
+        # (PCP)⁺ on the complement of μ is C⁻¹ less its part along C^{-1/2}μ.
+        both = _eigenvalues_with_and_without(gram, m @ Y, inside=False)
+        return [spectrum[..., : d - i] for i, spectrum in enumerate(both)]
+
+    def _gram_spectra(self, gram: Float64[Tensor, "head d d"]) -> list[Tensor]:
+        if (m := self.whitened_mean) is None:
+            return [_eigenvalues(gram)]
+        return _eigenvalues_with_and_without(gram, m.expand(len(gram), -1), inside=True)
 
     def whitened_gram_spectra(
-        self, gram: Float[Tensor, "head d d"], *, pooled: bool = False
+        self, gram: Float[Tensor, "head d d"], *, pooled: bool = False, only: Bool[Tensor, " _item"] | None = None
     ) -> list[Float64[Tensor, "item r"]]:
         """The same from ΔW ΔWᵀ, where ΔW itself is wider than high."""
+        of_heads, together = _wanted(len(gram), pooled, only)
+        chosen = gram[of_heads] if len(of_heads) < len(gram) else gram
+        if together:
+            chosen = torch.cat([chosen, gram.sum(0, keepdim=True)])
         # Any factor of the Gram does: Y Yᵀ = L⁻¹ ΔW ΔWᵀ L⁻ᵀ.
-        half = torch.linalg.solve_triangular(self.root, gram.to(self.root), upper=False)
-        whitened = torch.linalg.solve_triangular(self.root, half.mT, upper=False)
-        if pooled and len(gram) > 1:
-            whitened = torch.cat([whitened, whitened.sum(0, keepdim=True)])
-        spectra = [_eigenvalues(whitened)]
-        if (m := self.whitened_mean) is not None:
-            spectra.append(_eigenvalues(_without(_without(whitened, m).mT, m))[..., :-1])
-        return spectra
+        half = torch.linalg.solve_triangular(self.root, chosen.to(self.root), upper=False)
+        return self._gram_spectra(torch.linalg.solve_triangular(self.root, half.mT, upper=False))
 
     def laws(self, basis: Float[Tensor, "d k"]) -> list[MatchedLaw]:
         """The laws of fractions in the leading columns of a basis: as it is; then without the mean input."""
@@ -240,13 +256,27 @@ def matched_tails(asked: Sequence[Asked]) -> list[Float64[Tensor, "2 _item"]]:
 
 def _tails(asked: Sequence[Asked]) -> list[Tensor]:
     asked = [(law, spectrum, fraction.double().cpu()) for law, spectrum, fraction in asked]
-    tails = _rotated(asked, exact=False)
-    near = [(p < _SETTLED).any(0) for p in tails]
-    again = [i for i, at in enumerate(near) if bool(at.any())]
-    settled = _rotated([(asked[i][0], asked[i][1][near[i]], asked[i][2][near[i]]) for i in again], exact=True)
-    for i, p in zip(again, settled, strict=True):
-        tails[i][:, near[i]] = p
+    tails = [torch.full((2, len(fraction)), torch.nan, dtype=torch.float64) for *_, fraction in asked]
+
+    def answer(chosen: Sequence[Tensor], *, exact: bool) -> None:
+        some = [i for i, at in enumerate(chosen) if bool(at.any())]
+        told = _rotated([(asked[i][0], asked[i][1][chosen[i]], asked[i][2][chosen[i]]) for i in some], exact=exact)
+        for i, p in zip(some, told, strict=True):
+            tails[i][:, chosen[i]] = p
+
+    far = [_deviations(*one).abs() > _FAR for one in asked]
+    answer([~at for at in far], exact=False)
+    answer([at | (p < _SETTLED).any(0) for at, p in zip(far, tails, strict=True)], exact=True)
     return tails
+
+
+def _deviations(law: LawAtRank, spectrum: Tensor, fraction: Tensor) -> Float64[Tensor, " item"]:
+    """Mean of tr(H G S Gᵀ) in its standard deviations (Muirhead 1982, ch. 7)."""
+    powers = fraction.unsqueeze(-1) ** torch.arange(4)
+    h, h2 = (powers @ of for of in law.traces[:2])
+    s, s2 = spectrum.sum(-1), spectrum.square().sum(-1)
+    variance = 2 * (h2 - h.square() / law.d) * (s2 - s.square() / law.d) / ((law.d - 1) * (law.d + 2))
+    return h * s / law.d / variance.clamp(min=0).sqrt()
 
 
 def _rotated(asked: Sequence[Asked], *, exact: bool) -> list[Tensor]:
@@ -301,12 +331,60 @@ def _leading(C: Tensor) -> Tensor:
     return V
 
 
+def _wanted(heads: int, pooled: bool, only: Bool[Tensor, " _item"] | None) -> tuple[Int[Tensor, " wanted"], bool]:
+    """Which heads, and whether the heads pooled."""
+    several = pooled and heads > 1
+    if only is None:
+        return torch.arange(heads), several
+    return only[:heads].nonzero().flatten(), several and bool(only[-1])
+
+
 def _without(x: Tensor, unit: Tensor) -> Tensor:
-    return x - unit.unsqueeze(-1) * (unit @ x).unsqueeze(-2)
+    return x - unit.unsqueeze(-1) * (unit.unsqueeze(-2) @ x)
+
+
+def _outer(v: Tensor) -> Tensor:
+    return v.unsqueeze(-1) * v.unsqueeze(-2)
 
 
 def _eigenvalues(symmetric: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(symmetric).flip(-1).clamp(min=0).cpu()
+
+
+def _eigenvalues_with_and_without(
+    gram: Float64[Tensor, "item n n"], direction: Float64[Tensor, "item n"], *, inside: bool
+) -> list[Float64[Tensor, "item r"]]:
+    """Eigenvalues of a Gram matrix, descending; then of what is left of it without a direction, on CPU.
+
+    That is PGP with P = I − vvᵀ for a unit v where the direction lies `inside` the Gram's own space, its zero left out;
+    else G − vvᵀ. Householder's reduction that begins at v gives one tridiagonal form for both: the second lacks the
+    first row, or has ‖v‖² less in its first entry (Golub & Van Loan, ch. 8.3).
+    """
+    if gram.device.type != "cpu" or gram.shape[-1] < _ONE_REDUCTION:
+        rest = _without(_without(gram, direction).mT, direction) if inside else gram - _outer(direction)
+        without = _eigenvalues(rest)
+        return [_eigenvalues(gram), without[..., :-1] if inside else without]
+    spectra = [_of_one_reduction(*one, inside=inside) for one in zip(gram.numpy(), direction.numpy(), strict=True)]
+    return [torch.from_numpy(np.stack(of)) for of in zip(*spectra, strict=True)]
+
+
+def _of_one_reduction(gram: np.ndarray, v: np.ndarray, *, inside: bool) -> tuple[np.ndarray, np.ndarray]:
+    size = float(np.linalg.norm(v))
+    # H = I − 2wwᵀ takes v to the first axis: HGH in two rank-one steps.
+    w = v / size if size > 0 else np.eye(1, len(v))[0]
+    sign = math.copysign(1.0, w[0])
+    w = w + sign * np.eye(1, len(w))[0]
+    w /= np.linalg.norm(w)
+    u = 2 * (gram @ w)
+    u -= (w @ u) * w
+    turned = gram - np.outer(u, w) - np.outer(w, u)
+    lwork = int(lapack.dsytrd_lwork(len(w), lower=1)[0])
+    _, diagonal, off, _, _ = lapack.dsytrd(turned, lower=1, lwork=lwork, overwrite_a=1)
+    rest = diagonal[1:] if inside else diagonal - size**2 * np.eye(1, len(w))[0]
+    found = lapack.dsterf(diagonal, off), lapack.dsterf(rest, off[1:] if inside else off)
+    if any(info for _, info in found):
+        raise RuntimeError(f"dsterf found no eigenvalues of a {len(w)} × {len(w)} matrix")
+    return tuple(λ[::-1].clip(min=0) for λ, _ in found)
 
 
 def _one_below_another(parts: Sequence[Float[Tensor, "_item _r"]]) -> Float[Tensor, "item r"]:

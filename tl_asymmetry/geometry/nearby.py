@@ -120,7 +120,7 @@ def rounded_directions(symmetric: Float64[Tensor, "d d"], neighbour: Subspace, k
     if large > _LARGE_SHARE * d or columns >= neighbour.existing:
         return None
     A = symmetric.to(faster_solver(d, torch.float32))
-    for ritz in _ritz(A, neighbour, columns, _LARGE_ROUNDS):
+    for ritz in _ritz(A, neighbour, columns, _LARGE_ROUNDS, crude=large):
         # What a direction that is off by an angle α leaves of its eigenvalue θ in the others: θ α².
         left = ritz.values[:large] * (ritz.residuals[:large] / ritz.gaps[:large]).square()
         if bool(ritz.gaps[large - 1] > 0) and bool(left.sum() <= _LEFT * λ[k - 1]):
@@ -150,8 +150,13 @@ class _Ritz:
     """The neighbour's."""
 
 
-def _ritz(A: Float64[Tensor, "d d"], neighbour: Subspace, columns: int, rounds: Sequence[int]) -> Iterator[_Ritz]:
-    """Subspace iteration from a neighbour's leading eigenvectors, a look after each number of rounds."""
+def _ritz(
+    A: Float64[Tensor, "d d"], neighbour: Subspace, columns: int, rounds: Sequence[int], *, crude: int = 0
+) -> Iterator[_Ritz]:
+    """Subspace iteration from a neighbour's leading eigenvectors, a look after each number of rounds.
+
+    `crude`: where so many eigenvalues are above all that lies beyond the block together, that is bound enough.
+    """
     assert neighbour.eigenvalues is not None
     X = start = neighbour.basis[:, :columns].to(A)
     middle = float(neighbour.eigenvalues[columns]) / 2
@@ -163,7 +168,10 @@ def _ritz(A: Float64[Tensor, "d d"], neighbour: Subspace, columns: int, rounds: 
             AX = A @ X
             θ, turn = (part.flip(-1) for part in torch.linalg.eigh(X.mT @ AX))
             X, AX = X @ turn, AX @ turn
-            yield _Ritz(θ, X, AX, (AX - X * θ).norm(dim=0), θ - _largest_beyond(A, X), start)
+            beyond = _norm_beyond(A, θ, AX) if crude else math.inf
+            if float(θ[max(crude, 1) - 1]) < 2 * beyond:
+                beyond = _largest_beyond(A, X)
+            yield _Ritz(θ, X, AX, (AX - X * θ).norm(dim=0), θ - beyond, start)
 
 
 def _certified(ritz: _Ritz, ranks: Sequence[int]) -> bool:
@@ -177,6 +185,13 @@ def _certified(ritz: _Ritz, ranks: Sequence[int]) -> bool:
         if not bool(off.square().sum() + mixed.square().sum() <= CERTIFIED**2 * turned):
             return False
     return True
+
+
+def _norm_beyond(A: Float64[Tensor, "d d"], θ: Float64[Tensor, " m"], AX: Float64[Tensor, "d m"]) -> float:
+    """‖A‖_F on the complement of Ritz vectors: no less than the largest eigenvalue there."""
+    whole = torch.linalg.matrix_norm(A).square()
+    left = whole - 2 * AX.square().sum() + θ.square().sum()
+    return float((left.clamp(min=0) + _NO_TURN * whole).sqrt())
 
 
 def _largest_beyond(A: Float64[Tensor, "d d"], X: Float64[Tensor, "d m"]) -> float:

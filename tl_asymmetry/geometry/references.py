@@ -150,6 +150,8 @@ class CrossFit:
 
     sums: Sequence[Float[Tensor, "d d"]]
     """Σ a aᵀ over each group's tokens."""
+    replicated: Sequence[str] = ("sgd", "adam")
+    """Of which references replicates are wanted."""
     _inside: dict[str, list[Tensor]] = field(default_factory=lambda: {"sgd": [], "adam": []})
     _total: dict[str, list[Tensor]] = field(default_factory=lambda: {"sgd": [], "adam": []})
     _replicates: dict[str, list[Tensor]] = field(default_factory=lambda: {"sgd": [], "adam": []})
@@ -159,17 +161,30 @@ class CrossFit:
 
     def add(self, group: int, basis: Float[Tensor, "d k"]) -> None:
         """Take in one group with the directions fitted on all others."""
+        for name in self._inside:
+            self._take(name, group, basis)
+
+    def add_all(self, basis: Float[Tensor, "d k"]) -> None:
+        """Take in every group with directions that come from none of them."""
+        for name in self._inside:
+            if name == "sgd" and name not in self.replicated:  # what the groups hold adds up
+                self._inside[name].append(gram_energy(self._whole, basis).cumsum(0))
+                self._total[name].append(self._whole.trace().double())
+                continue
+            for group in range(len(self.sums)):
+                self._take(name, group, basis)
+
+    def _take(self, name: str, group: int, basis: Float[Tensor, "d k"]) -> None:
         S = self.sums[group]
-        Q = basis.to(S)
         rest = self._whole.diagonal() - S.diagonal()
-        for name, scale in (("sgd", torch.ones_like(rest)), ("adam", inverse_size(rest).to(S))):
-            scaled = Q * scale.unsqueeze(-1)
-            inside, whole = (gram_energy(M, scaled).cumsum(0) for M in (S, self._whole))
-            total = (S.diagonal() * scale.square()).sum().double()
-            left = (rest * scale.square()).sum().double()
-            self._inside[name].append(inside)
-            self._total[name].append(total)
-            self._replicates[name].append((whole - inside) / left)
+        scale = inverse_size(rest).to(S) if name == "adam" else torch.ones_like(rest)
+        Q = basis.to(S) * scale.unsqueeze(-1)
+        inside = gram_energy(S, Q).cumsum(0)
+        self._inside[name].append(inside)
+        self._total[name].append((S.diagonal() * scale.square()).sum().double())
+        if name in self.replicated:
+            whole = gram_energy(self._whole, Q).cumsum(0)
+            self._replicates[name].append((whole - inside) / (rest * scale.square()).sum().double())
 
     def expected(self, optimizer: str) -> Float64[Tensor, " k"]:
         """Σ_g tr(Q_{−g}ᵀ S_g Q_{−g}) / Σ_g tr S_g for "sgd"; for "adam" with S_g scaled by the other groups' sizes."""

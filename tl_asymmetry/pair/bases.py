@@ -231,13 +231,18 @@ class LayerBases:
         """Groups of sequences."""
         return len(self._groups)
 
-    def cross(self, matrices: Iterable[str], name: str, group: int, basis: Float[Tensor, "d k"]) -> None:
-        """Take in the directions fitted without one group, for the references of read matrices; once for each input."""
+    def cross(self, matrices: Iterable[str], name: str, group: int | None, basis: Float[Tensor, "d k"]) -> None:
+        """Take in the directions fitted without one group, or (None) without any, for the references of read matrices;
+        once for each input."""
         for reading in dict.fromkeys(self.reading(matrix) for matrix in matrices):
             key = reading, name
             if key not in self._fits:
-                self._fits[key] = CrossFit(self.input_sums(reading))
-            self._fits[key].add(group, basis)
+                replicated = "adam" if self.optimizer == "adam" else "sgd"
+                self._fits[key] = CrossFit(self.input_sums(reading), (replicated,))
+            if group is None:
+                self._fits[key].add_all(basis)
+            else:
+                self._fits[key].add(group, basis)
 
     def references(self, matrix: str, name: str, k: int, *, columns: int) -> References:
         """References of a matrix in the leading 1 … k directions, cross-fitted where `cross` was called for all groups.
@@ -274,9 +279,10 @@ class LayerBases:
         # With as many columns as rows nothing is left of Σ, nor of its sampling.
         flat = columns >= len(Σ)
         crossed["muon"] = in_sample["muon"] * (1 if flat else crossed["sgd"] / in_sample["sgd"])
-        replicates = {null: fit.replicates(null) for null in ("sgd", "adam")}
-        replicates["muon"] = in_sample["muon"] * (replicates["sgd"] / in_sample["sgd"]).pow(0 if flat else 1)
-        return References(crossed[self.optimizer], crossed, replicates[self.optimizer])
+        if self.optimizer != "muon":
+            return References(crossed[self.optimizer], crossed, fit.replicates(self.optimizer))
+        sampled = (fit.replicates("sgd") / in_sample["sgd"]).pow(0 if flat else 1)
+        return References(crossed["muon"], crossed, in_sample["muon"] * sampled)
 
     def _orthogonalized(self, reading: Reading, columns: int) -> Float64[Tensor, "d d"]:
         """Muon's left covariance: an eigensolve where there are fewer columns than rows, one for all subspaces."""
@@ -356,13 +362,12 @@ class LayerBases:
 def crossed_replicates(
     bases: LayerBases, reading: Sequence[str], name: str, ranks: Sequence[int]
 ) -> Iterator[Float[Tensor, "d_model k"]]:
-    """`LayerBases.replicates`, each also taken in for the references of the read matrices; the subspace itself in each
-    place where it does not come from activations."""
-    if bases.is_captured(name):
-        directions: Iterable[Tensor] = bases.replicates(name, ranks)
-    else:
-        directions = [bases.subspace(name).basis[:, : max(ranks)]] * bases.groups
-    for group, Q in enumerate(directions):
+    """`LayerBases.replicates`, each also taken in for the references of the read matrices; none of a subspace that does
+    not come from activations, whose directions are taken in as they are."""
+    if not bases.is_captured(name):
+        bases.cross(reading, name, None, bases.subspace(name).basis[:, : max(ranks)])
+        return
+    for group, Q in enumerate(bases.replicates(name, ranks)):
         bases.cross(reading, name, group, Q)
         yield Q
 

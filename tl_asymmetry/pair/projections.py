@@ -123,9 +123,9 @@ def _against(
         there = sorted({min(k, top) for k in ranks})
         reading = [delta.matrix for delta in deltas if kind_of(delta.matrix).reads]
         for Q in crossed_replicates(bases, reading, name, there):
-            for delta in deltas if bases.is_captured(name) else ():
+            for delta in deltas:
                 replicates.setdefault(delta.matrix, []).append(delta.energies(Q).cumsum(-1)[:, read])
-            for matrix, C in weighted.items() if bases.is_captured(name) else ():
+            for matrix, C in weighted.items():
                 without[matrix].append(C.expected(Q))
     eigenvalues = torch.full((subspace.rank,), torch.nan, dtype=torch.float64)
     if subspace.eigenvalues is not None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
 import numpy as np
 import torch
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64, Int
 from torch import Tensor
 
 from tl_asymmetry.geometry.hierarchy import of_layers
@@ -19,6 +19,8 @@ from tl_asymmetry.pair.deltas import AnyDelta, FactoredDelta, LiveDelta
 
 Tails = Float64[Tensor, "2 _item _rank"]
 """P(fraction ≥) and P(fraction ≤) of every head, then of the heads pooled where there are several."""
+Wanted = Mapping[str, Bool[Tensor, "_item _rank"]]
+"""Which of these are asked for, by subspace."""
 
 
 def reference_tails(
@@ -28,7 +30,7 @@ def reference_tails(
 
     An adapter's change is tested within what its A reads, where it lies by construction. One step of Adam, or gradients
     that persist, leave less than its reference, down to the sign limit: what is below the one must be below the other,
-    which is asked only where the layer could be found to be below at all.
+    which is asked only where the layer could be found to be below at all, and of those that could.
     Storage noise lies elsewhere than inputs do: a fraction is above, or below, if it is so with and without that.
     Where gradients weigh the inputs, each head is held against its own inputs' weights if they were kept, and the heads
     pooled against those of all heads; as nothing is told to be below these, that limit is not asked.
@@ -43,14 +45,17 @@ def reference_tails(
     """
     nothing = [_nothing(delta, ranks) for delta, _ in asked]
     tails = [{name: none for name in names} for (_, names), none in zip(asked, nothing, strict=True)]
-    for trial, p in _answered(asked, bases, ranks, persistent=False):
+    everything = [
+        (delta, {name: none[0].isnan() for name, none in of.items()})
+        for (delta, _), of in zip(asked, tails, strict=True)
+    ]
+    for trial, p in _answered(everything, bases, ranks, persistent=False):
         known = tails[trial.delta]
         known[trial.name] = _folded(known[trial.name], trial, ranks, p)
     if bases.optimizer != "adam":
         return tails
     below = [
-        (delta, [name for name in names if bases.weighted(delta.matrix) is None and _some_below(known[name])])
-        for (delta, names), known in zip(asked, tails, strict=True)
+        (delta, {} if bases.weighted(delta.matrix) else _below(of)) for (delta, _), of in zip(asked, tails, strict=True)
     ]
     for trial, p in _answered(below, bases, ranks, persistent=True):
         known = tails[trial.delta]
@@ -69,35 +74,34 @@ class _Trial:
     """Of the subspace."""
     rank: int
     """k."""
-    items: slice
-    """Which of its items."""
+    items: Int[Tensor, " item"]
+    """Places of its items."""
     asked: Asked
     """These items; a second time with storage noise where there is some."""
 
 
 def _answered(
-    asked: Sequence[tuple[AnyDelta, Sequence[str]]], bases: LayerBases, ranks: Sequence[int], *, persistent: bool
+    asked: Sequence[tuple[AnyDelta, Wanted]], bases: LayerBases, ranks: Sequence[int], *, persistent: bool
 ) -> Iterator[tuple[_Trial, Tensor]]:
     trials = [
         trial
-        for i, (delta, names) in enumerate(asked)
-        if names
-        for trial in _trials(i, delta, names, bases, ranks, persistent=persistent)
+        for i, (delta, wanted) in enumerate(asked)
+        if wanted
+        for trial in _trials(i, delta, wanted, bases, ranks, persistent=persistent)
     ]
     return zip(trials, matched_tails([trial.asked for trial in trials]), strict=True)
 
 
 def _trials(
-    place: int, delta: AnyDelta, names: Sequence[str], bases: LayerBases, ranks: Sequence[int], *, persistent: bool
+    place: int, delta: AnyDelta, wanted: Wanted, bases: LayerBases, ranks: Sequence[int], *, persistent: bool
 ) -> Iterator[_Trial]:
-    heads = bases.own_heads(delta.matrix, len(delta.numbers.energy))
-    if heads is None:
-        yield from _against(place, delta, names, bases, ranks, slice(None), persistent=persistent)
-        return
+    heads = bases.own_heads(delta.matrix, len(delta.numbers.energy)) or range(0)
     for head in heads:
-        own = _of_head(delta, head)
-        yield from _against(place, own, names, bases, ranks, slice(head, head + 1), head=head, persistent=persistent)
-    yield from _against(place, delta, names, bases, ranks, slice(len(heads), None), persistent=persistent)
+        own = {name: of[head : head + 1] for name, of in wanted.items()}
+        for trial in _against(place, _of_head(delta, head), own, bases, ranks, head=head, persistent=persistent):
+            yield replace(trial, items=trial.items + head)
+    together = {name: of & (torch.arange(len(of)) >= len(heads)).unsqueeze(-1) for name, of in wanted.items()}
+    yield from _against(place, delta, together, bases, ranks, persistent=persistent)
 
 
 def _of_head(delta: AnyDelta, head: int) -> AnyDelta:
@@ -116,16 +120,15 @@ def _of_head(delta: AnyDelta, head: int) -> AnyDelta:
 def _against(
     place: int,
     delta: AnyDelta,
-    names: Sequence[str],
+    wanted: Wanted,
     bases: LayerBases,
     ranks: Sequence[int],
-    items: slice,
     *,
     head: int | None = None,
     persistent: bool,
 ) -> Iterator[_Trial]:
-    """Those of a delta's items, the pool last, that one covariance holds for: of all heads, or of a head."""
-    directions = {name: bases.subspace(name).basis[:, : max(ranks)] for name in names}
+    """Against one covariance: of the inputs of all heads, or of this one's."""
+    directions = {name: bases.subspace(name).basis[:, : max(ranks)] for name in wanted}
     if isinstance(delta, FactoredDelta):
         # Without factors the adapter leaves the matrix alone: nothing to test.
         limit = "sign" if persistent else ""
@@ -142,21 +145,29 @@ def _against(
         if found is None:
             return
         covariance = found.persistent if persistent else found
-        laws = {name: bases.laws(covariance, name, ranks) for name in names}
-    chosen = slice(None) if head is not None else items
-    spectra = [spectrum[chosen] for spectrum in _whitened_spectra(covariance, delta)]
+        laws = {name: bases.laws(covariance, name, ranks) for name in wanted}
+    solved = torch.stack([of.any(-1) for of in wanted.values()]).any(0)
+    row = solved.cumsum(0) - 1
+    spectra = _whitened_spectra(covariance, delta, solved)
     for name, basis in directions.items():
         for of, spectrum, held in zip(laws[name], spectra, _held(delta, basis, covariance.mean), strict=True):
             for k, law in of.items():
-                told = [fraction[chosen] for fraction in held.fractions(k, law.expected)]
-                yield _Trial(place, name, k, items, (law, spectrum.repeat(len(told), 1), torch.cat(told)))
+                items = wanted[name][:, ranks.index(k)].nonzero().flatten()
+                told = [fraction[items] for fraction in held.fractions(k, law.expected)]
+                if len(items):
+                    yield _Trial(
+                        place, name, k, items, (law, spectrum[row[items]].repeat(len(told), 1), torch.cat(told))
+                    )
 
 
-def _whitened_spectra(covariance: MatchedCovariance, delta: LiveDelta) -> list[Float64[Tensor, "item r"]]:
+def _whitened_spectra(
+    covariance: MatchedCovariance, delta: LiveDelta, only: Bool[Tensor, " item"]
+) -> list[Float64[Tensor, "item r"]]:
     if delta.gram is not None:
-        return covariance.whitened_gram_spectra(delta.gram, pooled=True)
+        return covariance.whitened_gram_spectra(delta.gram, pooled=True, only=only)
     heads = len(delta.numbers.energy)
-    return covariance.whitened_spectra(delta.flat.unflatten(1, (heads, -1)).transpose(0, 1), pooled=True)
+    change = delta.flat.unflatten(1, (heads, -1)).transpose(0, 1)
+    return covariance.whitened_spectra(change, pooled=True, only=only)
 
 
 @dataclass(frozen=True)
@@ -213,6 +224,12 @@ def _folded(tails: Tails, trial: _Trial, ranks: Sequence[int], p: Float64[Tensor
     known = folded[:, trial.items, ranks.index(trial.rank)]
     folded[:, trial.items, ranks.index(trial.rank)] = reduce(torch.fmax, p.split(known.shape[1], 1), known)
     return folded
+
+
+def _below(tails: Mapping[str, Tails]) -> Wanted:
+    """What could be found below, by subspace: nothing of a layer whose own p is larger than the level, nor an item
+    whose p is."""
+    return {name: known[1] <= SIGNIFICANT for name, known in tails.items() if _some_below(known)}
 
 
 def _some_below(tails: Tails) -> bool:

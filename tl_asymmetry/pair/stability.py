@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from tl_asymmetry._lazy import pd
 from tl_asymmetry.geometry.hierarchy import hierarchy
-from tl_asymmetry.geometry.nulls import IsotropicNull
+from tl_asymmetry.geometry.nulls import Asked, IsotropicNull, Told
 from tl_asymmetry.names import FOUND, SIGNIFICANT
 from tl_asymmetry.pair.sensitivity import unit_of
 
@@ -37,6 +38,8 @@ STABILITY_COLUMNS = {
 
 _CHOICES = ("activations", "centered", "first_position", "fold_norm")
 _PLACE = ["layer", "head", "expert"]
+Family = tuple[str, str]
+"""Matrix and subspace."""
 
 Spectra = Mapping[str, tuple[Tensor, Tensor | None]]
 """By matrix: eigenvalues of ΔW ΔWᵀ of each head [layer, head, r], and of a layer's heads as one delta [layer, s]."""
@@ -57,21 +60,26 @@ def stability_table(
         widths: d by matrix.
         seed: of the null's draws.
     """
-    nulls = {d: IsotropicNull(d, seed=seed) for d in {*widths.values()}}
+    asked = [_Asked.of(int(str(rank)), of, table, spectra) for rank, of in variants.groupby("rank", sort=False)]
+    for d in {*widths.values()}:
+        null = IsotropicNull(d, seed=seed)
+        every = [
+            tests
+            for one in asked
+            for of in (one.own, one.varied)
+            for (matrix, _), tests in of.items()
+            if widths[matrix] == d
+        ]
+        told = iter(null.tails_of([question for tests in every for question in tests.asked()]))
+        for tests in every:
+            tests.hear(told)
     blocks = []
-    for rank, asked in variants.groupby("rank", sort=False):
-        k = int(str(rank))
-        own = {
-            (str(matrix), str(subspace)): _Tests(nulls[widths[str(matrix)]], k, [rows], *spectra[str(matrix)])
-            for (matrix, subspace), rows in table[table["rank"] == k].groupby(["matrix", "subspace"], sort=False)
-        }
-        heads = {family: tests.heads[0] for family, tests in own.items()}
-        pooled = {family: tests.pooled[0] for family, tests in own.items()}
-        for (matrix, subspace), rows in asked.groupby(["matrix", "subspace"], sort=False):
-            family = str(matrix), str(subspace)
-            # groupby keeps the rows' order: layers and heads within each variant.
-            by_variant = [block for _, block in rows.groupby(list(_CHOICES), sort=False)]
-            tests = _Tests(nulls[widths[family[0]]], k, by_variant, *spectra[family[0]])
+    for one in asked:
+        k = one.rank
+        heads = {family: tests.heads[0] for family, tests in one.own.items()}
+        pooled = {family: tests.pooled[0] for family, tests in one.own.items()}
+        for family, tests in one.varied.items():
+            by_variant = tests.variants
             q = np.stack([
                 hierarchy(heads | {family: p}, pooled | {family: together}).head_q[family][tests.places]
                 for p, together in zip(tests.heads, tests.pooled, strict=True)
@@ -105,26 +113,65 @@ def stability_table(
 class _Tests:
     """p of one matrix, subspace and rank against chance, in one or several variants."""
 
+    heads: Float[np.ndarray, "variant layer head"]
+    pooled: Float[np.ndarray, "variant layer"]
+
     def __init__(
         self,
-        null: IsotropicNull,
         k: int,
         variants: Sequence[pd.DataFrame],
         spectrum: Float[Tensor, "layer head r"],
         pooled: Float[Tensor, "layer s"] | None,
     ) -> None:
+        self.k, self.variants = k, variants
         self.places = variants[0]["layer"].to_numpy(int), unit_of(variants[0])
-        fraction = torch.full((len(variants), *spectrum.shape[:2]), torch.nan, dtype=torch.float64)
+        self._spectra = spectrum, pooled
+        self._fraction = torch.full((len(variants), *spectrum.shape[:2]), torch.nan, dtype=torch.float64)
         for i, rows in enumerate(variants):
-            fraction[i][self.places] = torch.tensor(rows["fraction"].to_numpy(float))
-        p, *_ = null.tails(spectrum.flatten(0, 1).repeat(len(variants), 1), k, fraction.flatten())
-        self.heads: Float[np.ndarray, "variant layer head"] = p.reshape(fraction.shape)
-        self.pooled: Float[np.ndarray, "variant layer"] = np.full(fraction.shape[:2], np.nan)
+            self._fraction[i][self.places] = torch.tensor(rows["fraction"].to_numpy(float))
+
+    def asked(self) -> list[Asked]:
+        """Of the heads, and of the heads pooled where there are several."""
+        (spectrum, pooled), fraction, count = self._spectra, self._fraction, len(self.variants)
+        asked: list[Asked] = [(spectrum.flatten(0, 1).repeat(count, 1), self.k, fraction.flatten())]
         if pooled is not None:
             energy = spectrum.nan_to_num().sum(-1)
             whole = (fraction.nan_to_num() * energy).sum(-1) / energy.sum(-1)
-            p, *_ = null.tails(pooled.repeat(len(variants), 1), k, whole.flatten())
-            self.pooled = p.reshape(whole.shape)
+            asked.append((pooled.repeat(count, 1), self.k, whole.flatten()))
+        return asked
+
+    def hear(self, told: Iterator[Told]) -> None:
+        """Take the answers, in the same order."""
+        shape = self._fraction.shape
+        self.heads = next(told)[0].reshape(shape)
+        self.pooled = np.full(shape[:2], np.nan) if self._spectra[1] is None else next(told)[0].reshape(shape[:2])
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """All tests of one rank."""
+
+    rank: int
+    """k."""
+    own: Mapping[Family, _Tests]
+    """The analysis's own, by matrix and subspace."""
+    varied: Mapping[Family, _Tests]
+    """In all variants."""
+
+    @classmethod
+    def of(cls, k: int, variants: pd.DataFrame, table: pd.DataFrame, spectra: Spectra) -> _Asked:
+        """From the variants at a rank."""
+
+        def tests(of: pd.DataFrame, by: list[str]) -> dict[Family, _Tests]:
+            return {
+                (str(matrix), str(subspace)): _Tests(
+                    # groupby keeps the rows' order: layers and heads within each variant.
+                    k, [block for _, block in rows.groupby(by, sort=False)] if by else [rows], *spectra[str(matrix)]
+                )
+                for (matrix, subspace), rows in of.groupby(["matrix", "subspace"], sort=False)
+            }  # fmt: skip
+
+        return cls(k, tests(table[table["rank"] == k], []), tests(variants, list(_CHOICES)))
 
 
 def _name(row: pd.Series) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from numbers import Real
 from typing import Any
 
@@ -40,6 +41,8 @@ from tl_asymmetry.settings import OpenPair, PairSettings, open_pair
 
 SIZES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 """Shares planted unless others are asked for."""
+_NUMBERS = 1 << 25
+"""Of changes that are tested at once."""
 
 
 @checked
@@ -212,8 +215,7 @@ class _Work:
                 optimizer = self.settings.optimizer
                 at = self.p.setdefault((*key, optimizer), {})
                 made = self._made(change, W, trained, basis, whitened, root, (*key, bases.layer, optimizer))
-                p = np.stack([_against_reference(live, bases, name, k) for live in made])
-                at[bases.layer] = self._folded(matrix, p)
+                at[bases.layer] = self._folded(matrix, _against_reference(made, bases, name, k))
 
     def _made(
         self,
@@ -257,10 +259,19 @@ def _against_chance(made: Iterator[LiveDelta], basis: Tensor, null: IsotropicNul
     return p.reshape(len(fractions) // 2, 2, -1).max(1)
 
 
-def _against_reference(live: LiveDelta, bases: LayerBases, name: str, k: int) -> Float[np.ndarray, " head"]:
-    """The same against the chosen optimizer's reference."""
-    both = reference_tails([(one, [name]) for one in (live, live.unshrunk or live)], bases, [k])
-    return torch.maximum(*(tails[name][0, : len(live.numbers.energy), 0] for tails in both)).numpy()
+def _against_reference(
+    made: Iterator[LiveDelta], bases: LayerBases, name: str, k: int
+) -> Float[np.ndarray, "made head"]:
+    """The same against the chosen optimizer's reference, of as many at once as there is room for."""
+    found: list[Tensor] = []
+    for first in made:
+        others = max(0, _NUMBERS // first.numbers.noise_rows.shape[1] // max(1, first.numbers.columns) - 1)
+        some = [first, *islice(made, others)]
+        versions = [[one for one in (live, live.unshrunk) if one is not None] for live in some]
+        tails = iter(reference_tails([(one, [name]) for of in versions for one in of], bases, [k]))
+        above = [[next(tails)[name][0, : len(first.numbers.energy), 0] for _ in of] for of in versions]
+        found += [torch.stack(of).amax(0) for of in above]
+    return torch.stack(found).numpy()
 
 
 def _found(work: _Work, n_layers: int) -> dict[Key, tuple[np.ndarray, float]]:

@@ -49,7 +49,7 @@ class HeldBases(LayerBases):
         """None are left: references were cross-fitted before they were held."""
         return 0
 
-    def cross(self, matrices: Iterable[str], name: str, group: int, basis: Float[Tensor, "d k"]) -> None:
+    def cross(self, matrices: Iterable[str], name: str, group: int | None, basis: Float[Tensor, "d k"]) -> None:
         """Nothing is left to do."""
 
     def references(self, matrix: str, name: str, k: int, *, columns: int) -> References:
