@@ -100,7 +100,9 @@ def test_read_rows_weigh_their_inputs_by_their_gradients(optimizer):
     assert result.nulls.loc[queries, "p"].isna().all()
     before = plain.nulls[(plain.nulls["matrix"] == "W_Q") & (plain.nulls["null"] == optimizer)]
     np.testing.assert_allclose(result.nulls.loc[queries, "expected"], before["expected"])
-    assert "these inputs weighted by gradients" in " ".join(result.summary().split())
+    words = " ".join(result.summary().split())
+    assert "these inputs weighted by gradients" in words
+    assert "Where gradients weigh the inputs, whether a head holds less than that was not tested." in words
 
 
 def test_each_head_is_tested_on_inputs_weighted_by_its_own_gradients():

@@ -53,6 +53,8 @@ def test_few_tokens_are_said_and_less_than_training_gives_is_not_tested():
     assert read["flags"].str.contains("few_tokens").all()
     assert read["excess_p"].notna().all()
     assert not ((result.tests["null"] == "adam") & (result.tests["side"] == "below")).any()
+    shown = result._summary_table().query("matrix == 'W_Q' and subspace == 'attn_in'").iloc[0]
+    assert (shown["vs chance"], shown["vs expected"]) == ("0↑ 0↓ of 1", "0↑ of 1")
 
 
 def test_a_merged_adapter_is_not_held_against_whole_matrices():
@@ -61,6 +63,9 @@ def test_a_merged_adapter_is_not_held_against_whole_matrices():
     words = sentences(result)
     assert "W_Q (rank 1), W_V (rank 1) has a rank as low as a merged adapter's" in words
     assert "Held against" not in words
+    shown = result._summary_table().query("matrix == 'W_Q'")
+    assert shown["vs chance"].str.endswith("of 8").all()
+    assert (shown["vs expected"] == "").all()
     assert edited("head").config["low_rank"] == {}
 
 
