@@ -1,5 +1,7 @@
 """The two-sided share: its moments and tail against draws of Haar frames, its rounding against the definition."""
 
+import functools
+
 import pytest
 import torch
 
@@ -14,13 +16,20 @@ from tl_asymmetry.geometry.two_sided import (
 SPECTRA = {"rank one": [1.0], "falling": [i**-0.5 for i in range(1, 17)], "flat": [1.0] * 16}
 
 
-def draws(spectrum, m, n, k, j, count=20_000):
+@functools.lru_cache(maxsize=1)  # the cases of one shape stand together
+def frames(m, n, k, j, count=20_000):
+    generator = torch.Generator().manual_seed(0)
+    return tuple(
+        torch.linalg.qr(torch.randn(count, *shape, generator=generator, dtype=torch.float64)).Q
+        for shape in ((m, k), (n, j))
+    )
+
+
+def draws(spectrum, m, n, k, j):
     """Shares of one delta between drawn frames: its singular vectors may be the axes."""
     s = torch.tensor(spectrum, dtype=torch.float64)
     s = s / s.norm()
-    generator = torch.Generator().manual_seed(0)
-    U = torch.linalg.qr(torch.randn(count, m, k, generator=generator, dtype=torch.float64)).Q[:, : len(s)]
-    V = torch.linalg.qr(torch.randn(count, n, j, generator=generator, dtype=torch.float64)).Q[:, : len(s)]
+    U, V = (frame[:, : len(s)] for frame in frames(m, n, k, j))
     return (U.mT @ (s[:, None] * V)).square().sum((-2, -1)), s.pow(4).sum()[None]
 
 

@@ -100,8 +100,16 @@ def test_sides_of_experts_and_of_their_sum(measured):
         backward.run(CrossEntropy()(view, batch()) * CrossEntropy().count(batch()))
     site = base.sites[1]["W_in"]
     gradient = site.split(gradients[id(getattr(site.module, site.parameter))])
+    shown = found.gradients[(found.gradients["layer"] == 1) & (found.gradients["matrix"] == "W_in")].set_index("expert")
+    idle = 0
     for expert, (a, δ) in seen.items():
         torch.testing.assert_close(a.mT @ δ, gradient[expert], rtol=1e-9, atol=1e-12)
+        used = (δ != 0).any(-1)  # last positions predict nothing
+        idle += int((~used).sum())
+        assert shown.loc[expert, "tokens"] == used.sum()
+        for side, x in (("input_trace", a), ("gradient_trace", δ)):
+            assert shown.loc[expert, side] == pytest.approx(float(x[used].square().sum() / used.sum()), rel=1e-9)
+    assert idle > 0
     together = [torch.cat(side) for side in zip(*seen.values(), strict=True)]
     counted = (together[1] != 0).any(-1)
     Σ_a, Σ_δ = ((x[counted].mT @ x[counted]) / counted.sum() for x in together)

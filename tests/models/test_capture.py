@@ -21,6 +21,7 @@ def sequences(*rows: str) -> list[torch.Tensor]:
 def test_what_is_a_copy():
     assert copies(sequences("abcd", "efgh", "abcd", "xbcd")) == [0, 1, 0, 2]
     assert copies(sequences("abcdef", "abcdxy", "abxxyz", "abcd")) == [0, 0, 1, 0]  # more than half from the beginning
+    assert copies(sequences("abcdef", "abcxyz")) == [0, 1]  # half is not more than half
     assert copies(sequences("a", "b", "a")) == [0, 1, 0]  # the begin token alone is no prompt
     assert copies_noted(sequences("abc", "def")) is None
     assert copies_noted(sequences("abc", "def", "abc", "abc")).startswith("2 of 4 sequences are copies of others")

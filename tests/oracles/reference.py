@@ -105,16 +105,12 @@ def log_jackknife(estimate: float, replicates: list[float], t: float, *, correct
     return (*ends, float(abs(bias) > variance**0.5))
 
 
-def rotated_fractions(C: Array, s: Array, Q: Array, draws: int, seed: int) -> Array:
-    """Fractions in Q of C^{1/2} G diag(s) with Haar-random G."""
+def rotated_updates(C: Array, s: Array, draws: int, seed: int) -> list[Array]:
+    """C^{1/2} G diag(s) with Haar-random G."""
     generator = np.random.default_rng(seed)
     λ, V = np.linalg.eigh(C)
     root = V @ np.diag(np.sqrt(np.maximum(λ, 0))) @ V.T
-    found = []
-    for _ in range(draws):
-        W = root @ haar_basis(len(C), len(s), generator) @ np.diag(s)
-        found.append(subspace_fraction(W, Q))
-    return np.array(found)
+    return [root @ haar_basis(len(C), len(s), generator) @ np.diag(s) for _ in range(draws)]
 
 
 def rotation_tail(h: Array, s: Array) -> float:
