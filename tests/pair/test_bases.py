@@ -9,6 +9,7 @@ import torch
 
 from tl_asymmetry.geometry.moments import StreamingMoments
 from tl_asymmetry.geometry.nearby import nearby_directions
+from tl_asymmetry.models.capture import first_of, means_of
 from tl_asymmetry.pair.bases import LayerBases
 
 D, K, GROUPS = 512, 96, 4  # more directions than block iteration is used for
@@ -76,3 +77,33 @@ def test_block_iteration_where_few_directions_are_asked(monkeypatch: pytest.Monk
     assert len(asked) == 1
     monkeypatch.setattr("tl_asymmetry.pair.bases.worth_iterating", lambda *_: False)
     assert all(map(torch.equal, refused, bases(1e5, exact=False).replicates("attn_in", [48])))
+
+
+@pytest.mark.parametrize("positions", [1, 5])
+def test_sums_of_inputs_are_those_of_their_rows(positions: int) -> None:
+    """Of counted positions, of all, about each sequence's mean: NaN where nothing varies within sequences."""
+    rows = torch.randn(3, 4, positions, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
+    groups = [
+        {
+            ("attn_in", 0): moments_of(x[:, 1:]),
+            (first_of("attn_in"), 0): moments_of(x[:, 0]),
+            (means_of("attn_in"), 0): moments_of(x.sum(1) / positions**0.5),
+        }
+        for x in rows
+    ]
+    made = LayerBases(0, groups, {}, centered=False, exact=True, softmax_centres_keys=True, optimizer="adam")
+    within = rows - rows.mean(2, keepdim=True)
+    nothing = torch.full((3, 6, 6), torch.nan, dtype=torch.float64)
+    for matrix, of in (("W_Q", rows[:, :, 1:]), ("W_V", rows), ("W_K", within)):
+        reading = made.reading(matrix)
+        expected = nothing if matrix == "W_K" and positions == 1 else torch.einsum("gspi,gspj->gij", of, of)
+        sums = made.input_sums(reading)
+        torch.testing.assert_close(torch.stack([sums[group] for group in range(len(sums))]), expected, equal_nan=True)
+        torch.testing.assert_close(made.input_moment(reading), expected.sum(0), equal_nan=True)
+
+
+def moments_of(rows: torch.Tensor) -> StreamingMoments:
+    moments = StreamingMoments(6)
+    if rows.numel():
+        moments.update(rows)
+    return moments

@@ -132,6 +132,14 @@ class AdapterCovariance:
         return cls(frame, R @ inner @ R.mT, R @ mean)
 
 
+def added_up(sums: Sequence[Float[Tensor, "d d"]]) -> Float[Tensor, "d d"]:
+    """All added up, one held at a time."""
+    added = sums[0].clone()
+    for group in range(1, len(sums)):
+        added += sums[group]
+    return added
+
+
 @dataclass
 class CrossFit:
     """References of one input, the directions always fitted without the tokens that they are held against.
@@ -157,7 +165,7 @@ class CrossFit:
     _replicates: dict[str, list[Tensor]] = field(default_factory=lambda: {"sgd": [], "adam": []})
 
     def __post_init__(self) -> None:
-        self._whole = torch.stack(list(self.sums)).sum(0) if len(self.sums) < 3 else sum(self.sums[1:], self.sums[0])
+        self._whole = added_up(self.sums)
 
     def add(self, group: int, basis: Float[Tensor, "d k"]) -> None:
         """Take in one group with the directions fitted on all others."""

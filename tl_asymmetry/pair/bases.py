@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Float64
@@ -16,6 +16,7 @@ from tl_asymmetry.geometry.nearby import nearby_directions, rounded_directions, 
 from tl_asymmetry.geometry.references import (
     AdapterCovariance,
     CrossFit,
+    added_up,
     correlation,
     expected_fraction,
     input_covariance,
@@ -109,7 +110,8 @@ class LayerBases:
         self.softmax_centres_keys = softmax_centres_keys
         self.optimizer = optimizer
         self._fits: dict[tuple[Reading, str], CrossFit] = {}
-        self._inputs: dict[Reading, list[Tensor]] = {}
+        self._inputs: dict[Reading, InputSums] = {}
+        self._moments: dict[Reading, Tensor] = {}
         self._references: dict[tuple[Reading, str, int, int], References] = {}
         self._muon: dict[tuple[Reading, int], Tensor] = {}
         self._matched: dict[tuple[Reading, int, str, int | None], MatchedCovariance | None] = {}
@@ -188,28 +190,17 @@ class LayerBases:
                 found = None if self._exact else rounded_directions(rest, whole, k)
             yield leading_directions(rest, k) if found is None else found
 
-    def input_sums(self, reading: Reading) -> list[Float64[Tensor, "d d"]]:
+    def input_sums(self, reading: Reading) -> InputSums:
         """Σ a aᵀ of a matrix's input over each group of sequences; NaN where nothing varies within sequences."""
         if reading not in self._inputs:
-            sums = [_sum(group, reading.point, self.layer) for group in self._groups]
-            beside = (first_of(reading.point), means_of(reading.point))
-            if reading.positions != "counted" and (beside[0], self.layer) in self._groups[0]:
-                for S, group in zip(sums, self._groups, strict=True):
-                    S += _sum(group, beside[0], self.layer)
-            if reading.positions == "within":
-                before = sum(float(S.trace()) for S in sums)
-                for S, group in zip(sums, self._groups, strict=True):
-                    S -= _sum(group, beside[1], self.layer)
-                # With one token in each sequence nothing varies within them, and what is left is rounding.
-                if sum(float(S.trace()) for S in sums) <= _NOTHING_LEFT * before:
-                    sums = [torch.full_like(S, torch.nan) for S in sums]
-            self._inputs[reading] = sums
+            self._inputs[reading] = InputSums(self._groups, self.layer, reading)
         return self._inputs[reading]
 
     def input_moment(self, reading: Reading) -> Float64[Tensor, "d d"]:
         """Σ a aᵀ over all groups."""
-        first, *rest = self.input_sums(reading)
-        return sum(rest, first)
+        if reading not in self._moments:
+            self._moments[reading] = added_up(self.input_sums(reading))
+        return self._moments[reading]
 
     def input_mean(self, reading: Reading) -> Float64[Tensor, " d"]:
         """Mean input, up to its length; zero for inputs about their sequence's mean."""
@@ -357,6 +348,51 @@ class LayerBases:
         if bool(Σ.isnan().any()):
             return None
         return AdapterCovariance.of(adapter, Σ, mean, optimizer or self.optimizer)
+
+
+class InputSums(Sequence[Float64[Tensor, "d d"]]):
+    """Σ a aᵀ of one input over each group of sequences; made when it is read, since those of all groups and inputs
+    would be the larger part of what a layer holds. The last one is kept.
+
+    Args:
+        groups: captured moments per group of sequences.
+        layer: which layer.
+        reading: which input, and which of its tokens.
+    """
+
+    def __init__(self, groups: Sequence[Mapping[Site, StreamingMoments]], layer: int, reading: Reading) -> None:
+        self._groups, self._layer, self._point = groups, layer, reading.point
+        first, means = first_of(reading.point), means_of(reading.point)
+        others = reading.positions != "counted" and (first, layer) in groups[0]
+        self._added = (reading.point, first) if others else (reading.point,)
+        self._means = means if reading.positions == "within" else None
+        self._held: tuple[int, Tensor] | None = None
+        # With one token in each sequence nothing varies within them, and what is left is rounding.
+        self._varies = self._means is None or self._size(self._added) - self._size([means]) > (
+            _NOTHING_LEFT * self._size(self._added)
+        )
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __getitem__(self, group: Any) -> Any:
+        if self._held is None or self._held[0] != group:
+            self._held = group, self._made(self._groups[group])
+        return self._held[1]
+
+    def _made(self, group: Mapping[Site, StreamingMoments]) -> Tensor:
+        point, *more = self._added
+        S = _sum(group, point, self._layer)
+        for other in more:
+            S += _sum(group, other, self._layer)
+        if self._means is not None:
+            S -= _sum(group, self._means, self._layer)
+        return S if self._varies else torch.full_like(S, torch.nan)
+
+    def _size(self, points: Sequence[str]) -> float:
+        """Σ ‖x‖² over all groups."""
+        there = [group[point, self._layer] for group in self._groups for point in points]
+        return sum(moments.count * moments.d * moments.mean_square for moments in there if moments.count)
 
 
 def crossed_replicates(

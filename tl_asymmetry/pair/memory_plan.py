@@ -23,6 +23,8 @@ SIDE_BY_SIDE = 1_000_000_000
 """Bytes that layers may take while they are analysed side by side; one layer alone may take more."""
 
 _VOCABULARY_CHUNK = 16_384
+_SQUARES = 37
+"""Matrices of d × d in float64 that a layer at work holds at its peak."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,11 @@ class Workload:
         """Deltas, bases and eigensolves of the layers at work side by side; one tensor read from files for each.
 
         A matrix's aligned twin as it is stored and in float32, its change, and the base's entries in another order
-        while it is measured; the changes of attention matrices and their projections after that; moments and bases in
-        float64.
+        while it is measured; the changes of attention matrices and their projections after that; bases, moments of
+        inputs, and what whitens changes, in float64 (all counted by the peak at width 384).
         """
         deltas = 14 * self.largest + 8 * self.attention if self.device.type == "cpu" else 6 * self.largest
-        return self.workers * (deltas + 96 * self.d**2)
+        return self.workers * (deltas + 8 * _SQUARES * self.d**2)
 
     def layers_device(self) -> int:
         """Deltas at work where the base is on a device of its own."""
