@@ -21,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,10 +41,11 @@ MEDIUM = {**LLAMA, "hidden_size": 256, "intermediate_size": 1024, "num_attention
           "head_dim": 32, "vocab_size": 1000}  # fmt: skip
 SHARD = 500_000_000
 SEQUENCE = 128
+TOKENS, LAYERS = 2048, 2
 LARGE_TOKENS = 512
 RANKS = [1, 4, 16, 64, 128]
-GROWTH = {"layers": [4, 8, 16], "width": [256, 512, 1024], "heads": [4, 8, 16, 32], "groups": [2, 4, 8, 16],
-          "tokens": [2048, 4096, 8192, 16_384], "ranks": [1, 4, 16, 64], "checkpoints": [2, 4, 8]}  # fmt: skip
+GROWTH = {"layers": [1, 2, 4], "width": [128, 256, 512], "heads": [4, 8, 16, 32], "groups": [2, 4, 8, 16],
+          "tokens": [2048, 8192, 16_384], "ranks": [1, 8, 64], "checkpoints": [2, 4, 8]}  # fmt: skip
 BOUNDED = {"layers": 1.1, "tokens": 1.1, "ranks": 1.1, "checkpoints": 1.1, "heads": 1.1, "groups": 1.1}
 """What seconds must not grow faster with than in proportion; eigensolves grow as the cube of the width."""
 FLAT = ("tokens", "checkpoints")
@@ -148,16 +149,45 @@ def measure_large(folder: Path, layers_per_pass: int) -> dict[str, Any]:
     }
 
 
-def measure_growth(folder: Path, what: str, size: int, measured: str, rounds: int) -> dict[str, Any]:
-    """Seconds of an analysis of medium width with one size changed, or the peak of what it holds."""
-    from tl_asymmetry import analyze_pair, analyze_trajectory, estimate_pair
-    from tl_asymmetry.models.loading import open_model
+def measure_growth(folder: Path, what: str, rounds: int) -> dict[str, Any]:
+    """Seconds of an analysis of medium width at every size of one thing, and the stage that takes most of them."""
+    from tl_asymmetry import estimate_pair
 
     torch.set_num_threads(1)
+    seconds, leading = [], []
+    for size in GROWTH[what]:
+        run, pair, options = _analysis(_medium_pair(folder, what, size), what, size)
+        if not seconds:
+            run(options | {"matrices": ["W_Q"], "ranks": [1], "groups": 1})  # what is imported and set up once
+        stages = estimate_pair(*pair, **options).table
+        leading.append(str(stages.loc[stages["seconds"].idxmax(), "stage"]))
+        seconds.append(statistics.median(run(options) for _ in range(rounds)))
+    return {"seconds": seconds, "leading": leading}
+
+
+def measure_held(folder: Path, what: str, size: int) -> dict[str, Any]:
+    """Peak of what an analysis holds at one size."""
+    torch.set_num_threads(1)
+    run, _, options = _analysis(_medium_pair(folder, what, size), what, size)
+    run(options | {"tokens": options["tokens"][:8]})
+    map_blocks()
+    reset, peak = memory_meter("cpu")
+    before = reset()
+    run(options)
+    return {"peak_bytes": peak() - before}
+
+
+def _analysis(
+    folder: Path, what: str, size: int
+) -> tuple[Callable[[dict[str, Any]], float], tuple[Any, Path], dict[str, Any]]:
+    """A run that gives its processor seconds, what it is of, and its arguments."""
+    from tl_asymmetry import analyze_pair, analyze_trajectory
+    from tl_asymmetry.models.loading import open_model
+
     base = open_model(folder / "base", device="cpu")
-    counts = {"tokens": size, "checkpoints": 1024, "width": 2048}
-    tokens = tokens_of(counts.get(what, 4096), MEDIUM["vocab_size"])
+    counts = {"tokens": size, "checkpoints": 1024}
     options: dict[str, Any] = {
+        "tokens": tokens_of(counts.get(what, TOKENS), MEDIUM["vocab_size"]),
         "ranks": list(range(1, 1 + size)) if what == "ranks" else [1, 16, 64],
         "groups": size if what == "groups" else 4,
         "progress": False,
@@ -173,28 +203,15 @@ def measure_growth(folder: Path, what: str, size: int, measured: str, rounds: in
                     parameter.add_(1e-3 * torch.randn_like(parameter))
             yield step, model
 
-    def run(sequences: torch.Tensor) -> float:
+    def run(given: dict[str, Any]) -> float:
         start = time.process_time()
         if what == "checkpoints":
-            analyze_trajectory(training(), tokens=sequences, **options)
+            analyze_trajectory(training(), **given)
         else:
-            analyze_pair(base, folder / "aligned", tokens=sequences, **options)
+            analyze_pair(base, folder / "aligned", **given)
         return time.process_time() - start
 
-    run(tokens[:8])
-    if measured == "seconds":
-        stages = estimate_pair(base, folder / "aligned", tokens=tokens, **options).table
-        leading = str(stages.loc[stages["seconds"].idxmax(), "stage"])
-        return {measured: statistics.median(run(tokens) for _ in range(rounds)), "leading": leading}
-    map_blocks()
-    reset, peak = memory_meter("cpu")
-
-    def held() -> int:
-        before = reset()
-        run(tokens)
-        return peak() - before
-
-    return {measured: statistics.median(held() for _ in range(rounds))}
+    return run, (base, folder / "aligned"), options
 
 
 def measure_processes(folder: Path) -> dict[str, Any]:
@@ -215,52 +232,35 @@ def measure_processes(folder: Path) -> dict[str, Any]:
         return {"seconds": statistics.median(times[1:]), "rank": processes.rank}
 
 
-def measure_all_growth(folder: Path, chosen: list[str], rounds: int) -> dict[str, Any]:
-    """Sizes, seconds, peaks, exponent and leading stages for each of what was chosen; with "processes", seconds of one
-    and of two."""
-    kept: dict[str, Any] = {}
-    for what in (name for name in GROWTH if name in chosen):
-        sizes, seconds, peaks, leading = GROWTH[what], [], [], []
-        for size in sizes:
-            pair = str(_medium_pair(folder, what, size))
-            answer = apart(__file__, "--only", "growth", pair, what, str(size), "seconds", str(rounds)) or {}
-            seconds.append(answer["seconds"])
-            leading.append(answer["leading"])
-            if what in FLAT:
-                held = apart(__file__, "--only", "growth", pair, what, str(size), "peak_bytes", str(rounds)) or {}
-                peaks.append(held["peak_bytes"])
-        exponent = float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
-        kept[what] = {
-            "sizes": sizes, "seconds": seconds, "peak_bytes": peaks, "exponent": exponent, "leading": leading,
-        }  # fmt: skip
-    if "processes" in chosen:
-        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
-        kept["processes"] = {}
-        for count in (1, 2):
-            part = folder / f"processes{count}"
-            apart(
-                *launcher,
-                str(count),
-                __file__,
-                "--only",
-                "processes",
-                str(_medium_pair(folder, "layers", 8)),
-                str(part),
-            )
-            kept["processes"][str(count)] = json.loads(part.read_text())["seconds"]
-    return kept
+def measure_dimension(folder: Path, what: str, rounds: int) -> dict[str, Any]:
+    """Sizes, seconds, peaks, exponent and leading stages of one size; of "processes" the seconds of one and of two."""
+    if what == "processes":
+        return {count: _seconds_of_processes(folder, count) for count in ("1", "2")}
+    sizes = GROWTH[what]
+    measured = apart(__file__, "--only", "growth", str(folder), what, str(rounds)) or {}
+    ends = (sizes[0], sizes[-1]) if what in FLAT else ()
+    peaks = [apart(__file__, "--only", "held", str(folder), what, str(size)) or {} for size in ends]
+    exponent = float(np.polyfit(np.log(sizes), np.log(measured["seconds"]), 1)[0])
+    return {"sizes": sizes, **measured, "exponent": exponent, "peak_bytes": [held["peak_bytes"] for held in peaks]}
+
+
+def _seconds_of_processes(folder: Path, count: str) -> float:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count)
+    part = folder / f"processes{count}"
+    apart(*launcher, __file__, "--only", "processes", str(_medium_pair(folder, "layers", 8)), str(part))
+    return float(json.loads(part.read_text())["seconds"])
 
 
 def _medium_pair(folder: Path, what: str, size: int) -> Path:
     """A pair of medium size, but for one of its sizes."""
-    shape = {**MEDIUM, "num_hidden_layers": size if what == "layers" else 8}
+    shape = {**MEDIUM, "num_hidden_layers": size if what == "layers" else LAYERS}
     if what == "width":
         heads = size // 32
         shape |= {"hidden_size": size, "intermediate_size": 4 * size, "num_attention_heads": heads,
-                  "num_key_value_heads": heads // 2, "num_hidden_layers": 2}  # fmt: skip
+                  "num_key_value_heads": heads // 2, "num_hidden_layers": 1}  # fmt: skip
     elif what == "heads":
         shape |= {"num_attention_heads": size, "num_key_value_heads": size // 2, "head_dim": 256 // size}
-    pair = folder / (f"{what}{size}" if what in ("layers", "width", "heads") else "layers8")
+    pair = folder / (f"{what}{size}" if what in ("layers", "width", "heads") else f"layers{LAYERS}")
     if not pair.exists():
         write_pair(pair, shape)
     return pair
@@ -334,7 +334,9 @@ def main() -> None:
         if what == "large":
             measured = measure_large(Path(folder), int(rest[0]))
         elif what == "growth":
-            measured = measure_growth(Path(folder), rest[0], int(rest[1]), rest[2], int(rest[3]))
+            measured = measure_growth(Path(folder), rest[0], int(rest[1]))
+        elif what == "held":
+            measured = measure_held(Path(folder), rest[0], int(rest[1]))
         else:
             measured = measure_processes(Path(folder))
             if measured["rank"] == 0:
@@ -347,9 +349,10 @@ def main() -> None:
         folder = Path(name)
         if not options.large_only:
             held = RESULTS / "scale-growth-cpu.json"
-            before = json.loads(held.read_text())["measured"] if options.growth and held.is_file() else {}
-            growth = before | measure_all_growth(folder, options.growth or [*GROWTH, "processes"], options.rounds)
-            report("growth", growth_rows(growth), MEDIUM, growth)
+            growth = json.loads(held.read_text())["measured"] if options.growth and held.is_file() else {}
+            for what in options.growth or [*GROWTH, "processes"]:  # written after each: it takes minutes
+                growth |= {what: measure_dimension(folder, what, options.rounds)}
+                report("growth", growth_rows(growth), MEDIUM, growth)
         if not options.small:
             if shutil.disk_usage(folder).free < 12e9:
                 raise SystemExit(f"expected 12 GB of free disk in {folder}, pass --folder or --small")

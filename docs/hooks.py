@@ -10,6 +10,7 @@ from typing import Any
 
 README = Path(__file__).parent.parent / "README.md"
 TUTORIALS = README.parent / "tutorials"
+GROWTH = README.parent / "benchmarks" / "results" / "scale-growth-cpu.json"
 DEFINED = {
     "Weight deltas: `analyze_pair`": "tl_asymmetry.results.definitions.DEFINITIONS",
     "Planted directions: `detection_power`": "tl_asymmetry.power.result.DEFINITIONS",
@@ -35,7 +36,7 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """Fill the front page with the README and the page of definitions with the reports' own."""
     if page.file.src_uri == "index.md":
         return front_page()
-    for name, made in (("definitions", definitions), ("nulls", nulls), ("papers", _papers)):
+    for name, made in (("definitions", definitions), ("nulls", nulls), ("papers", _papers), ("growth", growth)):
         markdown = markdown.replace(f"{{{{ {name} }}}}", made())
     return markdown
 
@@ -99,6 +100,21 @@ def nulls() -> str:
 
     rows = [f"| `{null.key}` | {null.label} | {null.applies} | {null.meaning} |" for null in NULLS.values()]
     return "\n".join(["| `null` | it is called | it applies to | an excess of 1 |", "|---|---|---|---|", *rows])
+
+
+def growth() -> str:
+    """How a call's seconds grow with each size, as `benchmarks/scale.py` measured it."""
+    measured = json.loads(GROWTH.read_text(encoding="utf-8"))["measured"]
+    rows = [
+        f"| {what} | {', '.join(f'{size:,}' for size in one['sizes'])} | "
+        f"{', '.join(f'{seconds:.3g}' for seconds in one['seconds'])} | {one['exponent']:.2f} | "
+        f"{' → '.join(dict.fromkeys(one['leading']))} |"
+        for what in ("width", "layers", "heads", "groups", "tokens", "ranks")
+        for one in [measured[what]]
+        if "leading" in one
+    ]
+    head = ["| size | values | seconds of one core | exponent | the stage that takes most |", "|---|---|---|---|---|"]
+    return "\n".join([*head, *rows])
 
 
 def _papers() -> str:
