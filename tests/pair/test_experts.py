@@ -205,3 +205,17 @@ def test_maps_name_experts_and_say_why_a_cell_is_empty(analysed):
     router = result.plot_heads("W_router")
     cells = next(trace for trace in router.data if trace.name == "hover").customdata
     assert cells[0][0][0] == "L0: layer 0 has no W_router"
+
+
+def test_an_expert_without_tokens_in_some_groups(analysed, tmp_path):
+    base, twin, _ = analysed("mixtral")
+    few = tokens()[:, :3]
+    options = {"ranks": [1], "groups": 8, "subspaces": ["mlp_in", "expert_in"], "progress": False}
+    direct = analyze_pair(base.inner, twin.inner, tokens=few, sensitivity=True, **options)
+    own = direct.table[direct.table["subspace"] == "expert_in"]
+    assert own.groupby(["layer", "matrix"])["tokens_routed"].sum().unique().tolist() == [2 * 8 * 2]
+    assert own["fraction"].notna().any()
+    save_moments(base.inner, tmp_path / "moments", tokens=few, subspaces=options["subspaces"], groups=8, progress=False)
+    again = analyze_pair(base.inner, twin.inner, moments=tmp_path / "moments", **options)
+    columns = ["expert", "fraction", "tokens_routed", "excess", "excess_low", "ci_high"]
+    pd.testing.assert_frame_equal(again.table[columns], direct.table[columns], rtol=1e-9)
