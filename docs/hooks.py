@@ -11,6 +11,7 @@ from typing import Any
 README = Path(__file__).parent.parent / "README.md"
 TUTORIALS = README.parent / "tutorials"
 GROWTH = README.parent / "benchmarks" / "results" / "scale-growth-cpu.json"
+GROKKING = README.parent / "benchmarks" / "results" / "grokking.json"
 DEFINED = {
     "Weight deltas: `analyze_pair`": "tl_asymmetry.results.definitions.DEFINITIONS",
     "Planted directions: `detection_power`": "tl_asymmetry.power.result.DEFINITIONS",
@@ -30,13 +31,17 @@ DEFINED = {
     "Training directions: `direction_coupling`": "tl_asymmetry.coupling.result.DEFINITIONS",
 }
 """Headings of the page of definitions, and where the definitions under each stand."""
+WINDOWS = {"backward": "before", "forward": "after"}
+"""Of a checkpoint, as the page of grokking calls them."""
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """Fill the front page with the README and the page of definitions with the reports' own."""
     if page.file.src_uri == "index.md":
         return front_page()
-    for name, made in (("definitions", definitions), ("nulls", nulls), ("papers", _papers), ("growth", growth)):
+    for name, made in (
+        ("definitions", definitions), ("nulls", nulls), ("papers", _papers), ("growth", growth), ("grokking", grokking),
+    ):  # fmt: skip
         markdown = markdown.replace(f"{{{{ {name} }}}}", made())
     return markdown
 
@@ -115,6 +120,39 @@ def growth() -> str:
     ]
     head = ["| size | values | seconds of one core | exponent | the stage that takes most |", "|---|---|---|---|---|"]
     return "\n".join([*head, *rows])
+
+
+def grokking() -> str:
+    """The published numbers of training directions and centroids, and those of our runs beside them, as tables."""
+    record = json.loads(GROKKING.read_text(encoding="utf-8"))
+    peaks = [
+        "| largest ratio of a run | published | here, window before | here, window after | measured |",
+        "|---|---|---|---|---|",
+    ]
+    for quantity, said in record["published"].items():
+        found = record["ours"][quantity]
+        if quantity.startswith(("update", "gradient")) and "ratio 1" not in quantity:
+            either = [list(found[alignment].values()) for alignment in WINDOWS]
+            told = ", ".join(f"{op} {value}" for op, value in said.items()) if isinstance(said, dict) else said
+            ranges = " | ".join(f"{min(values):.1f} to {max(values):.1f}" for values in either)
+            peaks.append(f"| {quantity.removesuffix(', peak mean ratio')} | {told} | {ranges} | {len(either[0])} |")
+    later = [
+        "| updates of | steps between checkpoints | window | largest, by operation | of the second half | last |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows = record["ours"]["update, multitask, by steps between checkpoints"]
+    for part, spacing, alignment in dict.fromkeys((row["part"], row["spacing"], row["alignment"]) for row in rows):
+        own = [row for row in rows if (row["part"], row["spacing"], row["alignment"]) == (part, spacing, alignment)]
+        numbers = [[row[name] for row in own] for name in ("mean_ratio", "second_half", "last")]
+        told = " | ".join(f"{min(values):.2f} to {max(values):.2f}" for values in numbers)
+        later.append(f"| {part.removesuffix('-control')} | {spacing} | {WINDOWS[alignment]} | {told} |")
+    arms = ["| arm | published | here, mean of three seeds | by seed |", "|---|---|---|---|"]
+    quantity = "step of the 20th evaluation of 0.98, add, mean of 3 seeds"
+    for arm, said in record["published"][quantity].items():
+        found = record["ours"][quantity][arm]
+        by_seed = ", ".join(str(step) for step in found["by seed"].values())
+        arms.append(f"| {arm} | {said or '–'} | {found['mean']:.0f} | {by_seed} |")
+    return "\n\n".join("\n".join(table) for table in (peaks, later, arms))
 
 
 def _papers() -> str:

@@ -186,6 +186,32 @@ def test_what_is_said_of_a_real_model_was_measured() -> None:
     assert "medians of `excess` 0.91, held against inputs weighted by gradients, and 1.02 to 1.08" in page
 
 
+def test_what_is_said_of_grokking_was_measured() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "grokking.json").read_text(encoding="utf-8"))
+    page = " ".join((ROOT / "docs" / "reference" / "grokking.md").read_text(encoding="utf-8").split())
+    ours = record["ours"]
+    assert record["missing"] == []
+    largest = ours["gradient, add, seed 42, peak ratio 1"]
+    assert [round(largest[window]["forward"]["add-42"]) for window in ("1", "20", "40")] == [323, 147, 66]
+    assert "323, 147 and 66" in page
+    close = [
+        ratio
+        for found in ours["update, multitask, peak mean ratio"].values()
+        for run, ratio in found.items()
+        if run.startswith("all")
+    ]
+    assert (min(close), max(close)) == (pytest.approx(3.6, abs=0.05), pytest.approx(5.2, abs=0.05))
+    distant = [row for row in ours["update, multitask, by steps between checkpoints"] if row["spacing"] == 200]
+    peaks = [row["mean_ratio"] for row in distant]
+    assert (min(peaks), max(peaks)) == (pytest.approx(1.7, abs=0.05), pytest.approx(2.0, abs=0.05))
+    assert max(row["second_half"] for row in distant) < 1
+    assert "3.6 to 5.2" in page
+    assert "1.7 to 2.0" in page
+    together = [run for run in record["runs"] if run["op"] in ("all", "three")]
+    assert {run["steps"] for run in together} == {8_000, 24_000}
+    assert all(run["first_98"] is None for run in together)
+
+
 def test_on_a_package_index_the_readme_leads_to_files_that_are_there(monkeypatch):
     """There is no repository around it: links and pictures must be absolute."""
     interface = types.SimpleNamespace(MetadataHookInterface=object)  # the build's, which tests run without
