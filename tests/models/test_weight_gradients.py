@@ -57,7 +57,7 @@ def test_gradient_is_the_sum_of_outer_products(architecture, kind, frozen):
         elif matrix == "W_O":
             expected = torch.einsum("bphe,bpd->hed", a.reshape(*a.shape[:2], *W.shape[:2]), δ)
         else:
-            expected = torch.einsum("bpd,bpe->de", a, δ)
+            expected = a.flatten(0, -2).T @ δ.flatten(0, -2)  # a router sees batch and positions in one
         assert torch.allclose(found[layer, matrix], expected, atol=1e-10 * expected.abs().max())
     assert all(p.requires_grad is not frozen and p.grad is None for p in view.model.parameters())
 
