@@ -648,7 +648,7 @@ architecture after the other, with random gains and biases, analysed by `analyze
 the Hugging Face modules themselves (norms of the deltas, their fractions in their own input's leading directions and
 in the prediction subspace). **Right** means that every head's, every expert's and every further map's row is there
 and agrees to 10⁻⁶; what is no row must be in a note or among `other_changes`. An empty cell was not measured, and
-nothing is said of an architecture that is not listed. The record is put together from runs on several commits.
+nothing is said of an architecture that is not listed. All of it was measured on one commit.
 
 Layers may differ. A matrix that some layers lack has rows where it is; a mixture has rows for each expert; linear
 maps without a name (those of linear attention, of state-space layers, a shared expert's gate) have rows under their
