@@ -282,7 +282,7 @@ def adapted(architecture: str, folder: Path, config: Any = None, **options: Any)
         return _adapted(architecture, folder, config, **options)
     plain = _plain(architecture)
     shutil.copytree(plain.folder, folder, dirs_exist_ok=True)
-    return replace(plain, folder=folder)
+    return replace(plain, folder=folder, model=copy.deepcopy(plain.model))
 
 
 @functools.cache
