@@ -352,7 +352,7 @@ def main() -> None:
             growth = json.loads(held.read_text())["measured"] if options.growth and held.is_file() else {}
             for what in options.growth or [*GROWTH, "processes"]:  # written after each: it takes minutes
                 growth |= {what: measure_dimension(folder, what, options.rounds)}
-                report("growth", growth_rows(growth), MEDIUM, growth)
+                report("growth", growth_rows(growth), {**MEDIUM, "num_hidden_layers": LAYERS}, growth)
         if not options.small:
             if shutil.disk_usage(folder).free < 12e9:
                 raise SystemExit(f"expected 12 GB of free disk in {folder}, pass --folder or --small")
