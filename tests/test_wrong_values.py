@@ -172,10 +172,10 @@ def test_unknown_names_are_not_taken(model: Any) -> None:
         grokking.train("add", p=5, recipe=recipe, projection={"arms": "keep"})
     with pytest.raises(ValueError, match="expected which with keywords .*, got int for 'mine'; pass a dict"):
         grokking.arms("add", recipe=recipe, which={"mine": 3})  # type: ignore[dict-item]
-    with pytest.raises(ValueError, match="expected kind among auto, hooked, bridge, got 'y'; pass one of these"):
-        demo.demo_run("y")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="expected kind among auto, hooked, bridge, got .*; pass one of these"):
-        demo.demo_run(np.array(["a", "b"]))  # type: ignore[arg-type]
+    kinds: tuple[tuple[Any, str], ...] = (("y", "'y'"), (np.array(["a", "b"]), ".*"))
+    for kind, got in kinds:
+        with pytest.raises(ValueError, match=f"expected kind among auto, hooked, bridge, got {got}; pass one of these"):
+            demo.demo_run(kind)
 
 
 @pytest.fixture(scope="module")
@@ -246,13 +246,14 @@ def test_what_cannot_be_written_or_drawn_is_refused_before_the_work(tmp_path: Pa
         write_images(Slow(), tmp_path, scale=-1.0)
     with pytest.raises(ValueError, match="expected template among light, dark, .*, got 'sepia'; pass template='light'"):
         finish(Drawing(), "words", plot_height=100, template="sepia")
-    for options, words in (
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"template": 3}, "expected template as a name or a template of plotly, got 3; pass None"),
         ({"width": 0}, "expected width from 10 to 20000 pixels, got 0; pass width=None"),
         ({"height": 10**9}, "expected height from 10 to 20000 pixels, got 1000000000; pass height=None"),
-    ):
+    )
+    for options, words in wrong:
         with pytest.raises(ValueError, match=words):
-            finish(Drawing(), "words", plot_height=100, **options)  # type: ignore[arg-type]
+            finish(Drawing(), "words", plot_height=100, **options)
     assert not list(tmp_path.iterdir())
 
 

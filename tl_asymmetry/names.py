@@ -40,7 +40,7 @@ POINTS: tuple[str, ...] = (
 """Places in a block whose tensors `ModelView.hooks` gives to readers."""
 
 LATENTS: tuple[str, ...] = ("q_latent", "kv_latent")
-"""Those of them that are no wider than a latent attention's query, or key and value: behind the latent's norm."""
+"""Those of them where latent attention holds its narrow query, and its key and value: behind the latent's norm."""
 
 BASIS_METHODS = MappingProxyType({"pca": "PCA", "semi_nmf": "semi-NMF"})
 """How a basis can be taken from activations, and what that is called in words."""

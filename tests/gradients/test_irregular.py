@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.models.test_sites import VOCABULARY, adapter_of
-from tests.pair.test_irregular import changed
+from tests.irregular import changed, tokens
+from tests.models.test_sites import adapter_of
 from tl_asymmetry import analyze_pair, gradient_covariance, load
 from tl_asymmetry.models.backward import outer_products
 from tl_asymmetry.models.view import ModelView
@@ -17,12 +17,11 @@ from tl_asymmetry.objectives import CrossEntropy, TokenBatch
 NAMES = ("qwen3.5", "lfm2", "mixtral", "gpt-oss", "qwen2-moe", "qwen3-moe", "deepseek-v3", "gemma4", "llama4")
 
 
-def tokens() -> torch.Tensor:
-    return torch.randint(3, VOCABULARY, (6, 10), generator=torch.Generator().manual_seed(2))
+TOKENS = tokens(6, 10)
 
 
 def batch() -> TokenBatch:
-    return TokenBatch(tokens(), torch.ones_like(tokens(), dtype=torch.bool))
+    return TokenBatch(TOKENS, torch.ones_like(TOKENS, dtype=torch.bool))
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +36,8 @@ def measured():
             parameters = list(base.inner.parameters())
             for parameter in parameters:
                 parameter.requires_grad_(True)
-            logits = base.inner(input_ids=tokens()).logits[:, :-1]
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens()[:, 1:].flatten(), reduction="sum")
+            logits = base.inner(input_ids=TOKENS).logits[:, :-1]
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), TOKENS[:, 1:].flatten(), reduction="sum")
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             by_parameter = {id(p): g for p, g in zip(parameters, gradients, strict=True)}
             made[name] = base, by_parameter, found
@@ -78,7 +77,7 @@ def test_each_expert_has_the_tokens_that_the_router_gave_it(measured):
     base, _, found = measured("mixtral")
     routed = found.gradients[found.gradients["matrix"] == "W_out"]
     chosen = base.text_config.num_experts_per_tok
-    assert (routed.groupby("layer")["tokens"].sum() <= chosen * tokens().numel()).all()
+    assert (routed.groupby("layer")["tokens"].sum() <= chosen * TOKENS.numel()).all()
     assert (routed["expert"].nunique(), routed["head"].notna().sum()) == (base.text_config.num_local_experts, 0)
     whole = found.table[(found.table["matrix"] == "W_out") & (found.table["side"] == "gradient")]
     assert whole["tokens"].tolist() == routed.groupby("layer")["tokens"].sum().tolist()
@@ -143,7 +142,7 @@ def test_heads_of_two_widths(measured):
 @pytest.mark.parametrize("name", ["qwen3.5", "gpt-oss"])
 def test_they_are_the_reference_of_a_pair(name, measured):
     base, _, found = measured(name)
-    options = {"tokens": tokens(), "ranks": [2], "groups": 1, "progress": False}
+    options = {"tokens": TOKENS, "ranks": [2], "groups": 1, "progress": False}
     result = analyze_pair(base.inner, changed(base.inner), gradient=found, **options)
     writes = result.table[result.table["pathway"] == "write"]
     assert writes["gradient_excess"].notna().all()

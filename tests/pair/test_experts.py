@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.irregular import analyses, changed, tokens
 from tests.models.test_sites import adapter_of
-from tests.pair.test_irregular import changed, tokens
 from tl_asymmetry import analyze_pair
 from tl_asymmetry.models.capture import capture_moments
 from tl_asymmetry.models.routing import Routing
@@ -22,17 +22,7 @@ OPTIONS = {"tokens": tokens(), "ranks": RANKS, "groups": 1, "progress": False}
 
 @pytest.fixture(scope="module")
 def analysed():
-    made = {}
-
-    def of(name):
-        if name not in made:
-            base = adapter_of(name)
-            aligned = changed(base.inner)
-            found = analyze_pair(base.inner, aligned, subspaces=["mlp_in", "expert_in"], **OPTIONS)
-            made[name] = base, type(base)(aligned), found
-        return made[name]
-
-    return of
+    return analyses(subspaces=["mlp_in", "expert_in"], **OPTIONS)
 
 
 def routed(base, layer):

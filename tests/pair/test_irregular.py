@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
 import pandas as pd
 import pytest
 import torch
 
-from tests.models.test_sites import VOCABULARY, adapter_of
+from tests.irregular import analyses, changed, tokens
+from tests.models.test_sites import adapter_of
 from tl_asymmetry import (
     analyze_pair,
     analyze_spectra,
@@ -26,34 +25,9 @@ RANK = 2
 NAMES = ("qwen2-moe", "qwen3.5", "gemma4", "deepseek-v3", "mixtral")
 
 
-def tokens() -> torch.Tensor:
-    return torch.randint(3, VOCABULARY, (8, 12), generator=torch.Generator().manual_seed(2))
-
-
-def changed(model):
-    twin = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    return twin
-
-
 @pytest.fixture(scope="module")
 def analysed():
-    """By name: the base's adapter, the aligned model's sites, and the analysis."""
-    made = {}
-
-    def of(name):
-        if name not in made:
-            base = adapter_of(name)
-            aligned = changed(base.inner)
-            twin = type(base)(aligned)
-            options = {"tokens": tokens(), "ranks": [1, RANK], "groups": 1, "batch_size": 3, "progress": False}
-            made[name] = base, twin, analyze_pair(base.inner, aligned, **options)
-        return made[name]
-
-    return of
+    return analyses(tokens=tokens(), ranks=[1, RANK], groups=1, batch_size=3, progress=False)
 
 
 def naive_fraction(base, twin, layer, matrix, unit):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
-from tests.models.test_sites import adapter_of
-from tests.pair.test_irregular import changed, tokens
+from tests.irregular import analyses, changed, tokens
 from tl_asymmetry import analyze_pair, analyze_spectra, compare
 from tl_asymmetry.names import LATENTS, reads_latent
 
@@ -17,16 +17,7 @@ NAMES = ("deepseek-v3", "deepseek-v2, whole queries")
 
 @pytest.fixture(scope="module")
 def analysed():
-    made = {}
-
-    def of(name):
-        if name not in made:
-            base = adapter_of(name)
-            aligned = changed(base.inner)
-            made[name] = base, type(base)(aligned), analyze_pair(base.inner, aligned, **OPTIONS)
-        return made[name]
-
-    return of
+    return analyses(**OPTIONS)
 
 
 def entered(base, layer, path):
@@ -159,3 +150,15 @@ def test_choices_of_a_latents_subspace(analysed):
     rows = stability[stability["matrix"] == "W_UK"]
     assert len(rows) == 8
     assert (rows["low"] <= rows["relative"] * (1 + 1e-5)).all()
+
+
+def test_several_streams_are_refused_as_such():
+    """And not by what a latent looks like between them."""
+    config = transformers.HYV4Config(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, vocab_size=512, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, n_group=1,
+        q_lora_rank=24, kv_lora_rank=24, topk_group=1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ValueError, match="expected one residual stream, got 4 side by side"):
+        analyze_pair(model, changed(model), **OPTIONS)

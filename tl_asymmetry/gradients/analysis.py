@@ -232,8 +232,12 @@ def _measured(view: ModelView, chosen: Sequence[str], notes: Notes, *, asked: bo
 
 def _head_weights_size(view: ModelView, measured: Mapping[Outer, Measured]) -> int:
     """Bytes of second moments of inputs weighted by each head's own gradients."""
-    heads = sum(how.heads or 0 for (_, matrix), how in measured.items() if kind_of(matrix).reads)
-    return heads * view.d_model**2 * torch.float64.itemsize
+    weighed = [
+        how.heads * view.weight(layer, matrix).shape[-2] ** 2
+        for (layer, matrix), how in measured.items()
+        if how.heads and kind_of(matrix).reads and not (matrix == "W_K" and view.key_shift_invariant)
+    ]
+    return sum(weighed) * torch.float64.itemsize
 
 
 def _describe(

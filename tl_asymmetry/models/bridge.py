@@ -49,6 +49,10 @@ class BridgeAdapter:
     norms_stream = False
     rescaled: tuple[str, ...] = ("W_O", "W_out")
     """Writing matrices whose output reaches the stream through a norm, in a model with such norms."""
+    active_stream: int | None = None
+    """Which of several streams its layers read; None: there is one."""
+    remarks: tuple[str, ...] = ()
+    """Sentences on what its layers have beside matrices, or have in common."""
     names = tuple(_SUBMODULE)
     """Matrices that its blocks may have."""
     has_unembedding = True

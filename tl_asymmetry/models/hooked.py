@@ -28,6 +28,10 @@ class HookedAdapter:
     has_layer_in_head = False
     rescaled: tuple[str, ...] = ("W_O", "W_out")
     """Writing matrices whose output reaches the stream through a norm, in a model with such norms."""
+    active_stream: int | None = None
+    """Which of several streams its layers read; None: there is one."""
+    remarks: tuple[str, ...] = ()
+    """Sentences on what its layers have beside matrices, or have in common."""
     names = ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out", "W_router")
     """Matrices that its blocks may have."""
     has_unembedding = True

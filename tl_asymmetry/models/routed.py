@@ -29,6 +29,7 @@ WholeReader = Callable[[int, Outer, Tensor, Tensor], None]
 """The same of a matrix that every token meets, a and δ as `[batch, pos, …]`."""
 
 _CONVERSIONS = ("to", "type", "float")
+"""Names of the functions by which a router's weight may come into another type first."""
 _PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "bmm")
 """Names of the functions by which experts multiply."""
 

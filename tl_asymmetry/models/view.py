@@ -214,7 +214,7 @@ class ModelView:
             notes.append(
                 f"each pass goes through the layers {repeats} times: inputs and streams are those of the first time"
             )
-        if getattr(adapter, "active_stream", None) is not None:
+        if adapter.active_stream is not None:
             notes.append(
                 "several residual streams side by side: resid_pre and resid_post show the one that attention and MLP "
                 "read; the logits come from the mean of all"
@@ -239,7 +239,7 @@ class ModelView:
                 "those that the unembedding reads behind that layer, and directions of the stream only as far as it "
                 "leaves them as they are"
             )
-        return (*notes, *getattr(adapter, "remarks", ()))
+        return (*notes, *adapter.remarks)
 
     def _irregularities(self) -> list[str]:
         """Which layers have the matrices that are not the same everywhere, what is alike said once."""
@@ -563,9 +563,14 @@ class ModelView:
         """Note `[batch, pos]` of what comes into a block: some modules inside see the two in one."""
 
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            leading[layer] = first_tensor(args, kwargs).shape[-3:-1]
+            leading[layer] = self._active(first_tensor(args, kwargs)).shape[:2]
 
         return self.blocks[layer], "input", note
+
+    def _active(self, x: Tensor) -> Tensor:
+        """Of several streams that come one after the other, `[stream, batch, pos, d_model]`, the one that is read."""
+        stream = self._adapter.active_stream
+        return x if stream is None or x.ndim < 4 else x[stream]
 
     def _watch(
         self, point: str, layer: int, reader: Reader, leading: Mapping[int, torch.Size]
@@ -581,12 +586,11 @@ class ModelView:
             present = ", ".join(p for p in POINTS if self._adapter.point(layer, p) is not None)
             raise ValueError(f"expected a point that layer {layer} has, got {point!r}; pass one of {present}")
         module, side = where
-        stream = getattr(self._adapter, "active_stream", None)
         outputs = self._shapes.get("W_O", [None])[layer if "W_O" in self._shapes else 0]
         heads = (self.n_heads, self.d_head) if outputs is None else outputs[:2]  # layers may differ
 
         def show(x: Tensor) -> None:
-            x = x[stream] if stream is not None and x.ndim == 4 else x
+            x = self._active(x)
             if point.startswith("resid") and x.ndim == 4:
                 raise ValueError(
                     f"expected one residual stream, got {x.shape[-2]} side by side in {self.name!r}; pass a model with "
@@ -740,7 +744,7 @@ class ModelView:
             if x.shape[-1] != W.shape[-2]:
                 raise ValueError(
                     f"expected what enters {matrix} of layer {layer} in rows of {W.shape[-2]}, got {x.shape[-1]} in "
-                    f"{self.name!r}; pass a model whose heads lie side by side"
+                    f"{self.name!r}; pass a model with one residual stream, whose heads lie side by side"
                 )
             with exact_products(x.device):
                 if kind_of(matrix).output_axis == "head":

@@ -220,8 +220,8 @@ def analyze_pair(
                 list(measured.values()), shared, bases, plan.ranks, intervals=intervals, gradient=gradient
             )
             of_experts = [matrix for matrix in here if base.unit(layer, matrix) == "expert"]
-            if routed := [measured[m] for m in of_experts if EXPERT_INPUT in plan.targets[m]]:
-                projections += project_experts(routed, bases, plan.ranks, intervals=intervals, gradient=gradient)
+            if apart := [measured[m] for m in of_experts if EXPERT_INPUT in plan.targets[m]]:
+                projections += project_experts(apart, bases, plan.ranks, intervals=intervals, gradient=gradient)
             given_tokens = bases.routed()
             gains = {
                 latent: (base.latent_gain(layer, latent), aligned.latent_gain(layer, latent))

@@ -133,13 +133,12 @@ AnyDelta = LiveDelta | FactoredDelta
 """What one layer's work is done with."""
 
 
-def of_expert(delta: AnyDelta, expert: int) -> AnyDelta:
-    """The change of one expert by itself."""
-    numbers = _numbers_of_expert(delta.numbers, expert)
+def of_unit(delta: AnyDelta, unit: int) -> AnyDelta:
+    """The change of one head or expert by itself."""
+    numbers, own = _numbers_of_unit(delta.numbers, unit), slice(unit, unit + 1)
     if isinstance(delta, FactoredDelta):
-        return FactoredDelta(numbers, delta.residual, delta.other[expert : expert + 1])
-    own = slice(expert, expert + 1)
-    twin = None if delta.unshrunk is None else of_expert(delta.unshrunk, expert)
+        return FactoredDelta(numbers, delta.residual, delta.other[own])
+    twin = None if delta.unshrunk is None else of_unit(delta.unshrunk, unit)
     return LiveDelta(
         numbers,
         None if delta.change is None else delta.change[own],
@@ -148,13 +147,13 @@ def of_expert(delta: AnyDelta, expert: int) -> AnyDelta:
     )
 
 
-def _numbers_of_expert(numbers: Delta, expert: int) -> Delta:
-    own = {name: getattr(numbers, name)[expert : expert + 1] for name in _OF_EACH_EXPERT}
-    twin = None if numbers.unshrunk is None else _numbers_of_expert(numbers.unshrunk, expert)
+def _numbers_of_unit(numbers: Delta, unit: int) -> Delta:
+    own = {name: getattr(numbers, name)[unit : unit + 1] for name in _OF_EACH_UNIT}
+    twin = None if numbers.unshrunk is None else _numbers_of_unit(numbers.unshrunk, unit)
     return replace(numbers, **own, pooled_spectrum=None, unshrunk=twin)
 
 
-_OF_EACH_EXPERT = ("base_energy", "energy", "shrink", "spectrum", "directions", "partners", "rounding", "noise_rows")
+_OF_EACH_UNIT = ("base_energy", "energy", "shrink", "spectrum", "directions", "partners", "rounding", "noise_rows")
 
 
 def measure_change(base: Weights, aligned: Weights, layer: int, matrix: str, *, seed: int) -> AnyDelta:

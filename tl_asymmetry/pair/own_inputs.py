@@ -12,7 +12,7 @@ from torch import Tensor
 from tl_asymmetry.geometry.padding import padded_stack
 from tl_asymmetry.names import EXPERT_INPUT, kind_of
 from tl_asymmetry.pair.bases import LayerBases
-from tl_asymmetry.pair.deltas import AnyDelta, of_expert
+from tl_asymmetry.pair.deltas import AnyDelta, of_unit
 from tl_asymmetry.pair.projections import Projection, project
 from tl_asymmetry.settings import GradientMoments
 
@@ -47,7 +47,7 @@ def project_experts(
             continue
         there = [k for k in ranks if k <= own.subspace(_INPUT).existing]
         projections = project(
-            [of_expert(delta, expert) for delta in deltas],
+            [of_unit(delta, expert) for delta in deltas],
             {delta.matrix: (_INPUT,) for delta in deltas},
             own,
             ranks,

@@ -15,7 +15,7 @@ from tl_asymmetry.geometry.hierarchy import of_layers
 from tl_asymmetry.geometry.matched import Asked, MatchedCovariance, laws_at, matched_tails
 from tl_asymmetry.names import SIGNIFICANT
 from tl_asymmetry.pair.bases import LayerBases
-from tl_asymmetry.pair.deltas import AnyDelta, FactoredDelta, LiveDelta
+from tl_asymmetry.pair.deltas import AnyDelta, FactoredDelta, LiveDelta, of_unit
 
 Tails = Float64[Tensor, "2 _item _rank"]
 """P(fraction ≥) and P(fraction ≤) of every head, then of the heads pooled where there are several."""
@@ -98,23 +98,10 @@ def _trials(
     heads = bases.own_heads(delta.matrix, len(delta.numbers.energy)) or range(0)
     for head in heads:
         own = {name: of[head : head + 1] for name, of in wanted.items()}
-        for trial in _against(place, _of_head(delta, head), own, bases, ranks, head=head, persistent=persistent):
+        for trial in _against(place, of_unit(delta, head), own, bases, ranks, head=head, persistent=persistent):
             yield replace(trial, items=trial.items + head)
     together = {name: of & (torch.arange(len(of)) >= len(heads)).unsqueeze(-1) for name, of in wanted.items()}
     yield from _against(place, delta, together, bases, ranks, persistent=persistent)
-
-
-def _of_head(delta: AnyDelta, head: int) -> AnyDelta:
-    """One head of a delta by itself."""
-    only = slice(head, head + 1)
-    numbers = delta.numbers
-    numbers = replace(
-        numbers, energy=numbers.energy[only], rounding=numbers.rounding[only], noise_rows=numbers.noise_rows[only]
-    )
-    if isinstance(delta, FactoredDelta):
-        return FactoredDelta(numbers, delta.residual, delta.other[only])
-    change, gram = (None if x is None else x[only] for x in (delta.change, delta.gram))
-    return LiveDelta(numbers, change, gram)
 
 
 def _against(

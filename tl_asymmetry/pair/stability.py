@@ -60,12 +60,12 @@ def stability_table(
         widths: d by matrix.
         seed: of the null's draws.
     """
-    asked = [_Asked.of(int(str(rank)), of, table, spectra) for rank, of in variants.groupby("rank", sort=False)]
+    of_ranks = [_OfRank.of(int(str(rank)), of, table, spectra) for rank, of in variants.groupby("rank", sort=False)]
     for d in {*widths.values()}:
         null = IsotropicNull(d, seed=seed)
         every = [
             tests
-            for one in asked
+            for one in of_ranks
             for of in (one.own, one.varied)
             for (matrix, _), tests in of.items()
             if widths[matrix] == d
@@ -74,7 +74,7 @@ def stability_table(
         for tests in every:
             tests.hear(told)
     blocks = []
-    for one in asked:
+    for one in of_ranks:
         k = one.rank
         heads = {family: tests.heads[0] for family, tests in one.own.items()}
         pooled = {family: tests.pooled[0] for family, tests in one.own.items()}
@@ -148,7 +148,7 @@ class _Tests:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _OfRank:
     """All tests of one rank."""
 
     rank: int
@@ -159,7 +159,7 @@ class _Asked:
     """In all variants."""
 
     @classmethod
-    def of(cls, k: int, variants: pd.DataFrame, table: pd.DataFrame, spectra: Spectra) -> _Asked:
+    def of(cls, k: int, variants: pd.DataFrame, table: pd.DataFrame, spectra: Spectra) -> _OfRank:
         """From the variants at a rank."""
 
         def tests(of: pd.DataFrame, by: list[str]) -> dict[Family, _Tests]:
