@@ -43,6 +43,14 @@ def test_an_edit_of_one_head_is_told_by_its_name():
     assert "Asymmetry" not in words  # the write side did not change
 
 
+def test_of_one_direction_it_speaks_in_the_singular():
+    base = tiny.build("gpt2", tiny.KINDS[0])
+    options = {"tokens": TOKENS, "ranks": [1], "matrices": ["W_Q", "W_O"], "groups": 1, "progress": False}
+    words = sentences(analyze_pair(base, tiny.perturbed(base, 0.05), **options))
+    assert "Reading, in the 1 leading direction of each matrix's own input (8 tested)" in words
+    assert "Writing, in the 1 leading prediction direction (8 tested)" in words
+
+
 def test_few_tokens_are_said_and_less_than_training_gives_is_not_tested():
     result = edited("head")
     words = sentences(result)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tl_asymmetry._lazy import pd
 from tl_asymmetry.arguments import checked
 from tl_asymmetry.models.strangers import strangers
-from tl_asymmetry.names import FOUND, MATRICES, PREDICTION, SIGNIFICANT, kind_of
+from tl_asymmetry.names import FOUND, MATRICES, PREDICTION, SIGNIFICANT, counted, kind_of
 from tl_asymmetry.results.report import DEFINITIONS, Definition, FigureSection, Report, TableSection
 from tl_asymmetry.results.result import Result
 
@@ -253,8 +253,8 @@ class Comparison(Result):
             ]
             write = rows[(rows["pathway"] == "write") & (rows["subspace"] == PREDICTION)]
             for words, some in (
-                (f"Reading, in the {k} leading directions of each matrix's own input", own),
-                (f"Writing, in the {k} leading prediction directions", write),
+                (f"Reading, in the {counted(k, 'leading direction')} of each matrix's own input", own),
+                (f"Writing, in the {counted(k, 'leading prediction direction')}", write),
             ):
                 if len(some):
                     sentences.append(f"{words}: {_ratio(some, str(a), str(b))}{_told(some, str(a), str(b))}.")

@@ -9,7 +9,7 @@ import numpy as np
 
 from tl_asymmetry._lazy import pd
 from tl_asymmetry.models.strangers import strangers
-from tl_asymmetry.names import EXPERT_INPUT, FOUND, PREDICTION, ROUNDING_DOMINATED, kind_of, reads_latent
+from tl_asymmetry.names import EXPERT_INPUT, FOUND, PREDICTION, ROUNDING_DOMINATED, counted, kind_of, reads_latent
 from tl_asymmetry.pair.asymmetry import READ_ONLY, READ_SIDE, WRITE_SIDE
 from tl_asymmetry.pair.data import PairData
 from tl_asymmetry.pair.plan import SEQUENCES, TOKENS_PER_DIMENSION
@@ -135,7 +135,8 @@ def _reading(result: PairData, changed: pd.DataFrame, k: int) -> Iterator[str]:
     if own.empty:
         return
     yield (
-        f"Reading, in the {k} leading directions of each matrix's own input ({tested_count(own['vs_chance'])}): "
+        f"Reading, in the {counted(k, 'leading direction')} of each matrix's own input "
+        f"({tested_count(own['vs_chance'])}): "
         f"{told(own['vs_chance'], 'a random subspace')}; median {own['relative'].median():.2f} times chance."
     )
     thin = result.config["low_rank"]
@@ -167,8 +168,8 @@ def _reading(result: PairData, changed: pd.DataFrame, k: int) -> Iterator[str]:
 
 def _latents(own: pd.DataFrame) -> Iterator[str]:
     """A sentence for each latent, which has a width and ranks of its own."""
-    for (latent, rank), rows in own.groupby(["subspace", "rank"], sort=False):
-        reference = ""
+    for latent, rows in own.groupby("subspace", sort=False):
+        k, reference = int(rows["rank"].iloc[0]), ""
         if (rows["vs_reference"] != "").any():
             reference = (
                 f", {rows['excess'].median():.2f} times what training gives on these inputs by chance "
@@ -176,7 +177,7 @@ def _latents(own: pd.DataFrame) -> Iterator[str]:
             )
         matrices = " and ".join(dict.fromkeys(rows["matrix"]))
         yield (
-            f"Reading from a latent, {matrices} in the {rank} leading directions of {latent} "
+            f"Reading from a latent, {matrices} in the {counted(k, 'leading direction')} of {latent} "
             f"({tested_count(rows['vs_chance'])}): {told(rows['vs_chance'], 'a random subspace of it')}; median "
             f"{rows['relative'].median():.2f} times chance{reference}."
         )
@@ -194,7 +195,7 @@ def _writing(changed: pd.DataFrame, k: int) -> Iterator[str]:
     written = changed[(changed["pathway"] == "write") & (changed["subspace"] == PREDICTION)]
     if len(written):
         yield (
-            f"Writing, in the {k} leading prediction directions ({tested_count(written['vs_chance'])}): "
+            f"Writing, in the {counted(k, 'leading prediction direction')} ({tested_count(written['vs_chance'])}): "
             f"{told(written['vs_chance'], 'a random subspace')}; median {written['relative'].median():.2f} times "
             f"chance{'' if written['gradient_excess'].notna().any() else _UNKNOWN}."
         )
