@@ -29,13 +29,14 @@ def pytest_runtest_setup(item):
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection():
-    """What is imported lives to the end: the collector need not walk through it again and again."""
+    """What is imported lives to the end: the collector need not walk through it again and again, nor often."""
     gc.disable()
     try:
         return (yield)
     finally:
         gc.collect()
         gc.freeze()
+        gc.set_threshold(20_000, 50, 100)
         gc.enable()
 
 
