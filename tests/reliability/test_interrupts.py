@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any
@@ -108,6 +108,14 @@ def view() -> ModelView:
     for parameter in list(model.parameters())[::2]:
         parameter.requires_grad_(False)
     return ModelView(model)
+
+
+@pytest.fixture(autouse=True)
+def short_products() -> Iterator[None]:
+    """A caller's own precision, which some of the contexts change for as long as they last."""
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.usefixtures("unchecked_types")

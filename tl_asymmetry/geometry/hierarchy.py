@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 
 from tl_asymmetry.geometry.nulls import adjusted_p
+from tl_asymmetry.geometry.padding import padded_stack
 from tl_asymmetry.names import SIGNIFICANT
 
 Family = TypeVar("Family")
@@ -74,30 +76,39 @@ def hierarchy(
         pooled: p of each layer's heads pooled into one delta; all NaN to leave it to the heads.
         level: at which the shares selected are taken; q below it means found.
     """
-    layer_p = {family: of_layers(p, pooled[family]) for family, p in heads.items()}
     families = list(heads)
-    family_p = np.array([float(simes(layer_p[family])) for family in families])
+    p, together = (
+        padded_stack([torch.from_numpy(of[family]) for family in families]).numpy() for of in (heads, pooled)
+    )
+    layer_p = of_layers(p, together)
+    family_p = simes(layer_p)
     family_q = adjusted_p(family_p)
     share = _selected_share(family_q, level)
-    layer_q, head_q = {}, {}
-    for family, above in zip(families, family_q, strict=True):
-        layer_q[family] = _inside(adjusted_p(layer_p[family]), share, above)
-        within = _selected_share(layer_q[family], level)
-        head_q[family] = _inside(adjusted_p(heads[family]), share * within, layer_q[family][:, None])
+    layer_q = _inside(adjusted_p(layer_p), share, family_q[:, None])
+    within = share * _selected_share(layer_q, level)
+    head_q = _inside(adjusted_p(p), within[:, None, None], layer_q[..., None])
     return Tree(
         dict(zip(families, family_p.tolist(), strict=True)),
         dict(zip(families, family_q.tolist(), strict=True)),
-        layer_p,
-        layer_q,
-        head_q,
+        *(_by_family(every, heads) for every in (layer_p, layer_q, head_q)),
     )
 
 
-def _selected_share(q: NDArray[np.floating], level: float) -> float:
+def _by_family(
+    every: NDArray[np.floating], heads: Mapping[Family, NDArray[np.floating]]
+) -> dict[Family, NDArray[np.floating]]:
+    """As many layers and heads of each as it has."""
+    return {
+        family: of[tuple(slice(size) for size in p.shape[: of.ndim])]
+        for of, (family, p) in zip(every, heads.items(), strict=True)
+    }
+
+
+def _selected_share(q: Float[np.ndarray, "*group test"], level: float) -> Float[np.ndarray, "*group"]:
     """Share of the tests that are selected; of at least one, so that what is not selected has a q too."""
-    tested = int(np.isfinite(q).sum())
-    return max(1, int((q <= level).sum())) / tested if tested else 1.0
+    tested = np.isfinite(q).sum(-1)
+    return np.where(tested > 0, np.maximum(1, (q <= level).sum(-1)) / np.maximum(1, tested), 1.0)
 
 
-def _inside(q: NDArray[np.floating], share: float, above: float | NDArray[np.floating]) -> NDArray[np.floating]:
+def _inside(q: NDArray[np.floating], share: NDArray[np.floating], above: NDArray[np.floating]) -> NDArray[np.floating]:
     return np.where(np.isfinite(q), np.minimum(1, np.maximum(q / share, above)), np.nan)

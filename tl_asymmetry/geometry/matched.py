@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tl_asymmetry._lazy import lapack
 from tl_asymmetry.geometry.memory import batches
@@ -145,11 +146,13 @@ class MatchedCovariance:
         with exact_products(frame.device):
             once = self.matrix @ frame
             twice = self.matrix @ once
-            products = [(a.mT @ b).cpu() for a, b in ((frame, frame), (frame, once), (once, once), (once, twice))]
+            products = torch.stack([
+                (a.mT @ b).cpu() for a, b in ((frame, frame), (frame, once), (once, once), (once, twice))
+            ])  # fmt: skip
         m, d = self.leading.shape[1], len(self.matrix)
         if self.mean is None:
-            return [MatchedLaw(d, m, self.traces, torch.stack(products[1:]))]
-        whole = MatchedLaw(d, m, self.traces, torch.stack([product[1:, 1:] for product in products[1:]]))
+            return [MatchedLaw(d, m, self.traces, products[1:])]
+        whole = MatchedLaw(d, m, self.traces, products[1:, 1:, 1:].contiguous())
         return [whole, _law_without_first(products, self.traces, d, m)]
 
 
@@ -170,22 +173,20 @@ class MatchedLaw:
         """In the leading k."""
         m = self.leading
         span = slice(0, m + min(k, _SOLVED))
-        B1, B2 = self.products[:2, span, span]
-        T1, T2, T3 = self.products[:, m : m + k, m : m + k]
+        B1, B2 = self.products[:2, span, span].unbind()
+        T1, T2, T3 = self.products[:, m : m + k, m : m + k].unbind()
         # An orthonormal basis of the span of C^{1/2}B, and in it C^{1/2}QQᵀC^{1/2} and C.
         ν, V = torch.linalg.eigh(B1)
-        reached = ν > _UNREACHED * ν[-1]
-        frame = V[:, reached] / ν[reached].sqrt()
+        first = len(ν) - int((ν > _UNREACHED * ν[-1]).sum())
+        frame = V[:, first:].contiguous() / ν[first:].sqrt()
         inside = frame.mT @ self.products[0, span, m : m + k]
         inside, whole = inside @ inside.mT, frame.mT @ B2 @ frame
-        c1, c2, c3 = self.traces
-        nothing = torch.zeros_like(c1)
-        traces = (
-            (T1.trace(), -c1, nothing, nothing),
-            (T1.square().sum(), -2 * T2.trace(), c2, nothing),
-            (((T1 @ T1) * T1).sum(), -3 * (T1 * T2).sum(), 3 * T3.trace(), -c3),
-        )
-        return LawAtRank(self.d, inside, whole, T1.trace() / c1, torch.stack([torch.stack(of) for of in traces]))
+        c1, c2, c3 = self.traces.tolist()
+        t1, t2, t3 = (float(T.trace()) for T in (T1, T2, T3))
+        t11, t12, t111 = (float(product.sum()) for product in (T1.square(), T1 * T2, (T1 @ T1) * T1))
+        traces = ((t1, -c1, 0, 0), (t11, -2 * t2, c2, 0), (t111, -3 * t12, 3 * t3, -c3))
+        expected = float(T1.trace() / self.traces[0])  # NaN where C is zero
+        return LawAtRank(self.d, inside, whole, expected, torch.tensor(traces, dtype=torch.float64))
 
     def tails(
         self, spectrum: Float[Tensor, "head r"], k: int, fraction: Float[Tensor, " head"]
@@ -193,12 +194,12 @@ class MatchedLaw:
         """P(fraction ≥) and P(fraction ≤ the observed one), as `matched_tails`."""
         return matched_tails([(self.at(k), spectrum, fraction)])[0]
 
-    def expected(self, k: int) -> Float64[Tensor, ""]:
+    def expected(self, k: int) -> float:
         """The expected fraction in the leading k columns."""
         return self.at(k).expected
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LawAtRank:
     """How the fraction falls in k directions: it reaches f where tr(H G S Gᵀ) ≥ 0, H = C^{1/2} (QQᵀ − fI) C^{1/2}.
 
@@ -212,23 +213,16 @@ class LawAtRank:
     """C^{1/2}QQᵀC^{1/2} in an orthonormal basis of that span."""
     whole: Float64[Tensor, "n n"]
     """C in it."""
-    expected: Float64[Tensor, ""]
+    expected: float
     """The expected fraction."""
     traces: Float64[Tensor, "3 4"]
     """tr ((QQᵀ − f) C)ⁿ for n = 1, 2, 3: coefficients of 1, f, f², f³."""
 
     @cached_property
-    def _about_expected(self) -> tuple[Tensor, Tensor]:
+    def about_expected(self) -> Float64[Tensor, "n 2"]:
         """Eigenvalues of H at the expected fraction, and how fast they fall with it."""
         θ, V = torch.linalg.eigh(self.inside - self.expected * self.whole)
-        return θ, ((self.whole @ V) * V).sum(0)
-
-    def solved(self, fraction: Float64[Tensor, " item"], *, exact: bool) -> Float64[Tensor, "item n"]:
-        """Eigenvalues of H on the span; not `exact`: to first order about the expected fraction."""
-        if exact:
-            return torch.linalg.eigvalsh(self.inside - fraction[:, None, None] * self.whole)
-        at, slope = self._about_expected
-        return at - (fraction - self.expected).unsqueeze(-1) * slope
+        return torch.stack([θ, ((self.whole @ V) * V).sum(0)], -1)
 
 
 def laws_at(
@@ -255,70 +249,104 @@ def matched_tails(asked: Sequence[Asked]) -> list[Float64[Tensor, "2 _item"]]:
 
 
 def _tails(asked: Sequence[Asked]) -> list[Tensor]:
-    asked = [(law, spectrum, fraction.double().cpu()) for law, spectrum, fraction in asked]
-    tails = [torch.full((2, len(fraction)), torch.nan, dtype=torch.float64) for *_, fraction in asked]
-
-    def answer(chosen: Sequence[Tensor], *, exact: bool) -> None:
-        some = [i for i, at in enumerate(chosen) if bool(at.any())]
-        told = _rotated([(asked[i][0], asked[i][1][chosen[i]], asked[i][2][chosen[i]]) for i in some], exact=exact)
-        for i, p in zip(some, told, strict=True):
-            tails[i][:, chosen[i]] = p
-
-    far = [_deviations(*one).abs() > _FAR for one in asked]
-    answer([~at for at in far], exact=False)
-    answer([at | (p < _SETTLED).any(0) for at, p in zip(far, tails, strict=True)], exact=True)
-    return tails
+    items = _Items.of(asked)
+    tails = torch.full((2, len(items.fraction)), torch.nan, dtype=torch.float64)
+    far = items.fraction.isfinite() & (items.deviations().abs() > _FAR)
+    if not bool(far.all()):
+        near = items.at(~far)
+        tails[:, ~far] = near.tails(near.nearly_solved())
+    settled = far | (tails < _SETTLED).any(0)
+    if bool(settled.any()):
+        few = items.at(settled)
+        tails[:, settled] = few.tails(few.solved())
+    return list(tails.split([len(fraction) for *_, fraction in asked], 1))
 
 
-def _deviations(law: LawAtRank, spectrum: Tensor, fraction: Tensor) -> Float64[Tensor, " item"]:
-    """Mean of tr(H G S Gᵀ) in its standard deviations (Muirhead 1982, ch. 7)."""
-    powers = fraction.unsqueeze(-1) ** torch.arange(4)
-    h, h2 = (powers @ of for of in law.traces[:2])
-    s, s2 = spectrum.sum(-1), spectrum.square().sum(-1)
-    variance = 2 * (h2 - h.square() / law.d) * (s2 - s.square() / law.d) / ((law.d - 1) * (law.d + 2))
-    return h * s / law.d / variance.clamp(min=0).sqrt()
+@dataclass(frozen=True)
+class _Items:
+    """All deltas that are asked for, one below another."""
+
+    laws: Sequence[LawAtRank]
+    """Each once."""
+    law: Int[Tensor, " item"]
+    """Which of these is an item's."""
+    spectrum: Float[Tensor, "item r"]
+    """Zeros behind the shorter ones."""
+    length: Int[Tensor, " item"]
+    """How many come before these."""
+    fraction: Float64[Tensor, " item"]
+    """NaN where the delta is zero."""
+    traces: Float64[Tensor, "item 3"]
+    """tr Hⁿ for n = 1, 2, 3."""
+
+    @classmethod
+    def of(cls, asked: Sequence[Asked]) -> _Items:
+        number = {law: i for i, law in enumerate(dict.fromkeys(law for law, *_ in asked))}
+        numbers = torch.tensor([(number[law], s.shape[-1], len(f)) for law, s, f in asked])
+        law, length = numbers[:, :2].repeat_interleave(numbers[:, 2], 0).unbind(-1)
+        f = torch.cat([fraction.double().cpu() for *_, fraction in asked])
+        powers = f.nan_to_num().unsqueeze(-1) ** torch.arange(4)
+        traces = torch.stack([one.traces for one in number])[law] @ powers.unsqueeze(-1)
+        spectra = _one_below_another([spectrum for _, spectrum, _ in asked])
+        return cls(list(number), law, spectra, length, f, traces.squeeze(-1))
+
+    def at(self, chosen: Bool[Tensor, " item"]) -> _Items:
+        """Some of these, and their laws."""
+        used, law = self.law[chosen].unique(return_inverse=True)
+        length = self.length[chosen]
+        spectrum = self.spectrum[chosen, : int(length.max())]
+        laws = [self.laws[i] for i in used.tolist()]
+        return _Items(laws, law, spectrum, length, self.fraction[chosen], self.traces[chosen])
+
+    def deviations(self) -> Float64[Tensor, " item"]:
+        """Mean of tr(H G S Gᵀ) in its standard deviations (Muirhead 1982, ch. 7)."""
+        d = torch.tensor([law.d for law in self.laws], dtype=torch.float64)[self.law]
+        h, h2, _ = self.traces.unbind(-1)
+        s, s2 = self.spectrum.sum(-1), self.spectrum.square().sum(-1)
+        variance = 2 * (h2 - h.square() / d) * (s2 - s.square() / d) / ((d - 1) * (d + 2))
+        return h * s / d / variance.clamp(min=0).sqrt()
+
+    def solved(self) -> Float64[Tensor, "item n"]:
+        """Eigenvalues of H on the span."""
+        θ = torch.zeros(len(self.law), max(len(law.whole) for law in self.laws), dtype=torch.float64)
+        for i, law in enumerate(self.laws):
+            mine = self.law == i
+            H = law.inside - self.fraction[mine, None, None] * law.whole
+            θ[mine, : len(law.whole)] = torch.linalg.eigvalsh(H)
+        return θ
+
+    def nearly_solved(self) -> Float64[Tensor, "item n"]:
+        """The same to first order about the expected fraction."""
+        θ, slope = pad_sequence([law.about_expected for law in self.laws], batch_first=True)[self.law].unbind(-1)
+        expected = torch.tensor([law.expected for law in self.laws], dtype=torch.float64)[self.law]
+        away = self.fraction.nan_to_num() - expected
+        return θ - away.unsqueeze(-1) * slope
+
+    def tails(self, θ: Float64[Tensor, "item n"]) -> Float64[Tensor, "2 item"]:
+        """Both tails, from the eigenvalues on the span."""
+        sizes = torch.tensor([(law.d, len(law.whole)) for law in self.laws], dtype=torch.float64)
+        d, solved = sizes[self.law].unbind(-1)
+        # What the eigenvalues leave of the traces.
+        left = self.traces - torch.stack([θ.pow(n).sum(-1) for n in (1, 2, 3)], -1)
+        values, copies = _two_values(d - solved, left, θ)
+        once = (torch.arange(θ.shape[-1]) < solved.unsqueeze(-1)).double()
+        p = rotation_tails(torch.cat([values, θ], -1), torch.cat([copies, once], -1), self.spectrum, d)
+        return torch.where(self.fraction.isfinite(), p, torch.nan)
 
 
-def _rotated(asked: Sequence[Asked], *, exact: bool) -> list[Tensor]:
-    if not asked:
-        return []
-    sizes = [len(f) for *_, f in asked]
-
-    def of_items(of_laws: Sequence[Tensor]) -> Tensor:
-        return torch.stack(list(of_laws)).repeat_interleave(torch.tensor(sizes), 0)
-
-    f = torch.cat([f for *_, f in asked])
-    θ = _one_below_another([law.solved(f.nan_to_num(), exact=exact) for law, _, f in asked])
-    d, solved = of_items([torch.tensor((law.d, len(law.whole)), dtype=torch.float64) for law, *_ in asked]).unbind(-1)
-    powers = f.nan_to_num().unsqueeze(-1) ** torch.arange(4)
-    # What the eigenvalues leave of the traces.
-    left = (of_items([law.traces for law, *_ in asked]) @ powers.unsqueeze(-1)).squeeze(-1)
-    left = left - torch.stack([θ.pow(n).sum(-1) for n in (1, 2, 3)], -1)
-    values, copies = _two_values(d - solved, left, θ)
-    once = (torch.arange(θ.shape[-1]) < solved.unsqueeze(-1)).double()
-    s = _one_below_another([s for _, s, _ in asked])
-    p = rotation_tails(torch.cat([values, θ], -1), torch.cat([copies, once], -1), s, d)
-    return list(torch.where(f.isfinite(), p, torch.nan).split(sizes, 1))
-
-
-def _law_without_first(products: list[Tensor], traces: Tensor, d: int, m: int) -> MatchedLaw:
+def _law_without_first(products: Tensor, traces: Tensor, d: int, m: int) -> MatchedLaw:
     """The law of PCP and PB, P the projector off the frame's first (unit) column μ, from μ's own products."""
-    G0, G1, G2, G3 = products
-    along = G0[0, 1:]
-
-    def freed(G: Tensor) -> tuple[Tensor, Tensor]:
-        """(PB)ᵀ Cⁿ (PB) and (PB)ᵀ Cⁿ μ."""
-        towards = G[1:, 0] - along * G[0, 0]
-        full = G[1:, 1:] - torch.outer(along, G[0, 1:]) - torch.outer(G[1:, 0], along)
-        return full + G[0, 0] * torch.outer(along, along), towards
-
-    (F1, u1), (F2, u2), (F3, _) = map(freed, (G1, G2, G3))
-    a1, a2, a3 = (G[0, 0] for G in (G1, G2, G3))
+    along, G = products[0, 0, 1:], products[1:]
+    # (PB)ᵀ Cⁿ (PB) and (PB)ᵀ Cⁿ μ for n = 1, 2, 3.
+    a, row, column = G[:, :1, :1], G[:, :1, 1:], G[:, 1:, :1]
+    F = G[:, 1:, 1:] - along.unsqueeze(-1) * row - column * along + a * torch.outer(along, along)
+    u1, u2, _ = (column.squeeze(-1) - along * a.squeeze(-1)).unbind()
+    a1, a2, a3 = a.flatten()
     c1, c2, c3 = traces
-    second = F2 - torch.outer(u1, u1)
-    third = F3 - torch.outer(u2, u1) - torch.outer(u1, u2) + a1 * torch.outer(u1, u1)
+    second = F[1] - torch.outer(u1, u1)
+    third = F[2] - torch.outer(u2, u1) - torch.outer(u1, u2) + a1 * torch.outer(u1, u1)
     left = torch.stack([c1 - a1, c2 - 2 * a2 + a1**2, c3 - 3 * a3 + 3 * a1 * a2 - a1**3])
-    return MatchedLaw(d - 1, m, left, torch.stack([F1, second, third]))
+    return MatchedLaw(d - 1, m, left, torch.stack([F[0], second, third]))
 
 
 def _leading(C: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -15,16 +15,26 @@ from tl_asymmetry.interrupts import temporarily
 P = ParamSpec("P")
 ResultT = TypeVar("ResultT")
 _AUTOCAST = ("cpu", "cuda", "mps", "xpu")
+_AS_IT_IS = nullcontext()
 
 
-@contextmanager
-def exact_products(device: torch.device) -> Iterator[None]:
+def exact_products(device: torch.device) -> AbstractContextManager[None]:
     """Run float32 matrix products in float32, whatever the caller has switched on, and put his settings back.
 
     `torch.set_float32_matmul_precision("high" | "medium")` (TF32, bf16 on CPU), a backend's `fp32_precision` and an
     enclosing `torch.autocast` shorten the mantissa of a product silently; a second moment does not survive that (18 %
     off in bf16).
     """
+    # Inside `with_fresh_settings` nothing is left to change, and small products are many.
+    return _AS_IT_IS if _exact(device) else _made_exact(device)
+
+
+def _exact(device: torch.device) -> bool:
+    return _precision() == "highest" and not torch.is_autocast_enabled(device.type)
+
+
+@contextmanager
+def _made_exact(device: torch.device) -> Iterator[None]:
     with _full_products(), torch.autocast(device.type, enabled=False):
         yield
 
@@ -75,11 +85,9 @@ class _Aside:
         self.before: list[str] = []
 
     def enter(self) -> None:
-        try:
-            self.before.append(torch.get_float32_matmul_precision())
-        except RuntimeError:
-            # torch ≥ 2.9 will not name one precision where a backend was given its own (`fp32_precision`): put these
-            # aside.
+        if (before := _precision()) is not None:
+            self.before.append(before)
+        else:
             self.own.extend([(backend, backend.fp32_precision) for backend in self.backends])
             for backend in self.backends:
                 backend.fp32_precision = "ieee"
@@ -93,6 +101,14 @@ class _Aside:
                 torch.set_float32_matmul_precision(precision)
         for backend, precision in self.own:
             backend.fp32_precision = precision
+
+
+def _precision() -> str | None:
+    """Of float32 products; None where a backend was given its own (`fp32_precision`): torch ≥ 2.9 names none then."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
 
 
 SMALLEST_SQUARE, LARGEST_SQUARE = 1e-24, 1e24

@@ -124,22 +124,23 @@ def _entry_law(W: Tensor, ΔW: Tensor) -> Tensor:
 
 def _one_draw(W: Tensor, target: Tensor, E: Tensor, stored: torch.dtype) -> tuple[Tensor, Tensor]:
     """ρ and the squared noise of every entry, for one draw."""
-
-    def stored_delta(σ: Tensor) -> Tensor:
-        return (W + σ.unsqueeze(-1) * E).to(stored).double() - W
-
     # ‖R(W + σE) − W‖ grows from the noise of storing W itself to ~σ‖E‖.
     low, high = torch.zeros_like(target), 2 * target.sqrt() + W.abs().amax(-1) * torch.finfo(stored).eps
     for _ in range(_BISECTIONS):
         σ = (low + high) / 2
-        too_small = stored_delta(σ).square().mean(-1) < target
+        too_small = _stored_delta(W, σ, E, stored).square().mean(-1) < target
         low, high = torch.where(too_small, σ, low), torch.where(too_small, high, σ)
-    change, intended = stored_delta(high), high.unsqueeze(-1) * E
+    change, intended = _stored_delta(W, high, E, stored), high.unsqueeze(-1) * E
     inner, energy = (change * intended).sum(-1), intended.square().sum(-1)
     norms = change.square().sum(-1) * energy
     share = 1 - torch.where(norms > 0, inner.square() / norms, torch.zeros_like(norms))
     scale = torch.where(energy > 0, inner / energy, torch.zeros_like(energy))
     return share, (change - scale.unsqueeze(-1) * intended).square()
+
+
+def _stored_delta(W: Tensor, σ: Tensor, E: Tensor, stored: torch.dtype) -> Tensor:
+    """R(W + σE) − W."""
+    return (W + σ.unsqueeze(-1) * E).to(stored).double() - W
 
 
 def without_rounding(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,7 +87,7 @@ def asymmetry_table(numbers: Measurements) -> pd.DataFrame:
     columns = [*numbers.labels, *ASYMMETRY_COLUMNS]
     if any(key not in numbers.held or _differ(numbers, key[0]) for key in needed):
         return pd.DataFrame(columns=columns)
-    frames = []
+    blocks: list[dict[str, Any]] = []
     common = min(len(numbers.ranks_of(*key)) for key in needed)
     for column, rank in enumerate(numbers.layout.ranks[:common]):
         if not all(rank in numbers.layout.measured[subspace] for _, subspace in needed):
@@ -95,10 +97,15 @@ def asymmetry_table(numbers: Measurements) -> pd.DataFrame:
         if WRITE_SIDE[1] in numbers.held:
             layer_write = layer_write.plus(_side(numbers, WRITE_SIDE[1], column).pooled())
         there = torch.stack([numbers.held[key].exists[:, column] for key in needed]).gt(0).all(0)
-        frames.append(_rows(numbers, W_Q.pooled().plus(W_K.pooled()), layer_write, column, there, per_head=False))
-        frames.append(_rows(numbers, W_Q.plus(W_K.grouped(numbers.layout.n_heads)), W_O, column, there, per_head=True))
-    table = pd.concat(frames, ignore_index=True)
-    return table.sort_values(["run", "layer", "head", "rank"], na_position="first", ignore_index=True)[columns]
+        sides = (W_Q.pooled().plus(W_K.pooled()), layer_write), (W_Q.plus(W_K.grouped(numbers.layout.n_heads)), W_O)
+        blocks += [_columns(read, write, rank, numbers.layout.d, there) for read, write in sides]
+    units = ([None] * numbers.layout.n_layers, ["head"] * numbers.layout.n_layers)  # a layer's row, then its heads'
+    table = pd.DataFrame({
+        **numbers.rows([(of["read"].shape[1], units[i % 2]) for i, of in enumerate(blocks)]),
+        **{name: np.concatenate([of[name].ravel() for of in blocks]) for name in blocks[0]},
+    })  # fmt: skip
+    rows = table[table["exists"]].sort_values(["run", "layer", "head", "rank"], na_position="first", ignore_index=True)
+    return rows[columns]
 
 
 def _differ(numbers: Measurements, matrix: str) -> bool:
@@ -120,12 +127,9 @@ def _side(numbers: Measurements, key: tuple[str, str], column: int) -> _Side:
     return _Side(held.inside[..., column], total, expected, replicates)
 
 
-def _rows(
-    numbers: Measurements, read: _Side, write: _Side, column: int, there: Tensor, *, per_head: bool
-) -> pd.DataFrame:
-    """Rows of the places that are `there`: whose subspaces have so many directions."""
-    k = numbers.layout.ranks[column]
-    scale = numbers.layout.d / k
+def _columns(read: _Side, write: _Side, rank: int, d: int, there: Tensor) -> dict[str, np.ndarray]:
+    """Columns `[place, head]`, of the places that are `there`: whose subspaces have so many directions."""
+    scale = d / rank
     read_relative, write_relative = (side.inside / side.total * scale for side in (read, write))
     ratio = read_relative / write_relative
     by_write = write.expected / write.total * scale
@@ -137,7 +141,7 @@ def _rows(
         interval = log_jackknife_interval(ratio, replicates, corrected=True)
         low, high = interval.low, interval.high
     log_ratio = torch.log2(ratio)
-    columns = {
+    of_places = {
         "read": read_relative,
         "write": write_relative,
         "log2_ratio": log_ratio,
@@ -145,12 +149,11 @@ def _rows(
         "log2_excess": log_ratio - expected,
         "ci_low": torch.log2(low),
         "ci_high": torch.log2(high),
+        # some layers have no attention
+        "exists": (read.total + write.total).isfinite() & there.unsqueeze(-1),
     }
-    units = ["head" if per_head else None] * numbers.layout.n_layers
-    frame = pd.DataFrame(numbers.rows([(ratio.shape[1], units)]))
-    described = BOTH_SIDES if both else READ_ONLY
-    frame = frame.assign(
-        rank=k, expected_from=described, **{name: value.flatten().numpy() for name, value in columns.items()}
-    )
-    # some layers have no attention
-    return frame[((read.total + write.total).isfinite() & there.unsqueeze(-1)).flatten().numpy()]
+    same = {"rank": rank, "expected_from": BOTH_SIDES if both else READ_ONLY}
+    return {
+        **{name: np.full(ratio.shape, value) for name, value in same.items()},
+        **{name: value.numpy() for name, value in of_places.items()},
+    }

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
@@ -115,7 +116,7 @@ def layer_circuits(
         ranks: ranks to read; those at which a subspace has no directions are left out.
         gains: of the norms behind latents.
     """
-    frames = []
+    blocks: list[dict[str, np.ndarray]] = []
     maps: dict[str, tuple[Tensor, Factored]] = {
         m: (residual_first(m, base[m]), delta.factors()) for m, delta in deltas.items() if kind_of(m).heads
     }
@@ -139,10 +140,12 @@ def layer_circuits(
             read = [k for k in ranks if k <= min(subspace.rank, subspace.existing)]
             if not read:
                 continue
-            frame = _rows(*norms, torch.cat(profile)[:, [k - 1 for k in read]], read, subspace.d)
-            frames.append(frame.assign(layer=layer, circuit=circuit, side=side, pathway=pathway, subspace=name))
-    table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(CIRCUIT_COLUMNS))
-    return table[list(CIRCUIT_COLUMNS)]
+            numbers = _columns(*norms, torch.cat(profile)[:, [k - 1 for k in read]], read, subspace.d)
+            same = {"layer": layer, "circuit": circuit, "side": side, "pathway": pathway, "subspace": name}
+            blocks.append(numbers | {column: np.full(len(numbers["rank"]), value) for column, value in same.items()})
+    if not blocks:
+        return pd.DataFrame(columns=list(CIRCUIT_COLUMNS))
+    return pd.DataFrame({column: np.concatenate([of[column] for of in blocks]) for column in CIRCUIT_COLUMNS})
 
 
 def _through_latents(
@@ -197,10 +200,11 @@ def _changes_of_few_heads(
         )  # fmt: skip
 
 
-def _rows(
+def _columns(
     energy: Float64[Tensor, " head"], base_energy: Float64[Tensor, " head"], inside: Float64[Tensor, "head rank"],
     ranks: Sequence[int], d: int,
-) -> pd.DataFrame:  # fmt: skip
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """A row for each head and rank."""
     energy, base_energy = energy.unsqueeze(-1), base_energy.unsqueeze(-1)
     fraction = inside / energy.masked_fill(energy == 0, torch.nan)
     columns = {
@@ -211,7 +215,7 @@ def _rows(
         "head": torch.arange(len(energy)).unsqueeze(-1),
         "rank": torch.tensor(ranks),
     }
-    return pd.DataFrame({name: value.expand(fraction.shape).flatten().numpy() for name, value in columns.items()})
+    return {name: value.expand(fraction.shape).flatten().numpy() for name, value in columns.items()}
 
 
 def _repeated(side: Tensor, heads: int) -> Tensor:

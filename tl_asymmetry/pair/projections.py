@@ -131,30 +131,31 @@ def _against(
     if subspace.eigenvalues is not None:
         eigenvalues = subspace.eigenvalues.double().cpu()
     projections = []
+    leading = subspace.basis[:, :top]
+    spread = leading.double().cpu().square().cumsum(-1)
     for delta in deltas:
         energies = delta.energies(subspace.basis)
         gradient_reference = None
         if gradient is not None and kind_of(delta.matrix).writes:
-            basis = subspace.basis[:, :top]
-            gradient_reference = _gradient_reference(gradient, bases, delta, basis)
+            gradient_reference = _gradient_reference(gradient, bases, delta, leading)
         projection = Projection(
             matrix=delta.matrix,
             subspace=name,
             energies=energies,
             eigenvalues=eigenvalues,
             existing=subspace.existing,
-            noise=delta.numbers.noise_rows @ subspace.basis[:, :top].double().cpu().square().cumsum(-1),
+            noise=delta.numbers.noise_rows @ spread,
             activation_reference=None,
             gradient_reference=gradient_reference,
-            permuted=_permuted(gradient, bases.layer, delta.matrix, subspace.basis[:, :top]),
+            permuted=_permuted(gradient, bases.layer, delta.matrix, leading),
             replicates=torch.stack(replicates[delta.matrix]) if delta.matrix in replicates else None,
         )
         if kind_of(delta.matrix).reads:
             by_weight = None
             if (C := weighted.get(delta.matrix)) is not None:
                 held = without[delta.matrix]
-                by_weight = C.expected(subspace.basis[:, :top]), torch.stack(held) if held else None
-            projection = _against_input(projection, delta, bases, subspace.basis[:, :top], by_weight)
+                by_weight = C.expected(leading), torch.stack(held) if held else None
+            projection = _against_input(projection, delta, bases, leading, by_weight)
         if delta.unshrunk is not None:
             twin = replace(projection, energies=delta.unshrunk.energies(subspace.basis))
             projection = replace(projection, unshrunk=twin)

@@ -43,24 +43,20 @@ def reference_tails(
     Returns:
         For each delta, by subspace.
     """
-    nothing = [_nothing(delta, ranks) for delta, _ in asked]
-    tails = [{name: none for name in names} for (_, names), none in zip(asked, nothing, strict=True)]
+    tails = [{name: _nothing(delta, ranks) for name in names} for delta, names in asked]
     everything = [
         (delta, {name: none[0].isnan() for name, none in of.items()})
         for (delta, _), of in zip(asked, tails, strict=True)
     ]
     for trial, p in _answered(everything, bases, ranks, persistent=False):
-        known = tails[trial.delta]
-        known[trial.name] = _folded(known[trial.name], trial, ranks, p)
+        _fold(p, trial, ranks, tails[trial.delta][trial.name])
     if bases.optimizer != "adam":
         return tails
     below = [
         (delta, {} if bases.weighted(delta.matrix) else _below(of)) for (delta, _), of in zip(asked, tails, strict=True)
     ]
     for trial, p in _answered(below, bases, ranks, persistent=True):
-        known = tails[trial.delta]
-        lower = _folded(known[trial.name], trial, ranks, p)[1]
-        known[trial.name] = torch.stack([known[trial.name][0], lower])
+        _fold(p[1:], trial, ranks, tails[trial.delta][trial.name][1:])
     return tails
 
 
@@ -136,8 +132,8 @@ def _against(
     solved = torch.stack([of.any(-1) for of in wanted.values()]).any(0)
     row = solved.cumsum(0) - 1
     spectra = _whitened_spectra(covariance, delta, solved)
-    for name, basis in directions.items():
-        for of, spectrum, held in zip(laws[name], spectra, _held(delta, basis, covariance.mean), strict=True):
+    for name, versions in _held(delta, directions, covariance.mean).items():
+        for of, spectrum, held in zip(laws[name], spectra, versions, strict=True):
             for k, law in of.items():
                 items = wanted[name][:, ranks.index(k)].nonzero().flatten()
                 told = [fraction[items] for fraction in held.fractions(k, law.expected)]
@@ -168,7 +164,7 @@ class _Held:
     stored: tuple[Float64[Tensor, "item k"], Float64[Tensor, " item"]] | None
     """Both of storage noise; None where there is none."""
 
-    def fractions(self, k: int, expected: Float64[Tensor, ""]) -> list[Float64[Tensor, " item"]]:
+    def fractions(self, k: int, expected: float) -> list[Float64[Tensor, " item"]]:
         """As it is, and as if storage noise were what is expected."""
         fraction = self.inside[:, k - 1] / self.energy
         if self.stored is None:
@@ -177,8 +173,8 @@ class _Held:
         return [fraction, fraction + (energy * expected - inside[:, k - 1]) / self.energy]
 
 
-def _held(delta: LiveDelta, basis: Tensor, mean: Tensor | None) -> Iterator[_Held]:
-    """By the basis as it is; then by what it and the delta are without the mean input."""
+def _held(delta: LiveDelta, directions: Mapping[str, Tensor], mean: Tensor | None) -> dict[str, list[_Held]]:
+    """By each basis as it is; then by what it and the delta are without the mean input."""
     total = delta.numbers.energy
     noise = delta.numbers.rounding.nan_to_num() * total
     rows = noise.unsqueeze(-1) * delta.numbers.noise_rows if bool((noise > 0).any()) else None
@@ -193,11 +189,16 @@ def _held(delta: LiveDelta, basis: Tensor, mean: Tensor | None) -> Iterator[_Hel
         within, noisy = with_pooled(rows @ basis.to(rows).square().cumsum(-1), rows @ kept)
         return _Held(inside, whole, (within, noisy))
 
-    yield held(basis, total, torch.ones(len(basis), dtype=torch.float64))
+    found = {
+        name: [held(basis, total, torch.ones(len(basis), dtype=torch.float64))] for name, basis in directions.items()
+    }
     if mean is not None:
         μ = mean.cpu()
-        freed = basis.cpu() - torch.outer(μ, μ @ basis.to(μ))
-        yield held(freed, total - delta.energies(μ.unsqueeze(-1))[:, 0], 1 - μ.square())
+        rest, kept = total - delta.energies(μ.unsqueeze(-1))[:, 0], 1 - μ.square()
+        for name, basis in directions.items():
+            freed = basis.cpu() - torch.outer(μ, μ @ basis.to(μ))
+            found[name].append(held(freed, rest, kept))
+    return found
 
 
 def _nothing(delta: AnyDelta, ranks: Sequence[int]) -> Tails:
@@ -205,12 +206,11 @@ def _nothing(delta: AnyDelta, ranks: Sequence[int]) -> Tails:
     return torch.full((2, heads + (heads > 1), len(ranks)), torch.nan, dtype=torch.float64)
 
 
-def _folded(tails: Tails, trial: _Trial, ranks: Sequence[int], p: Float64[Tensor, "2 _told"]) -> Tails:
-    """The larger of what was known at a rank and what is told now."""
-    folded = tails.clone()
-    known = folded[:, trial.items, ranks.index(trial.rank)]
-    folded[:, trial.items, ranks.index(trial.rank)] = reduce(torch.fmax, p.split(known.shape[1], 1), known)
-    return folded
+def _fold(p: Float64[Tensor, "side _told"], trial: _Trial, ranks: Sequence[int], tails: Tensor) -> None:
+    """Put the larger of what was known at a rank and what is told now into `tails`."""
+    at = ranks.index(trial.rank)
+    known = tails[:, trial.items, at]
+    tails[:, trial.items, at] = reduce(torch.fmax, p.split(known.shape[1], 1), known)
 
 
 def _below(tails: Mapping[str, Tails]) -> Wanted:

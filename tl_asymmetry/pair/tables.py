@@ -368,23 +368,24 @@ def _flags(rows: pd.DataFrame) -> list[str]:
 
 def _null_rows(rows: pd.DataFrame, keys: pd.DataFrame) -> pd.DataFrame:
     """`PairAnalysis.nulls`: for each row of the table the nulls that apply, which are those that expect something."""
-    nothing = np.full(len(rows), np.nan)
+    of = {name: column.to_numpy() for name, column in rows.items()}
     reference = {"low": "excess_low", "high": "excess_high", "p": "excess_p", "q": "excess_q"}
-    nulls: dict[str, dict[str, pd.Series]] = {
+    nulls: dict[str, dict[str, np.ndarray]] = {
         ISOTROPIC: {
-            "expected": rows["rank"] / rows["d"],
-            "low": rows["ci_low"], "high": rows["ci_high"], "p": rows["isotropic_p"], "q": rows["isotropic_q"],
+            "expected": of["rank"] / of["d"],
+            "low": of["ci_low"], "high": of["ci_high"], "p": of["isotropic_p"], "q": of["isotropic_q"],
         },
         **{
-            null: {"expected": rows[f"expected/{null}"]}
-            | {name: rows[column].where(rows["tested"] == null) for name, column in reference.items()}
+            null: {"expected": of[f"expected/{null}"]}
+            | {name: np.where(of["tested"] == null, of[column], np.nan) for name, column in reference.items()}
             for null in MATCHED
         },
-        "gradient": {"expected": rows["gradient_matched"]},
+        "gradient": {"expected": of["gradient_matched"]},
         "permutation": {
-            "expected": rows["expected/permutation"], "low": rows["permutation_low"], "high": rows["permutation_high"],
+            "expected": of["expected/permutation"], "low": of["permutation_low"], "high": of["permutation_high"],
         },
     }  # fmt: skip
+    nothing = np.full(len(rows), np.nan)
 
     def values(name: str) -> np.ndarray:
         return np.stack([given.get(name, nothing) for given in nulls.values()], axis=1)
@@ -392,7 +393,7 @@ def _null_rows(rows: pd.DataFrame, keys: pd.DataFrame) -> pd.DataFrame:
     expected = values("expected")
     row, null = np.nonzero(np.isfinite(expected))
     told = {name: values(name)[row, null] for name in ("low", "high", "p", "q")}
-    excess = rows["fraction"].to_numpy()[row] / expected[row, null]
+    excess = of["fraction"][row] / expected[row, null]
     return keys.iloc[row].assign(
         null=np.array(list(nulls))[null], expected=expected[row, null], excess=excess, **told
     ).reset_index(drop=True)  # fmt: skip
