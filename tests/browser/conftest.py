@@ -24,31 +24,45 @@ def browser():
         running.close()
 
 
+@pytest.fixture(scope="session")
+def tab(browser):
+    """One for all visits: what Chromium compiled of a page's scripts serves whoever opens it in the same tab."""
+    page = browser.new_context(accept_downloads=True).new_page()
+    page.set_default_timeout(15_000)
+    return page
+
+
 @pytest.fixture
-def visit(browser):
+def visit(tab):
     """`visit(path, fragment="", width=1280, scheme="light")` opens a page; at the end nothing may have gone wrong."""
-    contexts, said, asked = [], [], []
+    said, asked, visits = [], [], []
+    listeners = {
+        "console": lambda message: said.append(message.text),
+        "pageerror": lambda error: said.append(str(error)),
+        "request": lambda request: asked.append(request.url),
+    }
+
+    def leave():
+        assert tab.evaluate("window.attacked") is None
+        tab.goto("about:blank")  # a new fragment alone would not load a page anew
 
     def go(path, fragment="", *, width=1280, scheme="light"):
-        context = browser.new_context(
-            viewport={"width": width, "height": 900}, color_scheme=scheme, accept_downloads=True
-        )
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(15_000)
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: asked.append(request.url))
-        page.goto(path.as_uri() + fragment)
-        return page
+        leave()
+        tab.set_viewport_size({"width": width, "height": 900})
+        tab.emulate_media(color_scheme=scheme)
+        tab.goto(path.as_uri() + fragment)
+        visits.append(path)
+        return tab
 
+    for event, listener in listeners.items():
+        tab.on(event, listener)
     yield go
+    leave()
+    for event, listener in listeners.items():
+        tab.remove_listener(event, listener)
     assert not said
-    assert all(url.startswith(("file:", "blob:")) for url in asked)
-    assert len([url for url in asked if url.startswith("file:")]) == len(contexts)
-    for context in contexts:
-        assert context.pages[0].evaluate("window.attacked") is None
-        context.close()
+    assert all(url.startswith(("file:", "blob:", "about:")) for url in asked)
+    assert len([url for url in asked if url.startswith("file:")]) == len(visits)
 
 
 @pytest.fixture(scope="session")

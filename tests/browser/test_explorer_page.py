@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from tests.browser.conftest import HOSTILE
-from tests.browser.measures import CONTRASTS, REACHED, until
+from tests.browser.measures import CONTRASTS, unreached_by_keyboard, until
 
 READY = "document.documentElement.dataset.ready === 'yes'"
 DRAWN = "Array.from(document.querySelectorAll('.card .chart')).every((chart) => chart.data || chart.textContent)"
@@ -33,6 +33,14 @@ def row(result, layer, head, matrix, subspace, rank):
 
 def facts(card):
     return dict(zip(card.locator("dt").all_inner_texts(), card.locator("dd").all_inner_texts(), strict=True))
+
+
+def told(page):
+    """What is chosen, and what the page shows for it."""
+    chosen = {
+        each: page.locator(each).input_value() for each in ("#choose-map", "#choose-value", "#choose-rank", "#search")
+    }
+    return chosen | {each: page.locator(each).inner_text() for each in ("#rank-shown", "#meaning", "#rows")}
 
 
 def test_a_click_opens_the_heads_own_numbers(look, pair):
@@ -105,8 +113,8 @@ def test_the_open_head_stands_beside_the_map_and_both_stay_in_sight(look):
     boxes = [page.locator(which).bounding_box() for which in ("#map", ".card")]
     assert boxes[1]["x"] > boxes[0]["x"] + boxes[0]["width"] / 2
     assert all(0 <= box["y"] < 900 for box in boxes)
-    narrow = look("#L1H2/W_Q", width=390)
-    boxes = [narrow.locator(which).bounding_box() for which in ("#map", ".card")]
+    page = look("#L1H2/W_Q", width=390)
+    boxes = [page.locator(which).bounding_box() for which in ("#map", ".card")]
     assert boxes[1]["y"] > boxes[0]["y"] + boxes[0]["height"]
 
 
@@ -124,19 +132,17 @@ def test_a_shared_address_restores_what_was_chosen(look):
     until(page, "location.hash.includes('scroll=120%2C260')")  # clicks scroll as well
     address = page.evaluate("location.hash")[1:]
     assert address.startswith("L1H2/W_Q;map=W_V%2Fprediction;value=z;rank=16;search=")
-    again = look("#" + address)
-    for chosen in ("#choose-map", "#choose-value", "#choose-rank", "#search"):
-        assert again.locator(chosen).input_value() == page.locator(chosen).input_value()
-    assert again.locator("#rank-shown").inner_text() == "16"
-    assert again.locator(".card h3").all_inner_texts() == ["L1H2 · W_Q"]
-    assert again.locator("#meaning").inner_text() == page.locator("#meaning").inner_text()
-    assert again.locator("#rows").inner_text() == page.locator("#rows").inner_text()
-    assert again.locator("#only-q").is_checked()
-    assert not again.locator("#no-rounding").is_checked()
-    assert again.evaluate("[scrollY, document.getElementById('open').scrollTop]") == [120, 260]
-    strange = look("#;value=nothing;rank=99;map=W_X/y;search=%E0%A4%A")
-    assert strange.locator("#choose-value").input_value() == "relative"
-    assert strange.locator("#map td").count() == 16
+    chosen = told(page)
+    assert chosen["#rank-shown"] == "16"
+    assert look("#" + address) is page
+    assert told(page) == chosen
+    assert page.locator(".card h3").all_inner_texts() == ["L1H2 · W_Q"]
+    assert page.locator("#only-q").is_checked()
+    assert not page.locator("#no-rounding").is_checked()
+    assert page.evaluate("[scrollY, document.getElementById('open').scrollTop]") == [120, 260]
+    look("#;value=nothing;rank=99;map=W_X/y;search=%E0%A4%A")
+    assert page.locator("#choose-value").input_value() == "relative"
+    assert page.locator("#map td").count() == 16
 
 
 def test_pin_keeps_a_head_beside_the_next(look):
@@ -211,12 +217,7 @@ def test_all_by_keyboard(look):
     assert page.locator(".card h3").inner_text() == "L1H2 · W_Q"
     assert page.evaluate("document.activeElement.dataset.head") == "2"  # the map keeps the focus
     page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
-    for _ in range(300):
-        page.keyboard.press("Tab")
-        page.evaluate("document.activeElement.dataset.reached = 'yes'; 0")
-        if not page.evaluate(REACHED)["left"]:
-            break
-    assert page.evaluate(REACHED)["left"] == []
+    assert unreached_by_keyboard(page) == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -20,6 +20,7 @@ from tl_asymmetry.training.data import rebatched, shuffled
 from tl_asymmetry.training.runs import distance, train, trainable_copy
 
 FAST = Optimizer(lr=1e-3, warmup=2)
+MATRICES = ["W_Q", "W_O", "W_out"]
 
 
 @functools.cache
@@ -39,7 +40,7 @@ def objectives():
 
 def run(chosen=None, **options):
     options = {"steps": 3, "seeds": [0, 1], "batch_size": 4, "optimizer": FAST, "ranks": [1, 4], "progress": False,
-               "matrices": ["W_Q", "W_K", "W_O", "W_out"], "gradient_rows": 8} | options  # fmt: skip
+               "matrices": MATRICES, "gradient_rows": 8} | options  # fmt: skip
     return contrastive_control(model(), chosen or objectives(), [pairs()], **options)
 
 
@@ -137,17 +138,15 @@ def test_its_parts_are_those_one_makes_by_hand():
     assert list(result.correlations) == list(CORRELATION_COLUMNS)
     objective, data = CrossEntropy(8.0), [pairs().chosen]
     gradient = gradient_covariance(
-        model(), objective, rebatched(data, 4)[:2], matrices=["W_Q", "W_K", "W_O", "W_out"], full_mlp=True,
-        progress=False,
-    )  # fmt: skip
+        model(), objective, rebatched(data, 4)[:2], matrices=MATRICES, full_mlp=True, progress=False
+    )
     ours = result.gradients[result.gradients["objective"] == "soft"].reset_index(drop=True)
     pd.testing.assert_frame_equal(ours[list(gradient.table)], gradient.table)
     policy = trainable_copy(model())
-    matrices = ["W_Q", "W_K", "W_O", "W_out"]
-    made = train(policy, model(), objective, shuffled(data, 4, seed=1), steps=3, optimizer=FAST, matrices=matrices)
+    made = train(policy, model(), objective, shuffled(data, 4, seed=1), steps=3, optimizer=FAST, matrices=MATRICES)
     sequences = [row[: int(n)] for row, n in zip(data[0].tokens, data[0].lengths, strict=True)]
     pair = analyze_pair(
-        model(), policy, tokens=sequences, matrices=matrices, ranks=[1, 4], groups=1, gradient=gradient, progress=False
+        model(), policy, tokens=sequences, matrices=MATRICES, ranks=[1, 4], groups=1, gradient=gradient, progress=False
     )
     query = "objective == 'soft' and seed == 1 and compared == 'steps'"
     heads = result.heads.query(query).reset_index(drop=True)
@@ -175,7 +174,7 @@ def test_every_grade_sees_the_same_rows_in_the_same_order():
                 seen.setdefault(self.temperature, []).append(batch.tokens.clone())
             return super().__call__(model, batch)
 
-    run([Watching(1.0), Watching(2.0)], match_norm=False, matrices=["W_O"], seeds=[5])
+    run([Watching(1.0), Watching(2.0)], match_norm=False, matrices=["W_O"], ranks=[4], seeds=[5])
     assert len(seen[1.0]) == len(seen[2.0]) == 3
     assert all(torch.equal(a, b) for a, b in zip(seen[1.0], seen[2.0], strict=True))
 
@@ -254,7 +253,7 @@ def test_resumed_after_a_kill_repeats_nothing(tmp_path, monkeypatch):
         return train(policy, *arguments, **options)
 
     chosen = {"sharp": CrossEntropy(), "soft": CrossEntropy(8.0)}
-    options = {"matrices": ["W_O"]}
+    options = {"matrices": ["W_O"], "ranks": [4]}
     monkeypatch.setitem(control, "train", counting)
     with pytest.raises(Killed):
         run(chosen, store=tmp_path, **options)
