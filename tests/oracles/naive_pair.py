@@ -56,7 +56,7 @@ class NaivePair:
             for group in self.groups
         ]
         self.prediction = self._prediction()
-        for name in ("weight", "basis", "eigengap", "activation_matched", "gradient_matched"):
+        for name in ("weight", "basis", "eigengap", "effective_rank", "matched_inputs", "gradient_matched"):
             setattr(self, name, cache(getattr(self, name)))  # every row asks again
 
     # -- the model -----------------------------------------------------------------------------------------------
@@ -132,9 +132,12 @@ class NaivePair:
     def activation_matched(self, matrix: str, subspace: str, layer: int, k: int, head: int | None = None) -> float:
         if matrix not in READ_POINT:
             return float("nan")
-        Q = self.basis(subspace, layer)[:, :k]
         if self.weighted is not None and (Σ_w := self.weighted(layer, matrix, head)) is not None:
-            return self._share(float64(Σ_w), Q)
+            return self._share(float64(Σ_w), self.basis(subspace, layer)[:, :k])
+        return self.matched_inputs(matrix, subspace, layer, k)
+
+    def matched_inputs(self, matrix: str, subspace: str, layer: int, k: int) -> float:
+        """The same for all heads."""
         # Keys and values learn at every position; keys about each sequence's mean where softmax ignores it.
         point = ("whole " if matrix in ("W_K", "W_V") else "") + READ_POINT[matrix]
         centred = matrix == "W_K" and self.positional == "standard"
@@ -143,7 +146,7 @@ class NaivePair:
             for group in self.rows
         ]
         if len(groups) < 3:
-            return self._share(reference.second_moment(np.concatenate(groups)), Q)
+            return self._share(reference.second_moment(np.concatenate(groups)), self.basis(subspace, layer)[:, :k])
         crossed = self.replicated(subspace)
         bases = [self.basis(subspace, layer, leave_out=g if crossed else None) for g in range(len(groups))]
         return reference.cross_fitted(groups, bases, k, adam=self.optimizer == "adam")
@@ -157,6 +160,10 @@ class NaivePair:
         if self.gradient is None or matrix not in ("W_O", "W_out"):
             return float("nan")
         return self._share(float64(self.gradient(layer, matrix, head)), self.basis(subspace, layer)[:, :k])
+
+    def effective_rank(self, matrix: str, layer: int, head: int | None) -> float:
+        W, W_new = (self.weight(m, layer, matrix)[head or 0] for m in (self.base, self.aligned))
+        return reference.effective_rank(np.linalg.svd(W_new - W, compute_uv=False) ** 2)
 
     # -- tables --------------------------------------------------------------------------------------------------
 
@@ -191,7 +198,7 @@ class NaivePair:
             "delta_norm": energy**0.5,
             "delta_relative_norm": (energy / (W**2).sum()) ** 0.5,
             "delta_shrink": (ΔW * W).sum() / (W**2).sum(),
-            "delta_effective_rank": reference.effective_rank(np.linalg.svd(ΔW, compute_uv=False) ** 2),
+            "delta_effective_rank": self.effective_rank(matrix, layer, head),
         }
 
     def table(self, targets: dict[str, Sequence[str]]) -> dict[Key, dict[str, float]]:

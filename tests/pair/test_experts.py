@@ -115,7 +115,7 @@ def test_a_layers_experts_together_have_a_row(analysed):
 
 def test_intervals_and_tests_of_experts(analysed):
     base, _, _ = analysed("mixtral")
-    options = OPTIONS | {"groups": 4, "ranks": [2]}
+    options = OPTIONS | {"groups": 4, "ranks": [2], "matrices": ["W_Q", "W_in", "W_gate"]}
     result = analyze_pair(base.inner, changed(base.inner), subspaces=["mlp_in", "expert_in"], **options)
     own = rows_of(base, result, "expert_in", 2)
     assert own[["ci_low", "ci_high", "excess_low", "excess_high", "excess_p", "isotropic_p"]].notna().all(axis=None)
@@ -201,6 +201,7 @@ def test_an_expert_without_tokens_in_some_groups(analysed, tmp_path):
     base, twin, _ = analysed("mixtral")
     few = tokens()[:, :3]
     options = {"ranks": [1], "groups": 8, "subspaces": ["mlp_in", "expert_in"], "progress": False}
+    options["matrices"] = ["W_in", "W_out"]
     direct = analyze_pair(base.inner, twin.inner, tokens=few, sensitivity=True, **options)
     own = direct.table[direct.table["subspace"] == "expert_in"]
     assert own.groupby(["layer", "matrix"])["tokens_routed"].sum().unique().tolist() == [2 * 8 * 2]

@@ -28,7 +28,7 @@ def analysed(name: str = "llama") -> PairAnalysis:
     kind = tiny.KINDS[-1]
     return analyze_pair(
         tiny.build(name, kind), tiny.build(name, kind, delta=0.05), tokens=tiny.tokens(9, 12), ranks=[1, 4], groups=1,
-        sensitivity=True, progress=False,
+        matrices=["W_Q", "W_K", "W_O", "W_in"], sensitivity=True, progress=False,
     )  # fmt: skip
 
 
