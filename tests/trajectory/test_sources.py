@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from tests import tiny
-from tests.trajectory.test_effective import BOTH, READING, agree, checkpoint, pretrained
+from tests.trajectory.test_effective import READING, SOME, agree, checkpoint, pretrained
 from tests.trajectory.test_recorder import FEW, train
 from tl_asymmetry import analyze_trajectory
 from tl_asymmetry.trajectory.checkpoints import checkpoints_of
@@ -30,9 +30,9 @@ def test_a_lora_run_is_analysed_from_its_folder(tmp_path: Path) -> None:
             kept[step] = checkpoint(adapted)
 
     train(adapted, 10, after=after)
-    result = analyze_trajectory(tmp_path, **BOTH, progress=False)
+    result = analyze_trajectory(tmp_path, **SOME, progress=False)
     assert (result.config["steps"], result.checkpoints["previous_step"].tolist()[1:]) == ([0, 2, 10], [0, 2])
-    agree(result, analyze_trajectory(kept, **BOTH, progress=False), rtol=2e-4, factored=READING)
+    agree(result, analyze_trajectory(kept, **SOME, progress=False), rtol=2e-4, factored=READING)
     assert (result.table["rounding_share"] == 0).all()
     few = analyze_trajectory(tmp_path, **FEW, progress=False).table
     for base in (str(tiny.hf_directory("llama")), kept[0]):
@@ -92,7 +92,7 @@ def test_texts_are_read_with_the_given_tokenizer(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / f"checkpoint-{step}")
         tiny.perturb_(model, 0.01, 1)
     texts = [" ".join(f"w{(7 * i + j * j) % 90}" for j in range(10 + i)) for i in range(6)]
-    options: dict[str, Any] = {"ranks": [4], "groups": 3, "progress": False}
+    options: dict[str, Any] = {"ranks": [4], "matrices": ["W_O"], "groups": 3, "progress": False}
     result = analyze_trajectory(tmp_path, texts, tokenizer=tiny.tokenizer(), **options)
     assert result.config["tokens"] == sum(len(text.split()) for text in texts)
     with pytest.raises(ValueError, match="expected a model with a tokenizer to read texts"):
