@@ -1,11 +1,8 @@
-"""The same analysis in several passes over the layers, and in several processes, is the same analysis."""
+"""The same analysis in several passes over the layers is the same; memory; how processes share their work."""
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -13,7 +10,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tl_asymmetry import PairAnalysis, TrajectoryAnalysis, analyze_pair, analyze_trajectory, estimate_pair
+from tl_asymmetry import PairAnalysis, analyze_pair, estimate_pair
 from tl_asymmetry.geometry import StreamingMoments
 from tl_asymmetry.geometry.memory import free_memory
 from tl_asymmetry.models.capture import capture
@@ -24,11 +21,10 @@ from tl_asymmetry.notes import Notes
 from tl_asymmetry.pair import memory_plan
 from tl_asymmetry.pair.plan import Plan, make_plan
 from tl_asymmetry.settings import PairSettings
-from tl_asymmetry.store import StoreReader
 
 TOKENS = tiny.tokens(9, 12)
 OPTIONS: dict[str, Any] = {"tokens": TOKENS, "ranks": [4], "groups": 3, "batch_size": 2, "progress": False}
-FEW = OPTIONS | {"matrices": ["W_K", "W_O"]}  # where it is the processes that are the subject
+EACH_POINT = OPTIONS | {"matrices": ["W_K", "W_O", "W_in", "W_out"]}  # one matrix for each that is read or written
 TABLES = PairAnalysis.TABLES
 
 
@@ -49,8 +45,9 @@ def same_result(one: PairAnalysis, other: PairAnalysis, rtol: float = 1e-6) -> N
 )
 def test_a_pass_for_each_layer_gives_what_one_pass_gives(name: str, kind: str) -> None:
     base, aligned = tiny.build(name, kind), tiny.build(name, kind, delta=0.05)
-    whole = analyze_pair(base, aligned, **OPTIONS)
-    passes = analyze_pair(base, aligned, **OPTIONS, layers_per_pass=1)
+    options = OPTIONS if name == "gpt2" else EACH_POINT
+    whole = analyze_pair(base, aligned, **options)
+    passes = analyze_pair(base, aligned, **options, layers_per_pass=1)
     same_result(passes, whole)
     assert (whole.config["layers_per_pass"], passes.config["layers_per_pass"]) == (2, 1)
     assert any("captured in 2 passes over the texts, 1 layers at a time" in note for note in passes.notes)
@@ -59,7 +56,7 @@ def test_a_pass_for_each_layer_gives_what_one_pass_gives(name: str, kind: str) -
 
 def test_every_variant_in_passes() -> None:
     base, aligned = tiny.bridge("gpt2"), tiny.bridge("gpt2", delta=0.05)
-    options = {**OPTIONS, "sensitivity": True, "activations": "both"}
+    options = {**EACH_POINT, "sensitivity": True, "activations": "both"}
     whole, passes = (analyze_pair(base, aligned, **options, layers_per_pass=n) for n in (2, 1))
     same_result(passes, whole)
     pd.testing.assert_frame_equal(passes.sensitivity(), whole.sensitivity(), rtol=1e-6)
@@ -209,136 +206,6 @@ def test_moments_about_another_point_are_the_same_moments() -> None:
     empty = StreamingMoments(5, sequences=True).about(torch.zeros(5, dtype=torch.float64))
     assert empty.count == 0
     assert moved.merge(empty).count == 21
-
-
-_SCRIPT = """
-import sys, warnings
-import torch
-torch.set_num_threads(1)
-from tests import tiny
-from tl_asymmetry import analyze_pair, analyze_trajectory
-from tl_asymmetry.models.loading import open_model
-from tl_asymmetry.models.processes import started_processes
-
-warnings.simplefilter("ignore")
-base_directory, aligned_directory, out = sys.argv[1:]
-tokens = tiny.tokens(9, 12)
-options = dict(ranks=[4], groups=3, batch_size=2, progress=False)
-few = dict(options, tokens=tokens, matrices=["W_K", "W_O"])
-with started_processes() as processes:
-    assert processes.count == 2
-    base, aligned = (open_model(d, torch.float64, device="cpu") for d in (base_directory, aligned_directory))
-
-    def run(name, other, **more):
-        analyze_pair(base, other, **{"tokens": tokens, **options, **more}).save(f"{out}/{name}-{processes.rank}")
-
-    run("loaded", aligned, sensitivity=True)
-    run("files", aligned_directory, layers_per_pass=1)
-    run("few", aligned_directory, **few | dict(tokens=tokens[:4]))  # fewer sequences in a group than processes
-    def random_walk():
-        yield 0, base
-        for step, seed in ((10, 1), (30, 2), (100, 3)):
-            yield step, tiny.perturbed(base, 0.02, seed)
-
-    def sweep(name, checkpoints, **more):
-        analyze_trajectory(checkpoints, **few, **more).save(f"{out}/{name}-{processes.rank}")
-
-    sweep("sweep", random_walk(), reference="both", store=f"{out}/store")
-    sweep("resumed", random_walk(), reference="both", store=f"{out}/store")
-    sweep("each", random_walk(), subspaces_from="each")
-    good, broken = tiny.perturbed(base, 0.02, 1), tiny.perturbed(base, 0.02, 2)
-    with torch.no_grad():
-        broken.blocks[1].mlp.W_in[0, 0] = float("nan")
-    for name, checkpoints in (
-        ("broken", [(0, base), (10, good), (30, broken)]), ("unsorted", [(0, base), (30, good), (10, good)]),
-    ):  # fmt: skip
-        try:
-            analyze_trajectory(checkpoints, store=f"{out}/store-{name}", **few)
-        except ValueError as error:
-            open(f"{out}/{name}-{processes.rank}", "w").write(str(error))
-
-    run("alone", aligned_directory, **few | dict(tokens=tokens[: 8 + processes.rank]), distributed=False)
-    try:
-        run("differ", aligned_directory, **few | dict(tokens=tokens[processes.rank :][:8]))
-    except ValueError as error:
-        open(f"{out}/differ-{processes.rank}", "w").write(str(error))
-"""
-
-
-@pytest.fixture(name="two_processes", scope="module")
-def two_processes_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes under torchrun's own launcher wrote, with gloo."""
-    folder = tmp_path_factory.mktemp("processes")
-    (folder / "script.py").write_text(_SCRIPT)
-    directories = (str(tiny.hf_directory("gpt2", delta=δ)) for δ in (0.0, 0.05))
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ended = subprocess.run(
-        [*launcher, str(folder / "script.py"), *directories, str(folder)],
-        capture_output=True, text=True, check=False, env=environment, timeout=500,
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    return folder
-
-
-@pytest.mark.parametrize("case", ["loaded", "files", "few"])
-def test_two_processes_give_what_one_gives(two_processes: Path, case: str) -> None:
-    """In float64, so that only the order of sums differs; every process returns the same, bit for bit."""
-    first, second = (PairAnalysis.load(two_processes / f"{case}-{rank}") for rank in range(2))
-    base, aligned = (tiny.bridge("gpt2", torch.float64, delta=δ) for δ in (0.0, 0.05))
-    options: dict[str, Any] = FEW | {"tokens": TOKENS[:4]} if case == "few" else OPTIONS
-    other = aligned if case == "loaded" else tiny.hf_directory("gpt2", delta=0.05)
-    whole = analyze_pair(base, other, **options, sensitivity=case == "loaded")
-    assert first.config == second.config
-    assert (first.config["processes"], whole.config["processes"]) == (2, 1)
-    assert first.config["tokens"] == whole.config["tokens"]
-    assert [note for note in first.notes if "passes over" not in note] == list(whole.notes)
-    for name in TABLES:
-        pd.testing.assert_frame_equal(getattr(first, name), getattr(second, name), check_exact=True, obj=name)
-        pd.testing.assert_frame_equal(getattr(first, name), getattr(whole, name), rtol=1e-9, atol=1e-9, obj=name)
-    for name, array in first.arrays.items():
-        assert torch.equal(array.nan_to_num(), second.arrays[name].nan_to_num()), name
-    if case == "loaded":
-        pd.testing.assert_frame_equal(second.sensitivity(), whole.sensitivity(), rtol=1e-6, atol=1e-9)
-
-
-def random_walk() -> dict[int, Any]:
-    base = tiny.bridge("gpt2", torch.float64)
-    return {0: base} | {step: tiny.perturbed(base, 0.02, seed) for step, seed in ((10, 1), (30, 2), (100, 3))}
-
-
-@pytest.mark.parametrize("case", ["sweep", "resumed", "each"])
-def test_two_processes_share_a_sweep(two_processes: Path, case: str) -> None:
-    """Three checkpoints for two processes, out of a generator; what the first one stored is found again by both."""
-    first, second = (TrajectoryAnalysis.load(two_processes / f"{case}-{rank}") for rank in range(2))
-    more: dict[str, Any] = {"subspaces_from": "each"} if case == "each" else {"reference": "both"}
-    whole = analyze_trajectory(random_walk(), **FEW, **more)
-    assert first.steps == second.steps == [10, 30, 100]
-    for name in TrajectoryAnalysis.TABLES:
-        pd.testing.assert_frame_equal(getattr(first, name), getattr(second, name), check_exact=True, obj=name)
-        pd.testing.assert_frame_equal(getattr(first, name), getattr(whole, name), rtol=1e-9, atol=1e-9, obj=name)
-    assert first.notes == second.notes == whole.notes
-    if case == "sweep":
-        pd.testing.assert_frame_equal(
-            TrajectoryAnalysis.from_store(two_processes / "store").table, first.table, check_exact=True
-        )
-
-
-def test_all_processes_hear_of_an_error_in_a_sweep(two_processes: Path) -> None:
-    """The second process found the NaN; the checkpoint before it is kept."""
-    for rank in range(2):
-        told = (two_processes / f"broken-{rank}").read_text()
-        assert "blocks.1.mlp.W_in of the checkpoint at step 30" in told
-        assert "in the order of their steps" in (two_processes / f"unsorted-{rank}").read_text()
-    assert StoreReader(two_processes / "store-broken").steps == [10]
-
-
-def test_processes_that_were_given_different_texts_are_told(two_processes: Path) -> None:
-    for rank in range(2):
-        told = (two_processes / f"differ-{rank}").read_text()
-        assert "expected the same arguments in all 2 processes, got different ones; pass" in told
-        alone = PairAnalysis.load(two_processes / f"alone-{rank}")
-        assert (alone.config["sequences"], alone.config["processes"]) == (8 + rank, 1)
 
 
 # --- devices ---------------------------------------------------------------------------------------------------------

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -66,32 +63,6 @@ def test_a_chat_template_stays_in_its_sandbox() -> None:
     chats = [[{"role": "user", "content": "w1 w2 w3"}]]
     with pytest.raises(ValueError, match="expected"):
         analyze_pair(base, tiny.perturbed(base), chats, ranks=[1], progress=False)
-
-
-def test_no_request_leaves_this_machine(tmp_path: Path) -> None:
-    """The whole way from folders to pages, in a process in which a socket cannot connect."""
-    script = tmp_path / "script.py"
-    script.write_text(f"""
-import socket, sys
-def refused(*arguments, **keywords):
-    raise AssertionError(f"a request: {{arguments}}")
-socket.socket.connect = socket.socket.connect_ex = socket.create_connection = socket.getaddrinfo = refused
-import tl_asymmetry
-from tl_asymmetry import analyze_pair
-from tl_asymmetry.models.loading import open_model
-from tl_asymmetry.results.result import load
-base = open_model({str(tiny.hf_directory("gpt2"))!r})
-texts = ["w1 w2 w3 w4 w5 w6 w7"] * 4
-result = analyze_pair(base, {str(tiny.hf_directory("gpt2", 1))!r}, texts, ranks=[1], matrices=["W_Q"], progress=False)
-load(result.save({str(tmp_path / "saved")!r}))
-result.to_html({str(tmp_path / "report.html")!r})
-result.to_explorer({str(tmp_path / "explorer.html")!r}, model=base)
-""")
-    settings = {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [sys.executable, script], env=os.environ | settings, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_an_adapter_s_base_is_fetched_only_without_one_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
