@@ -39,6 +39,7 @@ from tl_asymmetry.trajectory.recorder import TrajectoryRecorder
 
 TOKENS = tiny.tokens(6, 10)
 QUIET: dict[str, Any] = {"progress": False}
+SOME = ["W_Q", "W_K", "W_O", "W_in"]  # all of them are in the pair
 q, u = torch.eye(48)[3] + 0.1, torch.arange(12.0)
 C = torch.eye(48) + 0.1
 EDIT = RankOneEdit(1, "W_O", 0, q, u)
@@ -71,7 +72,7 @@ def recorded() -> Any:
     with torch.no_grad():
         for ours, theirs in zip(model.parameters(), models()[0].parameters(), strict=True):
             ours.copy_(theirs)
-    recorder = TrajectoryRecorder(model, 1, tokens=TOKENS, ranks=[4], groups=3)
+    recorder = TrajectoryRecorder(model, 1, tokens=TOKENS, ranks=[4], groups=3, matrices=SOME)
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1.01)
@@ -93,7 +94,7 @@ RUNS: dict[str, Callable[[], Any]] = {
     "analyze_pair": analysed,
     "PairAnalysis.directions": lambda: kept_pair().directions(1, "W_Q", 0, n=1),
     "analyze_trajectory": lambda: tla.analyze_trajectory(
-        {0: models()[0], 5: models()[1]}, tokens=TOKENS, ranks=[4], groups=3, **QUIET
+        {0: models()[0], 5: models()[1]}, tokens=TOKENS, ranks=[4], groups=3, matrices=SOME, **QUIET
     ),
     "TrajectoryRecorder": recorded,
     "gradient_covariance": lambda: tla.gradient_covariance(

@@ -26,15 +26,22 @@ STUDENT = 4.302652729749464  # 0.975 quantile, 2 degrees of freedom
 
 
 @functools.cache
-def models(name: str = "llama") -> tuple[Any, ...]:
-    base = tiny.build(name, tiny.KINDS[0])
+def models() -> tuple[Any, ...]:
+    base = tiny.build("llama", tiny.KINDS[0])
     return base, tiny.perturbed(base, 0.02, 1), tiny.perturbed(base, 0.05, 2)
 
 
 @functools.cache
-def results(name: str = "llama") -> tuple[PairAnalysis, ...]:
-    base, a, b = models(name)
+def results() -> tuple[PairAnalysis, ...]:
+    base, a, b = models()
     return analyze_pair(base, a, **OPTIONS), analyze_pair(base, b, **OPTIONS)
+
+
+@functools.cache
+def small_results() -> tuple[PairAnalysis, ...]:
+    """Of what reads and what writes, for questions that every row answers alike."""
+    base, a, b = models()
+    return tuple(analyze_pair(base, m, **OPTIONS, matrices=["W_Q", "W_K", "W_O"]) for m in (a, b))
 
 
 @functools.cache
@@ -63,12 +70,12 @@ def test_values_are_those_of_the_analyses() -> None:
 def test_intervals_are_a_paired_jackknife() -> None:
     """Three comparisons of analyses that leave the same group of texts out of both."""
     base, a, b = models()
-    found = compared()
+    found = compare(*small_results(), names=["one", "two"])
     columns = ["layer", "head", "matrix", "subspace", "rank"]
     parts, asymmetries = [], []
     for left_out in range(3):
         kept = torch.cat([TOKENS[3 * i : 3 * i + 3] for i in range(3) if i != left_out])
-        options = OPTIONS | {"tokens": kept, "groups": 1}
+        options = OPTIONS | {"tokens": kept, "groups": 1, "matrices": ["W_Q", "W_K", "W_O"]}
         part = compare(analyze_pair(base, a, **options), analyze_pair(base, b, **options), names=["one", "two"])
         assert part.table["ci_low"].isna().all()
         assert any("without intervals" in note for note in part.notes)
@@ -132,7 +139,7 @@ def test_chance_of_an_overlap_is_that_of_random_spaces() -> None:
     with torch.no_grad():
         for mine, theirs in zip(doubled.parameters(), base.parameters(), strict=True):
             mine.copy_(theirs + 2 * (mine - theirs))
-    same = compare(results()[0], analyze_pair(base, doubled, **OPTIONS))
+    same = compare(small_results()[0], analyze_pair(base, doubled, **OPTIONS, matrices=["W_Q", "W_O"]))
     for column in ("overlap", "cosine", "leading_cosine"):
         np.testing.assert_allclose(same.overlap[column], 1, atol=2e-3)
     assert (same.overlap["q"] < 1e-3).all()
@@ -149,7 +156,7 @@ def test_a_delta_of_low_rank_has_fewer_directions() -> None:
         for head in W[1:]:  # head 0 stays as it was
             left, right = torch.randn(tiny.D_MODEL, 2, generator=generator), torch.randn(2, 12, generator=generator)
             head += 0.1 * left @ right
-    found = compare(results()[0], analyze_pair(base, thin, **OPTIONS)).overlap
+    found = compare(small_results()[0], analyze_pair(base, thin, **OPTIONS, matrices=["W_Q", "W_O"])).overlap
     queries = found[found["matrix"] == "W_Q"]
     assert (queries.loc[queries["head"] > 0, "directions"] == 2).all()
     assert np.allclose(queries.loc[queries["head"] > 0, "share_b"], 1)
@@ -162,21 +169,21 @@ def test_a_delta_of_low_rank_has_fewer_directions() -> None:
 def test_three_analyses_make_three_pairs() -> None:
     base, a, b = models()
     third = analyze_pair(base, tiny.perturbed(base, 0.01, 3), **(OPTIONS | {"ranks": [4], "matrices": ["W_Q", "W_O"]}))
-    found = compare(*results(), third, names=["one", "two", "three"])
+    found = compare(*small_results(), third, names=["one", "two", "three"])
     pairs = found.table[["a", "b"]].drop_duplicates().to_numpy().tolist()
     assert pairs == [["one", "two"], ["one", "three"], ["two", "three"]]
     assert set(found.table.loc[found.table["b"] == "three", "matrix"]) == {"W_Q", "W_O"}
     assert found.plot_differences("W_Q", "two", "three").layout.title.text.startswith("<b>W_Q: two against three")
     with pytest.raises(ValueError, match="expected one of one and two, one and three, two and three, got 'three' and"):
         found.plot_differences("W_Q", "three", "one")
-    unnamed = compare(*results(), third)
+    unnamed = compare(*small_results(), third)
     assert len(set(unnamed.config["names"])) == 3
 
 
 def test_what_cannot_be_compared() -> None:
     base, a, b = models()
-    one, two = results()
-    few = OPTIONS | {"matrices": ["W_Q"]}
+    one, two = small_results()
+    few = OPTIONS | {"matrices": ["W_Q"], "ranks": [4]}
     elsewhere = analyze_pair(a, b, **few)
     with pytest.raises(ValueError, match="expected analyses of one base, got one from .* whose weights differ"):
         compare(one, elsewhere, names=["one", "other"])
@@ -277,7 +284,7 @@ def test_arms_of_several_runs_are_told_apart_by_their_spread() -> None:
 
 
 def test_numbers_of_an_arm_are_means_over_its_runs() -> None:
-    runs = results()
+    runs = small_results()
     one = another(runs[0], 1)
     found = compare({"two": runs, "one": one})
     log2 = [np.log2(run.table["relative"].to_numpy()) for run in (*runs, one)]
@@ -296,7 +303,7 @@ def test_numbers_of_an_arm_are_means_over_its_runs() -> None:
 
 
 def test_arms_that_cannot_be_compared() -> None:
-    one, two = results()
+    one, two = small_results()
     there = one.config["models"]
     elsewhere = another(one, 1, {"models": there | {"base": there["base"] | {"weights_xxh3": "another"}}})
     with pytest.raises(ValueError, match=r"expected analyses of one base, got x \(run 1\) from .* and y from"):
@@ -312,16 +319,16 @@ def test_arms_that_cannot_be_compared() -> None:
 
 
 def test_another_model_is_named_in_a_comparison() -> None:
-    unrelated = another(results()[0], 1, {"unrelated": ["W_Q"]})
+    unrelated = another(small_results()[0], 1, {"unrelated": ["W_Q"]})
     with pytest.warns(UserWarning, match="W_Q of two point elsewhere than the base's"):
-        found = compare(results()[0], unrelated, names=["one", "two"])
+        found = compare(small_results()[0], unrelated, names=["one", "two"])
     assert any("were not trained from these" in note for note in found.notes)
     assert found.summary().index("W_Q of two point elsewhere") < found.summary().index("Reading, in")
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:
     bad = '<img src=x onerror="alert(1)">'
-    found = compare(*results(), names=[bad, "two"])
+    found = compare(*small_results(), names=[bad, "two"])
     page = found.to_html(tmp_path / "report.html").read_text(encoding="utf-8")
     assert bad not in page
     assert bad not in found._repr_html_()

@@ -36,10 +36,18 @@ def pair(name: str) -> tuple[Any, Any]:
     return tiny.build(name, KIND), tiny.build(name, KIND, delta=0.05)
 
 
+TEXTS = [" ".join(f"w{(7 * i + j * j) % 90}" for j in range(10 + i)) for i in range(6)]
+
+
 @functools.cache
 def analysed(name: str) -> PairAnalysis:
-    texts = [" ".join(f"w{(7 * i + j * j) % 90}" for j in range(10 + i)) for i in range(6)]
-    return analyze_pair(*pair(name), texts, ranks=[1, 4], groups=3, progress=False)
+    return analyze_pair(*pair(name), TEXTS, ranks=[1, 4], groups=3, progress=False)
+
+
+@functools.cache
+def small() -> PairAnalysis:
+    """Of one matrix, where the numbers of the maps are not the subject."""
+    return analyze_pair(*pair("gpt2"), TEXTS, ranks=[4], groups=1, matrices=["W_Q"], progress=False)
 
 
 def printed(place: int, *, first: int, power: int, positive: int, **_: Any) -> float:
@@ -87,6 +95,13 @@ def held(path: Path) -> dict[str, Any]:
     return {**data, **cards}
 
 
+@pytest.fixture(scope="module")
+def page_of(tmp_path_factory):
+    """What stands in the page of a result without directions."""
+    folder = tmp_path_factory.mktemp("pages")
+    return functools.cache(lambda name: held(analysed(name).to_explorer(folder / f"{name}.html", directions=0)))
+
+
 def test_a_pack_gives_back_what_went_in():
     pack = Pack()
     rng = np.random.default_rng(0)
@@ -124,9 +139,8 @@ def test_what_is_shown_is_held_as_it_is_printed(digits):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_every_number_of_the_table_is_in_the_page(name, tmp_path):
-    result = analysed(name)
-    page = held(result.to_explorer(tmp_path / "explorer.html", directions=0))
+def test_every_number_of_the_table_is_in_the_page(name, page_of):
+    result, page = analysed(name), page_of(name)
     assert page["columns"] == list(result.table.columns)
     found = 0
     for each in page["maps"]:
@@ -155,9 +169,8 @@ def test_every_number_of_the_table_is_in_the_page(name, tmp_path):
         assert {m["group"] for m in keys} == {2}
 
 
-def test_every_number_of_the_nulls_is_in_the_page_and_their_words_are_the_registrys(tmp_path):
-    result = analysed("llama")
-    page = held(result.to_explorer(tmp_path / "explorer.html", directions=0))
+def test_every_number_of_the_nulls_is_in_the_page_and_their_words_are_the_registrys(page_of):
+    result, page = analysed("llama"), page_of("llama")
     d = result.config["shape"]["d_model"]
     assert [null["key"] for null in page["nulls"]] == ["isotropic", "adam", "sgd", "sign", "muon"]
     assert all(null["label"] == NULLS[null["key"]].label for null in page["nulls"])
@@ -182,9 +195,8 @@ def test_every_number_of_the_nulls_is_in_the_page_and_their_words_are_the_regist
     assert found == len(result.nulls)
 
 
-def test_spectra_and_their_edge(tmp_path):
-    result = analysed("gpt2")
-    page = held(result.to_explorer(tmp_path / "explorer.html", directions=0))
+def test_spectra_and_their_edge(page_of):
+    result, page = analysed("gpt2"), page_of("gpt2")
     d, wide = result.config["shape"]["d_model"], result.arrays["partners/W_in"].shape[-1]
     for matrix, samples in (("W_Q", d), ("W_in", max(d, wide))):
         spectrum = result.delta_spectrum(matrix)
@@ -256,7 +268,8 @@ def test_a_context_is_the_text_around_its_token():
 
 def test_experts_stand_where_heads_do(tmp_path):
     base, aligned = tiny.bridge("mixtral"), tiny.bridge("mixtral", delta=0.05)
-    result = analyze_pair(base, aligned, tokens=torch.arange(60).reshape(3, 20), ranks=[1], groups=1, progress=False)
+    options = {"tokens": torch.arange(60).reshape(3, 20), "ranks": [1], "groups": 1, "matrices": ["W_Q", "W_in"]}
+    result = analyze_pair(base, aligned, **options, progress=False)
     page = held(result.to_explorer(tmp_path / "explorer.html", model=base, directions=1, progress=False))
     maps = {each["matrix"]: each for each in page["maps"]}
     assert maps["W_in"]["experts"]
@@ -285,7 +298,7 @@ def test_directions_leave_the_model_as_it_was():
 
 
 def test_reasons_and_errors(tmp_path, unchecked_types):
-    result, (base, aligned) = analysed("gpt2"), pair("gpt2")
+    result, (base, aligned) = small(), pair("gpt2")
     path = tmp_path / "explorer.html"
     loaded = PairAnalysis.load(result.save(tmp_path / "saved"))
     assert "pass model=base" in held(explorer(loaded, path))["directions"]["missing"]
@@ -301,7 +314,7 @@ def test_reasons_and_errors(tmp_path, unchecked_types):
 
 
 def test_attached_tables_and_results(tmp_path):
-    result = analysed("gpt2")
+    result = small()
     edits = pd.DataFrame(
         {"layer": [0, 1], "head": pd.array([1, None], dtype="Int64"), "matrix": ["W_Q", "W_in"], "kl": [0.5, np.nan],
          "done": [True, False], "kind": [BAD, None]}
@@ -321,17 +334,17 @@ def test_attached_tables_and_results(tmp_path):
 
 def test_a_row_of_several_matrices_stands_with_each(tmp_path):
     heads = pd.DataFrame({"layer": [0], "head": pd.array([1], dtype="Int64"), "matrices": ["W_Q W_O"], "shift": [0.25]})
-    page = held(analysed("gpt2").to_explorer(tmp_path / "e.html", directions=0, rewinding=heads))
+    page = held(small().to_explorer(tmp_path / "e.html", directions=0, rewinding=heads))
     (table,) = page["attached"]
     assert table["name"] == "Rewinding"
     assert table["columns"]["matrix"] == ["W_Q", "W_O"]
     np.testing.assert_array_equal(table["columns"]["shift"], [0.25, 0.25])
 
 
-def test_the_base_weight_s_own_frame_stands_in_the_card(tmp_path):
+def test_the_base_weight_s_own_frame_stands_in_the_card(tmp_path, page_of):
     spectra = analyze_spectra(*pair("gpt2"), ranks=[2], matrices=["W_Q", "W_in"], progress=False)
-    page = held(analysed("gpt2").to_explorer(tmp_path / "e.html", directions=0, spectra=spectra))
-    assert held(analysed("gpt2").to_explorer(tmp_path / "e.html", directions=0))["frame"] is None
+    page = held(small().to_explorer(tmp_path / "e.html", directions=0, spectra=spectra))
+    assert page_of("gpt2")["frame"] is None
     frame = page["frame"]
     assert frame["rows"] == len(spectra.table)
     assert set(contents.FRAME_COLUMNS) == set(frame["columns"])
@@ -354,7 +367,7 @@ def test_of_a_trajectory_only_what_is_shown_is_kept():
 
 
 def test_the_page_is_one_file_that_asks_for_nothing_and_escapes(tmp_path):
-    result = PairAnalysis.load(analysed("gpt2").save(tmp_path / "saved"))
+    result = PairAnalysis.load(small().save(tmp_path / "saved"))
     result.config["models"]["aligned"]["name"] = BAD
     text = result.to_explorer(tmp_path / "explorer.html").read_text()
     assert "default-src 'none'" in text
