@@ -151,7 +151,7 @@ def test_blocks_add_up_to_whole_rows():
 
 @pytest.mark.slow
 def test_sketch_keeps_inner_products():
-    a, b = rows(2, 5000, seed=1).float()
+    a, b = rows(2, 1000, seed=1).float()
     errors = []
     for seed in range(200):
         sketch = RowSketch(64, seed=seed)
