@@ -28,17 +28,17 @@ ARMS = {
 @pytest.mark.parametrize("op", ["add", "mul"])
 @pytest.mark.parametrize("mode", [None, "keep", "remove"])
 def test_weights_are_those_of_a_naive_loop(op, mode):
-    """Published sizes of everything but the model, 30 steps, the arms projected from the eighth on."""
+    """Published sizes of everything but the model, 20 steps, the arms projected from the eighth on."""
     naive = seeded(3, p=23, d=32, d_mlp=48)
-    naive_train(naive, op, 23, 3, 30, mode=mode, window=8, batch=64)
+    naive_train(naive, op, 23, 3, 20, mode=mode, window=8, batch=64)
     projection = None if mode is None else {"arm": mode, "window": 8}
     run = train(
-        op, p=23, seed=3, recipe=Recipe(steps=30, every=30, batch_size=64), projection=projection,
+        op, p=23, seed=3, recipe=Recipe(steps=20, every=20, batch_size=64), projection=projection,
         sizes={"d_model": 32, "d_mlp": 48},
     )  # fmt: skip
     start = seeded(3, p=23, d=32, d_mlp=48)
     expected, before = lens_weights(naive), lens_weights(start)
-    for name, value in run.weights(step=30).items():
+    for name, value in run.weights(step=20).items():
         # Adam divides by gradients that may be rounding (b_K's is exactly zero in theory): those entries say nothing.
         if name.endswith("b_K"):
             continue
@@ -50,7 +50,7 @@ def test_weights_are_those_of_a_naive_loop(op, mode):
 def test_resume_is_bit_identical(arm, tmp_path):
     def loop(store=None):
         task = ModularArithmetic("add", p=11, seed=1)
-        return GrokLoop(task, seed=1, recipe=Recipe(steps=30, every=5), projection=ARMS[arm], store=store, sizes=SMALL)
+        return GrokLoop(task, seed=1, recipe=Recipe(steps=20, every=5), projection=ARMS[arm], store=store, sizes=SMALL)
 
     through = loop()
     through.run()
@@ -70,7 +70,7 @@ def test_resume_is_bit_identical(arm, tmp_path):
     finished = loop(tmp_path)
     assert finished.progress.finished
     finished.run()
-    assert finished.progress.step == 30
+    assert finished.progress.step == 20
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
