@@ -14,7 +14,7 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache, wraps
 from numbers import Integral, Real
 from typing import Any, TypeVar, Union, get_args, get_origin
 
@@ -236,9 +236,14 @@ def _of_numbers(array: type, axes: str) -> _Kind:
     }[array.__name__]
 
     def allows(value: Any) -> bool:
-        return like(value) and bool(_REAL.search(str(getattr(value, "dtype", "")))) and len(value.shape) >= least
+        return like(value) and _is_real(getattr(value, "dtype", "")) and len(value.shape) >= least
 
     return _Kind(words + where, allows, words + where)
+
+
+@cache  # numpy takes long to spell one out
+def _is_real(dtype: Any) -> bool:
+    return bool(_REAL.search(str(dtype)))
 
 
 def _is_number(value: Any, kind: type) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -66,10 +67,12 @@ def rotation_tails(
     t, K, curvature = torch.full((3, len(s)), torch.nan, dtype=torch.float64)
     # Rounded up: a few zeros cost less than one more size.
     sizes = (lengths + _ALIKE - 1) // _ALIKE * _ALIKE
-    for m, r in sizes[defined].unique(dim=0).tolist():
-        alike = (defined & (sizes[:, 0] == m) & (sizes[:, 1] == r)).nonzero().flatten()
+    both = (sizes[:, 0] << 32) + sizes[:, 1]
+    for size in both[defined].unique().tolist():
+        m, r = divmod(size, 1 << 32)
+        alike = (defined & (both == size)).nonzero().flatten()
         for items in alike.split(max(1, _GRID // (m * (r + 1)))):
-            form = _Form(h[items, :m], h_copies[items, :m], s[items, : r + 1], s_copies[items, : r + 1], mean[items])
+            form = _Form.of(h[items, :m], h_copies[items, :m], s[items, : r + 1], s_copies[items, : r + 1], mean[items])
             t[items] = form.saddlepoint()
             K[items], curvature[items] = form.at(t[items])
     skew = 8 * (h_copies * h.pow(3)).sum(-1) * (s_copies * s.pow(3)).sum(-1)
@@ -82,19 +85,30 @@ def _length(x: Tensor) -> Tensor:
     return torch.where(x != 0, torch.arange(1, x.shape[-1] + 1), 0).amax(-1)
 
 
+@dataclass(frozen=True)
 class _Form:
     """K(t) = t · mean − ½ Σ c_i c_j [log(1 − 2 t h_i s_j) + 2 t h_i s_j]: mean + Σ h_i s_j (g_ij² − 1), each so often.
 
-    Args:
-        h, h_copies: a row an item, all of one size.
-        s, s_copies: the same.
-        mean: of an item; all scaled so that the variance, K''(0), is 1.
+    A row an item, all of one size, scaled so that the variance, K''(0), is 1.
     """
 
-    def __init__(self, h: Tensor, h_copies: Tensor, s: Tensor, s_copies: Tensor, mean: Tensor) -> None:
-        self.h, self.s, self.mean = h, s, mean.numpy()
-        self.copies = h_copies, s_copies
-        self.weights = h_copies * h.square(), s_copies * s.square()
+    h: Tensor
+    h_copies: Tensor
+    s: Tensor
+    s_copies: Tensor
+    mean: Tensor
+    h_weights: Tensor
+    """c h²."""
+    s_weights: Tensor
+
+    @classmethod
+    def of(cls, h: Tensor, h_copies: Tensor, s: Tensor, s_copies: Tensor, mean: Tensor) -> _Form:
+        return cls(h, h_copies, s, s_copies, mean, h_copies * h.square(), s_copies * s.square())
+
+    def some(self, chosen: np.ndarray) -> _Form:
+        """Of some items."""
+        rows = torch.from_numpy(chosen.nonzero()[0])
+        return _Form(*(of.index_select(0, rows) for of in vars(self).values()))
 
     def saddlepoint(self) -> Tensor:
         """Root of K'(t) = mean + 2 t Σ w_i w_j/(1 − 2 t h_i s_j), w = c x², increasing between its poles.
@@ -102,14 +116,15 @@ class _Form:
         Far out the root lies close to a pole: each step takes K' for A + B/(pole − t), as in a secular equation.
         """
         low, high = (0.5 / end.numpy() for end in self._ends())
-        pole = np.where(self.mean < 0, high, low)
-        low, high = np.where(self.mean < 0, 0, low), np.where(self.mean < 0, high, 0)
+        mean = self.mean.numpy()
+        pole = np.where(mean < 0, high, low)
+        low, high = np.where(mean < 0, 0, low), np.where(mean < 0, high, 0)
         with np.errstate(all="ignore"):
-            t = pole * self.mean / (self.mean - pole)  # the first step, from 0
-            at_work = np.arange(len(t))
+            t = pole * mean / (mean - pole)  # the first step, from 0
+            at_work, rest = np.arange(len(t)), self
             for _ in range(_STEPS):
                 now, end = t[at_work], pole[at_work]
-                slope, curvature = (x.numpy() for x in self._derivatives(torch.from_numpy(now), at_work))
+                slope, curvature = (x.numpy() for x in rest._derivatives(torch.from_numpy(now)))
                 low[at_work] = np.where(slope < 0, now, low[at_work])
                 high[at_work] = np.where(slope < 0, high[at_work], now)
                 gap = end - now
@@ -119,32 +134,32 @@ class _Form:
                 lower, upper = low[at_work], high[at_work]
                 t[at_work] = np.where(settled | ((step > lower) & (step < upper)), step, (lower + upper) / 2)
                 # An item stays where it settled: its digits do not depend on how long others take.
-                at_work = at_work[~settled]
-                if not len(at_work):
+                if settled.all():
                     break
+                if settled.any():
+                    at_work, rest = at_work[~settled], rest.some(~settled)
         return torch.from_numpy(t)
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """K and K''."""
-        x = self._grid(t, slice(None))
-        K = t * torch.from_numpy(self.mean) - 0.5 * _summed(*self.copies, torch.log1p(-x).add_(x))
-        return K, 2 * _summed(*self.weights, x.neg_().add_(1).reciprocal_().square_())
+        x = self._grid(t)
+        K = t * self.mean - 0.5 * _summed(self.h_copies, self.s_copies, torch.log1p(-x).add_(x))
+        return K, 2 * _summed(self.h_weights, self.s_weights, x.neg_().add_(1).reciprocal_().square_())
 
     def _ends(self) -> tuple[Tensor, Tensor]:
         """The smallest and the largest of h_i s_j."""
         h, s = ((x.amin(-1), x.amax(-1)) for x in (self.h, self.s))
         return torch.minimum(h[0] * s[1], h[1] * s[0]), torch.maximum(h[0] * s[0], h[1] * s[1])
 
-    def _grid(self, t: Tensor, items: np.ndarray | slice) -> Tensor:
+    def _grid(self, t: Tensor) -> Tensor:
         """2 t h_i s_j."""
-        return (2 * t.unsqueeze(-1) * self.h[items]).unsqueeze(-1) * self.s[items].unsqueeze(-2)
+        return (2 * t.unsqueeze(-1) * self.h).unsqueeze(-1) * self.s.unsqueeze(-2)
 
-    def _derivatives(self, t: Tensor, items: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """K' and K''."""
-        w = self.weights[0][items], self.weights[1][items]
-        y = self._grid(t, items).neg_().add_(1).reciprocal_()
-        slope = torch.from_numpy(self.mean[items]) + 2 * t * _summed(*w, y)
-        return slope, 2 * _summed(*w, y.square_())
+        y = self._grid(t).neg_().add_(1).reciprocal_()
+        slope = self.mean + 2 * t * _summed(self.h_weights, self.s_weights, y)
+        return slope, 2 * _summed(self.h_weights, self.s_weights, y.square_())
 
 
 def _summed(w_h: Tensor, w_s: Tensor, grid: Tensor) -> Tensor:

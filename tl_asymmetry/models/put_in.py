@@ -31,9 +31,9 @@ def refuse_packed(model: Any) -> None:
         ValueError: naming the first.
     """
     for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
-        weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
-        entries = getattr(module, "in_features", 0) * getattr(module, "out_features", 0)
-        if weight is not None and not weight.is_floating_point() and weight.numel() != entries:
+        if not isinstance(module, nn.Linear) or (weight := module._parameters.get("weight")) is None:
+            continue
+        if not weight.is_floating_point() and weight.numel() != module.in_features * module.out_features:
             raise ValueError(
                 f"expected matrices with an entry for each pair of an input and an output, got {name} packed into "
                 f"{tuple(weight.shape)} {weight.dtype}; pass the model loaded without quantisation, or, for its "

@@ -51,7 +51,8 @@ def evaluation(model: Any, modules: Iterable[nn.Module]) -> AbstractContextManag
                 mode.flags = [flag for flag in HOOK_FLAGS if getattr(getattr(model, "cfg", None), flag, False)]
             mode.holders.add(me)
             for module, _ in mode.training:
-                module.training = False
+                if module.training:  # to set what a module has takes ten times as long as to look
+                    module.training = False
             for flag in mode.flags:
                 _switch(model, flag, False)
 
@@ -62,7 +63,8 @@ def evaluation(model: Any, modules: Iterable[nn.Module]) -> AbstractContextManag
             if mode.holders:
                 return
             for module, training in mode.training:
-                module.training = training
+                if module.training != training:
+                    module.training = training
             for flag in mode.flags:
                 _switch(model, flag, True)
             _modes.pop(model, None)

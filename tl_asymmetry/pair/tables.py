@@ -17,7 +17,7 @@ from tl_asymmetry.geometry.spectrum import effective_rank
 from tl_asymmetry.names import EXPERT_INPUT, ROUNDING_DOMINATED, ROUNDING_FLAGGED, SMALL_EIGENGAP, kind_of
 from tl_asymmetry.pair.numbers import MATCHED, Measurements
 from tl_asymmetry.pair.plan import TOKENS_PER_DIMENSION
-from tl_asymmetry.pair.verdicts import VERDICTS, Evidence, Judged, Question, Tested, joined, judge, verdict
+from tl_asymmetry.pair.verdicts import VERDICTS, Evidence, Judged, Question, Tested, joined, judge, tests_table, verdict
 from tl_asymmetry.results.nulls import ISOTROPIC
 
 PAIR_COLUMNS = {
@@ -126,7 +126,7 @@ def pair_tables(numbers: Measurements, *, optimizer: str, few: bool, seed: int) 
     return PairTables(
         rows[[*numbers.labels, *PAIR_COLUMNS]],
         _null_rows(rows, rows[[*numbers.labels, *_KEYS]]),
-        pd.concat([tests for _, tests in of_runs], ignore_index=True),
+        tests_table([row for _, rows_of_run in of_runs for row in rows_of_run]),
     )
 
 

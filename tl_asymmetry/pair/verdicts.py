@@ -88,11 +88,11 @@ class Judged:
     """Where something is found in ΔW that is not there without weight decay."""
 
 
-def judge(tested: Sequence[Tested]) -> tuple[list[Judged], pd.DataFrame]:
+def judge(tested: Sequence[Tested]) -> tuple[list[Judged], list[dict[str, object]]]:
     """Run every hierarchy: one for each null, side and rank, over all families of that rank.
 
     Returns:
-        What is found of each, in the order given, and `PairAnalysis.tests`.
+        What is found of each, in the order given, and rows for `tests_table`.
     """
     verdicts: dict[int, dict[Question, tuple[Tree[Family], Tree[Family]]]] = {}
     for rank in dict.fromkeys(one.rank for one in tested):
@@ -109,8 +109,13 @@ def judge(tested: Sequence[Tested]) -> tuple[list[Judged], pd.DataFrame]:
         for (null, side), (tree, _) in trees.items()
         for row in _rows(tree, rank, null, side, pooled)
     ]
-    table = pd.DataFrame(rows, columns=list(TEST_COLUMNS))
-    return judged, table.astype({"layer": "Int64", "rank": "int64", "heads": "int64", "tested": "int64"})
+    return judged, rows
+
+
+def tests_table(rows: Sequence[Mapping[str, object]]) -> pd.DataFrame:
+    """`PairAnalysis.tests`, from what `judge` says of one run of layers or more."""
+    table = pd.DataFrame({name: [row[name] for row in rows] for name in TEST_COLUMNS})
+    return table.astype({"layer": "Int64", "rank": "int64", "heads": "int64", "tested": "int64"})
 
 
 def joined(runs: Sequence[Judged]) -> Judged:
