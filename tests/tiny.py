@@ -245,34 +245,51 @@ def hf_directory(architecture: str, seed: int = 0, delta: float = 0.0) -> Path:
 
 
 def bridge(architecture: str, dtype: torch.dtype = torch.float32, seed: int = 0, delta: float = 0.0) -> Any:
-    """A fresh TransformerBridge of that architecture, raw weights."""
+    """A fresh TransformerBridge of that architecture, raw weights: a copy of one that is booted once."""
+    if architecture == "gpt2":  # its copy would no longer have its split attention among its original modules
+        return _booted(architecture, dtype, seed, delta)
+    return copy.deepcopy(_bridge(architecture, dtype, seed, delta))
+
+
+def _booted(architecture: str, dtype: torch.dtype, seed: int, delta: float) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
-    directory = hf_directory(architecture, seed, delta)
-    hf_model = None
-    if architecture == "mixtral" and dtype == torch.float64:
-        # the default kernel for experts knows no float64
-        from transformers import AutoModelForCausalLM
-
-        hf_model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
-        )
+    directory, hf_model = hf_directory(architecture, seed, delta), copy.deepcopy(_hf(architecture, dtype, seed, delta))
     return TransformerBridge.boot_transformers(str(directory), device="cpu", dtype=dtype, hf_model=hf_model)
+
+
+_bridge = functools.cache(_booted)
+
+
+@functools.cache
+def _hf(architecture: str, dtype: torch.dtype, seed: int, delta: float) -> Any:
+    """As `boot_transformers` opens it by itself; to be copied."""
+    from transformers import AutoModelForCausalLM
+
+    options = {"dtype": dtype, "attn_implementation": "eager", "output_attentions": True}
+    if architecture == "mixtral" and dtype == torch.float64:
+        options["experts_implementation"] = "eager"  # the default kernel for experts knows no float64
+    return AutoModelForCausalLM.from_pretrained(hf_directory(architecture, seed, delta), **options)
 
 
 def hooked(
     architecture: str, dtype: torch.dtype = torch.float32, seed: int = 0, delta: float = 0.0, **processing: bool
 ) -> Any:
-    """A fresh HookedTransformer of that architecture with the same weights as `bridge`.
+    """A fresh HookedTransformer of that architecture with the same weights as `bridge`: a copy of one made once.
 
     `processing` switches on flags of `load_and_process_state_dict` (`fold_ln=True`, ...); all are off by
     default.
     """
+    return copy.deepcopy(_hooked(architecture, dtype, seed, delta, **processing))
+
+
+@functools.cache
+def _hooked(architecture: str, dtype: torch.dtype, seed: int, delta: float, **processing: bool) -> Any:
     from transformer_lens import HookedTransformer
 
-    cfg, state = copy.deepcopy(_hooked_state(architecture, dtype, seed, delta))
-    model = HookedTransformer(cfg, tokenizer=tokenizer(), move_to_device=False)
-    model.load_and_process_state_dict(state, **dict.fromkeys(PROCESSING_FLAGS, False) | processing)
+    cfg, state = _hooked_state(architecture, dtype, seed, delta)
+    model = HookedTransformer(copy.deepcopy(cfg), tokenizer=tokenizer(), move_to_device=False)
+    model.load_and_process_state_dict(copy.deepcopy(state), **dict.fromkeys(PROCESSING_FLAGS, False) | processing)
     return model.to(dtype)
 
 

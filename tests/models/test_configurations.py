@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import warnings
@@ -33,6 +34,10 @@ CHANGES: dict[str, tuple[str, dict[str, Any], bool]] = {
 """Name → architecture, fields of config.json, whether a HookedTransformer tells of it."""
 
 
+view = functools.cache(lambda architecture, kind: ModelView(tiny.build(architecture, kind)))
+"""Looked at, never changed."""
+
+
 def changed(architecture: str, folder: Path, fields: dict[str, Any]) -> Path:
     shutil.copytree(tiny.hf_directory(architecture, delta=0.05), folder)
     path = folder / "config.json"
@@ -44,7 +49,7 @@ def changed(architecture: str, folder: Path, fields: dict[str, Any]) -> Path:
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_difference_is_said_by_its_name(name: str, kind: str, tmp_path: Path) -> None:
     architecture, fields, hooked_tells = CHANGES[name]
-    base = ModelView(tiny.build(architecture, kind))
+    base = view(architecture, kind)
     notes = differing_settings(base, weights_from(changed(architecture, tmp_path / "m", fields)))
     if kind == "bridge" or hooked_tells:
         assert len(notes) == 1
@@ -56,9 +61,8 @@ def test_a_difference_is_said_by_its_name(name: str, kind: str, tmp_path: Path) 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_models_of_one_configuration_differ_in_nothing(architecture: str, kind: str) -> None:
-    base = ModelView(tiny.build(architecture, kind))
+    base, bridge = view(architecture, kind), ModelView(tiny.bridge(architecture))
     assert not differing_settings(base, weights_from(tiny.hf_directory(architecture, delta=0.05)))
-    bridge = ModelView(tiny.bridge(architecture))
     assert not differing_settings(base, bridge)
     assert not strange_families(base, bridge)
 

@@ -192,7 +192,7 @@ def test_weights_are_live_and_restorable(name: str, kind: str) -> None:
             assert not torch.equal(model(tokens), before), f"editing {matrix} had no effect"
             W.copy_(kept)
             assert torch.equal(W, kept)
-            torch.testing.assert_close(model(tokens), before, rtol=0, atol=1e-12)
+        torch.testing.assert_close(model(tokens), before, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)

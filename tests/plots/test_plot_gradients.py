@@ -13,9 +13,8 @@ from tl_asymmetry.plots import effective_rank_figure
 
 @functools.cache
 def covariance(temperature=1.0):
-    return gradient_covariance(
-        demo_model("base"), CrossEntropy(temperature), demo_texts(6), full_mlp=True, progress=False
-    )
+    options = {"matrices": ["W_Q", "W_V", "W_O", "W_in"], "full_mlp": True, "progress": False}
+    return gradient_covariance(demo_model("base"), CrossEntropy(temperature), demo_texts(6), **options)
 
 
 def test_effective_rank_by_layer_and_objective():

@@ -158,7 +158,7 @@ def test_rank_curve_runs_through_every_k_with_whiskers_at_the_ranks_alone():
     kind = tiny.KINDS[-1]
     result = analyze_pair(
         tiny.build("gpt2", kind), tiny.build("gpt2", kind, delta=0.05), tokens=tiny.tokens(9, 12), ranks=[2, 8],
-        progress=False,
+        matrices=["W_Q"], progress=False,
     )  # fmt: skip
     d = result.config["shape"]["d_model"]
     figure = result.plot_rank_curve("W_Q", 1, 0)

@@ -97,7 +97,7 @@ def report(
 
     Example:
         >>> from tl_asymmetry import report
-        >>> report([result, result], "both.html", title="Twice the same")
+        >>> report([study, tangents], "both.html", title="Edits and tangents")
         PosixPath('both.html')
     """
     if not isinstance(results, Reportable | Iterable) or isinstance(results, str | Mapping):
