@@ -30,6 +30,7 @@ def command(tmp_path_factory):
     out, printed = tmp_path_factory.mktemp("study") / "out", io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
         patch.setattr(study, "RECIPES", dict.fromkeys(study.ARCHITECTURES, SMALL))
+        patch.setattr(TangentAnalysis, "_figures", lambda self: [])  # drawn in tests/tangents
         study.main(["--seeds", "2", "--workers", "1", "--out", str(out)])
     return printed.getvalue(), out
 

@@ -67,7 +67,7 @@ def test_a_pair_of_encoders_is_analysed(kind):
         for parameter in aligned.parameters():
             parameter += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)).to(parameter)
     tokens = [*encoder_tokens(6, 9), *encoder_tokens(6, 5)]
-    options = {"tokens": tokens, "ranks": [1, 2], "groups": 1, "progress": False}
+    options = {"tokens": tokens, "matrices": ["W_Q", "W_O", "W_in"], "ranks": [2], "groups": 1, "progress": False}
     one, many = (analyze_pair(base, aligned, batch_size=size, **options) for size in (1, 8))
     own = one.table.query("matrix == 'W_Q' and subspace == 'attn_in'")
     assert own["fraction"].between(0, 1).all()
