@@ -186,10 +186,13 @@ def test_weights_in_files_are_estimated_too() -> None:
 # --- processes -------------------------------------------------------------------------------------------------------
 
 
-def test_shares_and_their_order() -> None:
+def test_shares_and_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
     items = list(range(7))
     shares = [Processes(rank, 3).share(items) for rank in range(3)]
     assert shares == [[0, 3, 6], [1, 4], [2, 5]]
+    with monkeypatch.context() as patch:
+        patch.setattr(Processes, "_exchange", lambda *_: shares)
+        assert Processes(1, 3).gathered(shares[1]) == items
     assert ALONE.share(items) == items
     assert ALONE.gathered(items) == items
     assert present_processes() == ALONE
