@@ -237,9 +237,8 @@ def checkpoints(tmp_path: Path) -> list[str]:
     return folders
 
 
-def test_trajectory_and_report(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
-) -> None:
+@pytest.mark.usefixtures("plain_pages")
+def test_trajectory_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders, texts, out = checkpoints(tmp_path), tmp_path / "texts.txt", tmp_path / "out"
     texts.write_text("\n\n".join(PASSAGES), encoding="utf-8")
     options = ["--texts", str(texts), "--out", str(out), "--ranks", "4", "--groups", "3", "--reference", "both"]
@@ -252,7 +251,6 @@ def test_trajectory_and_report(
     assert TrajectoryAnalysis.from_store(out / "store").table.equals(first.table)
     before = {path: path.stat().st_mtime_ns for path in (out / "store" / "parts").iterdir()}
     assert len(before) == 2
-    request.getfixturevalue("plain_pages")
     assert main(["trajectory", *folders, *options]) == 0  # nothing is measured twice
     assert {path: path.stat().st_mtime_ns for path in (out / "store" / "parts").iterdir()} == before
     assert TrajectoryAnalysis.load(out).table.equals(first.table)

@@ -108,7 +108,7 @@ def test_from_a_folder(analysed, tmp_path):
 
 
 def test_words_figures_and_refusals(analysed, tmp_path):
-    base, _, result = analysed("deepseek-v3")
+    base, twin, result = analysed("deepseek-v3")
     summary = result.summary()
     assert "Reading from a latent, W_UQ in the 3 leading directions of q_latent (8 tested)" in summary
     assert "W_UQ, W_UK, W_UV read latents" in summary
@@ -118,12 +118,13 @@ def test_words_figures_and_refusals(analysed, tmp_path):
     assert hover.customdata[1][2][5] == f"{row['fraction_unrounded'] * 12 / RANK:.3g}"
     most = next(trace for trace in result.plot_rank_curve("L1H2.W_UK").data if trace.name == "most possible, d/k")
     assert list(most.y) == [12 / RANK]
-    result.to_explorer(tmp_path / "explorer.html", model=base.inner, directions=1, progress=False)
+    few = analyze_pair(base.inner, twin.inner, **OPTIONS, matrices=["W_UK", "W_DKV", "W_O"])
+    few.to_explorer(tmp_path / "explorer.html", model=base.inner, directions=1, progress=False)
     with pytest.raises(ValueError, match="expected a matrix on the residual stream, got 'W_UK'"):
         result.directions("L1H2.W_UK")
     with pytest.raises(ValueError, match="expected a matrix that kv_latent applies to, got W_DKV; pass other"):
         analyze_pair(base.inner, changed(base.inner), matrices=["W_DKV"], subspaces="kv_latent", **OPTIONS)
-    chosen = analyze_pair(base.inner, changed(base.inner), subspaces=["attn_in", "kv_latent"], **OPTIONS)
+    chosen = analyze_pair(base.inner, twin.inner, subspaces=["attn_in", "kv_latent"], **OPTIONS)
     places = set(zip(chosen.table["matrix"], chosen.table["subspace"], strict=True))
     assert ("W_UV", "kv_latent") in places
     assert not {("W_UV", "attn_in"), ("W_DKV", "kv_latent"), ("W_UQ", "attn_in")} & places
@@ -131,7 +132,7 @@ def test_words_figures_and_refusals(analysed, tmp_path):
 
 def test_comparisons_take_a_latents_width(analysed):
     base, twin, result = analysed("deepseek-v3")
-    other = analyze_pair(base.inner, changed(twin.inner), **OPTIONS)
+    other = analyze_pair(base.inner, changed(twin.inner), **OPTIONS, matrices=["W_UK", "W_O"])
     compared = compare({"a": result, "b": other})
     rows = compared.overlap[compared.overlap["matrix"] == "W_UK"]
     assert rows["chance"].tolist() == pytest.approx((rows["directions"] / 12).tolist())

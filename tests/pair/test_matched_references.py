@@ -190,7 +190,7 @@ def permuted(result):
 
 def test_permutation_range_on_read_rows():
     captured = with_draws(0, 199)
-    result = analysed(captured)
+    result = analysed(captured, matrices=["W_Q", "W_V", "W_O", "W_in"])
     held = permuted(result)
     assert set(held["pathway"]) == {"read"}
     assert len(held) == (result.table["pathway"] == "read").sum()
