@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 
 from tests import tiny
 from tests.trajectory.test_effective import READING, SOME, agree, checkpoint, pretrained
 from tests.trajectory.test_recorder import FEW, train
 from tl_asymmetry import analyze_trajectory
-from tl_asymmetry.trajectory.checkpoints import checkpoints_of
+from tl_asymmetry.trajectory.checkpoints import checkpoints_of, made_model
 
 peft = pytest.importorskip("peft")
 
@@ -106,3 +109,19 @@ def test_a_folder_without_checkpoints_is_said(tmp_path: Path) -> None:
             ValueError, match="expected a folder with directories named like checkpoint-500, got .*; pass"
         ):
             list(checkpoints_of(folder))
+
+
+def test_a_large_model_is_gone_when_its_turn_is_over() -> None:
+    """One that refers to itself, as models do, before Python's own collector comes."""
+    model = torch.nn.Linear(2100, 2100)
+    vars(model)["itself"] = [model]
+    held = [model]
+    gone = weakref.ref(model)
+    del model
+    gc.disable()
+    try:
+        with made_model(held.pop):
+            assert gone() is not None
+        assert gone() is None
+    finally:
+        gc.enable()

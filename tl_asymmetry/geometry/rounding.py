@@ -16,6 +16,8 @@ _BISECTIONS = 40
 # Entries looked at for each head: the share is an average over entries, and 65,536 of them fix it to well under 1 %.
 _SAMPLE = 65_536
 _PIECE = 1 << 20
+# Numbers of the draws at work at once: what stays in a core's own cache.
+_AT_ONCE = 1 << 18
 
 # Coarsest first.
 _STORAGE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -96,12 +98,12 @@ def rounding_noise(
             at = torch.arange(W.shape[1], device=W.device)
         W, row = W.index_select(1, at).double(), at // base.shape[-1]
         law = _entry_law(W, ΔW.index_select(1, at).double())
-        draws = (
-            law.gather(1, torch.randint(law.shape[1], W.shape, generator=generator).to(W.device)) for _ in range(_DRAWS)
-        )
-        shares, noises = zip(*(_one_draw(W, target, E, stored) for E in draws), strict=True)
-        share = torch.stack(shares).mean(0)
-        noise = torch.stack(noises).sum(0)
+        drawn = [torch.randint(law.shape[1], W.shape, generator=generator).to(W.device) for _ in range(_DRAWS)]
+        E = torch.stack([law.gather(1, places) for places in drawn])
+        few = max(1, _AT_ONCE // (_DRAWS * W.shape[1]))
+        parts = zip(W.split(few), target.split(few), E.split(few, 1), strict=True)
+        shares, noises = zip(*(_of_draws(*part, stored) for part in parts), strict=True)
+        share, noise = torch.cat(shares), torch.cat(noises)
         spread = torch.zeros_like(rows).index_add_(1, row, noise)
         ones = torch.ones_like(row, dtype=torch.float64)
         counts = torch.zeros(d, dtype=torch.float64, device=W.device).index_add_(0, row, ones)
@@ -122,10 +124,16 @@ def _entry_law(W: Tensor, ΔW: Tensor) -> Tensor:
     return torch.where(size > 0, law / size, normal)
 
 
-def _one_draw(W: Tensor, target: Tensor, E: Tensor, stored: torch.dtype) -> tuple[Tensor, Tensor]:
-    """ρ and the squared noise of every entry, for one draw."""
+def _of_draws(
+    W: Float64[Tensor, "head n"],
+    target: Float64[Tensor, " head"],
+    E: Float64[Tensor, "draw head n"],
+    stored: torch.dtype,
+) -> tuple[Float64[Tensor, " head"], Float64[Tensor, "head n"]]:
+    """ρ, the mean over draws, and the squared noise of every entry, added up over these."""
     # ‖R(W + σE) − W‖ grows from the noise of storing W itself to ~σ‖E‖.
-    low, high = torch.zeros_like(target), 2 * target.sqrt() + W.abs().amax(-1) * torch.finfo(stored).eps
+    low = torch.zeros_like(E[..., 0])
+    high = (2 * target.sqrt() + W.abs().amax(-1) * torch.finfo(stored).eps).expand_as(low)
     for _ in range(_BISECTIONS):
         σ = (low + high) / 2
         too_small = _stored_delta(W, σ, E, stored).square().mean(-1) < target
@@ -135,7 +143,7 @@ def _one_draw(W: Tensor, target: Tensor, E: Tensor, stored: torch.dtype) -> tupl
     norms = change.square().sum(-1) * energy
     share = 1 - torch.where(norms > 0, inner.square() / norms, torch.zeros_like(norms))
     scale = torch.where(energy > 0, inner / energy, torch.zeros_like(energy))
-    return share, (change - scale.unsqueeze(-1) * intended).square()
+    return share.mean(0), (change - scale.unsqueeze(-1) * intended).square().sum(0)
 
 
 def _stored_delta(W: Tensor, σ: Tensor, E: Tensor, stored: torch.dtype) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 import torch
@@ -86,12 +87,18 @@ def _product_tail(x: np.ndarray, purity: np.ndarray, m: int, n: int, k: int, j: 
     mean, variance = two_sided_moments(torch.as_tensor(purity), m, n, k, j)
     spread_A = second_A - (k / m) ** 2
     spread_B = (variance.numpy() + mean**2) / second_A - right**2
-    t, weight = np.polynomial.legendre.leggauss(_NODES)
-    t, weight = _DEEPEST * (t + 1) / 2, _DEEPEST * weight / 2
+    t, weight = _nodes()
     above = np.exp(-t)
     A = _quantile(above, k / m, spread_A)
     tail_B = _survival(x[:, None] / np.maximum(A, 1e-300), right, spread_B)
     return (tail_B * above * weight).sum(-1)
+
+
+@cache  # an eigensolve of 400 × 400
+def _nodes() -> tuple[np.ndarray, np.ndarray]:
+    """Gauss–Legendre's nodes and weights between 0 and `_DEEPEST`."""
+    t, weight = np.polynomial.legendre.leggauss(_NODES)
+    return _DEEPEST * (t + 1) / 2, _DEEPEST * weight / 2
 
 
 def _beta(mean: float, spread: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

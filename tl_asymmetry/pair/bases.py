@@ -338,7 +338,8 @@ class LayerBases:
     def existing(self, name: str, ranks: Sequence[int]) -> list[int]:
         """Those of some ranks that a subspace has, as a proper part of what it lies in."""
         whole = self.subspace(name)
-        return [k for k in ranks if k <= whole.existing and k < whole.d]
+        most = min(whole.existing, whole.d - 1)
+        return [k for k in ranks if k <= most]
 
     def adapter(
         self, matrix: str, adapter: Float[Tensor, "d r"], *, optimizer: str = "", head: int | None = None

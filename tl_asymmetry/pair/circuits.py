@@ -51,6 +51,10 @@ class ProductChange:
     """[R_X, X S_Y], with ΔX = R_X S_Xᵀ and ΔY = R_Y S_Yᵀ; [ΔX, X] where the changes are no thinner."""
     right: Float[Tensor, "head d r"]
     """[Y' S_X, R_Y], so that left rightᵀ = ΔX Y'ᵀ + X ΔYᵀ: nothing large is subtracted from something large."""
+    left_gram: Float[Tensor, "head r r"]
+    """leftᵀ left."""
+    right_gram: Float[Tensor, "head r r"]
+    """rightᵀ right."""
     energy: Float64[Tensor, " head"]
     """‖X'Y'ᵀ − XYᵀ‖²; 0 where only rounding is left of it."""
     base_energy: Float64[Tensor, " head"]
@@ -58,11 +62,11 @@ class ProductChange:
 
     def energies(self, basis: Float[Tensor, "d k"], side: str) -> Float64[Tensor, "head k"]:
         """‖q_iᵀ (left rightᵀ)‖² for side "left", ‖(left rightᵀ) q_i‖² for side "right"."""
-        near, far = (self.left, self.right) if side == "left" else (self.right, self.left)
+        near, gram = (self.left, self.right_gram) if side == "left" else (self.right, self.left_gram)
         with exact_products(near.device):
             projected = basis.to(near).mT @ near
             # ‖p Yᵀ‖² = p (YᵀY) pᵀ
-            return total((projected @ (far.mT @ far)) * projected).cpu()
+            return total((projected @ gram) * projected).cpu()
 
 
 def product_change(
@@ -83,11 +87,12 @@ def product_change(
         ΔY = R_Y if S_Y is None else R_Y @ S_Y.mT
         left = torch.cat([R_X, _times(X, S_Y)], -1)
         right = torch.cat([_times(Y + ΔY, S_X), R_Y], -1)
-    energy = _product_energy(left, right)
+    grams = _gram(left), _gram(right)
+    energy = _inner(*grams)
     # ΔX Y'ᵀ and X ΔYᵀ cancel where the two changes are mostly a change of gauge.
     terms = _change_energy(R_X, S_X) * _norm(Y) + _norm(X) * _change_energy(R_Y, S_Y)
     energy = torch.where(energy > _CANCELLED * terms, energy, 0)
-    return ProductChange(left, right, energy=energy, base_energy=_product_energy(X, Y))
+    return ProductChange(left, right, *grams, energy=energy, base_energy=_product_energy(X, Y))
 
 
 def layer_circuits(
@@ -233,8 +238,18 @@ def _change_energy(residual: Tensor, other: Tensor | None) -> Tensor:
 
 def _product_energy(left: Tensor, right: Tensor) -> Tensor:
     """‖X Yᵀ‖² = ⟨XᵀX, YᵀY⟩, float64 on CPU."""
-    with exact_products(left.device):
-        return ((left.mT @ left).double() * (right.mT @ right).double()).sum((-2, -1)).cpu()
+    return _inner(_gram(left), _gram(right))
+
+
+def _gram(x: Tensor) -> Tensor:
+    """XᵀX."""
+    with exact_products(x.device):
+        return x.mT @ x
+
+
+def _inner(x: Tensor, y: Tensor) -> Tensor:
+    """⟨X, Y⟩, float64 on CPU."""
+    return (x.double() * y.double()).sum((-2, -1)).cpu()
 
 
 def _norm(x: Tensor) -> Tensor:

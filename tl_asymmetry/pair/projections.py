@@ -132,7 +132,7 @@ def _against(
         eigenvalues = subspace.eigenvalues.double().cpu()
     projections = []
     leading = subspace.basis[:, :top]
-    spread = leading.double().cpu().square().cumsum(-1)
+    spread, existing = leading.double().cpu().square().cumsum(-1), subspace.existing
     for delta in deltas:
         energies = delta.energies(subspace.basis)
         gradient_reference = None
@@ -143,7 +143,7 @@ def _against(
             subspace=name,
             energies=energies,
             eigenvalues=eigenvalues,
-            existing=subspace.existing,
+            existing=existing,
             noise=delta.numbers.noise_rows @ spread,
             activation_reference=None,
             gradient_reference=gradient_reference,

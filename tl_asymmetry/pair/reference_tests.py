@@ -133,14 +133,13 @@ def _against(
     row = solved.cumsum(0) - 1
     spectra = _whitened_spectra(covariance, delta, solved)
     for name, versions in _held(delta, directions, covariance.mean).items():
+        items = {k: of.nonzero().flatten() for k, of in zip(ranks, wanted[name].unbind(-1), strict=True)}
         for of, spectrum, held in zip(laws[name], spectra, versions, strict=True):
             for k, law in of.items():
-                items = wanted[name][:, ranks.index(k)].nonzero().flatten()
-                told = [fraction[items] for fraction in held.fractions(k, law.expected)]
-                if len(items):
-                    yield _Trial(
-                        place, name, k, items, (law, spectrum[row[items]].repeat(len(told), 1), torch.cat(told))
-                    )
+                told = [fraction[items[k]] for fraction in held.fractions(k, law.expected)]
+                if len(items[k]):
+                    rows = row[items[k]].repeat(len(told))
+                    yield _Trial(place, name, k, items[k], (law, spectrum[rows], torch.cat(told)))
 
 
 def _whitened_spectra(

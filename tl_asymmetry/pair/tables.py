@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -106,8 +107,8 @@ def pair_tables(numbers: Measurements, *, optimizer: str, few: bool, seed: int) 
         told = iter(IsotropicNull(d, seed=seed).tails_of([question for block in alike for question in block.asked()]))
         for block in alike:
             block.hear(told)
-    runs = numbers.runs
-    of_runs = [judge([block.tested(runs == run) for block in blocks]) for run in dict.fromkeys(runs.tolist())]
+    ends = [*np.flatnonzero(np.diff(numbers.runs, prepend=-1)), len(numbers.runs)]
+    of_runs = [judge([block.tested(slice(*run)) for block in blocks]) for run in pairwise(ends)]
     columns = [block.columns(joined([judged[i] for judged, _ in of_runs])) for i, block in enumerate(blocks)]
     # One frame for all blocks: pandas takes a millisecond or more for each, however few its rows.
     rows = pd.DataFrame({
@@ -190,7 +191,7 @@ class _Block:
         found = [self._evidence(of, told) for of in self._versions()]
         (self.evidence, self.method), (self.unshrunk, _) = found[0], found[-1]
 
-    def tested(self, places: np.ndarray) -> Tested:
+    def tested(self, places: slice) -> Tested:
         """The evidence of one run of layers."""
         family = self.matrix, self.subspace
         evidence, unshrunk = (

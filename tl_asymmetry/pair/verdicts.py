@@ -114,8 +114,10 @@ def judge(tested: Sequence[Tested]) -> tuple[list[Judged], list[dict[str, object
 
 def tests_table(rows: Sequence[Mapping[str, object]]) -> pd.DataFrame:
     """`PairAnalysis.tests`, from what `judge` says of one run of layers or more."""
-    table = pd.DataFrame({name: [row[name] for row in rows] for name in TEST_COLUMNS})
-    return table.astype({"layer": "Int64", "rank": "int64", "heads": "int64", "tested": "int64"})
+    types = {"layer": "Int64", "rank": "int64", "heads": "int64", "tested": "int64"}
+    return pd.DataFrame({
+        name: pd.Series([row[name] for row in rows], dtype=types.get(name)) for name in TEST_COLUMNS
+    })  # fmt: skip
 
 
 def joined(runs: Sequence[Judged]) -> Judged:

@@ -28,6 +28,7 @@ class HeldBases(LayerBases):
         self.layer = layer
         self.optimizer = optimizer
         self.tensors = dict(tensors)
+        self._subspaces: dict[str, Subspace] = {}
         self._whitening: dict[str, MatchedCovariance] = {}
         self._laws: dict[tuple[int, str, tuple[int, ...]], list[dict[int, LawAtRank]]] = {}
 
@@ -37,7 +38,10 @@ class HeldBases(LayerBases):
 
     def subspace(self, name: str) -> Subspace:
         """The leading directions, one more than the largest rank where there is one, so that its eigengap shows."""
-        return Subspace(self.tensors[f"{name}/basis"], self.tensors.get(f"{name}/eigenvalues"), name)
+        if name not in self._subspaces:
+            basis, eigenvalues = self.tensors[f"{name}/basis"], self.tensors.get(f"{name}/eigenvalues")
+            self._subspaces[name] = Subspace(basis, eigenvalues, name)
+        return self._subspaces[name]
 
     def replicates(self, name: str, ranks: Sequence[int]) -> Iterator[Float[Tensor, "d_model k"]]:
         """The leading directions with one group of sequences left out, for each group."""
