@@ -140,7 +140,7 @@ class StreamingMoments:
         c = sums.shift
         h = sums.total / sums.count + c / 2
         # Σ (x − c + c)(x − c + c)ᵀ / n = Σ (x − c)(x − c)ᵀ / n + h cᵀ + c hᵀ
-        return (_unpack(sums.gram, self.d) / sums.count).addr_(h, c).addr_(c, h)
+        return _unpack(sums.gram, self.d).div_(sums.count).addr_(h, c).addr_(c, h)
 
     @property
     def covariance(self) -> Float[Tensor, "d d"]:

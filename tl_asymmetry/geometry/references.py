@@ -160,12 +160,14 @@ class CrossFit:
     """Σ a aᵀ over each group's tokens."""
     replicated: Sequence[str] = ("sgd", "adam")
     """Of which references replicates are wanted."""
+    whole: Float[Tensor, "d d"] | None = None
+    """All of them together, where that is known."""
     _inside: dict[str, list[Tensor]] = field(default_factory=lambda: {"sgd": [], "adam": []})
     _total: dict[str, list[Tensor]] = field(default_factory=lambda: {"sgd": [], "adam": []})
     _replicates: dict[str, list[Tensor]] = field(default_factory=lambda: {"sgd": [], "adam": []})
 
     def __post_init__(self) -> None:
-        self._whole = added_up(self.sums)
+        self._whole = added_up(self.sums) if self.whole is None else self.whole
 
     def add(self, group: int, basis: Float[Tensor, "d k"]) -> None:
         """Take in one group with the directions fitted on all others."""

@@ -229,7 +229,9 @@ class LayerBases:
             key = reading, name
             if key not in self._fits:
                 replicated = "adam" if self.optimizer == "adam" else "sgd"
-                self._fits[key] = CrossFit(self.input_sums(reading), (replicated,))
+                self._fits[key] = CrossFit(
+                    self.input_sums(reading), (replicated,), self.input_moment(reading)
+                )
             if group is None:
                 self._fits[key].add_all(basis)
             else:
@@ -261,14 +263,18 @@ class LayerBases:
             return References(nothing, dict.fromkeys(REFERENCES, nothing), of_groups)
         in_sample = {"sgd": expected_fraction(Σ, Q), "adam": expected_fraction(correlation(Σ), Q)}
         in_sample |= {null: expected_fraction(covariance(Σ), Q) for null, covariance in OF_INPUTS.items()}
-        in_sample["muon"] = expected_fraction(self._orthogonalized(reading, columns), Q)
+        # With as many columns as rows Muon leaves nothing of Σ, nor of its sampling.
+        flat = columns >= len(Σ)
+        in_sample["muon"] = (
+            torch.arange(1, k + 1, dtype=torch.float64) / len(Σ)
+            if flat
+            else expected_fraction(self._orthogonalized(reading, columns), Q)
+        )
         fit = self._fits.get((reading, name))
         if fit is None:
             return References(in_sample[self.optimizer], in_sample, None)
         crossed = {null: fit.expected(null) for null in ("sgd", "adam")}
         crossed |= {null: in_sample[null] * crossed["adam"] / in_sample["adam"] for null in OF_INPUTS}
-        # With as many columns as rows nothing is left of Σ, nor of its sampling.
-        flat = columns >= len(Σ)
         crossed["muon"] = in_sample["muon"] * (1 if flat else crossed["sgd"] / in_sample["sgd"])
         if self.optimizer != "muon":
             return References(crossed[self.optimizer], crossed, fit.replicates(self.optimizer))
@@ -414,4 +420,4 @@ def _sum(group: Mapping[Site, StreamingMoments], point: str, layer: int) -> Tens
     moments = group[point, layer]
     if moments.count == 0:
         return torch.zeros(moments.d, moments.d, dtype=torch.float64)
-    return moments.count * moments.second_moment
+    return moments.second_moment.mul_(moments.count)
