@@ -11,9 +11,11 @@ its own thread; of one of the 12 layers and a twelfth of the vocabulary unless `
 cost grows with the two, but for the prediction subspace, tables and imports, which weigh more. Memory is the peak
 resident set above what the two loaded models hold (allocated bytes on CUDA).
 
-Two pairs. `random`: random weights, activations and changes, all flat. `trained`: activations of which one direction
-holds some 0.96 of the energy and the others fall as a power, as in trained residual streams; changes of low rank.
-Neither holds weight decay: where that is more than 0.1 % of a change's energy, its tests are made twice.
+Three pairs. `random`: random weights, activations and changes, all flat. `steep`: activations of which one direction
+holds some 0.96 of the energy and the others fall as a power, as in trained residual streams; random changes of low
+rank, nearly all of which hold less of their inputs' directions than any training gives, which is asked twice. `trained`:
+these activations, and the changes that some steps of Adam make on random tokens. None holds weight decay: where that is
+more than 0.1 % of a change's energy, its tests are made twice.
 """
 
 from __future__ import annotations
@@ -43,13 +45,15 @@ FEW_TOKENS, TOKENS, MANY_TOKENS = 2_048, 8_192, 32_768
 BOUNDS = {TOKENS: {"no intervals": 1.25, "8 groups": 2.0}, FEW_TOKENS: {"8 groups": 2.0}}
 """Of times, by tokens and call, over a bare forward pass."""
 RESULTS = Path(__file__).parent / "results"
-KINDS = ("random", "trained")
+KINDS = ("random", "steep", "trained")
+STEPS, STEP_SEQUENCES, LEARNING_RATE = 24, 4, 1e-4
+"""Of the trained pair: Adam's, each on other tokens."""
 PARTS = ("times", "memory", "moments")
 
 
 def load_pair(device: str, kind: str = "random", layers: int = SHAPE["n_layers"]) -> tuple[Any, Any]:
     """Two HookedTransformers of GPT-2-small shape, or of some of its layers with as large a share of its vocabulary;
-    the second a small step from the first."""
+    the second a small step from the first, or several steps of Adam."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
     shape = {**SHAPE, "n_layers": layers, "d_vocab": vocabulary(layers)}
@@ -57,17 +61,22 @@ def load_pair(device: str, kind: str = "random", layers: int = SHAPE["n_layers"]
     base = HookedTransformer(config)
     aligned = HookedTransformer(config)
     generator = torch.Generator().manual_seed(1)
+    if kind != "random":
+        _spike(base, generator)
+    if kind == "trained":
+        aligned.load_state_dict(base.state_dict())
+        _train(aligned, generator, device)
+        return base.eval(), aligned.eval()
     with torch.no_grad():
-        if kind == "trained":
-            _spike(base, generator)
         for mine, theirs in zip(aligned.parameters(), base.parameters(), strict=True):
             step = torch.randn(theirs.shape, generator=generator)
-            if kind == "trained" and theirs.ndim > 1:
+            if kind == "steep" and theirs.ndim > 1:
                 step = _of_low_rank(theirs.shape, generator) + 0.1 * step
             mine.copy_(theirs + 1e-3 * step.to(theirs))
     return base.eval(), aligned.eval()
 
 
+@torch.no_grad()
 def _spike(model: Any, generator: torch.Generator) -> None:
     """Embeddings with one large direction that all positions share, and the others falling as a power."""
     d = SHAPE["d_model"]
@@ -76,6 +85,17 @@ def _spike(model: Any, generator: torch.Generator) -> None:
     spread = torch.randn(model.W_E.shape, generator=generator) * spectrum @ frame
     model.W_E.copy_(spread)
     model.W_pos.copy_((24 * spectrum.square().sum()).sqrt() * frame[-1].expand_as(model.W_pos))
+
+
+def _train(model: Any, generator: torch.Generator, device: str) -> None:
+    """Next-token prediction: what a matrix learns is a sum over tokens of its inputs times their gradients."""
+    adam = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+    for _ in range(STEPS):
+        tokens = torch.randint(model.cfg.d_vocab, (STEP_SEQUENCES, SEQUENCE), generator=generator)
+        adam.zero_grad()
+        model(tokens.to(device), return_type="loss").backward()
+        adam.step()
+    adam.zero_grad()
 
 
 def _of_low_rank(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
