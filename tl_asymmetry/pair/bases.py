@@ -229,9 +229,7 @@ class LayerBases:
             key = reading, name
             if key not in self._fits:
                 replicated = "adam" if self.optimizer == "adam" else "sgd"
-                self._fits[key] = CrossFit(
-                    self.input_sums(reading), (replicated,), self.input_moment(reading)
-                )
+                self._fits[key] = CrossFit(self.input_sums(reading), (replicated,), self.input_moment(reading))
             if group is None:
                 self._fits[key].add_all(basis)
             else:
