@@ -153,7 +153,7 @@ def estimate_pair(
 
     replicate, k = eigensolve, max(plan.ranks)
     if base.dtype != torch.float64 and d >= FLOAT32_WIDTH:
-        replicate = eigensolve / 2
+        replicate = 0.4 * eigensolve
     if base.dtype != torch.float64 and worth_iterating(d, k):
         replicate = min(replicate, 2 * operations(d, k) / flops)
     streams = [name for name in plan.subspaces if name in STREAM_SUBSPACES and name not in plan.given]
