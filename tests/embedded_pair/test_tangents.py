@@ -20,7 +20,7 @@ from benchmarks.embedded_pair.tangents import TangentRecipe, tangent_checkpoints
 from tl_asymmetry import ModelView, TangentAnalysis
 
 SMALL = TangentRecipe(
-    n_layers=1, window=24, batch=4, steps=10, kept=(0, 3, 10), warmup=2, analyzed=24, rank=4, starts=1, sample_rows=200
+    n_layers=1, window=24, batch=4, steps=10, kept=(0, 10), warmup=2, analyzed=24, rank=4, starts=1, sample_rows=200
 )
 
 

@@ -216,10 +216,10 @@ def test_a_thousand_random_edits_and_exceptions_leave_every_bit(kind):
             if rng.random() < 0.5:
                 raise ArithmeticError
 
-    for cycle in range(1000):
+    for cycle in range(500):  # of four edits on average
         with contextlib.suppress(ArithmeticError):
             nest(rng.randrange(3))
-        if cycle % 250 == 0:
+        if cycle % 125 == 0:
             assert weights_hash(view) == hashed
             logits(view, tokens)
     assert fingerprint(model) == before
