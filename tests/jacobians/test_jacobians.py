@@ -72,8 +72,9 @@ def test_equals_jacrev_of_the_whole(architecture, kind, part):
         assert found.config["method"] == "einsum"
         assert largest_error(found.per_token(layer)[0], truth) <= accuracy(architecture, kind)
         assert largest_error(found.mean(layer), truth.mean(0)) <= accuracy(architecture, kind)
-        short = jacobians(model, tokens, layers=[layer], part=part, sources=sources, reduce="mean")
-        assert largest_error(short.mean(layer), truth.mean(0)) <= accuracy(architecture, kind)
+        if kind == tiny.KINDS[0]:  # what is averaged are the factors held above, of whichever kind
+            short = jacobians(model, tokens, layers=[layer], part=part, sources=sources, reduce="mean")
+            assert largest_error(short.mean(layer), truth.mean(0)) <= accuracy(architecture, kind)
     plain = jacobians(model, tokens, layers=[layer], part=part, method="autograd")
     assert plain.config["method"] == "autograd"
     assert largest_error(plain.per_token(layer)[0], expected["same"]) <= accuracy(architecture, kind)
