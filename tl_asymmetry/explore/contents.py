@@ -55,12 +55,12 @@ def maps(result: PairData, pack: Pack) -> list[dict[str, Any]]:
         keyed = rows.assign(head=units.astype("float64").fillna(-1)).set_index(["rank", "layer", "head"])
         places = [-1.0 if h is None or pd.isna(h) else float(h) for h in heads]
         at = pd.MultiIndex.from_product([ranks, layers, places])
-        full = keyed.reindex(at)
+        full, row_of_cell = keyed.reindex(at), keyed.index.get_indexer(at)
         relative = result.width(str(matrix)) / at.get_level_values(0).to_numpy(float)
         nulls = {}
         for held in (held.of(rows) for held in helds):
             if held.there:
-                nulls[held.key] = _of_null(held, keyed.index, at, relative, pack)
+                nulls[held.key] = _of_null(held, row_of_cell, relative, pack)
         columns: dict[str, Any] = {}
         for name in (c for c in table.columns if c not in KEYS):
             column = full[name]
@@ -95,20 +95,29 @@ def _empty(
     return found
 
 
-def _of_null(held: Held, index: pd.Index, at: pd.Index, relative: np.ndarray, pack: Pack) -> dict[str, Any]:
+def _of_null(held: Held, at: np.ndarray, relative: np.ndarray, pack: Pack) -> dict[str, Any]:
     """A null's numbers beside a map, `expected` over chance; of the isotropic one only what no column holds.
 
     What is only shown is held as it is shown; by excess, p and q heads are searched, sorted and coloured.
+
+    Args:
+        held: of the map's rows.
+        at: which of these stands in each cell; −1 where none does.
+        relative: what makes a fraction one over chance, by cell.
+        pack: takes the numbers.
     """
-    relation = pack.numbers(held.relation.set_axis(index).reindex(at))
+
+    def laid_out(numbers: pd.Series) -> np.ndarray:
+        return np.where(at < 0, np.nan, numbers.to_numpy(float)[at])
+
+    relation = pack.numbers(laid_out(held.relation))
     if held.key == ISOTROPIC:
         return {"relation": relation}
-    laid_out = held.numbers.set_axis(index).reindex(at)
     return {
         "relation": relation,
-        **{name: pack.numbers(laid_out[name]) for name in ("excess", "p", "q")},
-        **{name: pack.shown(laid_out[name]) for name in ("low", "high")},
-        "expected": pack.shown(laid_out["expected"] * relative),
+        **{name: pack.numbers(laid_out(held.numbers[name])) for name in ("excess", "p", "q")},
+        **{name: pack.shown(laid_out(held.numbers[name])) for name in ("low", "high")},
+        "expected": pack.shown(laid_out(held.numbers["expected"]) * relative),
     }
 
 

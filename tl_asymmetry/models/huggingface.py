@@ -526,9 +526,10 @@ def is_regular(bridge: Any) -> bool:
         return False
     if not is_transformers_model(inner) or type(inner).__name__.startswith("GPT2"):
         return True
-    if type(inner).__name__.startswith(_MUTE_HOOKS) or not has_like_layers(inner):
+    if type(inner).__name__.startswith(_MUTE_HOOKS):
         return False
-    return _shows_whole_mlps(BridgeAdapter(bridge), _all_sites(inner)[0])
+    sites = _all_sites(inner)
+    return _alike(sites) and _shows_whole_mlps(BridgeAdapter(bridge), sites[0])
 
 
 def _shows_whole_mlps(adapter: BridgeAdapter, sites: dict[str, Site]) -> bool:
@@ -543,9 +544,11 @@ def has_like_layers(model: Any) -> bool:
 
     Weights are not looked at: a model on the meta device will do.
     """
-    shapes = [
-        {name: (site.unit, tuple(site.weight.shape)) for name, site in sites.items()} for sites in _all_sites(model)
-    ]
+    return _alike(_all_sites(model))
+
+
+def _alike(layers: list[dict[str, Site]]) -> bool:
+    shapes = [{name: (site.unit, tuple(site.weight.shape)) for name, site in sites.items()} for sites in layers]
     experts = any(unit == "expert" for layer in shapes for unit, _ in layer.values())
     return set(shapes[0]) <= set(BridgeAdapter.names) and not experts and all(layer == shapes[0] for layer in shapes)
 

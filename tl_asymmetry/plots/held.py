@@ -60,7 +60,7 @@ class Held:
     @property
     def there(self) -> bool:
         """Whether it applies to any of the rows."""
-        return not np.isnan(self.numbers[["expected", "excess", "low"]].to_numpy()).all()
+        return any(bool(self.numbers[name].notna().any()) for name in ("expected", "excess", "low"))
 
 
 def held_against(table: pd.DataFrame, nulls: pd.DataFrame | None) -> list[Held]:
