@@ -132,7 +132,7 @@ def _of_draws(
 ) -> tuple[Float64[Tensor, " head"], Float64[Tensor, "head n"]]:
     """ρ, the mean over draws, and the squared noise of every entry, added up over these."""
     # ‖R(W + σE) − W‖ grows from the noise of storing W itself to ~σ‖E‖.
-    low = torch.zeros_like(E[..., 0])
+    low = E.new_zeros(E.shape[:-1])
     high = (2 * target.sqrt() + W.abs().amax(-1) * torch.finfo(stored).eps).expand_as(low)
     for _ in range(_BISECTIONS):
         σ = (low + high) / 2
