@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 
+from benchmarks.architectures import changed
 from tests.models.test_sites import VOCABULARY, adapter_of
 from tl_asymmetry import PairAnalysis, analyze_pair
 from tl_asymmetry.models.huggingface import HuggingFaceAdapter
@@ -17,16 +17,6 @@ from tl_asymmetry.models.huggingface import HuggingFaceAdapter
 def tokens(batch: int = 8, pos: int = 12) -> torch.Tensor:
     """Random ids, always the same."""
     return torch.randint(3, VOCABULARY, (batch, pos), generator=torch.Generator().manual_seed(2))
-
-
-def changed(model: Any) -> Any:
-    """A copy whose parameters have all moved a little."""
-    twin = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    return twin
 
 
 def analyses(**options: Any) -> Callable[[str], tuple[HuggingFaceAdapter, HuggingFaceAdapter, PairAnalysis]]:

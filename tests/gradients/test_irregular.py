@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.irregular import changed, tokens
+from benchmarks.architectures import changed
+from tests.irregular import tokens
 from tests.models.test_sites import adapter_of
 from tl_asymmetry import analyze_pair, gradient_covariance, load
 from tl_asymmetry.models.backward import outer_products

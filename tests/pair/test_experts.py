@@ -6,8 +6,9 @@ import pandas as pd
 import pytest
 import torch
 
+from benchmarks.architectures import changed
 from tests import tiny
-from tests.irregular import analyses, changed, tokens
+from tests.irregular import analyses, tokens
 from tests.models.test_sites import adapter_of
 from tl_asymmetry import analyze_pair
 from tl_asymmetry.models.capture import capture_moments

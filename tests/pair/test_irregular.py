@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 import torch
 
-from tests.irregular import analyses, changed, tokens
+from benchmarks.architectures import changed
+from tests.irregular import analyses, tokens
 from tests.models.test_sites import adapter_of
 from tl_asymmetry import (
     analyze_pair,

@@ -6,7 +6,8 @@ import pytest
 import torch
 import transformers
 
-from tests.irregular import analyses, changed, tokens
+from benchmarks.architectures import changed
+from tests.irregular import analyses, tokens
 from tl_asymmetry import analyze_pair, analyze_spectra, compare
 from tl_asymmetry.names import LATENTS, reads_latent
 

@@ -162,22 +162,23 @@ def _ritz(
     assert neighbour.eigenvalues is not None
     X = start = neighbour.basis[:, :columns].to(A)
     middle = float(neighbour.eigenvalues[columns]) / 2
-
-    def times(X: Tensor) -> Tensor:
-        return (X.mT @ A).mT  # A is symmetric; in this order a product with few columns takes half the time
-
     with exact_products(A.device):
         for number in rounds:
             for _ in range(number):
-                once = times(X) / middle - X
-                X = torch.linalg.qr(2 * (times(once) / middle - once) - X).Q
-            AX = times(X)
+                once = _times(A, X) / middle - X
+                X = torch.linalg.qr(2 * (_times(A, once) / middle - once) - X).Q
+            AX = _times(A, X)
             θ, turn = (part.flip(-1) for part in torch.linalg.eigh(X.mT @ AX))
             X, AX = X @ turn, AX @ turn
             beyond = _norm_beyond(A, θ, AX) if crude else math.inf
             if float(θ[max(crude, 1) - 1]) < 2 * beyond:
                 beyond = _largest_beyond(A, X)
             yield _Ritz(θ, X, AX, (AX - X * θ).norm(dim=0), θ - beyond, start)
+
+
+def _times(A: Float64[Tensor, "d d"], X: Float64[Tensor, "d m"]) -> Float64[Tensor, "d m"]:
+    """AX, A symmetric: in this order a product with few columns takes half the time."""
+    return (X.mT @ A).mT
 
 
 def _certified(ritz: _Ritz, ranks: Sequence[int]) -> bool:

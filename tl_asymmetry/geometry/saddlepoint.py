@@ -100,6 +100,7 @@ class _Form:
     h_weights: Tensor
     """c h²."""
     s_weights: Tensor
+    """c s²."""
 
     @classmethod
     def of(cls, h: Tensor, h_copies: Tensor, s: Tensor, s_copies: Tensor, mean: Tensor) -> _Form:
